@@ -1,0 +1,25 @@
+"""The operations of the network, each right in value, tangent and gradient, eager and compiled."""
+
+from __future__ import annotations
+
+from mfmjt.kernels._op import reference
+from mfmjt.kernels.adaln import adaln
+from mfmjt.kernels.conv1d import conv1d
+from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln
+from mfmjt.kernels.joint_attention import joint_attention
+from mfmjt.kernels.linear import linear
+from mfmjt.kernels.qk_norm_rope import qk_norm_rope
+from mfmjt.kernels.snake import snake
+from mfmjt.kernels.swiglu import swiglu
+
+__all__ = [
+    "adaln",
+    "conv1d",
+    "gated_residual_adaln",
+    "joint_attention",
+    "linear",
+    "qk_norm_rope",
+    "reference",
+    "snake",
+    "swiglu",
+]
