@@ -1,0 +1,129 @@
+"""The procedural Foley set: endless short videos of things that make sound, with that sound.
+
+Twelve sources, each a small physical model from which both the picture and the sound follow:
+struck and dropped bodies ring in their modes at the very times at which the picture shows the
+contact; rain, engine and fan are shaped noise and harmonics that follow what is seen. Camera,
+colours, timing, pitch and level vary. A clip is a pure function of (split, seed, index).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mfmjt.data._captions import CLASSES, caption
+from mfmjt.data._draw import Canvas
+from mfmjt.data._scenes import SOURCES, stage
+from mfmjt.data._sound import SAMPLE_RATE
+from mfmjt.errors import InputError
+
+__all__ = [
+    "CLASSES",
+    "DURATION",
+    "FPS",
+    "FRAME_SIZE",
+    "IMPACT_CLASSES",
+    "SAMPLE_RATE",
+    "SPLITS",
+    "Clip",
+    "clip",
+]
+
+FPS = 25
+"""Frames per second."""
+DURATION = 8.0
+"""Seconds of a clip, unless asked otherwise."""
+FRAME_SIZE = 64
+"""Pixels along each side of a frame, unless asked otherwise."""
+SPLITS = ("train", "validation", "test")
+IMPACT_CLASSES: tuple[str, ...] = tuple(c for c in CLASSES if c not in ("rain", "engine", "fan"))
+"""Classes with discrete events; the others sound all the time."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of the set.
+
+    Attributes:
+        frames: uint8 `(T, H, W, 3)` at `FPS`, or None if not rendered. Frame i shows the world at
+            the middle of its display time, (i + 0.5) / FPS.
+        audio: float32 `(samples,)` in [-1, 1], mono at `SAMPLE_RATE`.
+        caption: One sentence.
+        label: Index into `CLASSES`.
+        events: float32 `(n,)`, times of the audible onsets in seconds; empty for continuous classes.
+        index: Number of the clip within its split.
+        split: "train", "validation" or "test".
+    """
+
+    frames: NDArray[np.uint8] | None
+    audio: NDArray[np.float32]
+    caption: str
+    label: int
+    events: NDArray[np.float32]
+    index: int
+    split: str
+
+    @property
+    def class_name(self) -> str:
+        """The name of the source, one of `CLASSES`."""
+        return CLASSES[self.label]
+
+
+def clip(
+    index: int,
+    split: str,
+    seed: int = 0,
+    *,
+    duration: float = DURATION,
+    size: int = FRAME_SIZE,
+    render: bool = True,
+    class_name: str | None = None,
+) -> Clip:
+    """Make clip number `index` of a split.
+
+    Args:
+        index: Any non-negative number; clips go through the classes in turn.
+        split: "train", "validation" or "test"; no two splits share a random stream, and test
+            captions are worded as no other split's are.
+        seed: Another seed is another endless set.
+        duration: Seconds, at least 0.5.
+        size: Pixels along each side of a frame.
+        render: Whether to draw the frames (most of the time goes there).
+        class_name: Force the source instead of taking turns.
+
+    Raises:
+        InputError: An unknown split or class, a negative index, or a duration under 0.5 s.
+    """
+    if split not in SPLITS:
+        raise InputError(f"Unknown split {split!r}: there are {', '.join(SPLITS)}. Give one of them.")
+    if class_name is not None and class_name not in CLASSES:
+        raise InputError(f"Unknown class {class_name!r}. Give one of {', '.join(CLASSES)}.")
+    if index < 0 or duration < 0.5:
+        raise InputError(
+            f"Clip {index} of {duration} s cannot be made: the index must be at least 0 and the "
+            "duration at least 0.5 s. Give larger ones."
+        )
+    label = index % len(CLASSES) if class_name is None else CLASSES.index(class_name)
+    entropy = np.random.SeedSequence([seed, SPLITS.index(split), index, label])
+    world, look, words, level = (
+        np.random.Generator(np.random.PCG64(s)) for s in entropy.spawn(4)
+    )
+    scene = SOURCES[CLASSES[label]](world, duration)
+    audio = scene.audio
+    peak = float(np.abs(audio).max())
+    audio = audio * (0.9 * 10.0 ** (-level.uniform(0.0, 9.0) / 20.0) / max(peak, 1e-6))
+    audio = audio + 10.0 ** (-level.uniform(62.0, 75.0) / 20.0) * level.standard_normal(audio.size)
+    frames = None
+    if render:
+        background = stage(look, size)
+        scene.setting(background)
+        canvas = Canvas(size, background.camera)
+        frames = np.empty((round(duration * FPS), size, size, 3), dtype=np.uint8)
+        for i in range(frames.shape[0]):
+            canvas.copy_from(background)
+            scene.draw(canvas, (i + 0.5) / FPS)
+            frames[i] = canvas.to_uint8()
+    text = caption(words, CLASSES[label], scene.pace, split)
+    return Clip(frames, audio.astype(np.float32), text, label, scene.events, index, split)
