@@ -44,6 +44,7 @@ VIDEO_SUFFIXES = {
 _FAST_START = {"movflags": "faststart"}  # the index comes first: plays while it loads
 _CONTAINER_OPTIONS = {".mp4": _FAST_START, ".m4v": _FAST_START, ".mov": _FAST_START}
 _BIT_RATE_PER_CHANNEL = 96_000
+_TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _MAX_PIXELS = 8192 * 8192
 _DECODER_THREADS = 4  # each holds a frame: enough for 4K in real time, small in memory
 
@@ -78,9 +79,9 @@ def read_video(
 ) -> Video:
     """Read a video's pictures at uniform rates, each squashed to a square.
 
-    The picture for time k / rate is the frame nearest to it (of two equally near, the earlier),
-    whatever the file's own and perhaps variable frame rate. Rotation is applied. Frames are scaled
-    down as they are decoded, so memory does not grow with the resolution.
+    The picture for time k / rate is the frame on the screen at that time, as in training, whatever
+    the file's own and perhaps variable frame rate. Rotation is applied. Frames are scaled down as
+    they are decoded, so memory does not grow with the resolution.
 
     Args:
         path: Any file that PyAV can open.
@@ -279,21 +280,20 @@ class _Decoder:
 
 
 class _Sampler:
-    """Picks, for each k / rate, the nearest of the frames pushed so far."""
+    """Keeps, for each k / rate, the frame that was on the screen then."""
 
     def __init__(self, rate: int, size: int) -> None:
         self.rate, self.size = rate, size
         self.frames: list[np.ndarray] = []
         self._reformatter = VideoReformatter()
-        self._time = Fraction(0)
         self._frame: av.VideoFrame | None = None
         self._picture: np.ndarray | None = None
 
     def push(self, time: Fraction, frame: av.VideoFrame) -> None:
         if self._frame is not None:
-            while 2 * Fraction(len(self.frames), self.rate) <= self._time + time:
+            while Fraction(len(self.frames), self.rate) + _TIME_ROUNDING < time:
                 self.frames.append(self._converted())
-        self._time, self._frame, self._picture = time, frame, None
+        self._frame, self._picture = frame, None
 
     def finish(self, count: int) -> np.ndarray:
         while len(self.frames) < count:
@@ -425,8 +425,8 @@ def _suffix(path: Path, known: dict[str, Any]) -> str:
     suffix = path.suffix.lower()
     if suffix not in known:
         raise InputError(
-            f"{path} has {'the suffix ' + suffix if suffix else 'no suffix'}, which names no format "
-            f"that can be written. Choose one of {', '.join(known)}."
+            f"The name {path} {'ends in ' + suffix if suffix else 'has no suffix'}, and so names no "
+            f"format that can be written. Choose one of {', '.join(known)}."
         )
     return suffix
 
