@@ -139,7 +139,10 @@ FRAMES = (
     "in the clip a sound of {}",
 )
 _HELD_PHRASES, _HELD_FRAMES = 2, 5
-PACES = {"slow": ("", ", slowly", ", at a slow pace"), "fast": ("", ", fast", ", in quick succession")}
+PACES = {
+    "slow": ("", ", slowly", ", at a slow pace"),
+    "fast": ("", ", fast", ", in quick succession"),
+}
 
 
 def caption(rng: np.random.Generator, class_name: str, pace: str, split: str) -> str:

@@ -83,19 +83,44 @@ _BALLS: dict[str, tuple[Color, tuple[float, float], tuple[float, float]]] = {
 def _ball_body(rng: np.random.Generator, material: str, base: float) -> Body:
     if material == "wood":
         ratios = np.array([1.0, 2.57, 4.95, 7.8]) * rng.uniform(0.97, 1.03, 4)
-        return Body(rng, base * ratios, rng.uniform(0.06, 0.13) / ratios**0.4,
-                    [1, 0.6, 0.35, 0.2], 0.35, 0.002)  # fmt: skip
+        return Body(
+            rng,
+            base * ratios,
+            rng.uniform(0.06, 0.13) / ratios**0.4,
+            [1, 0.6, 0.35, 0.2],
+            0.35,
+            0.002,
+        )
     if material == "glass":
         ratios = np.array([1.0, 1.47, 2.09, 2.56, 3.1]) * rng.uniform(0.98, 1.02, 5)
-        return Body(rng, base * ratios, rng.uniform(0.25, 0.6) / ratios**0.7,
-                    [1, 0.7, 0.6, 0.4, 0.3], 0.15, 0.001)  # fmt: skip
+        return Body(
+            rng,
+            base * ratios,
+            rng.uniform(0.25, 0.6) / ratios**0.7,
+            [1, 0.7, 0.6, 0.4, 0.3],
+            0.15,
+            0.001,
+        )
     if material == "metal":
         ratios = np.array([1.0, 1.51, 2.33, 3.05, 4.16, 5.4, 6.7]) * rng.uniform(0.98, 1.02, 7)
-        return Body(rng, base * ratios, rng.uniform(0.5, 1.2) / ratios**0.5,
-                    [0.8, 1, 0.7, 0.6, 0.5, 0.35, 0.25], 0.25, 0.0015)  # fmt: skip
+        return Body(
+            rng,
+            base * ratios,
+            rng.uniform(0.5, 1.2) / ratios**0.5,
+            [0.8, 1, 0.7, 0.6, 0.5, 0.35, 0.25],
+            0.25,
+            0.0015,
+        )
     ratios = np.array([1.0, 1.8, 2.9])
-    return Body(rng, base * ratios, rng.uniform(0.08, 0.16) / ratios**0.5,
-                [1, 0.35, 0.12], 0.12, 0.006, glide=0.6)  # fmt: skip
+    return Body(
+        rng,
+        base * ratios,
+        rng.uniform(0.08, 0.16) / ratios**0.5,
+        [1, 0.35, 0.12],
+        0.12,
+        0.006,
+        glide=0.6,
+    )
 
 
 def _ball(rng: np.random.Generator, duration: float, material: str) -> Scene:
@@ -142,24 +167,43 @@ def _ball(rng: np.random.Generator, duration: float, material: str) -> Scene:
         y = 0.0 if lying else max(0.0, height + speed * dt - 0.5 * gravity * dt * dt)
         x = x0 + drift * np.sin(0.7 * t)
         flat = 1.0 - squash * max(0.0, 1.0 - y / 0.08) * (not lying)
-        canvas.ellipse(x, FLOOR, radius * (1.1 - 0.3 * min(y, 1.0)), 0.035, (0.05, 0.05, 0.05),
-                       0.55 - 0.3 * min(y, 1.0))  # fmt: skip
+        canvas.ellipse(
+            x,
+            FLOOR,
+            radius * (1.1 - 0.3 * min(y, 1.0)),
+            0.035,
+            (0.05, 0.05, 0.05),
+            0.55 - 0.3 * min(y, 1.0),
+        )
         centre = FLOOR + y + radius * flat
         canvas.ellipse(x, centre, radius * (2 - flat), radius * flat, paint)
         if material == "wood":
             for offset in (-0.4, 0.0, 0.4):
-                canvas.capsule((x - 0.55 * radius, centre + offset * radius),
-                               (x + 0.55 * radius, centre + offset * radius),
-                               0.05 * radius, (0.40, 0.23, 0.08))  # fmt: skip
-        canvas.ellipse(x - 0.35 * radius, centre + 0.35 * radius, 0.28 * radius, 0.28 * radius,
-                       (1.0, 1.0, 1.0), shine)  # fmt: skip
+                canvas.capsule(
+                    (x - 0.55 * radius, centre + offset * radius),
+                    (x + 0.55 * radius, centre + offset * radius),
+                    0.05 * radius,
+                    (0.40, 0.23, 0.08),
+                )
+        canvas.ellipse(
+            x - 0.35 * radius,
+            centre + 0.35 * radius,
+            0.28 * radius,
+            0.28 * radius,
+            (1.0, 1.0, 1.0),
+            shine,
+        )
 
     body = _ball_body(rng, material, rng.uniform(*base_range))
     times = np.array(events)
     keep = (times > 0.03) & (times < duration - 0.08)
     velocities = (np.array(speeds) / max(speeds))[keep]
-    return Scene(draw, mix_strikes(rng, duration, times[keep], velocities, [body]),
-                 times[keep].astype(np.float32), _pace(2 * np.sqrt(2 / gravity), 1.2, 1.0))  # fmt: skip
+    return Scene(
+        draw,
+        mix_strikes(rng, duration, times[keep], velocities, [body]),
+        times[keep].astype(np.float32),
+        _pace(2 * np.sqrt(2 / gravity), 1.2, 1.0),
+    )
 
 
 def _drum(rng: np.random.Generator, duration: float) -> Scene:
@@ -169,8 +213,15 @@ def _drum(rng: np.random.Generator, duration: float) -> Scene:
     times = slots + rng.uniform(-0.012, 0.012, slots.size)
     base = rng.uniform(95.0, 230.0)
     ratios = np.array([1.0, 1.59, 2.14, 2.30, 2.65, 2.92, 3.6])
-    body = Body(rng, base * ratios, rng.uniform(0.2, 0.4) / ratios**0.8,
-                [1, 0.7, 0.5, 0.45, 0.35, 0.3, 0.2], 0.5, 0.012, glide=0.35)  # fmt: skip
+    body = Body(
+        rng,
+        base * ratios,
+        rng.uniform(0.2, 0.4) / ratios**0.8,
+        [1, 0.7, 0.5, 0.45, 0.35, 0.3, 0.2],
+        0.5,
+        0.012,
+        glide=0.35,
+    )
     velocities = rng.uniform(0.45, 1.0, times.size)
     shell, x = _jitter(rng, (0.75, 0.2, 0.15), 0.2), rng.uniform(-0.2, 0.1)
     top = FLOOR + rng.uniform(0.4, 0.55)
@@ -188,8 +239,13 @@ def _drum(rng: np.random.Generator, duration: float) -> Scene:
         canvas.capsule(tip, (x + 0.75, top + 0.42 + 0.25 * gap), 0.035, (0.80, 0.62, 0.36))
         canvas.ellipse(*tip, 0.06, 0.06, (0.88, 0.72, 0.46))
 
-    return Scene(draw, mix_strikes(rng, duration, times, velocities, [body]),
-                 times.astype(np.float32), _pace(beat, 0.45, 0.3), setting)  # fmt: skip
+    return Scene(
+        draw,
+        mix_strikes(rng, duration, times, velocities, [body]),
+        times.astype(np.float32),
+        _pace(beat, 0.45, 0.3),
+        setting,
+    )
 
 
 def _footsteps(rng: np.random.Generator, duration: float) -> Scene:
@@ -197,8 +253,18 @@ def _footsteps(rng: np.random.Generator, duration: float) -> Scene:
     offset = rng.uniform(0.1, 0.1 + period)
     times = np.arange(offset, duration - 0.08, period)
     base, grit = rng.uniform(80.0, 150.0), rng.uniform(0.3, 0.9)
-    bodies = [Body(rng, base * k * np.array([1.0, 2.2, 3.7]), [0.09, 0.06, 0.04], [1, 0.4, 0.2],
-                   grit, rng.uniform(0.012, 0.03), glide=0.3) for k in (1.0, 1.09)]  # fmt: skip
+    bodies = [
+        Body(
+            rng,
+            base * k * np.array([1.0, 2.2, 3.7]),
+            [0.09, 0.06, 0.04],
+            [1, 0.4, 0.2],
+            grit,
+            rng.uniform(0.012, 0.03),
+            glide=0.3,
+        )
+        for k in (1.0, 1.09)
+    ]
     velocities = rng.uniform(0.7, 1.0, times.size)
     trousers, shirt = _jitter(rng, (0.16, 0.2, 0.42), 0.1), _jitter(rng, (0.2, 0.6, 0.3), 0.25)
     shoes: Color = (0.08, 0.07, 0.06)
@@ -227,8 +293,12 @@ def _footsteps(rng: np.random.Generator, duration: float) -> Scene:
         canvas.capsule((x, FLOOR + 0.66), (x, FLOOR + 1.0 - bob), 0.12, shirt)
         canvas.ellipse(x, FLOOR + 1.24 - bob, 0.11, 0.12, (0.85, 0.65, 0.5))
 
-    return Scene(draw, mix_strikes(rng, duration, times, velocities, bodies),
-                 times.astype(np.float32), _pace(period, 0.62, 0.46))  # fmt: skip
+    return Scene(
+        draw,
+        mix_strikes(rng, duration, times, velocities, bodies),
+        times.astype(np.float32),
+        _pace(period, 0.62, 0.46),
+    )
 
 
 def _rain(rng: np.random.Generator, duration: float) -> Scene:
@@ -241,7 +311,8 @@ def _rain(rng: np.random.Generator, duration: float) -> Scene:
     count = int(duration * rng.uniform(60, 140))
     places = rng.integers(0, samples - 200, count)
     drop = np.exp(-np.arange(160) / 30.0) * np.sin(
-        2 * np.pi * np.arange(160) * rng.uniform(1500, 3500) / SAMPLE_RATE)  # fmt: skip
+        2 * np.pi * np.arange(160) * rng.uniform(1500, 3500) / SAMPLE_RATE
+    )
     for place, gain in zip(places, rng.exponential(1.0, count), strict=True):
         drops[place : place + 160] += (gain * drop).astype(np.float32)
     audio = intensity**1.5 * (hiss + 0.6 * drops)
@@ -262,8 +333,17 @@ def _pendulum(rng: np.random.Generator, duration: float) -> Scene:
     offset = rng.uniform(0.1, 0.1 + half)
     times = np.arange(offset, duration - 0.08, half)
     base = rng.uniform(1400.0, 2600.0)
-    bodies = [Body(rng, base * k * np.array([1.0, 1.7, 2.6]), [0.05, 0.035, 0.025], [1, 0.7, 0.4],
-                   0.8, 0.0012) for k in (1.0, 0.82)]  # fmt: skip
+    bodies = [
+        Body(
+            rng,
+            base * k * np.array([1.0, 1.7, 2.6]),
+            [0.05, 0.035, 0.025],
+            [1, 0.7, 0.4],
+            0.8,
+            0.0012,
+        )
+        for k in (1.0, 0.82)
+    ]
     velocities = rng.uniform(0.85, 1.0, times.size)
     swing, length = rng.uniform(0.45, 0.75), rng.uniform(0.75, 1.0)
     brass, case = _jitter(rng, (0.85, 0.68, 0.22)), _jitter(rng, (0.32, 0.18, 0.08))
@@ -281,12 +361,21 @@ def _pendulum(rng: np.random.Generator, duration: float) -> Scene:
         canvas.ellipse(*bob, 0.14, 0.14, brass)
         canvas.ellipse(bob[0] - 0.04, bob[1] + 0.04, 0.04, 0.04, (1.0, 0.95, 0.75), 0.8)
 
-    return Scene(draw, mix_strikes(rng, duration, times, velocities, bodies),
-                 times.astype(np.float32), _pace(half, 0.7, 0.45), setting)  # fmt: skip
+    return Scene(
+        draw,
+        mix_strikes(rng, duration, times, velocities, bodies),
+        times.astype(np.float32),
+        _pace(half, 0.7, 0.45),
+        setting,
+    )
 
 
-def _phase(knots: NDArray[np.float64], values: NDArray[np.float64], t: NDArray[np.float64] | float,
-           duration: float) -> NDArray[np.float64]:  # fmt: skip
+def _phase(
+    knots: NDArray[np.float64],
+    values: NDArray[np.float64],
+    t: NDArray[np.float64] | float,
+    duration: float,
+) -> NDArray[np.float64]:
     """Turns made by time t at the speed (turns per second) given by the knots."""
     grid = np.linspace(0.0, duration, int(duration * 200) + 2)
     turns = np.concatenate([[0.0], np.cumsum(np.interp(grid[1:], knots, values) * grid[1])])
@@ -323,12 +412,22 @@ def _engine(rng: np.random.Generator, duration: float) -> Scene:
         for spoke in range(3):
             a = turn + spoke * np.pi / 3
             dx, dy = 0.22 * np.cos(a), 0.22 * np.sin(a)
-            canvas.capsule((wheel[0] - dx, wheel[1] - dy), (wheel[0] + dx, wheel[1] + dy), 0.03,
-                           (0.7, 0.7, 0.68))  # fmt: skip
+            canvas.capsule(
+                (wheel[0] - dx, wheel[1] - dy),
+                (wheel[0] + dx, wheel[1] + dy),
+                0.03,
+                (0.7, 0.7, 0.68),
+            )
         for puff in range(4):
             age = (time * speed / 14.0 + puff / 4) % 1.0
-            canvas.ellipse(x - 0.2 + 0.15 * age, y + 0.5 + 0.7 * age, 0.05 + 0.1 * age,
-                           0.05 + 0.1 * age, (0.75, 0.75, 0.75), 0.5 * (1 - age))  # fmt: skip
+            canvas.ellipse(
+                x - 0.2 + 0.15 * age,
+                y + 0.5 + 0.7 * age,
+                0.05 + 0.1 * age,
+                0.05 + 0.1 * age,
+                (0.75, 0.75, 0.75),
+                0.5 * (1 - age),
+            )
 
     return Scene(draw, audio, np.zeros(0, np.float32))
 
@@ -365,8 +464,14 @@ def _bell(rng: np.random.Generator, duration: float) -> Scene:
     times = _random_times(rng, duration, 0.55, rng.uniform(1.2, 2.2))
     base = rng.uniform(380.0, 900.0)
     ratios = np.array([0.5, 1.0, 1.2, 1.5, 2.0, 2.5, 2.67, 3.0, 4.1]) * rng.uniform(0.995, 1.005, 9)
-    body = Body(rng, base * ratios, rng.uniform(1.2, 2.4) / ratios**0.6,
-                [0.5, 1, 0.6, 0.4, 0.8, 0.35, 0.3, 0.3, 0.2], 0.12, 0.002)  # fmt: skip
+    body = Body(
+        rng,
+        base * ratios,
+        rng.uniform(1.2, 2.4) / ratios**0.6,
+        [0.5, 1, 0.6, 0.4, 0.8, 0.35, 0.3, 0.3, 0.2],
+        0.12,
+        0.002,
+    )
     velocities = rng.uniform(0.6, 1.0, times.size)
     bronze, x = _jitter(rng, (0.72, 0.52, 0.18)), rng.uniform(-0.25, 0.0)
     y = rng.uniform(-0.05, 0.2)
@@ -387,8 +492,12 @@ def _bell(rng: np.random.Generator, duration: float) -> Scene:
         canvas.capsule(head, (head[0] + 0.55, head[1] - 0.25), 0.035, (0.55, 0.38, 0.2))
         canvas.ellipse(*head, 0.1, 0.1, (0.3, 0.3, 0.33))
 
-    return Scene(draw, mix_strikes(rng, duration, times, velocities, [body]),
-                 times.astype(np.float32), setting=setting)  # fmt: skip
+    return Scene(
+        draw,
+        mix_strikes(rng, duration, times, velocities, [body]),
+        times.astype(np.float32),
+        setting=setting,
+    )
 
 
 def _knock(rng: np.random.Generator, duration: float) -> Scene:
@@ -404,8 +513,15 @@ def _knock(rng: np.random.Generator, duration: float) -> Scene:
     times = np.array(times_list)
     base = rng.uniform(130.0, 300.0)
     ratios = np.array([1.0, 1.42, 2.1, 2.9, 4.2]) * rng.uniform(0.97, 1.03, 5)
-    body = Body(rng, base * ratios, rng.uniform(0.07, 0.14) / ratios**0.3,
-                [1, 0.8, 0.6, 0.4, 0.25], 0.5, 0.004, glide=0.1)  # fmt: skip
+    body = Body(
+        rng,
+        base * ratios,
+        rng.uniform(0.07, 0.14) / ratios**0.3,
+        [1, 0.8, 0.6, 0.4, 0.25],
+        0.5,
+        0.004,
+        glide=0.1,
+    )
     velocities = rng.uniform(0.6, 1.0, times.size)
     door, x = _jitter(rng, (0.50, 0.30, 0.16), 0.1), rng.uniform(-0.75, -0.55)
     skin, sleeve = _jitter(rng, (0.85, 0.64, 0.5)), _jitter(rng, (0.3, 0.3, 0.6), 0.25)
@@ -424,8 +540,13 @@ def _knock(rng: np.random.Generator, duration: float) -> Scene:
         canvas.capsule((fist[0] + 0.08, y), (fist[0] + 0.7, y - 0.3), 0.09, sleeve)
         canvas.ellipse(*fist, 0.12, 0.13, skin)
 
-    return Scene(draw, mix_strikes(rng, duration, times, velocities, [body]),
-                 times.astype(np.float32), _pace(gap, 0.29, 0.21), setting)  # fmt: skip
+    return Scene(
+        draw,
+        mix_strikes(rng, duration, times, velocities, [body]),
+        times.astype(np.float32),
+        _pace(gap, 0.29, 0.21),
+        setting,
+    )
 
 
 SOURCES: dict[str, Callable[[np.random.Generator, float], Scene]] = {

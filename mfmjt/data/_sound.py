@@ -25,7 +25,7 @@ class Body:
         gains: Linear gain of each mode.
         contact: Gain of the contact noise against the modes.
         contact_seconds: Time constant of the contact noise.
-        glide: Relative pitch rise at the moment of impact (drums and soft bodies), decaying in 30 ms.
+        glide: Relative pitch rise at the impact (drums, soft bodies), decaying in 30 ms.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class Clip:
         audio: float32 `(samples,)` in [-1, 1], mono at `SAMPLE_RATE`.
         caption: One sentence.
         label: Index into `CLASSES`.
-        events: float32 `(n,)`, times of the audible onsets in seconds; empty for continuous classes.
+        events: float32 `(n,)`, audible onsets in seconds; empty for continuous classes.
         index: Number of the clip within its split.
         split: "train", "validation" or "test".
     """
@@ -97,7 +97,9 @@ def clip(
         InputError: An unknown split or class, a negative index, or a duration under 0.5 s.
     """
     if split not in SPLITS:
-        raise InputError(f"Unknown split {split!r}: there are {', '.join(SPLITS)}. Give one of them.")
+        raise InputError(
+            f"Unknown split {split!r}: there are {', '.join(SPLITS)}. Give one of them."
+        )
     if class_name is not None and class_name not in CLASSES:
         raise InputError(f"Unknown class {class_name!r}. Give one of {', '.join(CLASSES)}.")
     if index < 0 or duration < 0.5:
@@ -107,9 +109,7 @@ def clip(
         )
     label = index % len(CLASSES) if class_name is None else CLASSES.index(class_name)
     entropy = np.random.SeedSequence([seed, SPLITS.index(split), index, label])
-    world, look, words, level = (
-        np.random.Generator(np.random.PCG64(s)) for s in entropy.spawn(4)
-    )
+    world, look, words, level = (np.random.Generator(np.random.PCG64(s)) for s in entropy.spawn(4))
     scene = SOURCES[CLASSES[label]](world, duration)
     audio = scene.audio
     peak = float(np.abs(audio).max())
