@@ -1,0 +1,5 @@
+"""Training: the codec, the encoders, the features and the network, each a resumable stage."""
+
+from __future__ import annotations
+
+__all__ = ["checkpoint", "codec", "config", "ema", "encoders", "features", "loop", "store"]

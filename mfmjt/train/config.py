@@ -1,0 +1,258 @@
+"""Recipes: one JSON file with a section per stage, read into a dataclass, with overrides.
+
+`load_config(NetworkTraining, "nano", "network", ["steps=100", "lr=1e-3"])` reads the section
+`network` of the recipe `nano` that ships with the package, and changes two values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mfmjt.errors import InputError
+
+__all__ = ["FeatureExtraction", "NetworkTraining", "load_config"]
+
+C = TypeVar("C")
+RECIPES = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class FeatureExtraction:
+    """What to compute once for every clip before the network is trained.
+
+    Attributes:
+        out: Folder of the feature store; each split is a folder in it.
+        codec: Weights of the codec, from the stage `codec`.
+        encoders: Weights of the encoders, from the stage `encoders`.
+        clips: Number of training clips.
+        validation: Number of validation clips.
+        seed: Seed of the procedural set.
+        workers: Processes, each with one thread.
+    """
+
+    out: str = "output/nano/features"
+    codec: str = "output/nano/codec/codec.safetensors"
+    encoders: str = "output/nano/encoders/encoders.safetensors"
+    clips: int = 4000
+    validation: int = 128
+    seed: int = 0
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class NetworkTraining:
+    """How a network is trained; the defaults are nano's recipe, less its length.
+
+    Attributes:
+        out: Folder for the log, the training state, previews and, at the end, the network.
+        store: Feature store, from the stage `features`.
+        codec: Weights of the codec, which decodes the previews.
+        encoders: Weights of the encoders, which turn captions into text features.
+        model: Name of the network's configuration.
+        overrides: Fields of that configuration to change.
+        init_from: A network file to start from, such as a flow-matching network.
+        seed: Seed of the initial weights and of every draw.
+        device: `cpu`, `cuda` or `cuda:N`.
+        dtype: `float32`, or `bfloat16` for autocast with fp32 weights.
+        threads: Threads on the CPU; 0 leaves torch's choice.
+        compile: Compile the objective with `torch.compile`.
+        steps: Optimiser steps.
+        max_minutes: End the run, learning rate decayed, after so much time, earlier runs of the
+            same folder counted in; 0 for no limit. The schedule then follows the larger of
+            steps done and time spent, so that such a run does not resume bit for bit.
+        batch: Clips a step, each a window of `window` latents.
+        window: Latents in a window, a multiple of 10.
+        full_every: Every so many steps the clips are whole instead; 0 for never.
+        full_batch: Clips a step when they are whole.
+        lr: Peak learning rate of AdamW.
+        betas: Its two decays.
+        weight_decay: Its decoupled weight decay.
+        warmup: Steps over which the learning rate rises from 0.
+        schedule: How it then falls to 0: `cosine`, `linear`, or `constant` where it does not.
+        clip: Largest norm of the gradient; 0 for no limit.
+        ema: Decays of the averages of the weights; the first is validated and exported.
+        drop_video: Share of rows whose video and sync features are replaced by the null tokens.
+        drop_text: Share of rows whose text is.
+        drop_all: Share of rows that lose both, beside those.
+        ratio: Share of rows with r != t.
+        flow_steps: First steps with ratio 0: plain flow matching.
+        time_mean: Mean of the logit-normal distribution of times.
+        time_std: Its standard deviation.
+        p: Exponent of the adaptive weight; 0 for the plain mean square.
+        c: Its offset.
+        log_every: Steps between records in the log.
+        checkpoint_every: Steps between saved training states.
+        validate_every: Steps between validations.
+        preview_every: Steps between previews: audio and spectrograms of validation clips.
+        preview_clips: Clips in a preview.
+        tensorboard: Write TensorBoard files where it is installed.
+    """
+
+    out: str = "output/nano/network"
+    store: str = "output/nano/features"
+    codec: str = "output/nano/codec/codec.safetensors"
+    encoders: str = "output/nano/encoders/encoders.safetensors"
+    model: str = "nano"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
+    compile: bool = False
+    steps: int = 10000
+    max_minutes: float = 0.0
+    batch: int = 64
+    window: int = 80
+    full_every: int = 6
+    full_batch: int = 20
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-6
+    warmup: int = 200
+    schedule: str = "cosine"
+    clip: float = 1.0
+    ema: tuple[float, ...] = (0.999,)
+    drop_video: float = 0.1
+    drop_text: float = 0.1
+    drop_all: float = 0.1
+    ratio: float = 0.1
+    flow_steps: int = 0
+    time_mean: float = -2.0
+    time_std: float = 2.0
+    p: float = 1.0
+    c: float = 1e-2
+    log_every: int = 20
+    checkpoint_every: int = 500
+    validate_every: int = 500
+    preview_every: int = 2000
+    preview_clips: int = 4
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that could not train, before anything is loaded."""
+        for name in ("steps", "batch", "full_batch", "window", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: it must be at least 1.")
+        if self.window % 10:
+            raise InputError(
+                f"window={self.window}: windows begin and end where latents and sync frames meet, "
+                "every 10 latents. Give a multiple of 10."
+            )
+        for name in ("drop_video", "drop_text", "drop_all", "ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
+        _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if not self.ema:
+            raise InputError("ema=[]: give at least one decay, such as ema=[0.999].")
+
+
+def load_config(kind: type[C], recipe: str, section: str, overrides: Sequence[str] = ()) -> C:
+    """Read `section` of a recipe into the dataclass `kind`.
+
+    Args:
+        kind: A dataclass whose fields have defaults.
+        recipe: A JSON file, or the name of a recipe that ships with the package.
+        section: The stage's name; a recipe without it gives the defaults.
+        overrides: `key=value` each; the value is JSON, or text where it is no JSON. A key
+            `a.b` sets the entry `b` of the field `a`.
+
+    Raises:
+        InputError: No such recipe, no such key, or a value of another type.
+    """
+    values = _read(recipe).get(section, {})
+    if not isinstance(values, dict):
+        raise InputError(f"{recipe}: section {section!r} must be an object of settings.")
+    values = dict(values)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign:
+            raise InputError(f"Override {override!r} has no value. Write it as {key}=VALUE.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        name, _, entry = key.strip().partition(".")
+        if entry:
+            value = {**(values.get(name) or {}), entry: value}
+        values[name] = value
+    return _build(kind, values, section)
+
+
+def _build(kind: type[C], values: dict[str, Any], section: str) -> C:
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=3, cutoff=0.5)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(hints)}."
+            raise InputError(f"{section} has no setting {name!r}. {hint}")
+    return kind(**{name: _convert(value, hints[name], name) for name, value in values.items()})
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if not path.suffix and not path.is_file():
+        path = RECIPES / f"{recipe}.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.json")))
+        raise InputError(
+            f"Cannot read the recipe {recipe}: {error.strerror}. "
+            f"Give a JSON file, or one that ships: {shipped}."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"Cannot read the recipe {recipe}: {error}. Correct the JSON.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{recipe} is no recipe: it must be a JSON object with a section a stage.")
+    return content
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Return `value` as the type `hint`, widening int to float and list to tuple only."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        hint = next(a for a in arguments if a is not type(None))
+        return _convert(value, hint, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast("type[Any]", hint), value, name)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(_convert(v, k, name) for v, k in zip(value, kinds, strict=True))
+    elif hint is str and not isinstance(value, str | dict | list):
+        return str(value)
+    elif type(value) is (origin or hint):
+        return value
+    wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise InputError(f"{name}={value!r}: expected {wanted}, such as {_example(hint)}.")
+
+
+def _example(hint: Any) -> str:
+    examples = {bool: "true", int: "100", float: "1e-3", str: "text"}
+    return examples.get(hint, "[0.9, 0.95]" if typing.get_origin(hint) is tuple else '{"a": 1}')
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value}: choose one of {', '.join(allowed)}.")
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Return a recipe dataclass as plain JSON values."""
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
