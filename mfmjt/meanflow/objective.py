@@ -1,0 +1,211 @@
+"""The MeanFlow loss of any callable, at nearly the cost of flow matching.
+
+With x data, e noise and t from data to noise: z = (1 − t)x + t·e, v = e − x, and the average
+velocity u over [r, t] obeys u = v − (t − r)·du/dt (arXiv 2505.13447). du/dt along the path is a
+derivative with tangents (v, 0, 1) for (z, r, t). It does not matter where r = t, so only the
+samples with r < t are evaluated with tangents; there are few (10 % in arXiv 2509.06389).
+
+Networks that call `F.scaled_dot_product_attention` need its math backend for samples with tangents
+(`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`): PyTorch's fused kernels have no forward mode
+and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from mfmjt.errors import InputError
+from mfmjt.meanflow._tree import Cond, rows
+from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs
+
+__all__ = ["LossStats", "condition_dropout", "loss"]
+
+Network = Callable[..., Tensor]
+_PAPER_TIMES = logit_normal(-2.0, 2.0)
+
+
+class LossStats(NamedTuple):
+    """Unweighted squared errors per element, detached; NaN for a kind without samples.
+
+    Attributes:
+        flow: Mean over the samples with r = t, the flow-matching error.
+        interval: Mean over the samples with r < t.
+    """
+
+    flow: Tensor
+    interval: Tensor
+
+
+@overload
+def loss(
+    f: Network,
+    x: Tensor,
+    cond: Cond | None = ...,
+    ratio: float = ...,
+    noise: Tensor | None = ...,
+    r: Tensor | None = ...,
+    t: Tensor | None = ...,
+    time_sampler: TimeSampler = ...,
+    p: float = ...,
+    c: float = ...,
+    generator: torch.Generator | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def loss(
+    f: Network,
+    x: Tensor,
+    cond: Cond | None = ...,
+    ratio: float = ...,
+    noise: Tensor | None = ...,
+    r: Tensor | None = ...,
+    t: Tensor | None = ...,
+    time_sampler: TimeSampler = ...,
+    p: float = ...,
+    c: float = ...,
+    generator: torch.Generator | None = ...,
+    *,
+    return_stats: Literal[True],
+) -> tuple[Tensor, LossStats]: ...
+def loss(
+    f: Network,
+    x: Tensor,
+    cond: Cond | None = None,
+    ratio: float = 0.1,
+    noise: Tensor | None = None,
+    r: Tensor | None = None,
+    t: Tensor | None = None,
+    time_sampler: TimeSampler = _PAPER_TIMES,
+    p: float = 0.0,
+    c: float = 1e-3,
+    generator: torch.Generator | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """MeanFlow loss: mean over samples of w·d, d = mean over elements of (u − target)².
+
+    target = v − (t − r)·du/dt and w = (d + c)^(−p) are constants for the gradient. d is a mean, not
+    a sum: p = 0 is then the plain mean squared error whatever the latent's size, and c is an error
+    per element.
+
+    Args:
+        f: f(z, r, t, **cond) -> u, shaped like z. Called with subsets of the batch: once for the
+            samples with r < t, under `torch.func.jvp`, and once for the others.
+        x: Clean data (B, ...), noise-free and normalised.
+        cond: Keyword arguments for f, all with the batch first: tensors or tuples of them.
+        ratio: Share of samples with r < t; their number is round(ratio·B), so that shapes are
+            static. 0 is flow matching. Ignored where r is given.
+        noise: Standard normal, like x; drawn by default.
+        r: End of the intervals (B,), with t; by default drawn. Samples with r < t are found from
+            the values, which waits for the device; under `torch.compile` all get tangents.
+        t: Begin of the intervals (B,). Alone, it fixes t, and r ≤ t is drawn.
+        time_sampler: Distribution of both times; see `logit_normal`.
+        p: Exponent of the adaptive weight; 0 weighs all samples alike, 1 is close to a log loss.
+        c: Keeps the weight finite.
+        generator: Source of all draws.
+        return_stats: Also return `LossStats`.
+
+    Returns:
+        A scalar, float32 or wider; with the statistics if asked.
+
+    Raises:
+        InputError: A shape does not fit, or ratio is no share.
+    """
+    if not 0 <= ratio <= 1:
+        raise InputError(f"ratio is {ratio}: it is a share of the batch. Give 0 to 1.")
+    batch, device = x.shape[0], x.device
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if noise is None:
+        noise = torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator)
+    _check("noise", noise, x.shape)
+    for name, value in (("r", r), ("t", t)):
+        if value is not None:
+            _check(name, value, x.shape[:1])
+
+    with_tangent: slice | Tensor
+    without: slice | Tensor
+    intervals = round(ratio * batch)
+    if r is None:
+        drawn_r, drawn_t = time_pairs(batch, intervals, time_sampler, device, generator)
+        r = (
+            drawn_r
+            if t is None
+            else torch.cat((torch.minimum(drawn_r, t)[:intervals], t[intervals:]))
+        )
+        t = drawn_t if t is None else t
+        with_tangent, without = slice(0, intervals), slice(intervals, None)
+    elif t is None:
+        raise InputError("r is given without t: an interval needs its begin. Give both.")
+    elif torch.compiler.is_compiling():
+        intervals, with_tangent, without = batch, slice(0, batch), slice(batch, None)
+    else:
+        differ = r != t
+        with_tangent, without = differ.nonzero()[:, 0], (~differ).nonzero()[:, 0]
+        intervals = with_tangent.shape[0]
+
+    at = t.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
+    z, v = (1 - at) * x + at * noise, noise - x
+    cond = {} if cond is None else cond
+
+    interval_errors, flow_errors = x.new_zeros(0), x.new_zeros(0)
+    if intervals:
+        i = with_tangent
+        u, du_dt = _value_and_rate(f, z[i], r[i], t[i], v[i], rows(cond, i))
+        span = (t[i] - r[i]).to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
+        interval_errors = _errors(u, v[i] - span * du_dt.to(x.dtype))
+    if intervals < batch:
+        i = without
+        flow_errors = _errors(f(z[i], t[i], t[i], **rows(cond, i)), v[i])
+
+    errors = torch.cat((interval_errors, flow_errors))
+    weighted = errors if p == 0 else errors * (errors.detach() + c).pow(-p)
+    if not return_stats:
+        return weighted.mean()
+    stats = LossStats(flow_errors.detach().mean(), interval_errors.detach().mean())
+    return weighted.mean(), stats
+
+
+def condition_dropout(
+    batch: int,
+    p: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which samples keep their condition: (batch,) bool, False with probability p.
+
+    Draw one for every condition that is dropped independently, and give them to the network as its
+    masks.
+    """
+    if not 0 <= p <= 1:
+        raise InputError(f"p is {p}: it is a probability. Give 0 to 1.")
+    return torch.rand(batch, generator=generator, device=device) >= p
+
+
+def _value_and_rate(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """U with its graph, and du/dt along the path without one."""
+    # r has no tangent, so it is no input of the derivative.
+    u, du_dt, *_ = torch.func.jvp(lambda z, t: f(z, r, t, **cond), (z, t), (v, torch.ones_like(t)))
+    return u, du_dt.detach()
+
+
+def _errors(u: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every sample, (B,)."""
+    if u.shape != target.shape:
+        raise InputError(
+            f"The network returned {tuple(u.shape)} for a latent {tuple(target.shape)}: the "
+            "velocity has the latent's shape. Check the network's output layer."
+        )
+    return (u.to(target.dtype) - target).square().flatten(1).mean(1)
+
+
+def _check(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise InputError(
+            f"{name} has shape {tuple(value.shape)}: the batch needs {tuple(shape)}. "
+            "Give one for each sample."
+        )

@@ -1,0 +1,124 @@
+"""From noise to data in one step or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfmjt.errors import InputError
+from mfmjt.meanflow._tree import Cond, stack
+from mfmjt.meanflow.guidance import GuidanceMode, check_mode, guide
+
+__all__ = ["OneStep", "sample"]
+
+
+@torch.no_grad()
+def sample(
+    f: Callable[..., Tensor],
+    noise: Tensor,
+    steps: int = 1,
+    cond: Cond | None = None,
+    null: Cond | None = None,
+    guidance: float = 1.0,
+    mode: GuidanceMode = "cfg_scaled",
+    instantaneous: bool = False,
+) -> Tensor:
+    """Follow z_r = z_t − (t − r)·u(z_t, r, t) from t = 1 to 0 in equal steps.
+
+    Args:
+        f: f(z, r, t, **cond) -> u, shaped like z; r and t are (B,).
+        noise: z at t = 1, (B, ...), standard normal.
+        steps: Number of intervals.
+        cond: Keyword arguments for f.
+        null: The same without condition, for guidance. Where names and shapes agree with `cond`,
+            both passes are one batch of 2B.
+        guidance: Scale w; 1 needs no second pass.
+        mode: See `guide`.
+        instantaneous: f is a flow-matching network: evaluate it at r = t (Euler's method).
+
+    Returns:
+        Data, in the shape and dtype of noise.
+
+    Raises:
+        InputError: No steps, unknown mode, or guidance without `null`.
+    """
+    check_mode(mode)
+    if steps < 1:
+        raise InputError(f"steps is {steps}: sampling takes at least one. Give 1 or more.")
+    cond = {} if cond is None else cond
+    guided = mode != "none" and guidance != 1.0
+    both: dict[str, Any] | None = None
+    if guided:
+        if null is None:
+            raise InputError(
+                f"guidance is {guidance} and null is missing: guidance compares with the network "
+                "without condition. Give null=, or guidance=1."
+            )
+        both = stack(cond, null)
+
+    def velocity(z: Tensor, r: float, t: float) -> Tensor:
+        def at(count: int) -> tuple[Tensor, Tensor]:
+            times = torch.tensor([t if instantaneous else r, t], device=z.device)
+            return times[0].expand(count), times[1].expand(count)
+
+        batch = z.shape[0]
+        if not guided or null is None:
+            return f(z, *at(batch), **cond)
+        if both is not None:
+            u_c, u_0 = f(torch.cat((z, z)), *at(2 * batch), **both).chunk(2)
+        else:
+            u_c, u_0 = f(z, *at(batch), **cond), f(z, *at(batch), **null)
+        return guide(u_c, u_0, guidance, mode)
+
+    # The state is kept in float32 or wider: rounding it at every step would add up.
+    z = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    for i in range(steps, 0, -1):
+        t, r = i / steps, (i - 1) / steps
+        z = z - velocity(z, r, t).to(z.dtype) / steps
+    return z.to(noise.dtype)
+
+
+class OneStep:
+    """One guided step of a multimodal network, both passes in one batch.
+
+    Args:
+        net: net(z, r, t, video=, sync=, text=, video_mask=, text_mask=) -> u, such as
+            `mfmjt.MFMJT`.
+        guidance: Scale w; 1 needs no second pass.
+        mode: See `guide`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        guidance: float = 1.5,
+        mode: GuidanceMode = "cfg_scaled",
+    ) -> None:
+        check_mode(mode)
+        self.net = net
+        self.guidance = guidance
+        self.mode: GuidanceMode = mode
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        z: Tensor,
+        video: Tensor | None = None,
+        sync: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """Noise (B, N, C) to data, with the conditions of the network."""
+        features = {"video": video, "sync": sync, "text": text}
+        given = {name: value for name, value in features.items() if value is not None}
+        keep = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
+        return sample(
+            self.net,
+            z,
+            cond={**given, "video_mask": keep, "text_mask": keep},
+            null={**given, "video_mask": ~keep, "text_mask": ~keep},
+            guidance=self.guidance,
+            mode=self.mode,
+        )

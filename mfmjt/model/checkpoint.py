@@ -1,0 +1,218 @@
+"""Networks on disk: our safetensors files, and the published MMAudio state dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mfmjt.errors import InputError
+from mfmjt.files import atomic_path
+from mfmjt.model.conditioning import r_embedding
+from mfmjt.model.config import CONFIGS, ModelConfig
+from mfmjt.model.transformer import MFMJT
+
+__all__ = ["load", "load_mmaudio", "save", "to_mmaudio_state_dict"]
+
+_NOT_PERSISTENT = {"t_embed.freqs", "latent_rot", "clip_rot"}
+"""Tables that older checkpoints carry and every network computes itself."""
+_OURS = "r_embed."
+
+
+def save(net: MFMJT, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write parameters and configuration to one safetensors file.
+
+    Args:
+        net: The network.
+        path: File to write; it appears whole or not at all.
+        dtype: Storage dtype, by default that of each parameter. `load` gives float32 again.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    state = {name: value.detach().to(dtype=dtype).contiguous() for name, value in _state(net)}
+    metadata = {"config": json.dumps(dataclasses.asdict(net.config))}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+def load(path: str | os.PathLike[str]) -> MFMJT:
+    """Read a network written by `save`, with float32 parameters on the CPU.
+
+    Raises:
+        InputError: The file is missing, damaged or of something else.
+    """
+    try:
+        with safe_open(_existing(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        config = ModelConfig(**json.loads(metadata["config"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no mfmjt network: {_why(error)}. Give a file written by MFMJT.save, or "
+            "import a published one with load_mmaudio."
+        ) from error
+    return _build(config, load_file(path), os.fspath(path))
+
+
+def load_mmaudio(source: str | os.PathLike[str] | Mapping[str, Tensor], **overrides: Any) -> MFMJT:
+    """Import a published MMAudio network; u(z, t, t) is then minus its velocity at time 1 − t.
+
+    The configuration is inferred from names and shapes. The embedding of t − r starts at zero, so
+    u does not depend on r until it is trained.
+
+    Args:
+        source: A `.pth` or `.safetensors` file, or the state dict itself. Nothing is unpickled.
+        **overrides: Fields of `ModelConfig` that shapes do not tell, such as `latent_length`.
+
+    Returns:
+        The network, with float32 parameters on the CPU.
+
+    Raises:
+        InputError: Unreadable file, or a parameter is missing, unexpected or of another shape.
+    """
+    if isinstance(source, Mapping):
+        state, name = dict(source), "The state dict"
+    else:
+        state, name = _read(source), os.fspath(source)
+    state = {key: value for key, value in state.items() if key not in _NOT_PERSISTENT}
+    config = _infer_config(state, name)
+    if overrides:
+        config = dataclasses.replace(config, **overrides)
+    for key, value in state.items():
+        if ".attn.qkv." in key and value.shape[0] == 3 * config.hidden_dim:
+            # (heads, head_dim, 3, ...) to (3, heads, head_dim, ...)
+            parts = value.unflatten(0, (config.num_heads, config.head_dim, 3))
+            state[key] = parts.movedim(2, 0).flatten(0, 2)
+    fresh = r_embedding(config.hidden_dim).state_dict()
+    return _build(config, state | {f"{_OURS}{key}": value for key, value in fresh.items()}, name)
+
+
+def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
+    """The published layout of `net`'s parameters: the inverse of `load_mmaudio`, bit for bit.
+
+    The published network has no second time, so the embedding of t − r is left out: the result
+    equals `net` only where that embedding is zero.
+    """
+    config = net.config
+    state = {}
+    for key, value in _state(net):
+        if key.startswith(_OURS):
+            continue
+        if ".attn.qkv." in key:
+            parts = value.unflatten(0, (3, config.num_heads, config.head_dim))
+            value = parts.movedim(0, 2).flatten(0, 2)
+        state[key] = value.detach().clone()
+    return state
+
+
+def _state(net: MFMJT) -> list[tuple[str, Tensor]]:
+    return list(net.state_dict().items())
+
+
+def _build(config: ModelConfig, state: Mapping[str, Tensor], name: str) -> MFMJT:
+    """A network of `config` that holds `state`.
+
+    Built without memory first, so that a wrong file costs nothing and a right one is held once.
+    """
+    with torch.device("meta"):
+        net = MFMJT(config)
+    expected = {key: tuple(value.shape) for key, value in _state(net)}
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, not {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        raise InputError(
+            f"{name} does not hold the parameters of {config.name}: {'; '.join(problems)}. "
+            "Give the state dict of the whole network."
+        )
+    net.load_state_dict(
+        {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}, assign=True
+    )
+    return net
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"No file {path}: there is nothing to load. Check the path.")
+    return path
+
+
+def _why(error: Exception) -> str:
+    return f"no {error} in its metadata" if isinstance(error, KeyError) else str(error)
+
+
+def _read(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    path = _existing(source)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{path} cannot be read as weights: {error}. Give a .pth or .safetensors state dict."
+        ) from error
+    # Training checkpoints keep the state dict beside the optimizer's.
+    if isinstance(state, dict) and isinstance(state.get("weights"), dict):
+        state = state["weights"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(
+            f"{path} holds no state dict: its values are not all tensors. "
+            "Give the weights of the network alone."
+        )
+    return state
+
+
+def _infer_config(state: Mapping[str, Tensor], name: str) -> ModelConfig:
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            raise InputError(
+                f"{name} is no MMAudio network: missing {key}. Give the state dict of the whole "
+                "network."
+            )
+        return state[key].shape
+
+    def count(stack: str) -> int:
+        found = (re.match(rf"{stack}\.(\d+)\.", key) for key in state)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    hidden = shape("audio_input_proj.0.weight")[0]
+    head_dim = shape("fused_blocks.0.attn.q_norm.weight")[0]
+    fused_depth = count("fused_blocks")
+    latent_dim = shape("latent_mean")[-1]
+    sizes: dict[str, Any] = {
+        "latent_dim": latent_dim,
+        "hidden_dim": hidden,
+        "num_heads": max(1, hidden // head_dim),
+        "depth": count("joint_blocks") + fused_depth,
+        "fused_depth": fused_depth,
+        "text_length": shape("empty_string_feat")[0],
+        "video_dim": shape("empty_clip_feat")[-1],
+        "sync_dim": shape("empty_sync_feat")[-1],
+        "text_dim": shape("empty_string_feat")[-1],
+        "v2": "clip_input_proj.2.w1.weight" in state,
+    }
+    for config in CONFIGS.values():
+        if all(getattr(config, field) == value for field, value in sizes.items()):
+            return config
+    # Not a published size: lengths and rates of the autoencoder with as many channels.
+    base = CONFIGS["small_44k" if latent_dim == CONFIGS["small_44k"].latent_dim else "small_16k"]
+    config = dataclasses.replace(base, name="custom", **sizes)
+    width = shape("fused_blocks.0.ffn.w1.weight")[0]
+    if config.mlp_hidden != width:
+        config = dataclasses.replace(config, mlp_ratio=1.5 * width / hidden)
+    return config

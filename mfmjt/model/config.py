@@ -1,0 +1,182 @@
+"""The sizes of the published networks and of the small one that ships."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from mfmjt.errors import InputError
+
+__all__ = ["CONFIGS", "MAX_TOKENS", "SYNC_RATE", "VIDEO_RATE", "ModelConfig", "config_for"]
+
+VIDEO_RATE = 8.0
+"""Video tokens per second."""
+SYNC_RATE = 25.0
+"""Frames per second seen by the synchronisation features."""
+SYNC_SEGMENT = 8
+"""Synchronisation features come in segments of eight, which share a learned position table."""
+MAX_TOKENS = 20_000
+"""Longest accepted sequence: beyond it a length is a mistake (samples or pixels for tokens)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the network's parameters and its default lengths.
+
+    Attributes:
+        name: Name of the configuration.
+        latent_dim: Channels C of the audio latent.
+        hidden_dim: Width D of the token streams.
+        num_heads: Attention heads; D / heads channels each.
+        depth: All blocks, joint and audio-only.
+        fused_depth: Audio-only blocks; the joint ones come first.
+        latent_length: Latent tokens of the reference duration (8 s).
+        video_length: Video tokens of the reference duration.
+        sync_length: Synchronisation features of the reference duration, a multiple of 8.
+        text_length: Text tokens.
+        video_dim: Width of the video features.
+        sync_dim: Width of the synchronisation features.
+        text_dim: Width of the text features.
+        mlp_ratio: Feed-forward width over D, before the 2/3 of a gated unit and rounding.
+        v2: The second MMAudio layout: SiLU in the input projections, other time frequencies.
+        latent_rate: Latent tokens per second, Hz.
+        sample_rate: Audio samples per second, Hz.
+    """
+
+    name: str
+    latent_dim: int
+    hidden_dim: int
+    num_heads: int
+    depth: int
+    fused_depth: int
+    latent_length: int
+    video_length: int
+    sync_length: int
+    text_length: int
+    video_dim: int = 1024
+    sync_dim: int = 768
+    text_dim: int = 1024
+    mlp_ratio: float = 4.0
+    v2: bool = False
+    latent_rate: float = 31.25
+    sample_rate: int = 16_000
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+                raise InputError(f"{field.name} is {value}: it must be positive. Give another.")
+        if self.hidden_dim % (2 * self.num_heads):
+            raise InputError(
+                f"hidden_dim {self.hidden_dim} with num_heads {self.num_heads}: heads must divide "
+                "it into even widths. Choose num_heads = hidden_dim / 64."
+            )
+        if self.fused_depth >= self.depth:
+            raise InputError(
+                f"fused_depth {self.fused_depth} of depth {self.depth}: at least one block must "
+                "be joint. Lower fused_depth."
+            )
+        if self.sync_length % SYNC_SEGMENT:
+            raise InputError(
+                f"sync_length is {self.sync_length}: it must be a multiple of {SYNC_SEGMENT}. "
+                "Give the number of segments times 8."
+            )
+
+    @property
+    def joint_depth(self) -> int:
+        """Blocks in which latent, video and text attend to each other."""
+        return self.depth - self.fused_depth
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the gated feed-forward: 2/3 of mlp_ratio·D, rounded up to 256."""
+        return 256 * math.ceil(int(2 * int(self.hidden_dim * self.mlp_ratio) / 3) / 256)
+
+    def lengths(self, latent_length: int) -> tuple[int, int]:
+        """Video and synchronisation lengths that go with `latent_length` tokens.
+
+        The reference duration gives the reference lengths exactly; others follow the frame rates.
+
+        Returns:
+            (video tokens, synchronisation features), both at least one token or segment.
+        """
+
+        def video(n: int) -> int:
+            return int(VIDEO_RATE * n / self.latent_rate)
+
+        def segments(n: int) -> int:
+            return int(SYNC_RATE * n / self.latent_rate) // SYNC_SEGMENT
+
+        extra_video = self.video_length - video(self.latent_length)
+        extra_segments = self.sync_length // SYNC_SEGMENT - segments(self.latent_length)
+        return (
+            max(1, video(latent_length) + extra_video),
+            SYNC_SEGMENT * max(1, segments(latent_length) + extra_segments),
+        )
+
+
+_RATE_44K = 44_100 / 1024
+_REFERENCE_16K: dict[str, Any] = {
+    "latent_length": 250,
+    "video_length": 64,
+    "sync_length": 192,
+    "text_length": 77,
+}
+_REFERENCE_44K = {
+    **_REFERENCE_16K,
+    "latent_length": 345,
+    "latent_rate": _RATE_44K,
+    "sample_rate": 44_100,
+}
+
+CONFIGS: dict[str, ModelConfig] = {
+    config.name: config
+    for config in (
+        ModelConfig(
+            "nano",
+            latent_dim=20,
+            hidden_dim=128,
+            num_heads=2,
+            depth=6,
+            fused_depth=4,
+            latent_length=250,
+            video_length=64,
+            sync_length=200,
+            text_length=32,
+            video_dim=128,
+            sync_dim=128,
+            text_dim=128,
+            mlp_ratio=2.0,
+        ),
+        ModelConfig("small_16k", 20, 448, 7, 12, 8, **_REFERENCE_16K),
+        ModelConfig("small_44k", 40, 448, 7, 12, 8, **_REFERENCE_44K),
+        ModelConfig("medium_44k", 40, 896, 14, 12, 8, **_REFERENCE_44K),
+        ModelConfig("large_44k", 40, 896, 14, 21, 14, **_REFERENCE_44K),
+        ModelConfig("large_44k_v2", 40, 896, 14, 21, 14, v2=True, **_REFERENCE_44K),
+    )
+}
+
+
+def config_for(name: str, **overrides: Any) -> ModelConfig:
+    """The configuration `name` with some fields replaced.
+
+    Raises:
+        InputError: No such configuration or field.
+    """
+    if name not in CONFIGS:
+        raise InputError(
+            f"No configuration {name!r}: the known ones are {', '.join(CONFIGS)}. Choose one."
+        )
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown:
+        raise InputError(
+            f"No configuration field {', '.join(sorted(unknown))}: see mfmjt.model.ModelConfig. "
+            "Correct the name."
+        )
+    return dataclasses.replace(CONFIGS[name], **overrides)
