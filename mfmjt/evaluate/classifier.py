@@ -1,0 +1,184 @@
+"""The judge of what a sound is: a small convolutional network on log-mel spectra.
+
+It is trained on real procedural audio alone (`mfmjt.train.classifier`): its opinion of generated
+audio says how far that would pass for the real thing; its embedding carries the Fréchet distance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from mfmjt.errors import InputError
+from mfmjt.evaluate._mel import mel_power
+from mfmjt.files import atomic_path
+
+__all__ = ["Classifier", "ClassifierConfig", "load_classifier"]
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of the classifier.
+
+    Attributes:
+        classes: Class names, in the order of the logits.
+        sample_rate: Of the audio it listens to, in Hz.
+        window: Samples per spectrum.
+        hop: Samples between spectra.
+        bands: Mel bands.
+        widths: Channels after each of the halving convolutions.
+        embedding: Size of the embedding.
+    """
+
+    classes: tuple[str, ...]
+    sample_rate: int = 16000
+    window: int = 512
+    hop: int = 256
+    bands: int = 64
+    widths: tuple[int, ...] = (24, 48, 80, 112)
+    embedding: int = 64
+
+
+class Classifier(nn.Module):
+    """Log-mel spectrum -> halving convolutions -> pooled over time -> embedding -> class logits.
+
+    The level of a clip is normalised away; what distinguishes the classes is timbre and rhythm.
+    Mean and maximum over time are both pooled: one hears what lasts, the other what strikes.
+
+    Args:
+        config: Shape of the network.
+    """
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = (1, *config.widths)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            )
+            for before, after in itertools.pairwise(channels)
+        )
+        rows = -(-config.bands // 2 ** len(config.widths))
+        self.embed = nn.Linear(2 * config.widths[-1] * rows, config.embedding)
+        self.head = nn.Linear(config.embedding, len(config.classes))
+
+    def features(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Level-free log-mel spectrum (B, S // hop + 1, bands) of (B, S), in nepers / 4."""
+        config = self.config
+        wave = waveform.float()
+        # -80 dB: silence stays silence instead of being amplified into something.
+        wave = wave / wave.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
+        power = mel_power(wave, config.sample_rate, config.window, config.hop, config.bands)
+        # The spectrum of unit-variance white noise has this power; the floor lies 60 dB under it.
+        white = 0.375 * config.window
+        return torch.log(power / white + 1e-6) / 4 + 1
+
+    def embedding(self, waveform: torch.Tensor) -> torch.Tensor:
+        """What the classes are read from.
+
+        Args:
+            waveform: Mono samples (B, S) at the config's sample rate, any level and length.
+
+        Returns:
+            Embedding (B, config.embedding), float32.
+
+        Raises:
+            InputError: Not (B, S) with S >= 1.
+        """
+        if waveform.ndim != 2 or waveform.shape[1] == 0:
+            raise InputError(
+                f"The classifier listens to (batch, samples): got {tuple(waveform.shape)}. "
+                "Give mono audio with at least one sample."
+            )
+        x = self.features(waveform)[:, None]
+        for stage in self.stages:
+            x = stage(x)
+        pooled = torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)  # (B, 2 channels, rows)
+        return self.embed(pooled.flatten(1))
+
+    def logits(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Class logits (B, classes) from embeddings (B, config.embedding)."""
+        return self.head(functional.relu(embedding))
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Class logits (B, classes) of mono samples (B, S)."""
+        return self.logits(self.embedding(waveform))
+
+    @torch.no_grad()
+    def judge(self, waveform: torch.Tensor, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted class (n,) and embedding (n, config.embedding) of n clips, on the CPU.
+
+        Args:
+            waveform: Mono samples (n, S), any level and length.
+            batch: Clips at once.
+        """
+        device = self.head.weight.device
+        parts = [self.embedding(rows.to(device)) for rows in waveform.split(batch)]
+        embedding = torch.cat(parts)
+        return self.logits(embedding).argmax(dim=1).cpu(), embedding.cpu()
+
+    def save(self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+        """Write weights in fp16 and the config to one safetensors file.
+
+        Args:
+            path: File to write.
+            metadata: Further strings to keep in the file's header.
+        """
+        tensors = {
+            name: value.detach()
+            .cpu()
+            .to(torch.float16 if value.is_floating_point() else value.dtype)
+            for name, value in self.state_dict().items()
+        }
+        header = {**(metadata or {}), "config": json.dumps(asdict(self.config))}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Classifier:
+        """Read what `save` wrote, as an fp32 network in evaluation mode.
+
+        Raises:
+            InputError: No such file, or not a classifier.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            values: dict[str, Any] = json.loads(header["config"])
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            network = cls(ClassifierConfig(**values))
+            network.load_state_dict(tensors)
+        except OSError as error:
+            raise InputError(
+                f"Cannot read the classifier {path}: {error}. Give a classifier.safetensors."
+            ) from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path} is not a classifier: {str(error).splitlines()[0]}. "
+                "Train one with mfmjt.train.classifier, or use the one in the package."
+            ) from error
+        return network.eval()
+
+
+def load_classifier(folder: str | os.PathLike[str] | None = None) -> Classifier:
+    """The classifier of a model folder; by default the one that ships with `nano`.
+
+    Raises:
+        InputError: The folder holds none.
+    """
+    folder = Path(folder) if folder else Path(__file__).parents[1] / "pretrained" / "nano"
+    return Classifier.load(folder / "classifier.safetensors")

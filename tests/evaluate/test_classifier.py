@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfmjt.data import foley
+from mfmjt.errors import InputError
+from mfmjt.evaluate.classifier import Classifier, ClassifierConfig, load_classifier
+from mfmjt.train.classifier import ClassifierTraining, augment, train_classifier
+
+TINY = ClassifierTraining(
+    clips=24, validation_clips=12, steps=12, batch=12, duration=1.0, shortest=0.5, log_every=4
+)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Classifier:
+    return load_classifier()
+
+
+def test_a_few_steps_lower_the_loss_and_leave_weights_and_a_log(tmp_path: Path) -> None:
+    out, log = tmp_path / "classifier.safetensors", tmp_path / "classifier.jsonl"
+    network, entries = train_classifier(TINY, out, log)
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert [json.loads(line) for line in log.read_text().splitlines()] == entries
+    assert set(entries[-1]["validation"]) == {"all", *foley.CLASSES}
+    wave = torch.from_numpy(foley.clip(0, "validation", duration=1.0, render=False).audio)[None]
+    # What was judged is what was stored, to the bit: fp16 holds the weights exactly.
+    torch.testing.assert_close(Classifier.load(out)(wave), network(wave), rtol=0, atol=0)
+
+
+def test_training_repeats_and_leaves_the_global_seed_alone() -> None:
+    recipe = ClassifierTraining(**{**vars(TINY), "steps": 3, "log_every": 1})
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    _, first = train_classifier(recipe)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    _, second = train_classifier(recipe)
+    assert [e.get("loss") for e in first] == [e.get("loss") for e in second]
+
+
+def test_the_shipped_one_knows_clips_that_nobody_trained_on(shipped: Classifier) -> None:
+    clips = [foley.clip(1000 + i, "validation", render=False) for i in range(24)]
+    predicted, embedding = shipped.judge(torch.stack([torch.from_numpy(c.audio) for c in clips]))
+    assert embedding.shape == (24, shipped.config.embedding)
+    assert sum(int(p) == c.label for p, c in zip(predicted, clips, strict=True)) >= 23
+
+
+def test_the_shipped_one_is_small_and_names_the_classes(shipped: Classifier) -> None:
+    assert shipped.config.classes == foley.CLASSES
+    assert sum(p.numel() for p in shipped.parameters()) <= 400_000
+
+
+def test_level_does_not_matter(shipped: Classifier) -> None:
+    wave = torch.from_numpy(foley.clip(3, "validation", render=False).audio)[None]
+    assert torch.equal(shipped(wave), shipped(wave / 8))  # a power of two keeps every mantissa
+
+
+@pytest.mark.parametrize("samples", [1, 100, 511, 16000 * 9])
+def test_any_length_is_judged(shipped: Classifier, samples: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = shipped(torch.randn(2, samples, generator=generator))
+    assert logits.shape == (2, len(foley.CLASSES))
+    assert torch.isfinite(logits).all()
+
+
+def test_silence_is_judged_without_nan(shipped: Classifier) -> None:
+    assert torch.isfinite(shipped(torch.zeros(1, 16000))).all()
+
+
+@pytest.mark.parametrize("shape", [(16000,), (1, 0), (1, 1, 16000)])
+def test_other_shapes_are_refused(shipped: Classifier, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="listens"):
+        shipped.embedding(torch.zeros(shape))
+
+
+def test_augmentation_keeps_the_sound_above_the_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    t = torch.arange(16000) / 16000
+    tone = torch.sin(2 * torch.pi * 500 * t).expand(8, -1)
+    changed = augment(tone, generator)
+    assert changed.shape == tone.shape
+    cosine = torch.nn.functional.cosine_similarity(changed, tone)
+    # Noise at most 15 dB under the tone turns it by no more than this, up to the sampling error of
+    # its power, and tone control turns it by nothing.
+    assert (cosine >= (1 + 10**-1.5) ** -0.5 - 16000**-0.5).all()
+    assert (changed - tone).square().mean(dim=1).min() > 0
+
+
+def test_files_that_hold_no_classifier_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="is not a classifier"):
+        Classifier.load(foreign)
+    with pytest.raises(InputError, match="Cannot read"):
+        Classifier.load(tmp_path / "absent.safetensors")
+    truncated = tmp_path / "truncated.safetensors"
+    Classifier(ClassifierConfig(classes=("a", "b"))).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+    with pytest.raises(InputError, match="is not a classifier"):
+        Classifier.load(truncated)
+
+
+def test_a_recipe_without_steps_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one step"):
+        train_classifier(ClassifierTraining(steps=0))
