@@ -16,7 +16,7 @@ class MfmjtError(Exception):
 
 
 class InputError(MfmjtError, ValueError):
-    """An argument, file or checkpoint that cannot be used; the message says what to give instead."""
+    """An argument, file or checkpoint that cannot be used; the message says what to do instead."""
 
     exit_code = 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mfmjt.errors import RunError
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "check_writable"]
 
 
 @contextlib.contextmanager
@@ -25,11 +25,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise RunError(
-            f"Cannot write {path}: {error.strerror}. Choose a folder that exists and is writable."
-        ) from error
+        raise _unwritable(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -41,3 +39,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise RunError if `path` could not be written now; to be asked before long work.
+
+    Raises:
+        RunError: The folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=_prefix(path), suffix=path.suffix, dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _prefix(path: Path) -> str:
+    # Names may be as long as the file system allows; the temporary one must not be longer.
+    return f".{path.stem[:32]}."
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"Cannot write {path}: {error.strerror}. Choose a folder that exists and is writable."
+    )

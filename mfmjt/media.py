@@ -7,6 +7,7 @@ they are and adds a sound track beside them.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,17 @@ import soxr
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from mfmjt.errors import InputError, RunError
-from mfmjt.files import atomic_path
+from mfmjt.files import atomic_path, check_writable
 
-__all__ = ["AUDIO_SUFFIXES", "VIDEO_SUFFIXES", "Video", "mux", "read_video", "write_audio"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Video",
+    "check_output",
+    "mux",
+    "read_video",
+    "write_audio",
+]
 
 # Suffix -> (soundfile's format, its subtype).
 AUDIO_SUFFIXES = {
@@ -33,16 +42,17 @@ AUDIO_SUFFIXES = {
     ".opus": ("OGG", "OPUS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
-# Suffix -> the encoder of the sound track.
+# Suffix -> (FFmpeg's name of the container, the encoder of the sound track).
 VIDEO_SUFFIXES = {
-    ".mp4": "aac",
-    ".m4v": "aac",
-    ".mov": "aac",
-    ".mkv": "aac",
-    ".webm": "libopus",
+    ".mp4": ("mp4", "aac"),
+    ".m4v": ("mp4", "aac"),
+    ".mov": ("mov", "aac"),
+    ".mkv": ("matroska", "aac"),
+    ".webm": ("webm", "libopus"),
 }
 _FAST_START = {"movflags": "faststart"}  # the index comes first: plays while it loads
-_CONTAINER_OPTIONS = {".mp4": _FAST_START, ".m4v": _FAST_START, ".mov": _FAST_START}
+_CONTAINER_OPTIONS = {"mp4": _FAST_START, "mov": _FAST_START}
+_LAYOUTS = {1: "mono", 2: "stereo"}
 _BIT_RATE_PER_CHANNEL = 96_000
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _MAX_PIXELS = 8192 * 8192
@@ -162,23 +172,21 @@ def mux(
     """
     video_path, out_path = Path(video_path), Path(out_path)
     suffix = _suffix(out_path, VIDEO_SUFFIXES)
-    if out_path.exists() and video_path.exists() and out_path.samefile(video_path):
-        raise InputError(f"The output {out_path} is the input itself. Choose another name.")
+    _refuse_same(video_path, out_path)
     samples = _checked(waveform)
     end = Fraction(samples.shape[1], sample_rate)
-    codec = av.Codec(VIDEO_SUFFIXES[suffix], "w")
+    container_name, codec_name = VIDEO_SUFFIXES[suffix]
+    codec = av.Codec(codec_name, "w")
     if sample_rate not in (codec.audio_rates or [sample_rate]):
         samples = soxr.resample(samples.T, sample_rate, 48_000).T
         sample_rate = 48_000
     with _open_video(video_path) as (source, stream), atomic_path(out_path) as temporary:
+        options = _CONTAINER_OPTIONS.get(container_name, {})
         try:
-            with av.open(str(temporary), "w", options=_CONTAINER_OPTIONS.get(suffix, {})) as target:
-                _write_tracks(source, stream, target, codec.name, samples, sample_rate, end)
-        except ValueError as error:
-            raise InputError(
-                f"A {suffix} file cannot hold {stream.codec_context.name} video as it is: {error}. "
-                "Choose another suffix, such as .mkv."
-            ) from error
+            with av.open(str(temporary), "w", format=container_name, options=options) as target:
+                pictures = _add_pictures(target, stream, suffix)
+                sound = _add_sound(target, codec_name, len(samples), sample_rate)
+                _write_tracks(source, stream, target, pictures, sound, samples, end)
         except (av.error.FFmpegError, OSError) as error:
             raise RunError(
                 f"Cannot write {out_path}: {_reason(error)}. Check the disk, or choose .mkv."
@@ -210,6 +218,35 @@ def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate:
             )
         except (soundfile.LibsndfileError, OSError) as error:
             raise RunError(f"Cannot write {path}: {_reason(error)}. Check the disk.") from error
+
+
+def check_output(
+    video_path: str | os.PathLike[str] | None, out_path: str | os.PathLike[str]
+) -> None:
+    """Raise the error that writing would end with, as far as it can be known before any work.
+
+    Args:
+        video_path: The video whose sound is to be written, None if there is only sound.
+        out_path: The file to be written, of sound or of video.
+
+    Raises:
+        InputError: As from `write_audio` and `mux`.
+        RunError: The folder does not exist or cannot be written.
+    """
+    out_path = Path(out_path)
+    known = AUDIO_SUFFIXES if video_path is None else {**VIDEO_SUFFIXES, **AUDIO_SUFFIXES}
+    suffix = _suffix(out_path, known)
+    if out_path.is_dir():
+        raise InputError(f"{out_path} is a folder. Give the name of a file in it.")
+    check_writable(out_path)
+    if video_path is None:
+        return
+    video_path = Path(video_path)
+    _refuse_same(video_path, out_path)
+    with _open_video(video_path) as (_, stream):
+        if suffix in VIDEO_SUFFIXES:
+            with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
+                _add_pictures(target, stream, suffix)
 
 
 class _Decoder:
@@ -319,24 +356,39 @@ class _Sampler:
         return self._picture
 
 
+def _add_pictures(target: Any, stream: Any, suffix: str) -> Any:
+    try:
+        return target.add_stream_from_template(stream, opaque=True)
+    except ValueError as error:
+        raise InputError(
+            f"A {suffix} file cannot hold {stream.codec_context.name} video as it is. "
+            "Choose another suffix, such as .mkv, or write only the sound (.wav)."
+        ) from error
+
+
+def _add_sound(target: Any, codec_name: str, channels: int, sample_rate: int) -> Any:
+    return target.add_stream(
+        codec_name,
+        rate=sample_rate,
+        layout=_LAYOUTS[channels],
+        bit_rate=_BIT_RATE_PER_CHANNEL * channels,
+    )
+
+
 def _write_tracks(
     source: Any,
     stream: Any,
     target: Any,
-    audio_codec: str,
+    pictures: Any,
+    sound: Any,
     samples: np.ndarray,
-    sample_rate: int,
     end: Fraction,
 ) -> None:
-    pictures = target.add_stream_from_template(stream, opaque=True)
-    layout = "mono" if len(samples) == 1 else "stereo"
-    sound = target.add_stream(
-        audio_codec,
-        rate=sample_rate,
-        layout=layout,
-        bit_rate=_BIT_RATE_PER_CHANNEL * len(samples),
+    """Write both tracks, interleaved; pictures that start at `end` seconds or later are left out."""
+    sample_rate = sound.rate
+    frame = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(samples), "fltp", _LAYOUTS[len(samples)]
     )
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", layout)
     frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
     queue = [*sound.encode(frame), *sound.encode(None)]
     queue.reverse()
@@ -421,11 +473,16 @@ def _too_long(path: Path, length: str, limit: float) -> InputError:
     )
 
 
+def _refuse_same(video_path: Path, out_path: Path) -> None:
+    if out_path.exists() and video_path.exists() and out_path.samefile(video_path):
+        raise InputError(f"The output {out_path} is the input itself. Choose another name.")
+
+
 def _suffix(path: Path, known: dict[str, Any]) -> str:
     suffix = path.suffix.lower()
     if suffix not in known:
         raise InputError(
-            f"The name {path} {'ends in ' + suffix if suffix else 'has no suffix'}, and so names no "
+            f"The name {path} {'ends in ' + suffix if suffix else 'has no suffix'}, which tells no "
             f"format that can be written. Choose one of {', '.join(known)}."
         )
     return suffix

@@ -1,0 +1,46 @@
+# make demo   sound for a video of this repository, from nothing but a Python
+# make test   lint, types and tests
+# make clean  remove what the two made
+
+PYTHON ?= python3
+BIN := .venv/bin
+CLIP := examples/ball_wood.mp4
+RESULT := demo/ball_wood.mp4
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Threads of several test processes would only wait for one another.
+TEST_ENV := OMP_NUM_THREADS=1 HYPOTHESIS_STORAGE_DIRECTORY=.pytest_cache/hypothesis
+WORKERS ?= 2
+
+.PHONY: demo test clean
+
+demo: $(BIN)/.installed
+	@mkdir -p demo
+	@$(BIN)/mfmjt generate $(CLIP) --output $(RESULT)
+	@echo "Play $(RESULT): the picture of $(CLIP), with sound that was made from it."
+
+# All three checks run even if the first fails, so that one run shows everything.
+test: $(BIN)/.installed-dev
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/mypy || status=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) || status=1; \
+	exit $$status
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "mfmjt needs Python 3.10 or later; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Cannot make a virtual environment. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+
+$(BIN)/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "Installing into .venv (PyTorch is large; this happens once)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(BIN)/.installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "Installing into .venv (PyTorch is large; this happens once)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(BIN)/.installed

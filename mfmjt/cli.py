@@ -1,0 +1,322 @@
+"""The command line: `mfmjt generate | train | evaluate | data | info`.
+
+Heavy imports happen inside the commands, so that `mfmjt --help` is quick.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mfmjt.errors import InputError, MfmjtError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mfmjt.pipeline import Audio
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+DTYPES = ("float32", "bfloat16", "float16")
+STAGE_TITLES = {
+    "load": "Loading the model",
+    "read": "Reading the video",
+    "encode": "Looking and reading",
+    "generate": "Making the sound",
+    "decode": "Decoding the sound",
+    "write": "Writing",
+}
+
+
+class _Commands(TyperGroup):
+    """Turns every way a command can end into an exit status and at most one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. No output was left half-written.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            # Click's own errors, such as an unknown option, are printed by click.
+            if hasattr(error, "show"):
+                raise
+            if ctx.obj is True:
+                traceback.print_exc()
+            if isinstance(error, MfmjtError):
+                typer.echo(f"Error: {error}", err=True)
+                raise typer.Exit(error.exit_code) from None
+            if ctx.obj is not True:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                typer.echo(
+                    f"Error: mfmjt failed unexpectedly ({reason}). "
+                    "Run the command again with --debug for the traceback.",
+                    err=True,
+                )
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Sound for video and text, by one step of a multimodal MeanFlow transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Look at the data that models here are trained on.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+def _remember(ctx: typer.Context, debug: bool) -> bool:
+    if debug:
+        ctx.find_root().obj = True
+    return debug
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember)
+]
+Model = Annotated[str, typer.Option(help="A model that ships, or a folder with one.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
+]
+
+
+@app.command()
+def generate(
+    video: Annotated[
+        Path | None, typer.Argument(help="Video file. Leave it out to make sound from text alone.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is to be heard, in words.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A video (.mp4 .mov .mkv .webm), only the sound (.wav .flac .ogg .opus .mp3), or a "
+            "folder. Default: VIDEO.mfmjt.mp4 or sound.wav, in the working directory.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Evaluations of the network.")] = 1,
+    guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 is none.")] = 1.5,
+    guidance_mode: Annotated[str, typer.Option(help="cfg_scaled, cfg or none.")] = "cfg_scaled",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same sound.")] = 0,
+    count: Annotated[int, typer.Option(help="How many different sounds to make.")] = 1,
+    duration: Annotated[
+        float | None,
+        typer.Option(help="Seconds from the start. Default: the whole video; 8 for text alone."),
+    ] = None,
+    model: Model = "nano",
+    device: Device = None,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic of the network: float32, bfloat16 or float16.")
+    ] = "float32",
+    plot: Annotated[
+        bool,
+        typer.Option("--plot", help="Also save a picture: frames, waveform, spectrum, onsets."),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Make sound for a video, a text, or both.
+
+    The video's pictures are copied as they are; its own sound, if any, is replaced.
+
+    Examples:
+    - `mfmjt generate clip.mp4`
+
+    - `mfmjt generate clip.mp4 --prompt "a wooden ball bounces" -o out.mp4`
+
+    - `mfmjt generate --prompt "rain on a tin roof" --seed 3 -o rain.wav`
+
+    - `mfmjt generate clip.mp4 --count 4 --guidance 2 --plot`
+    """
+    began = time.perf_counter()
+    outputs = _output_paths(video, output, seed, count)
+    with _bar(len(STAGE_TITLES)) as report:
+        report("load", 0.0)
+        from mfmjt import media
+        from mfmjt.pipeline import Pipeline
+
+        for path in outputs:
+            media.check_output(video, path)
+        if plot:
+            from mfmjt.plot import check_plot
+
+            check_plot()
+        pipeline = Pipeline.from_pretrained(model, device, _dtype(dtype))
+        timings = {"load": time.perf_counter() - began}
+        made = pipeline(
+            video, prompt, steps, guidance, guidance_mode, seed, duration, count, report
+        )
+        sounds = made if isinstance(made, list) else [made]
+        timings |= sounds[0].timings
+        began = time.perf_counter()
+        report("write", 0.0)
+        for sound, path in zip(sounds, outputs, strict=True):
+            if path.suffix.lower() in media.VIDEO_SUFFIXES:
+                assert video is not None  # check_output refuses a video without pictures
+                sound.mux(video, path)
+            else:
+                sound.save(path)
+        timings["write"] = time.perf_counter() - began
+        if plot:
+            from mfmjt.plot import save_plot
+
+            for sound, path in zip(sounds, outputs, strict=True):
+                save_plot(path.with_suffix(".png"), sound.waveform[0], sound.sample_rate, video)
+    for note in sounds[0].notes:
+        typer.echo(f"Note: {note}", err=True)
+    for sound, path in zip(sounds, outputs, strict=True):
+        pictured = f", with {path.with_suffix('.png')}" if plot else ""
+        typer.echo(f"Wrote {path}: {sound.duration:.2f} s of sound, seed {sound.seed}{pictured}.")
+    typer.echo(_time_report(sounds[0], timings))
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="codec, encoders, features, network or classifier.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A JSON file, or the name of a recipe that ships.")
+    ] = "nano",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, as key=value.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run one stage of the training of a model; an interrupted stage goes on where it stopped.
+
+    The stages in order: codec, encoders, features, network. The classifier judges the result.
+
+    Examples:
+    - `mfmjt train codec`
+
+    - `mfmjt train network nano steps=20000 lr=5e-4`
+
+    - `mfmjt train network recipe.json device=cuda`
+    """
+    from mfmjt.train.stages import run
+
+    changes = list(overrides or [])
+    if "=" in recipe:
+        recipe, changes = "nano", [recipe, *changes]
+    typer.echo(run(stage, recipe, changes))
+
+
+@data.command()
+def preview(
+    out: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("demo/preview"),
+    clips: Annotated[int, typer.Option(help="How many clips; 12 show each source once.")] = 12,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    seed: Annotated[int, typer.Option(help="Another seed is another endless set.")] = 0,
+    size: Annotated[int, typer.Option(help="Pixels along each side of the frames.")] = 256,
+    debug: Debug = False,
+) -> None:
+    """Write clips of the procedural set to watch and hear, and a contact sheet.
+
+    Examples:
+    - `mfmjt data preview`
+
+    - `mfmjt data preview out --clips 24 --split test`
+    """
+    from mfmjt.data.preview import preview as write_preview
+    from mfmjt.train.progress import Progress
+
+    with Progress("clips", clips, unit="clips") as progress:
+        written = write_preview(
+            out, clips, split, seed, size, lambda done, _total: progress.update(done)
+        )
+    typer.echo(f"Wrote {len(written)} files to {out}; begin with {written[0]}.")
+
+
+@app.command()
+def info(debug: Debug = False) -> None:
+    """Print versions, hardware, and what runs where.
+
+    Example: `mfmjt info`
+    """
+    from mfmjt.info import report
+
+    typer.echo(report())
+
+
+def main() -> None:
+    """Run the command line; the entry point of the installed `mfmjt`."""
+    # An end from outside also runs the clean-up of files that are being written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    app(prog_name="mfmjt")
+
+
+def _output_paths(video: Path | None, output: Path | None, seed: int, count: int) -> list[Path]:
+    """One path for each sound; several are told apart by their seeds."""
+    from mfmjt.media import VIDEO_SUFFIXES
+
+    if video is None:
+        default = Path("sound.wav")
+    else:
+        known = video.suffix.lower() in VIDEO_SUFFIXES
+        default = Path(f"{video.stem}.mfmjt{video.suffix.lower() if known else '.mp4'}")
+    path = default if output is None else output / default if output.is_dir() else output
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{seed + i}{path.suffix}") for i in range(count)]
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in DTYPES:
+        raise InputError(f"There is no dtype {name!r}. Choose one of {', '.join(DTYPES)}.")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
+@contextmanager
+def _bar(stages: int) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal's stderr, nothing elsewhere; yields (stage, fraction) -> None."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=stages)
+        order = list(STAGE_TITLES)
+
+        def report(stage: str, fraction: float) -> None:
+            progress.update(
+                task, description=STAGE_TITLES[stage], completed=order.index(stage) + fraction
+            )
+
+        yield report
+
+
+def _time_report(sound: Audio, timings: dict[str, float]) -> str:
+    """Where the time went, one line a stage, and both real-time factors."""
+    rows = [f"  {STAGE_TITLES[stage]:<20}{seconds:8.3f} s" for stage, seconds in timings.items()]
+    return "\n".join(
+        [
+            *rows,
+            f"Real-time factor: {sound.rtf_generator:.4f} generator only, "
+            f"{sound.rtf_end_to_end:.4f} end to end (seconds of work per second of sound; "
+            "loading and writing apart).",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
