@@ -1,0 +1,164 @@
+"""Published weight files: where they are, what they hold, and what is wrong with them.
+
+Nothing here is unpickled: `.pth` and `.pt` files are read as tensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mfmjt.errors import InputError
+
+__all__ = ["PublishedFile", "find", "load_published", "read_state_dict"]
+
+_SUBFOLDERS = ("", "weights", "ext_weights")  # as MMAudio itself lays its downloads out
+_UNITS = {"M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weight file that its publisher keeps and we do not ship.
+
+    Attributes:
+        name: File name as published.
+        publisher: Where to get it, in words that complete "get it from".
+        size: Rounded up in units of 2^20 or 2^30 bytes, such as "655M"; "" where not stated.
+        md5: Hexadecimal digest; "" where not stated.
+    """
+
+    name: str
+    publisher: str
+    size: str = ""
+    md5: str = ""
+
+
+def find(folder: str | os.PathLike[str], file: PublishedFile, verify: bool = False) -> Path:
+    """Path of a published file in `folder` or in its `weights` or `ext_weights`.
+
+    Args:
+        folder: Where the user keeps the downloads.
+        file: What to look for.
+        verify: Compare the MD5 digest as well, which reads the whole file.
+
+    Raises:
+        InputError: The file is missing, has another size than published, or another digest.
+    """
+    folder = Path(folder)
+    candidates = [folder / sub / file.name for sub in _SUBFOLDERS]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"No file {file.name} in {folder}: looked there and in its folders weights and "
+            f"ext_weights. Get it from {file.publisher}."
+        )
+    if file.size:
+        unit = _UNITS[file.size[-1]]
+        digits = len(file.size.partition(".")[2][:-1])
+        size = math.ceil(path.stat().st_size / unit * 10**digits) / 10**digits
+        if size != float(file.size[:-1]):
+            raise InputError(
+                f"{path} has {size:g}{file.size[-1]} bytes where the published file has "
+                f"{file.size}: it may be cut short. Get it again from {file.publisher}."
+            )
+    if verify and file.md5:
+        with path.open("rb") as stream:
+            md5 = hashlib.md5(usedforsecurity=False)
+            while block := stream.read(2**24):
+                md5.update(block)
+        if md5.hexdigest() != file.md5:
+            raise InputError(
+                f"{path} has the MD5 {md5.hexdigest()} where the published file has {file.md5}: it "
+                f"is another file, or damaged. Get it again from {file.publisher}."
+            )
+    return path
+
+
+def read_state_dict(path: str | os.PathLike[str], inside: str = "") -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` file, or of a `.pth`, `.pt` or `.bin` state dict, on the CPU.
+
+    Args:
+        path: The file; memory is mapped where the format allows it.
+        inside: Key under which the file keeps the state dict, where it keeps one there.
+
+    Raises:
+        InputError: No such file, not readable as tensors, or no state dict in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"No file {path}: there is nothing to load. Check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files in PyTorch's format before 1.6 cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as weights: {str(error).splitlines()[0]}. "
+            "Give a .safetensors, .pth or .pt file with a state dict."
+        ) from error
+    if inside and isinstance(state, dict) and isinstance(state.get(inside), dict):
+        state = state[inside]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(
+            f"{path} holds no state dict: its values are not all tensors. "
+            "Give the weights of the module alone."
+        )
+    return state
+
+
+def load_published(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    what: str,
+    unused: Callable[[str], bool] = lambda name: False,
+    also: Iterable[tuple[str, tuple[int, ...]]] = (),
+) -> dict[str, Tensor]:
+    """Check `state` against `module` name by name, then move it in, as float32 on the CPU.
+
+    Args:
+        module: Built on the meta device; its parameters become those of `state`.
+        state: Names as in `module.state_dict()`.
+        what: Whose state this should be, for the message.
+        unused: Says of a name whether the publisher's file carries it and nothing needs it.
+        also: Names and shapes that the file must hold beside those of the module.
+
+    Returns:
+        The entries of `also`.
+
+    Raises:
+        InputError: Entries are missing, not expected or of another shape; each is named.
+    """
+    beside = dict(also)
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()} | beside
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [
+        f"unexpected {name}" for name in state if name not in expected and not unused(name)
+    ]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, not {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        raise InputError(
+            f"This is no state dict of {what}: {'; '.join(problems)}. "
+            "Give the file as its publisher keeps it."
+        )
+    values = {name: state[name].detach().to("cpu", torch.float32) for name in expected}
+    extra = {name: values.pop(name) for name in beside}
+    module.load_state_dict(values, assign=True)
+    return extra
