@@ -1,14 +1,231 @@
-"""How an op meets the dispatcher and the two differentiation modes."""
+"""How an op meets the dispatcher and the two differentiation modes; the only file that knows.
+
+An op is a plain Python *front door*: it takes the dual numbers of its inputs apart (`split`), calls
+one opaque library op (`mfmjt::<op>_fwd`, or `mfmjt::<op>_jvp` which computes value and tangent
+together) and puts the result together again (`join`). PyTorch's own hooks do not serve: forward mode
+through a bare library op gives a tangent of exactly zero and no error, and `torch.compile` ignores
+the `jvp` rule of an `autograd.Function` (both measured on torch 2.13).
+
+Reverse mode goes through values only. `split` detaches tangents, so nothing of them is kept for
+backward, and a gradient that arrives at a tangent raises.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
-__all__ = ["reference"]
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = [
+    "autocast",
+    "backward_of",
+    "check",
+    "define",
+    "join",
+    "reference",
+    "refuse_gradient",
+    "refuse_tangent",
+    "split",
+    "use_reference",
+    "work_dtype",
+]
+
+_library = torch.library.Library("mfmjt", "FRAGMENT")
+_forced_reference = False
 
 
 @contextlib.contextmanager
 def reference() -> Iterator[None]:
     """Let every op of this package run its plain PyTorch reference inside the block."""
-    yield
+    global _forced_reference
+    before, _forced_reference = _forced_reference, True
+    try:
+        yield
+    finally:
+        _forced_reference = before
+
+
+def use_reference() -> bool:
+    """Whether a `reference()` block is open."""
+    return _forced_reference
+
+
+def check(condition: bool, op: str, needs: str, **tensors: Tensor | None) -> None:
+    """Raise a ValueError that names the op, what it needs, and the shape and dtype it got."""
+    if not condition:
+        got = ", ".join(
+            f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in tensors.items()
+            if tensor is not None
+        )
+        raise ValueError(f"mfmjt.kernels.{op} needs {needs}; got {got}.")
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to autocast's dtype where it is on, as PyTorch does for its own matrix products."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def split(x: Tensor | None) -> tuple[Any, Tensor | None]:
+    """Take a dual number apart.
+
+    Returns:
+        The value, still on the tape, and the tangent, off it; None where there is no tangent.
+
+    Raises:
+        NotImplementedError: Forward mode is nested in forward mode.
+    """
+    if forward_ad._current_level < 0 or x is None:
+        return x, None
+    if not torch.compiler.is_compiling():
+        stack = torch._C._functorch.get_interpreter_stack()
+        if stack is not None and sum(s.key() == _JVP for s in stack) > 1:
+            raise NotImplementedError(
+                "mfmjt.kernels: nested forward-mode differentiation would lose the outer tangent. "
+                "Use `with mfmjt.kernels.reference():` for second derivatives."
+            )
+    value, tangent = forward_ad.unpack_dual(x)
+    return value, None if tangent is None else tangent.detach()
+
+
+_JVP = torch._C._functorch.TransformType.Jvp
+
+
+def join(y: Tensor, y_dot: Tensor | None) -> Tensor:
+    """Make the dual number y + y_dot; y itself where there is no tangent."""
+    return y if y_dot is None else forward_ad.make_dual(y, y_dot)
+
+
+def refuse_tangent(op: str, **tensors: Tensor | None) -> None:
+    """Raise if an input carries a tangent that the op does not propagate.
+
+    Raises:
+        NotImplementedError: Names the op and the input.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if split(tensor)[1] is not None:
+            raise NotImplementedError(
+                f"mfmjt.kernels.{op} does not propagate a tangent of its {name}. "
+                f"Differentiate with respect to the activations only, or use "
+                f"`with mfmjt.kernels.reference():`."
+            )
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+    cpu: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register the library op `mfmjt::<schema>`.
+
+    Args:
+        schema: Name and signature in PyTorch's schema language.
+        implementation: Computes the result with ATen operations on any device. Results are
+            contiguous and alias neither an argument nor one another.
+        fake: Gives results of the right shape without data. Default: `implementation`, which then
+            must not look at values.
+        cpu: Takes the place of `implementation` on the CPU.
+
+    Returns:
+        The op, to be called with positional arguments.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    if cpu is not None:
+        _library.impl(name, _without_autocast(cpu), "CPU")
+    fake = fake or _without_autocast(implementation)
+    torch.library.register_fake(f"mfmjt::{name}", fake, lib=_library)
+    return getattr(torch.ops.mfmjt, name).default
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast acts on what enters an op, in its front door; inside, dtypes are chosen."""
+
+    @functools.wraps(implementation)
+    def kernel(*args: Any) -> Any:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return implementation(*args)
+        return implementation(*args)
+
+    return kernel
+
+
+def backward_of(
+    op: Callable[..., Any],
+    backward: Callable[..., Any],
+    saves: Callable[..., tuple[Tensor | None, ...]],
+    outputs: int,
+    constants: Callable[..., Any] | None = None,
+) -> None:
+    """Attach reverse mode to a library op.
+
+    Args:
+        op: What `define` returned.
+        backward: (ctx, *cotangents of all results) -> cotangents of all arguments; `ctx.saved_tensors`
+            and `ctx.constants` are what was kept. Cotangents that did not arrive are None.
+        saves: (inputs, output) -> tensors to keep; of values, never of tangents.
+        outputs: How many leading results are differentiable; the rest are statistics.
+        constants: (inputs) -> what else to keep.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*results[outputs:])
+        ctx.save_for_backward(*saves(inputs, results))
+        ctx.constants = None if constants is None else constants(inputs)
+
+    name = op._schema.name  # type: ignore[attr-defined]
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+
+
+def _refuse(y_bar: Tensor, y_dot_bar: Tensor) -> Tensor:
+    if bool(y_dot_bar.any()):
+        raise RuntimeError(
+            "A gradient arrived at a tangent, and mfmjt.kernels keep no tape of tangents: "
+            "detach the tangent before it enters the loss."
+        )
+    return y_bar.clone()
+
+
+_refuse_op = define(
+    "refuse_gradient(Tensor y_bar, Tensor y_dot_bar) -> Tensor",
+    _refuse,
+    lambda y_bar, y_dot_bar: torch.empty_like(y_bar),
+)
+
+
+def refuse_gradient(y_bar: Tensor | None, *y_dot_bars: Tensor | None) -> Tensor | None:
+    """Pass the cotangent of a value through, unless a gradient arrived at a tangent.
+
+    The check is an op of its own, because a compiled backward is handed zeros for every tangent
+    that leaves the graph: those must pass, and only when it runs can they be told from a gradient.
+
+    Raises:
+        RuntimeError: The cotangent of a tangent is not zero.
+    """
+    for y_dot_bar in y_dot_bars:
+        if y_dot_bar is not None:
+            y_bar = torch.zeros_like(y_dot_bar) if y_bar is None else y_bar
+            y_bar = _refuse_op(y_bar, y_dot_bar)
+    return y_bar

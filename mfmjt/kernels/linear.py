@@ -1,9 +1,23 @@
-"""Matrix product with a weight; tangents are more rows of the same product."""
+"""Matrix product with a weight; tangents are more rows of the same product.
+
+    value      y = x W^T + b
+    tangent    y_dot = x_dot W^T
+    cotangent  x_bar = y_bar W,  W_bar = y_bar^T x,  b_bar = sum over rows of y_bar
+
+x (..., C), W (O, C), b (O). PyTorch's own forward mode does a third product, of x with a zero
+tangent of W that it makes up, and keeps x_dot for backward. Here the dual op multiplies the rows of
+x and those of x_dot by W and keeps x and W alone. The products are the vendor's.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mfmjt.kernels import _op
 
 __all__ = ["linear", "linear_ref"]
 
@@ -13,4 +27,55 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-linear = linear_ref
+def _jvp(x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    rows, rows_dot = x.reshape(-1, x.shape[-1]), x_dot.reshape(-1, x.shape[-1])
+    y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return y.view(shape), torch.mm(rows_dot, weight.t()).view(shape)
+
+
+_jvp_op = _op.define(
+    "linear_jvp(Tensor x, Tensor x_dot, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", _jvp
+)
+
+
+def _backward(
+    ctx: Any, y_bar: Tensor | None, y_dot_bar: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    y_bar = _op.refuse_gradient(y_bar, y_dot_bar)
+    assert y_bar is not None
+    x, weight = ctx.saved_tensors
+    wants_x, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
+    rows = y_bar.reshape(-1, y_bar.shape[-1])
+    return (
+        torch.mm(rows, weight).view(x.shape) if wants_x else None,
+        None,
+        torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if wants_weight else None,
+        rows.sum(0) if wants_bias else None,
+    )
+
+
+_op.backward_of(_jvp_op, _backward, saves=lambda inputs, outputs: (inputs[0], inputs[2]), outputs=2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
+
+    Args:
+        x: `(..., C)`.
+        weight: `(O, C)`; must not carry a tangent.
+        bias: `(O,)` or None; must not carry a tangent.
+
+    Returns:
+        `(..., O)`.
+
+    Raises:
+        NotImplementedError: weight or bias carries a tangent.
+    """
+    if _op.use_reference():
+        return linear_ref(x, weight, bias)
+    _op.refuse_tangent("linear", weight=weight, bias=bias)
+    x, x_dot = _op.split(x)
+    if x_dot is None:
+        return F.linear(x, weight, bias)
+    return _op.join(*_jvp_op(*_op.autocast(x, x_dot, weight, bias)))

@@ -1,14 +1,28 @@
-"""Split planar qkv, RMS-normalise q and k over the head, rotate adjacent pairs."""
+"""Split planar qkv, RMS-normalise q and k over the head, rotate adjacent pairs.
+
+    value      r = (mean(x^2) + eps)^-1/2,  n = x r,  y = R (w n)         for x = q, k; v as it is
+    tangent    y_dot = R (w r (x_dot - n mean(n x_dot)))
+    cotangent  g = R^T y_bar,  w_bar = sum(g n),  x_bar = r (w g - n mean(n w g))
+
+qkv (B, N, 3, H, D), w (D); R turns the pair (2i, 2i + 1) of token n by the angle whose cosine and sine
+are rope[n, i]. Stored in the dtype of qkv, computed in float32 (float64 for float64); a rotation of a
+pair is a product of complex numbers. Kept for backward: qkv, the weights, rope, and r of each head.
+A fused kernel moves 6 B N H D elements, 12 with tangents.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfmjt.kernels import _op
+
 __all__ = ["qk_norm_rope", "qk_norm_rope_ref"]
 
 
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+def _rotate_ref(x: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]  # (N, 1, D/2)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
@@ -23,10 +37,191 @@ def qk_norm_rope_ref(
     def one(x: Tensor, weight: Tensor) -> Tensor:
         x = x.to(work)
         x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(work)
-        return (x if rope is None else _rotate(x, rope.to(work))).to(qkv.dtype)
+        return (x if rope is None else _rotate_ref(x, rope.to(work))).to(qkv.dtype)
 
     q, k, v = qkv.unbind(2)
     return one(q, q_weight), one(k, k_weight), v
 
 
-qk_norm_rope = qk_norm_rope_ref
+def _turns(rope: Tensor | None, work: torch.dtype) -> Tensor | None:
+    """The rotations as complex numbers (N, 1, D/2)."""
+    return None if rope is None else torch.view_as_complex(rope.to(work).contiguous())[:, None]
+
+
+def _rotate_(x: Tensor, turns: Tensor | None) -> Tensor:
+    """Rotate (B, N, H, D) in place."""
+    if turns is not None:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
+    return x
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """X * factor, contiguous whatever x is."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape))
+
+
+def _value(x: Tensor, weight: Tensor, turns: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return _rotate_(_times(x, rstd).mul_(weight), turns), rstd
+
+
+def _tangent(
+    x: Tensor, x_dot: Tensor, weight: Tensor, turns: Tensor | None, rstd: Tensor
+) -> Tensor:
+    share = (x * x_dot).mean(-1, keepdim=True).mul_(rstd.square())
+    y_dot = torch.addcmul(x_dot, x, share, value=-1, out=x.new_empty(x.shape))
+    return _rotate_(y_dot.mul_(rstd).mul_(weight), turns)
+
+
+def _cotangent_(
+    out: Tensor, y_bar: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, rstd: Tensor
+) -> Tensor:
+    """Write the cotangent of x to out; returns that of the weight."""
+    g = y_bar.clone(memory_format=torch.contiguous_format)
+    g = _rotate_(g, None if turns is None else turns.conj())
+    n = x * rstd
+    product = g * n
+    weight_bar = product.flatten(0, -2).sum(0)
+    share = (product @ weight).div_(-x.shape[-1]).unsqueeze(-1)
+    out.copy_(g.mul_(weight).addcmul_(n, share).mul_(rstd))
+    return weight_bar
+
+
+def _fwd(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    work, dtype = _op.work_dtype(qkv), qkv.dtype
+    turns = _turns(rope, work)
+    q, q_rstd = _value(qkv[:, :, 0].to(work), q_weight.to(work), turns, eps)
+    k, k_rstd = _value(qkv[:, :, 1].to(work), k_weight.to(work), turns, eps)
+    v = qkv[:, :, 2].clone(memory_format=torch.contiguous_format)
+    return q.to(dtype), k.to(dtype), v, q_rstd, k_rstd
+
+
+def _jvp(
+    qkv: Tensor,
+    qkv_dot: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    work, dtype = _op.work_dtype(qkv), qkv.dtype
+    turns = _turns(rope, work)
+    results, statistics = [], []
+    for i, weight in enumerate((q_weight.to(work), k_weight.to(work))):
+        x, x_dot = qkv[:, :, i].to(work), qkv_dot[:, :, i].to(work)
+        y, rstd = _value(x, weight, turns, eps)
+        results += [y.to(dtype), _tangent(x, x_dot, weight, turns, rstd).to(dtype)]
+        statistics.append(rstd)
+    v, v_dot = (t[:, :, 2].clone(memory_format=torch.contiguous_format) for t in (qkv, qkv_dot))
+    return *results, v, v_dot, *statistics
+
+
+def _bwd(
+    q_bar: Tensor | None,
+    k_bar: Tensor | None,
+    v_bar: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor | None,
+    q_rstd: Tensor,
+    k_rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    work = _op.work_dtype(qkv)
+    turns = _turns(rope, work)
+    qkv_bar = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    weight_bars = []
+    both = (q_bar, q_weight, q_rstd), (k_bar, k_weight, k_rstd)
+    for i, (y_bar, weight, rstd) in enumerate(both):
+        if y_bar is None:
+            qkv_bar[:, :, i].zero_()
+            weight_bars.append(torch.zeros_like(weight))
+            continue
+        x, wide = qkv[:, :, i].to(work), weight.to(work)
+        weight_bar = _cotangent_(qkv_bar[:, :, i], y_bar.to(work), x, wide, turns, rstd)
+        weight_bars.append(weight_bar.to(weight.dtype))
+    if v_bar is None:
+        qkv_bar[:, :, 2].zero_()
+    else:
+        qkv_bar[:, :, 2].copy_(v_bar)
+    return qkv_bar, weight_bars[0], weight_bars[1]
+
+
+_fwd_op = _op.define(
+    "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? rope, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd,
+)
+_jvp_op = _op.define(
+    "qk_norm_rope_jvp(Tensor qkv, Tensor qkv_dot, Tensor q_weight, Tensor k_weight, Tensor? rope, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _jvp,
+)
+_bwd_op = _op.define(
+    "qk_norm_rope_bwd(Tensor? q_bar, Tensor? k_bar, Tensor? v_bar, Tensor qkv, Tensor q_weight, "
+    "Tensor k_weight, Tensor? rope, Tensor q_rstd, Tensor k_rstd) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+)
+
+
+def _jvp_backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+    q_bar, k_bar, v_bar = (_op.refuse_gradient(*bars[i : i + 2]) for i in (0, 2, 4))
+    qkv_bar, q_weight_bar, k_weight_bar = _bwd_op(q_bar, k_bar, v_bar, *ctx.saved_tensors)
+    return qkv_bar, None, q_weight_bar, k_weight_bar, None, None
+
+
+_op.backward_of(
+    _fwd_op,
+    lambda ctx, *bars: (*_bwd_op(*bars[:3], *ctx.saved_tensors), None, None),
+    saves=lambda inputs, outputs: (*inputs[:4], *outputs[-2:]),
+    outputs=3,
+)
+_op.backward_of(
+    _jvp_op,
+    _jvp_backward,
+    saves=lambda inputs, outputs: (inputs[0], *inputs[2:5], *outputs[-2:]),
+    outputs=6,
+)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None = None, eps: float = 2**-23
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split planar qkv, RMS-normalise q and k, rotate them; differentiable in both modes.
+
+    Args:
+        qkv: `(B, N, 3, H, D)`, any floating dtype, D even where rope is given.
+        q_weight: `(D,)`; must not carry a tangent.
+        k_weight: `(D,)`; must not carry a tangent.
+        rope: `(N, D/2, 2)` cosines and sines, a constant; or None for no rotation.
+        eps: Added to the mean square; the default is PyTorch's for float32.
+
+    Returns:
+        q, k and v, each `(B, N, H, D)` in the dtype of qkv.
+
+    Raises:
+        ValueError: The shapes do not fit.
+        NotImplementedError: A weight or rope carries a tangent, or rope requires gradients.
+    """
+    if _op.use_reference():
+        return qk_norm_rope_ref(qkv, q_weight, k_weight, rope, eps)
+    fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.is_floating_point()
+    fits = fits and q_weight.shape == k_weight.shape == qkv.shape[4:]
+    if rope is not None:
+        fits = fits and rope.shape == (qkv.shape[1], qkv.shape[4] // 2, 2)
+        fits = fits and qkv.shape[4] % 2 == 0
+        if rope.requires_grad:
+            raise NotImplementedError("mfmjt.kernels.qk_norm_rope keeps no gradient of its rope.")
+    if not fits:
+        needs = "qkv (B, N, 3, H, D), weights (D,) and rope (N, D/2, 2) or None"
+        given = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "rope": rope}
+        _op.check(False, "qk_norm_rope", needs, **given)
+    _op.refuse_tangent("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, rope=rope)
+    qkv, qkv_dot = _op.split(qkv)
+    if qkv_dot is None:
+        q, k, v, _, _ = _fwd_op(qkv, q_weight, k_weight, rope, eps)
+        return q, k, v
+    q, q_dot, k, k_dot, v, v_dot, _, _ = _jvp_op(qkv, qkv_dot, q_weight, k_weight, rope, eps)
+    return _op.join(q, q_dot), _op.join(k, k_dot), _op.join(v, v_dot)
