@@ -1,10 +1,10 @@
 """How an op meets the dispatcher and the two differentiation modes; the only file that knows.
 
-An op is a plain Python *front door*: it takes the dual numbers of its inputs apart (`split`), calls
-one opaque library op (`mfmjt::<op>_fwd`, or `mfmjt::<op>_jvp` which computes value and tangent
-together) and puts the result together again (`join`). PyTorch's own hooks do not serve: forward mode
-through a bare library op gives a tangent of exactly zero and no error, and `torch.compile` ignores
-the `jvp` rule of an `autograd.Function` (both measured on torch 2.13).
+An op is a plain Python *front door*: it takes the dual numbers of its inputs apart (`split`),
+calls one opaque library op (`mfmjt::<op>_fwd`, or `mfmjt::<op>_jvp` which computes value and
+tangent together) and puts the result together again (`join`). PyTorch's own hooks do not serve:
+forward mode through a bare library op gives a tangent of exactly zero and no error, and
+`torch.compile` ignores the `jvp` rule of an `autograd.Function` (both measured on torch 2.13).
 
 Reverse mode goes through values only. `split` detaches tangents, so nothing of them is kept for
 backward, and a gradient that arrives at a tangent raises.
@@ -181,8 +181,9 @@ def backward_of(
 
     Args:
         op: What `define` returned.
-        backward: (ctx, *cotangents of all results) -> cotangents of all arguments; `ctx.saved_tensors`
-            and `ctx.constants` are what was kept. Cotangents that did not arrive are None.
+        backward: (ctx, *cotangents of all results) -> cotangents of all arguments;
+            `ctx.saved_tensors` and `ctx.constants` are what was kept. Cotangents that did not
+            arrive are None.
         saves: (inputs, output) -> tensors to keep; of values, never of tangents.
         outputs: How many leading results are differentiable; the rest are statistics.
         constants: (inputs) -> what else to keep.
