@@ -80,7 +80,14 @@ def modulate_bar(
     scale_bar = n.mul_(y_bar).sum_to_size(scale.shape).contiguous()
     shift_bar = y_bar.new_empty(0) if shift_shape == x.shape else y_bar.sum_to_size(shift_shape)
     x_bar, _, _ = _normalise_bar(
-        y_bar * (1 + scale), x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        torch.addcmul(y_bar, y_bar, scale),
+        x,
+        x.shape[-1:],
+        mean,
+        rstd,
+        None,
+        None,
+        [True, False, False],
     )
     return x_bar, shift_bar, scale_bar
 

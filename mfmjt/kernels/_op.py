@@ -71,8 +71,11 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to autocast's dtype where it is on, as PyTorch does for its own matrix products."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast to autocast's dtype where it is on, as PyTorch does for its own matrix products.
+
+    Arguments and results are tensors or None.
+    """
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -216,8 +219,8 @@ _refuse_op = define(
 )
 
 
-def refuse_gradient(y_bar: Tensor | None, *y_dot_bars: Tensor | None) -> Tensor | None:
-    """Pass the cotangent of a value through, unless a gradient arrived at a tangent.
+def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
+    """Pass the cotangent of a value (a tensor or None) on, unless a gradient is at a tangent.
 
     The check is an op of its own, because a compiled backward is handed zeros for every tangent
     that leaves the graph: those must pass, and only when it runs can they be told from a gradient.

@@ -6,12 +6,12 @@
     cotangent  v_bar = P^T o_bar,  S_bar = P (o_bar v^T - rowsum(o_bar o))
                q_bar = scale S_bar k,  k_bar = scale S_bar^T q
 
-q (B, N, H, D), k and v (B, M, H, D), each a tensor or a tuple of streams along the tokens. Stored in
-the dtype of q, computed in float32 (float64 for float64). Taking the row's mean off S_dot before W is
-formed changes nothing in exact arithmetic and keeps the digits where S_dot has a common offset.
-Kept for backward: q, k, v, o, and the log of each row's sum, from which P is made again. The CPU takes
-PyTorch's flash kernels for value and gradient; the tangent goes by blocks of query rows, so that no
-(N, M) matrix grows with N.
+q (B, N, H, D), k and v (B, M, H, D), each a tensor or a tuple of streams along the tokens. Stored
+in the dtype of q, computed in float32 (float64 for float64). Taking the row's mean off S_dot before
+W is formed changes nothing in exact arithmetic and keeps the digits where S_dot has a common
+offset. Kept for backward: q, k, v, o, and the log of each row's sum, from which P is made again.
+The CPU takes PyTorch's flash kernels for value and gradient; the tangent goes by blocks of query
+rows, so that no (N, M) matrix grows with N.
 """
 
 from __future__ import annotations
@@ -300,8 +300,8 @@ def _concatenate(streams: tuple[Tensor, ...], valid: Tensor | None) -> tuple[Ten
     value = _without_padding(values[0] if len(values) == 1 else torch.cat(values, dim=1), valid)
     if all(dot is None for dot in dots):
         return value, None
-    dots = [torch.zeros_like(x) if d is None else d for x, d in zip(values, dots, strict=True)]
-    return value, _without_padding(dots[0] if len(dots) == 1 else torch.cat(dots, dim=1), valid)
+    whole = [torch.zeros_like(x) if d is None else d for x, d in zip(values, dots, strict=True)]
+    return value, _without_padding(whole[0] if len(whole) == 1 else torch.cat(whole, dim=1), valid)
 
 
 @overload
@@ -323,8 +323,8 @@ def joint_attention(
         k: `(B, M, H, D)`, or a tuple of such streams, each with its own M.
         v: As k.
         scale: Factor of the scores; D ** -0.5 by default.
-        lengths: How many leading keys count, `(B,)` integers: one tensor where k is one tensor, else
-            a tuple with a tensor or None (all count) for each stream. What lies beyond may be
+        lengths: How many leading keys count, `(B,)` integers: one tensor where k is one tensor,
+            else a tuple with a tensor or None (all count) for each stream. What lies beyond may be
             anything, NaN included, and gets zero gradients. A sample without any key gets zeros.
 
     Returns:

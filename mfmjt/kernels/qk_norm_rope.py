@@ -4,10 +4,10 @@
     tangent    y_dot = R (w r (x_dot - n mean(n x_dot)))
     cotangent  g = R^T y_bar,  w_bar = sum(g n),  x_bar = r (w g - n mean(n w g))
 
-qkv (B, N, 3, H, D), w (D); R turns the pair (2i, 2i + 1) of token n by the angle whose cosine and sine
-are rope[n, i]. Stored in the dtype of qkv, computed in float32 (float64 for float64); a rotation of a
-pair is a product of complex numbers. Kept for backward: qkv, the weights, rope, and r of each head.
-A fused kernel moves 6 B N H D elements, 12 with tangents.
+qkv (B, N, 3, H, D), w (D); R turns the pair (2i, 2i + 1) of token n by the angle whose cosine and
+sine are rope[n, i]. Stored in the dtype of qkv, computed in float32 (float64 for float64); a
+rotation of a pair is a product of complex numbers. Kept for backward: qkv, the weights, rope, and
+r of each head. A fused kernel moves 6 B N H D elements, 12 with tangents.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """SwiGLU: silu(gate) * up.
 
     value      s = gate sigmoid(gate),  y = s up
-    tangent    s_dot = (sigmoid(gate) + s (1 - sigmoid(gate))) gate_dot,  y_dot = s_dot up + s up_dot
-    cotangent  up_bar = y_bar s,  gate_bar = y_bar up (sigmoid(gate) + s (1 - sigmoid(gate)))
+    tangent    s' = sigmoid(gate) + s (1 - sigmoid(gate)),  y_dot = s' gate_dot up + s up_dot
+    cotangent  up_bar = y_bar s,  gate_bar = y_bar up s'
 
-gate, up: any shape, the same. Stored in their dtype, computed in float32 (float64 for float64); kept
-for backward: gate and up. A fused kernel moves 3 elements per element, 6 with tangents.
+gate, up: any shape, the same. Stored in their dtype, computed in float32 (float64 for float64);
+kept for backward: gate and up. A fused kernel moves 3 elements per element, 6 with tangents.
 """
 
 from __future__ import annotations
