@@ -50,9 +50,12 @@ class _Commands(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            # Click's own errors, such as an unknown option, are printed by click.
-            if hasattr(error, "show"):
-                raise
+            if hasattr(error, "format_message"):  # misuse found by the parser of arguments
+                if not error.format_message():
+                    raise  # a command without arguments, which shows its help
+                message = " ".join(error.format_message().split()).rstrip(".")
+                typer.echo(f"Error: {message}. See 'mfmjt --help'.", err=True)
+                raise typer.Exit(2) from None
             if ctx.obj is True:
                 traceback.print_exc()
             if isinstance(error, MfmjtError):
@@ -106,8 +109,8 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="A video (.mp4 .mov .mkv .webm), only the sound (.wav .flac .ogg .opus .mp3), or a "
-            "folder. Default: VIDEO.mfmjt.mp4 or sound.wav, in the working directory.",
+            help="A video (.mp4 .mov .mkv .webm), only the sound (.wav .flac .ogg .opus .mp3), or "
+            "a folder. Default: VIDEO.mfmjt.mp4 or sound.wav, in the working directory.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Evaluations of the network.")] = 1,
@@ -148,7 +151,6 @@ def generate(
     with _bar(len(STAGE_TITLES)) as report:
         report("load", 0.0)
         from mfmjt import media
-        from mfmjt.pipeline import Pipeline
 
         for path in outputs:
             media.check_output(video, path)
@@ -156,6 +158,8 @@ def generate(
             from mfmjt.plot import check_plot
 
             check_plot()
+        from mfmjt.pipeline import Pipeline
+
         pipeline = Pipeline.from_pretrained(model, device, _dtype(dtype))
         timings = {"load": time.perf_counter() - began}
         made = pipeline(

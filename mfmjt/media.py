@@ -384,7 +384,7 @@ def _write_tracks(
     samples: np.ndarray,
     end: Fraction,
 ) -> None:
-    """Write both tracks, interleaved; pictures that start at `end` seconds or later are left out."""
+    """Write both tracks, interleaved; pictures that start at `end` seconds or later are left."""
     sample_rate = sound.rate
     frame = av.AudioFrame.from_ndarray(
         np.ascontiguousarray(samples), "fltp", _LAYOUTS[len(samples)]

@@ -1,0 +1,120 @@
+"""`python -m mfmjt.info`: versions, hardware, which ops run where, and what is not installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+__all__ = ["main", "report"]
+
+PACKAGES = ("torch", "numpy", "safetensors", "av", "soundfile", "soxr", "typer", "rich")
+OPTIONAL = {
+    "triton": "kernels on NVIDIA GPUs; comes with a CUDA build of PyTorch",
+    "matplotlib": "plots; pip install 'mfmjt[plot]'",
+    "tensorboard": "training curves; pip install 'mfmjt[train]'",
+}
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def report() -> str:
+    """Everything that a report of a problem or a measurement should state, as lines of text."""
+    import torch
+
+    import mfmjt
+
+    lines = [
+        f"mfmjt       {mfmjt.__version__} ({Path(mfmjt.__file__).parent})",
+        f"Python      {platform.python_version()} ({sys.executable})",
+        f"System      {platform.platform()}",
+        *(f"{name:<12}{_version(name) or 'not installed'}" for name in PACKAGES),
+        "",
+        f"CPU         {_cpu()}",
+        f"Threads     {torch.get_num_threads()} of {os.cpu_count()} cores",
+        f"CPU code    {torch.backends.cpu.get_cpu_capability()}, oneDNN "
+        f"{'yes' if torch.backends.mkldnn.is_available() else 'no'}",
+        *_gpus(),
+        "",
+        "Ops         what runs on the CPU / on CUDA",
+        *_ops(),
+        "",
+        "Models      " + (", ".join(_models()) or "none ships"),
+        *(
+            f"{name:<12}{_version(name) or f'not installed ({use})'}"
+            for name, use in OPTIONAL.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the report."""
+    sys.stdout.write(report() + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    if not CPU_INFO.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in CPU_INFO.read_text().splitlines()
+        if ":" in line
+    )
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name", platform.machine())
+    return f"{name} ({', '.join(f for f in CPU_FLAGS if f in flags) or 'no vector extensions'})"
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return [f"GPU         none (PyTorch is {built})"]
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        memory = found.total_memory / 2**30
+        lines.append(
+            f"GPU {i}       {found.name}, sm_{found.major}{found.minor}, {memory:.0f} GiB, "
+            f"CUDA {torch.version.cuda}"
+        )
+    return lines
+
+
+def _ops() -> list[str]:
+    """One line for each op: what PyTorch's dispatcher would run on each device."""
+    import torch
+
+    from mfmjt import kernels
+
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mfmjt::")}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    lines = []
+    for op in (name for name in kernels.__all__ if name != "reference"):
+        parts = [n for n in registered if n.rsplit("_", 1)[0] == f"mfmjt::{op}"]
+        places = [
+            "own kernel" if any(has_kernel(n, device) for n in parts) else "PyTorch reference"
+            for device in ("CPU", "CUDA")
+        ]
+        lines.append(f"  {op:<22}{' / '.join(places)}")
+    return lines
+
+
+def _models() -> list[str]:
+    folder = Path(__file__).parent / "pretrained"
+    return sorted(path.parent.name for path in folder.glob("*/network.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
