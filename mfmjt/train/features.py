@@ -36,6 +36,7 @@ from mfmjt.data import foley
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
 from mfmjt.train.config import FeatureExtraction
+from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
 
 __all__ = ["extract", "extract_all", "video_frames"]
@@ -149,6 +150,7 @@ def _start_worker(encoders: nn.Module, codec: nn.Module, parent: int) -> None:
     global _models
     _models = (encoders, codec)
     torch.set_num_threads(1)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it waits for our shard
 
     def follow_parent() -> None:

@@ -7,11 +7,8 @@ the step, and on the CPU a resumed run repeats an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import json
 import math
-import platform
 import signal
 import threading
 import time
@@ -34,6 +31,7 @@ from mfmjt.train import preview
 from mfmjt.train.checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from mfmjt.train.config import NetworkTraining, as_json
 from mfmjt.train.ema import EMA
+from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
 from mfmjt.train.store import FeatureStore
 
@@ -87,7 +85,7 @@ def train(config: NetworkTraining) -> TrainingResult:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    _keep_memory()
+    keep_memory()
     return _Run(config).run()
 
 
@@ -108,9 +106,9 @@ class _Run:
         self.validation = FeatureStore(config.store, "validation", self.device)
         self.validation.latent_mean = self.store.latent_mean
         self.validation.latent_std = self.store.latent_std
-        encoders = NanoEncoders.load(config.encoders).eval()
-        self.store.encode_text(encoders)
-        self.validation.encode_text(encoders)
+        self.encoders = NanoEncoders.load(config.encoders).eval()
+        self.store.encode_text(self.encoders)
+        self.validation.encode_text(self.encoders)
         self.codec = NanoCodec.load(config.codec).eval()
 
         self.net = self._network()
@@ -147,6 +145,7 @@ class _Run:
                 )
             net.load_state_dict(start.state_dict())
         with torch.no_grad():
+            net.empty_string_feat.copy_(self.encoders.encode_text([""])[0])
             net.latent_mean.copy_(self.store.latent_mean.view_as(net.latent_mean))
             net.latent_std.copy_(self.store.latent_std.view_as(net.latent_std))
         return net.to(self.device).train()
@@ -196,15 +195,15 @@ class _Run:
         factor = lr_factor(self.step, self.share(), config.warmup, config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * factor
-        loss, norm = self._backward(rows, window)
-        good = math.isfinite(loss) and math.isfinite(norm)
+        figures = self._backward(rows, window)
+        good = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
         if good:
             self.optimizer.step()
             self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count_skipped(good)
-        self.log.collect(loss, norm, rows, whole, good)
+        self.log.collect(figures, rows, good)
         if self.progress.due():
             note = f"loss {self.log.recent:.4f}, {self.log.clips_per_s():.0f} clips/s"
             self.progress.update(self.step, note, self.share())
@@ -219,8 +218,8 @@ class _Run:
         if self.step % config.checkpoint_every == 0:
             self._save()
 
-    def _backward(self, rows: int, window: int | None) -> tuple[float, float]:
-        """Draw a batch, compute loss and gradients; return the loss and the gradient's norm."""
+    def _backward(self, rows: int, window: int | None) -> dict[str, float]:
+        """Draw a batch, compute the loss and its gradients; return what is logged of them."""
         config, generator = self.config, self.generator
         generator.manual_seed((config.seed << 32) + self.step)
         batch = self.store.draw(rows, window, generator)
@@ -230,17 +229,16 @@ class _Run:
         )
         cond["video_mask"], cond["text_mask"] = keep[0] & keep[2], keep[1] & keep[2]
         ratio = 0.0 if self.step < config.flow_steps else config.ratio
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"
-        ):
-            loss = self.objective(x, cond, ratio)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss, stats = self.objective(x, cond, ratio)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.params, config.clip or math.inf, foreach=True
-        )
-        return loss.item(), norm.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.params, config.clip or math.inf, foreach=True)
+        values = torch.stack((loss.detach(), *stats, norm)).tolist()  # one wait for the device
+        return dict(zip(("loss", "flow", "interval", "grad_norm"), values, strict=True))
 
-    def _loss(self, x: Tensor, cond: dict[str, Tensor], ratio: float) -> Tensor:
+    def _loss(
+        self, x: Tensor, cond: dict[str, Tensor], ratio: float
+    ) -> tuple[Tensor, meanflow.LossStats]:
         return meanflow.loss(
             self.net,
             x,
@@ -250,6 +248,7 @@ class _Run:
             p=self.config.p,
             c=self.config.c,
             generator=self.generator,
+            return_stats=True,
         )
 
     def _count_skipped(self, good: bool) -> None:
@@ -362,9 +361,7 @@ class _Run:
                     f"{path} was trained with {key}={changed[key][0]}, not {changed[key][1]}. "
                     "Give another out=, or the same setting."
                 )
-        self.net.load_state_dict(
-            {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
-        )
+        self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
         load_optimizer(self.optimizer, self.names, tensors)
         for k, average in enumerate(self.ema.averages):
             for name, tensor in zip(self.names, average, strict=True):
@@ -376,8 +373,7 @@ class _Run:
 
     def _export(self, path: Path) -> None:
         with self._averaged():
-            net = copy.deepcopy(self.net).cpu().half()
-        net.save(path)
+            self.net.save(path, torch.float16)
         self.progress.message(f"Wrote {path}.")
 
 
@@ -414,23 +410,24 @@ class _Log:
             self.board.close()
 
     def _reset(self) -> None:
-        self.sums = {"loss": 0.0, "loss_whole": 0.0, "grad_norm": 0.0}
-        self.counts = dict.fromkeys(self.sums, 0)
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.clips, self.since = 0, time.monotonic()
 
     def note(self, record: dict[str, Any]) -> None:
         """Write a record as it is."""
         self.file.write(json.dumps(record) + "\n")
 
-    def collect(self, loss: float, norm: float, rows: int, whole: bool, good: bool) -> None:
+    def collect(self, figures: dict[str, float], rows: int, good: bool) -> None:
         """Take up a step's figures; those of skipped steps would spoil the means."""
         self.clips += rows
+        for key, value in figures.items() if good else ():
+            if not math.isnan(value):  # an error of which the batch had no rows
+                self.sums[key] = self.sums.get(key, 0.0) + value
+                self.counts[key] = self.counts.get(key, 0) + 1
         if good:
-            for key, value in (("loss_whole" if whole else "loss", loss), ("grad_norm", norm)):
-                self.sums[key] += value
-                self.counts[key] += 1
-            if not whole:
-                self.recent = loss if math.isnan(self.recent) else self.recent * 0.95 + 0.05 * loss
+            loss = figures["loss"]
+            self.recent = loss if math.isnan(self.recent) else self.recent * 0.95 + 0.05 * loss
 
     def clips_per_s(self) -> float:
         """Clips trained a second since the last record."""
@@ -438,7 +435,7 @@ class _Log:
 
     def flush(self, step: int, lr: float, skipped: int, seconds: float) -> None:
         """Write the means since the last record."""
-        values = {k: v / self.counts[k] for k, v in self.sums.items() if self.counts[k]}
+        values = {k: v / self.counts[k] for k, v in self.sums.items()}
         values |= {"lr": lr, "skipped": skipped}
         speed = {"clips_per_s": round(self.clips_per_s(), 2), "seconds": round(seconds, 2)}
         self.scalars("train", step, values, speed)
@@ -478,14 +475,3 @@ def _stop_signals(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _keep_memory() -> None:
-    """Tell glibc to keep freed memory instead of handing it back to the system.
-
-    By default every large tensor is a fresh mapping whose pages are zeroed again at each step.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**27)):  # mmap_max, trim, top_pad
-            mallopt(option, value)
