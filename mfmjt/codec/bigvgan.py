@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,17 +109,15 @@ class BigVGAN(nn.Module):
         width = c.width
         for rate, kernel in zip(c.rates, c.kernels, strict=True):
             up = nn.ConvTranspose1d(width, width // 2, kernel, rate, padding=(kernel - rate) // 2)
-            # A list of one, as in published names.
-            self.ups.append(nn.ModuleList([up]))
+            # A sequence of one, as in published names.
+            self.ups.append(nn.Sequential(up))
             width //= 2
             self.resblocks.extend(_AMPBlock(width, k) for k in _KERNELS)
         self.activation_post = _Snake(width)
         self.conv_post = nn.Conv1d(width, 1, 7, padding=3, bias=c.bias)
 
     @classmethod
-    def from_state_dict(
-        cls, state_dict: Mapping[str, Tensor | Mapping[str, Tensor]], config: str | BigVGANConfig
-    ) -> BigVGAN:
+    def from_state_dict(cls, state_dict: Mapping[str, Any], config: str | BigVGANConfig) -> BigVGAN:
         """The vocoder of a published state dict, in float32, weight norm folded.
 
         Args:
@@ -134,8 +133,9 @@ class BigVGAN(nn.Module):
         config = _config(config)
         with torch.device("meta"):
             vocoder = cls(config)
-        inner = state_dict.get("generator", state_dict)
-        if not isinstance(inner, Mapping) or not all(isinstance(v, Tensor) for v in inner.values()):
+        outer: Any = state_dict.get("generator", state_dict)
+        inner: dict[str, Tensor] = dict(outer) if isinstance(outer, Mapping) else {}
+        if not inner or not all(isinstance(value, Tensor) for value in inner.values()):
             raise InputError(
                 "This is no state dict of BigVGAN: its values are not all tensors. "
                 'Give the file\'s contents, or what they hold under "generator".'
@@ -165,7 +165,7 @@ class BigVGAN(nn.Module):
             )
         x = self.conv_pre(mel.to(self.conv_pre.weight.dtype))
         kinds = len(_KERNELS)
-        for i, (up,) in enumerate(self.ups):
+        for i, up in enumerate(self.ups):
             x = up(x)
             first, *others = self.resblocks[i * kinds : (i + 1) * kinds]
             total = first(x)
