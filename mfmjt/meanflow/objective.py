@@ -53,6 +53,7 @@ def loss(
     p: float = ...,
     c: float = ...,
     generator: torch.Generator | None = ...,
+    intervals: int | None = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -68,6 +69,7 @@ def loss(
     p: float = ...,
     c: float = ...,
     generator: torch.Generator | None = ...,
+    intervals: int | None = ...,
     *,
     return_stats: Literal[True],
 ) -> tuple[Tensor, LossStats]: ...
@@ -83,6 +85,7 @@ def loss(
     p: float = 0.0,
     c: float = 1e-3,
     generator: torch.Generator | None = None,
+    intervals: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """MeanFlow loss: mean over samples of w·d, d = mean over elements of (u − target)².
@@ -99,13 +102,15 @@ def loss(
         ratio: Share of samples with r < t; their number is round(ratio·B), so that shapes are
             static. 0 is flow matching. Ignored where r is given.
         noise: Standard normal, like x; drawn by default.
-        r: End of the intervals (B,), with t; by default drawn. Samples with r < t are found from
-            the values, which waits for the device; under `torch.compile` all get tangents.
+        r: End of the intervals (B,), with t; by default drawn. Which samples have r < t is found
+            from the values, which waits for the device; under `torch.compile` all get tangents.
         t: Begin of the intervals (B,). Alone, it fixes t, and r ≤ t is drawn.
         time_sampler: Distribution of both times; see `logit_normal`.
         p: Exponent of the adaptive weight; 0 weighs all samples alike, 1 is close to a log loss.
         c: Keeps the weight finite.
         generator: Source of all draws.
+        intervals: With r and t, how many samples have r < t, where they come first, as `time_pairs`
+            draws them: nothing need be found then. Not verified.
         return_stats: Also return `LossStats`.
 
     Returns:
@@ -125,26 +130,24 @@ def loss(
         if value is not None:
             _check(name, value, x.shape[:1])
 
-    with_tangent: slice | Tensor
-    without: slice | Tensor
-    intervals = round(ratio * batch)
     if r is None:
-        drawn_r, drawn_t = time_pairs(batch, intervals, time_sampler, device, generator)
-        r = (
-            drawn_r
-            if t is None
-            else torch.cat((torch.minimum(drawn_r, t)[:intervals], t[intervals:]))
-        )
+        intervals = round(ratio * batch)
+        r, drawn_t = time_pairs(batch, intervals, time_sampler, device, generator)
         t = drawn_t if t is None else t
-        with_tangent, without = slice(0, intervals), slice(intervals, None)
+        r = torch.cat((torch.minimum(r, t)[:intervals], t[intervals:]))
     elif t is None:
         raise InputError("r is given without t: an interval needs its begin. Give both.")
-    elif torch.compiler.is_compiling():
-        intervals, with_tangent, without = batch, slice(0, batch), slice(batch, None)
-    else:
+    elif intervals is None and torch.compiler.is_compiling():
+        intervals = batch  # right for r = t too, whose span is zero
+
+    with_tangent: slice | Tensor
+    without: slice | Tensor
+    if intervals is None:
         differ = r != t
         with_tangent, without = differ.nonzero()[:, 0], (~differ).nonzero()[:, 0]
         intervals = with_tangent.shape[0]
+    else:
+        with_tangent, without = slice(0, intervals), slice(intervals, None)
 
     at = t.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
     z, v = (1 - at) * x + at * noise, noise - x

@@ -142,7 +142,10 @@ class Block(nn.Module):
         self.parts = 2 if pre_only else 6
         # The activation is applied once for all blocks, by the caller; it keeps the published key.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, self.parts * dim))
-        if not pre_only:
+        if pre_only:
+            # Its queries are not used; a parameter that never gets a gradient breaks DDP.
+            self.attn.q_norm.requires_grad_(False)
+        else:
             self.linear1 = _projection(dim, dim, kernel_size, bias=True)
             self.ffn = SwiGLU(dim, hidden, kernel_size)
 

@@ -174,6 +174,12 @@ class MFMJT(nn.Module):
         text = self._features(
             "text", text, self.empty_string_feat, config.text_dim, config.text_length, text_mask
         )
+        batches = {"video": video.shape[0], "sync": sync.shape[0], "text": text.shape[0]}
+        if len(set(batches.values()) - {1}) > 1:
+            had = ", ".join(f"{name} {count}" for name, count in batches.items())
+            raise InputError(
+                f"The conditions differ in samples: {had}. Give one of each for every sample."
+            )
         if sync.shape[1] % SYNC_SEGMENT:
             raise InputError(
                 f"sync has {sync.shape[1]} features: they come in segments of {SYNC_SEGMENT}. "
