@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -22,6 +22,7 @@ from mfmjt.errors import InputError, MfmjtError
 if TYPE_CHECKING:
     import torch
 
+    from mfmjt.meanflow.guidance import GuidanceMode
     from mfmjt.pipeline import Audio
 
 __all__ = ["app", "main"]
@@ -137,7 +138,7 @@ def generate(
 
     The video's pictures are copied as they are; its own sound, if any, is replaced.
 
-    Examples:
+    For example:
     - `mfmjt generate clip.mp4`
 
     - `mfmjt generate clip.mp4 --prompt "a wooden ball bounces" -o out.mp4`
@@ -148,7 +149,7 @@ def generate(
     """
     began = time.perf_counter()
     outputs = _output_paths(video, output, seed, count)
-    with _bar(len(STAGE_TITLES)) as report:
+    with _bar(STAGE_TITLES) as report:
         report("load", 0.0)
         from mfmjt import media
 
@@ -163,7 +164,15 @@ def generate(
         pipeline = Pipeline.from_pretrained(model, device, _dtype(dtype))
         timings = {"load": time.perf_counter() - began}
         made = pipeline(
-            video, prompt, steps, guidance, guidance_mode, seed, duration, count, report
+            video,
+            prompt,
+            steps,
+            guidance,
+            _guidance_mode(guidance_mode),
+            seed,
+            duration,
+            count,
+            report,
         )
         sounds = made if isinstance(made, list) else [made]
         timings |= sounds[0].timings
@@ -204,7 +213,7 @@ def train(
 
     The stages in order: codec, encoders, features, network. The classifier judges the result.
 
-    Examples:
+    For example:
     - `mfmjt train codec`
 
     - `mfmjt train network nano steps=20000 lr=5e-4`
@@ -219,6 +228,82 @@ def train(
     typer.echo(run(stage, recipe, changes))
 
 
+@app.command()
+def evaluate(
+    model: Model = "nano",
+    clips: Annotated[int, typer.Option(help="How many held-out clips.")] = 200,
+    seed: Annotated[int, typer.Option(help="Decides which clips, and the noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Evaluations of the network.")] = 1,
+    guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 is none.")] = 1.5,
+    guidance_mode: Annotated[str, typer.Option(help="cfg_scaled, cfg or none.")] = "cfg_scaled",
+    conditions: Annotated[str, typer.Option(help="both, video or text.")] = "both",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    device: Device = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Save spectrograms of real and made sound (.svg).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Make sound for held-out clips of the procedural set and judge it.
+
+    Onsets are compared with the known event times, classes by a classifier trained on real sound.
+
+    For example:
+
+    - `mfmjt evaluate --clips 40`
+
+    - `mfmjt evaluate --clips 40 --seed 1 --steps 4 --json`
+
+    - `mfmjt evaluate --model output/mine --conditions text --plot gallery.svg`
+    """
+    from mfmjt.device import choose_device
+    from mfmjt.evaluate import experiment
+    from mfmjt.files import check_writable
+
+    for path in (output, plot):
+        if path is not None:
+            check_writable(path)
+    mode = _guidance_mode(guidance_mode)
+    with _bar({}) as report:
+        parts = experiment.load_parts(model, device=choose_device(device))
+        examples = experiment.examples(parts.encoders, clips, seed, split, progress=report)
+        result = experiment.evaluate(
+            parts,
+            clips=examples,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            mode=mode,
+            split=split,
+            conditions=conditions,
+            model=Path(model).name,
+            progress=report,
+        )
+        if output is not None:
+            experiment.write_report(result, output)
+        if plot is not None:
+            from mfmjt.evaluate.plots import plot_gallery
+
+            made = experiment.generate(
+                parts,
+                examples,
+                steps=steps,
+                guidance=guidance,
+                mode=mode,
+                conditions=conditions,
+                seed=seed,
+                progress=report,
+            )
+            plot_gallery(examples, made, plot)
+    typer.echo(result.to_json() if as_json else experiment.table([result]).rstrip())
+
+
 @data.command()
 def preview(
     out: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("demo/preview"),
@@ -230,7 +315,7 @@ def preview(
 ) -> None:
     """Write clips of the procedural set to watch and hear, and a contact sheet.
 
-    Examples:
+    For example:
     - `mfmjt data preview`
 
     - `mfmjt data preview out --clips 24 --split test`
@@ -249,7 +334,7 @@ def preview(
 def info(debug: Debug = False) -> None:
     """Print versions, hardware, and what runs where.
 
-    Example: `mfmjt info`
+    For example: `mfmjt info`
     """
     from mfmjt.info import report
 
@@ -287,8 +372,15 @@ def _dtype(name: str) -> torch.dtype:
     return chosen
 
 
+def _guidance_mode(name: str) -> GuidanceMode:
+    from mfmjt.meanflow.guidance import check_mode
+
+    check_mode(name)
+    return cast("GuidanceMode", name)
+
+
 @contextmanager
-def _bar(stages: int) -> Iterator[Callable[[str, float], None]]:
+def _bar(titles: dict[str, str]) -> Iterator[Callable[[str, float], None]]:
     """A bar on a terminal's stderr, nothing elsewhere; yields (stage, fraction) -> None."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -298,13 +390,12 @@ def _bar(stages: int) -> Iterator[Callable[[str, float], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("", total=stages)
-        order = list(STAGE_TITLES)
+        task = progress.add_task("", total=len(titles) or 1)
+        order = list(titles)
 
         def report(stage: str, fraction: float) -> None:
-            progress.update(
-                task, description=STAGE_TITLES[stage], completed=order.index(stage) + fraction
-            )
+            before = order.index(stage) if order else 0
+            progress.update(task, description=titles.get(stage, stage), completed=before + fraction)
 
         yield report
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mfmjt import media
 from mfmjt.codec import NanoCodec
+from mfmjt.device import choose_device
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError
 from mfmjt.meanflow import sample
@@ -121,7 +122,7 @@ class Pipeline:
                 f"The network makes {made} latent channels for {config.sample_rate} Hz, and the "
                 f"codec takes {heard} for {codec.sample_rate} Hz. Give parts of one model."
             )
-        self.device = _device(device)
+        self.device = choose_device(device)
         if dtype == torch.float16 and self.device.type == "cpu":
             raise InputError(
                 "float16 has no fast arithmetic on the CPU. Use bfloat16 or float32 there."
@@ -326,19 +327,6 @@ def _hold_last(frames: Tensor, count: int) -> Tensor:
     """Frames `(1, T, H, W, 3)` cut to `count`, or extended to it by the last one."""
     index = torch.arange(count, device=frames.device).clamp(max=frames.shape[1] - 1)
     return frames[:, index]
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"The device {device} cannot be used: {str(error).splitlines()[0]}. Use cpu."
-        ) from error
-    return chosen
 
 
 def _check(
