@@ -1,0 +1,202 @@
+// What every op needs: checked tensors, loops over torch's threads, and one body for several CPUs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+namespace mfmjt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---------------------------------------------------------------------------------------------
+// Instruction sets. A kernel is one always_inline body of plain loops (`omp simd`); Clones<body>
+// compiles it once per instruction set and calls the copy for this CPU. Not `target_clones`: its
+// resolvers run before a sanitizer is ready, and a level could not be forced by a test.
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+Isa isa();            // what kernels run on: the best this CPU has, unless limited
+Isa best_isa();       // what this CPU has
+void limit_isa(int);  // for tests: no better than this from now on
+
+#define MFMJT_BODY inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define MFMJT_AVX2 "avx2,fma,f16c,bmi,bmi2"
+#define MFMJT_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," MFMJT_AVX2
+#endif
+
+template <auto body, class Signature = decltype(body)>
+struct Clones;
+
+template <auto body, class... Args>
+struct Clones<body, void (*)(Args...)> {
+  static __attribute__((noinline)) void portable(Args... args) { body(args...); }
+#if defined(__x86_64__)
+  static __attribute__((noinline, target(MFMJT_AVX2))) void avx2(Args... args) { body(args...); }
+  static __attribute__((noinline, target(MFMJT_AVX512))) void avx512(Args... args) {
+    body(args...);
+  }
+#endif
+  static void run(Args... args) {
+#if defined(__x86_64__)
+    if (isa() == Isa::avx512) return avx512(args...);
+    if (isa() == Isa::avx2) return avx2(args...);
+#endif
+    portable(args...);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Storage. Kernels compute in float and store float or bfloat16.
+
+struct bf16 {
+  uint16_t bits;
+};
+
+MFMJT_BODY float load(float x) { return x; }
+MFMJT_BODY float load(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MFMJT_BODY void store(float* to, float value) { *to = value; }
+MFMJT_BODY void store(bf16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  to->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Arguments. Messages name the op and the argument; they reach Python as a RuntimeError.
+
+template <class... Parts>
+void require(bool condition, const char* op, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "mfmjt_cpu::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline void check_tensor(const char* op, const char* name, const Tensor& t) {
+  require(t.defined(), op, name, " is not a tensor");
+  require(t.is_cpu(), op, name, " must be on the CPU");
+  const ScalarType dtype = t.scalar_type();
+  require(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, name,
+      " must be float32 or bfloat16, got ", torch::headeronly::toString(dtype));
+  require(t.numel() > 0, op, name, " is empty");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check_tensor(op, name, t);
+  require(
+      t.scalar_type() == like.scalar_type(), op, name, " must be ",
+      torch::headeronly::toString(like.scalar_type()), ", got ",
+      torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank) {
+  require(t.dim() == rank, op, name, " must have ", rank, " dimensions, got ", t.dim());
+}
+
+inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim, int64_t n) {
+  require(
+      t.size(dim) == n, op, name, " must have size ", n, " in dimension ", dim, ", got ",
+      t.size(dim));
+}
+
+inline void check_same(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check_dtype(op, name, t, like);
+  check_rank(op, name, t, like.dim());
+  for (int64_t d = 0; d < like.dim(); ++d) check_size(op, name, t, d, like.size(d));
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor new_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+inline Tensor new_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  return new_like(like, {sizes.begin(), sizes.end()}, like.scalar_type());
+}
+
+// A float or bfloat16 tensor of any strides as floats.
+std::vector<float> to_floats(const Tensor& t);
+
+// A (B, N, C) tensor read row by row: any strides, broadcast axes included, but dense rows. An absent
+// one reads as zeros, so that a kernel needs no variant for every combination of tangents.
+template <class T>
+class Rows {
+ public:
+  Rows() = default;
+  Rows(const char* op, const char* name, const Tensor& t, int64_t batch, int64_t n, int64_t width)
+      : kept_(t) {
+    check_rank(op, name, t, 3);
+    check_size(op, name, t, 2, width);
+    for (int64_t d = 0; d < 2; ++d) {
+      const int64_t size = d == 0 ? batch : n;
+      if (d == 0 || t.size(d) != 1) check_size(op, name, t, d, size);
+    }
+    if (t.stride(2) != 1 && width > 1) kept_ = torch::stable::contiguous(t);
+    pointer_ = data<T>(kept_);
+    stride_[0] = kept_.size(0) == 1 ? 0 : kept_.stride(0);
+    stride_[1] = kept_.size(1) == 1 ? 0 : kept_.stride(1);
+    whole_ = t.size(1) == n;
+  }
+  explicit Rows(const T* zeros) : pointer_(zeros) {}
+
+  const T* at(int64_t b, int64_t n) const { return pointer_ + b * stride_[0] + n * stride_[1]; }
+  bool whole() const { return whole_; }  // a row per token, not one for all tokens of a sample
+
+ private:
+  Tensor kept_;
+  const T* pointer_ = nullptr;
+  int64_t stride_[2] = {0, 0};
+  bool whole_ = true;
+};
+
+// Call f(float) or f(bf16) by the dtype of a checked tensor.
+template <class F>
+void by_dtype(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Float) {
+    f(float{});
+  } else {
+    f(bf16{});
+  }
+}
+
+// Work below this many elements is not worth waking a thread for.
+constexpr int64_t kGrain = 1 << 14;
+
+}  // namespace mfmjt
