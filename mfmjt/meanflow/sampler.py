@@ -61,8 +61,8 @@ def sample(
 
     def velocity(z: Tensor, r: float, t: float) -> Tensor:
         def at(count: int) -> tuple[Tensor, Tensor]:
-            times = torch.tensor([t if instantaneous else r, t], device=z.device)
-            return times[0].expand(count), times[1].expand(count)
+            now = torch.full((count,), t, dtype=z.dtype, device=z.device)
+            return (now if instantaneous else torch.full_like(now, r)), now
 
         batch = z.shape[0]
         if not guided or null is None:

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from mfmjt import meanflow
+from mfmjt.errors import InputError
+from tests.meanflow import exact
+from tests.oracle import allowance, error
+
+R = torch.tensor([0.1, 0.5, 0.0, 0.9, 0.3], dtype=torch.float64)
+T = torch.tensor([0.6, 0.5, 1.0, 0.9, 0.35], dtype=torch.float64)
+
+
+class Network(nn.Module):
+    """Plain PyTorch, dependent on everything, with its own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Linear(4 + 2 + 3, 16)
+        self.qkv = nn.Linear(16, 48)
+        self.outward = nn.Linear(16, 4)
+
+    def forward(self, z, r, t, condition=None):
+        times = torch.stack((r, t), -1)[:, None].expand(-1, z.shape[1], -1)
+        if condition is None:
+            condition = z.new_zeros(z.shape[0], 3)
+        x = torch.cat((z, times, condition[:, None].expand(-1, z.shape[1], -1)), -1)
+        x = torch.tanh(self.inward(x))
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self.outward(x)
+
+
+def batch():
+    return Network().double(), *torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
+
+
+def definition(net, x, e, r, t, p=0.0, c=1e-3, **cond):
+    """The formula, every sample through forward mode, written down directly."""
+    a, b = r[:, None, None], t[:, None, None]
+    z, v = (1 - b) * x + b * e, e - x
+    u, du = torch.func.jvp(
+        lambda z, r, t: net(z, r, t, **cond),
+        (z, r, t),
+        (v, torch.zeros_like(r), torch.ones_like(t)),
+    )
+    d = (u - (v - (b - a) * du).detach()).square().mean((1, 2))
+    return (d * (d.detach() + c) ** -p).mean()
+
+
+def gradients(net, value):
+    return torch.autograd.grad(value, list(net.parameters()))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_only_some_samples_carry_tangents_and_nothing_changes(p):
+    net, x, e = batch()
+    condition = torch.randn(5, 3, dtype=torch.float64)
+    ours = meanflow.loss(net, x, {"condition": condition}, noise=e, r=R, t=T, p=p)
+    truth = definition(net, x, e, R, T, p, condition=condition)
+    assert error(ours.detach(), truth.detach()) <= allowance(truth.detach(), torch.float64, 64)
+    for g, g_truth in zip(gradients(net, ours), gradients(net, truth), strict=True):
+        assert error(g, g_truth) <= allowance(g_truth, torch.float64, 5 * 3 * 16)
+
+
+def test_known_number_of_intervals_gives_the_same():
+    net, x, e = batch()
+    order = (R < T).sort(descending=True).indices
+    ours = meanflow.loss(net, x, noise=e, r=R[order], t=T[order], intervals=3)
+    truth = definition(net, x, e, R[order], T[order])
+    assert error(ours.detach(), truth.detach()) <= allowance(truth.detach(), torch.float64, 64)
+
+
+def test_number_and_kind_of_calls():
+    net, x, _ = batch()
+    seen = []
+
+    def f(z, r, t):
+        dual = torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+        seen.append((z.shape[0], dual))
+        return net(z, r, t)
+
+    for ratio, calls in ((0.0, [(5, False)]), (0.4, [(2, True), (3, False)]), (1.0, [(5, True)])):
+        seen.clear()
+        meanflow.loss(f, x, ratio=ratio)
+        assert seen == calls
+
+
+def test_without_intervals_it_is_flow_matching():
+    net, x, e = batch()
+    ours = meanflow.loss(net, x, ratio=0.0, noise=e, t=T)
+    b = T[:, None, None]
+    truth = nn.functional.mse_loss(net((1 - b) * x + b * e, T, T), e - x)
+    assert error(ours.detach(), truth.detach()) <= allowance(truth.detach(), torch.float64, 64)
+
+
+def test_true_average_velocity_has_no_loss_and_no_gradient():
+    z = torch.randn(5, 3, 4, dtype=torch.float64)
+    x, e = exact.pair(z, T)
+    error_term = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def f(z, r, t):
+        return exact.average_velocity(z, r, t) + error_term
+
+    value, stats = meanflow.loss(f, x, noise=e, r=R, t=T, return_stats=True)
+    scale = float(exact.velocity(z, T).abs().max() ** 2)
+    eps = torch.finfo(torch.float64).eps
+    # The residual is a few roundings of u, divided by the shortest span once per derivative.
+    residual = 64 * eps / float((T - R)[R < T].min())
+    assert float(value.detach()) <= residual**2 * scale
+    assert float(stats.flow) <= residual**2 * scale
+    assert float(stats.interval) <= residual**2 * scale
+    (gradient,) = torch.autograd.grad(value, error_term)
+    assert float(gradient.abs().max()) <= 2 * residual * scale
+    wrong = meanflow.loss(lambda z, r, t: f(z, r, t) + 0.1, x, noise=e, r=R, t=T).detach()
+    offset = torch.tensor(0.1**2, dtype=torch.float64)
+    assert error(wrong, offset) <= 2 * 0.1 * residual * scale + allowance(offset, z.dtype, 64)
+
+
+def test_target_is_a_constant():
+    # u = k·z with one parameter: only the value's dependence on k may count.
+    k = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    x, e = torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
+    value = meanflow.loss(lambda z, r, t: k * z, x, noise=e, r=R, t=T)
+    (gradient,) = torch.autograd.grad(value, k)
+    a, b = R[:, None, None], T[:, None, None]
+    z, v = (1 - b) * x + b * e, e - x
+    d = k.detach() * z - (v - (b - a) * k.detach() * v)
+    truth = (2 * d * z).mean()
+    assert error(gradient, truth) <= allowance(truth, torch.float64, 64)
+
+
+def test_adaptive_weight():
+    x, e = torch.zeros(5, 3, 4), torch.zeros(5, 3, 4)
+    offset = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0])
+
+    def f(z, r, t):
+        return z + offset[: z.shape[0], None, None]
+
+    d = offset**2
+    for p in (0.0, 0.75, 1.0):
+        value = meanflow.loss(f, x, ratio=0.0, noise=e, p=p, c=0.1)
+        truth = (d / (d + 0.1) ** p).mean()
+        assert error(value, truth) <= allowance(truth, torch.float32, 64)
+
+
+def test_statistics():
+    net, x, e = batch()
+    value, stats = meanflow.loss(net, x, noise=e, r=R, t=T, p=1.0, return_stats=True)
+    interval = R < T
+    for mine, rows in ((stats.interval, interval), (stats.flow, ~interval)):
+        truth = definition(net, x[rows], e[rows], R[rows], T[rows]).detach()
+        assert error(mine, truth) <= allowance(truth, torch.float64, 64)
+        assert not mine.requires_grad
+    assert value.requires_grad
+    alone = meanflow.loss(net, x, ratio=0.0, return_stats=True)[1]
+    assert alone.interval.isnan()
+    assert alone.flow.isfinite()
+
+
+def test_draws_are_reproducible():
+    net, x, _ = batch()
+
+    def once(seed):
+        return meanflow.loss(net, x, ratio=0.4, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(once(1), once(1))
+    assert not torch.equal(once(1), once(2))
+
+
+def test_low_precision_data_is_mixed_in_float32():
+    x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
+    seen = []
+
+    def f(z, r, t):
+        seen.append(z.dtype)
+        return z
+
+    assert meanflow.loss(f, x, ratio=0.4).dtype == torch.float32
+    assert seen == [torch.float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 1.1}, "ratio is 1.1"),
+        ({"r": R}, "r is given without t"),
+        ({"r": R[:4], "t": T}, r"r has shape \(4,\)"),
+        ({"t": T[:, None]}, r"t has shape \(5, 1\)"),
+        ({"noise": torch.zeros(5, 3)}, r"noise has shape \(5, 3\)"),
+        ({"f": lambda z, r, t: z[:, :1]}, "The network returned"),
+    ],
+)
+def test_misuse_is_named(change, message):
+    net, x, _ = batch()
+    with pytest.raises(InputError, match=message):
+        meanflow.loss(**{"f": net, "x": x, **change})
+
+
+def test_condition_dropout():
+    count = 4000
+    keep = meanflow.condition_dropout(count, 0.25, torch.Generator().manual_seed(0))
+    assert keep.shape == (count,)
+    assert keep.dtype == torch.bool
+    spread = (0.25 * 0.75 / count) ** 0.5
+    assert abs(float((~keep).float().mean()) - 0.25) < 5 * spread
+    assert meanflow.condition_dropout(9, 0.0).all()
+    assert not meanflow.condition_dropout(9, 1.0).any()
+    with pytest.raises(InputError, match="p is 2"):
+        meanflow.condition_dropout(3, 2)
+
+
+COMPILED = """
+import torch
+from mfmjt import meanflow
+from tests.model.test_transformer import network, inputs
+from tests.oracle import allowance, error
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = network(depth=2, fused_depth=1)
+z, r, t, features = inputs(3)
+noise = torch.randn_like(z)
+r[1] = t[1]
+
+def step(r, t):
+    return meanflow.loss(net, z, features, noise=noise, r=r, t=t, intervals=INTERVALS)
+
+def gradients(function):
+    net.zero_grad()
+    value = function(*TIMES)
+    value.backward()
+    return [value.detach()] + [p.grad for p in net.parameters() if p.grad is not None]
+
+INTERVALS, TIMES = None, (r, t)
+eager = gradients(step)
+compiled = gradients(torch.compile(step, fullgraph=True, backend="aot_eager"))
+assert len(eager) == len(compiled) > 60
+for a, b in zip(eager, compiled):
+    assert error(b, a) <= allowance(a, z.dtype, 3 * 10 * 9 * 256)
+"""
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break():
+    # In a process of its own: a compilation that fails leaves forward mode entered.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], check=True, timeout=600)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mfmjt.errors import InputError
+from mfmjt.meanflow import OneStep, guide, sample
+from tests.meanflow import exact
+from tests.model.test_transformer import inputs, network
+from tests.oracle import allowance, error
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.randn(*(shape or (3, 5, 4)), dtype=dtype)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_true_average_velocity_reaches_the_data_in_any_number_of_steps(steps):
+    z = noise()
+    data = exact.MEAN + exact.SPREAD * z  # the flow keeps every point's place in the distribution
+    result = sample(exact.average_velocity, z, steps)
+    assert error(result, data) <= steps * allowance(data, z.dtype, 4)
+
+
+def test_euler_converges_with_first_order():
+    z = noise()
+    data = exact.MEAN + exact.SPREAD * z
+    errors = [
+        error(sample(exact.average_velocity, z, steps, instantaneous=True), data)
+        for steps in (64, 128, 256)
+    ]
+    # Halving a step h halves the error, up to terms of relative size h.
+    for coarse, fine in itertools.pairwise(errors):
+        assert abs(coarse / fine - 2) < 16 / 64
+
+
+def test_times_go_from_noise_to_data():
+    seen = []
+
+    def f(z, r, t):
+        seen.append((r.tolist(), t.tolist()))
+        return torch.zeros_like(z)
+
+    sample(f, noise(1, 2, 2), 4)
+    assert seen == [([a], [a + 0.25]) for a in (0.75, 0.5, 0.25, 0.0)]
+    seen.clear()
+    sample(f, noise(1, 2, 2), 2, instantaneous=True)
+    assert seen == [([1.0], [1.0]), ([0.5], [0.5])]
+
+
+def conditional(z, r, t, condition):
+    calls.append(z.shape[0])
+    return torch.tanh(z + condition[:, None] * t[:, None, None])
+
+
+calls: list[int] = []
+
+
+@pytest.mark.parametrize("mode", ["cfg", "cfg_scaled"])
+@pytest.mark.parametrize("width", [4, 1])
+def test_guidance_in_one_batch_and_in_two(mode, width):
+    z, cond, null = noise(), noise(3, 4), noise(3, width)
+    calls.clear()
+    result = sample(conditional, z, 1, {"condition": cond}, {"condition": null}, 2.5, mode)
+    assert calls == ([6] if width == 4 else [3, 3])
+    one = torch.ones(3)
+    u_c, u_0 = (conditional(z, 0 * one, one, c) for c in (cond, null))
+    truth = z - guide(u_c, u_0, 2.5, mode)
+    assert error(result, truth) <= allowance(truth, z.dtype, 4)
+
+
+@pytest.mark.parametrize(("guidance", "mode"), [(1.0, "cfg_scaled"), (3.0, "none")])
+def test_no_second_pass_where_none_is_needed(guidance, mode):
+    z, cond = noise(), noise(3, 4)
+    calls.clear()
+    sample(conditional, z, 1, {"condition": cond}, {"condition": cond}, guidance, mode)
+    assert calls == [3]
+
+
+def test_state_is_float32_and_result_as_given():
+    seen = []
+
+    def f(z, r, t):
+        seen.append(z.dtype)
+        return z
+
+    assert sample(f, noise(dtype=torch.bfloat16), 2).dtype == torch.bfloat16
+    assert seen == [torch.float32] * 2
+
+
+def test_misuse_is_named():
+    with pytest.raises(InputError, match="steps is 0"):
+        sample(conditional, noise(), 0)
+    with pytest.raises(InputError, match="null is missing"):
+        sample(conditional, noise(), 1, {"condition": noise(3, 4)}, guidance=2.0)
+    with pytest.raises(InputError, match="No guidance mode"):
+        sample(conditional, noise(), 1, mode="other")
+
+
+def test_one_step_equals_the_two_passes():
+    net = network()
+    z, _, _, features = inputs(2)
+    step = OneStep(net, guidance=1.5)
+    with torch.no_grad():
+        u_c = net(z, 0.0, 1.0, **features)
+        u_0 = net(z, 0.0, 1.0, **features, **dict.fromkeys(("video_mask", "text_mask"), NONE))
+        truth = z - guide(u_c, u_0, 1.5)
+    assert error(step(z, **features), truth) <= allowance(truth, z.dtype, 9 * 256)
+    assert OneStep(net)(z).shape == z.shape
+    with pytest.raises(InputError, match="No guidance mode"):
+        OneStep(net, mode="other")
+
+
+NONE = torch.zeros(2, dtype=torch.bool)
+
+
+def test_encoded_conditions_serve_all_steps():
+    net = network()
+    z, _, _, features = inputs(2)
+    cond = net.conditions(**features)
+    null = net.conditions(**features, video_mask=NONE, text_mask=NONE)
+    result = sample(net, z, 2, {"cond": cond}, {"cond": null}, guidance=2.0)
+    keep = {"video_mask": ~NONE, "text_mask": ~NONE}
+    drop = {"video_mask": NONE, "text_mask": NONE}
+    truth = sample(net, z, 2, {**features, **keep}, {**features, **drop}, guidance=2.0)
+    assert error(result, truth) <= allowance(truth, z.dtype, 2 * 9 * 256)
