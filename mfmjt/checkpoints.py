@@ -22,7 +22,6 @@ from mfmjt.errors import InputError
 
 __all__ = ["PublishedFile", "find", "load_published", "read_state_dict"]
 
-_SUBFOLDERS = ("", "weights", "ext_weights")  # as MMAudio itself lays its downloads out
 _UNITS = {"M": 2**20, "G": 2**30}
 
 
@@ -44,7 +43,7 @@ class PublishedFile:
 
 
 def find(folder: str | os.PathLike[str], file: PublishedFile, verify: bool = False) -> Path:
-    """Path of a published file in `folder` or in its `weights` or `ext_weights`.
+    """Path of a published file in `folder` or in a folder inside it.
 
     Args:
         folder: Where the user keeps the downloads.
@@ -55,13 +54,13 @@ def find(folder: str | os.PathLike[str], file: PublishedFile, verify: bool = Fal
         InputError: The file is missing, has another size than published, or another digest.
     """
     folder = Path(folder)
-    candidates = [folder / sub / file.name for sub in _SUBFOLDERS]
-    path = next((p for p in candidates if p.is_file()), None)
-    if path is None:
+    found = [p for p in (folder / file.name, *sorted(folder.glob(f"*/{file.name}"))) if p.is_file()]
+    if not found:
         raise InputError(
-            f"No file {file.name} in {folder}: looked there and in its folders weights and "
-            f"ext_weights. Get it from {file.publisher}."
+            f"No file {file.name} in {folder} or in a folder inside it. Get it from "
+            f"{file.publisher}."
         )
+    path = found[0]
     if file.size:
         unit = _UNITS[file.size[-1]]
         digits = len(file.size.partition(".")[2][:-1])

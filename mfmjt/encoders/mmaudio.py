@@ -1,0 +1,203 @@
+"""MMAudio's condition encoders: CLIP and Synchformer, with their preprocessing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfmjt.checkpoints import PublishedFile, find, read_state_dict
+from mfmjt.encoders.clip import CLIP
+from mfmjt.encoders.synchformer import Synchformer
+from mfmjt.encoders.tokenizer import MERGES_FILES, Tokenizer
+from mfmjt.errors import InputError
+
+__all__ = ["MMAudioEncoders"]
+
+_CLIP_FILE = PublishedFile(
+    "open_clip_pytorch_model.bin", "https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384"
+)
+_SYNC_FILE = PublishedFile(
+    "synchformer_state_dict.pth",
+    "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1",
+    "907M",
+    "5b2f5594b0730f70e41e549b7c94390c",
+)
+_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+_STRIDE = 8  # frames from one of Synchformer's segments to the next
+# Bounds memory, and is enough at a time to fill a GPU.
+_FRAMES_AT_ONCE = 32
+_SEGMENTS_AT_ONCE = 8
+
+
+class MMAudioEncoders(nn.Module):
+    """Frames and text to the features that MMAudio was trained on.
+
+    The interface is that of `NanoEncoders`. Frames may have any size; those that already have
+    `frame_size` are not resized.
+
+    Args:
+        clip: CLIP's towers.
+        synchformer: Synchformer's visual encoder.
+        tokenizer: CLIP's tokenizer.
+        frame_size: Side of the pictures that each of `clip` and `synchformer` is given, in pixels.
+
+    Attributes:
+        frame_size: The same.
+        frame_fit: How a picture of another shape becomes a square for each of the two: "squash",
+            or "crop" of the middle once the shorter side fits.
+        video_fps: 8 frames per second for `encode_frames`.
+        sync_fps: 25 frames per second for `encode_sync`.
+    """
+
+    video_fps = 8
+    sync_fps = 25
+    frame_fit = ("squash", "crop")
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        clip: CLIP,
+        synchformer: Synchformer,
+        tokenizer: Tokenizer,
+        frame_size: tuple[int, int] = (384, 224),
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.synchformer = synchformer
+        self.tokenizer = tokenizer
+        self.frame_size = frame_size
+        for name, values in (("pixel_mean", _PIXEL_MEAN), ("pixel_std", _PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str], verify: bool = False) -> MMAudioEncoders:
+        """Load the published files from where the user keeps them.
+
+        Args:
+            folder: Holds `open_clip_pytorch_model.bin` and `synchformer_state_dict.pth`, itself or
+                in folders inside it, and `bpe_simple_vocab_16e6.txt.gz` or `merges.txt` unless
+                open_clip_torch is installed.
+            verify: Check MD5 digests too, where published; it reads the files once more.
+
+        Raises:
+            InputError: A file is missing, damaged or another one; the message says where its
+                publisher keeps it.
+        """
+        clip, sync = (find(folder, file, verify) for file in (_CLIP_FILE, _SYNC_FILE))
+        merges = [
+            path
+            for name in MERGES_FILES
+            for path in (Path(folder) / name, *sorted(Path(folder).glob(f"*/{name}")))
+            if path.is_file()
+        ]
+        return cls(
+            CLIP.from_state_dict(read_state_dict(clip)),
+            Synchformer.from_state_dict(read_state_dict(sync)),
+            Tokenizer(merges[0] if merges else None),
+        ).eval()
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """CLIP's embeddings of single frames.
+
+        Args:
+            frames: uint8 `(B, T, H, W, 3)`, at 8 fps; squashed to a square.
+
+        Returns:
+            `(B, T, 1024)` float32 of unit length.
+
+        Raises:
+            InputError: Not uint8 of that shape, or no frames.
+        """
+        _check(frames)
+        side = self.frame_size[0]
+        found = []
+        for part in frames.flatten(0, 1).split(_FRAMES_AT_ONCE):
+            x = _resized(part.permute(0, 3, 1, 2), side, side).float() / 255
+            found.append(self.clip.encode_image((x - self.pixel_mean) / self.pixel_std))
+        return torch.cat(found).unflatten(0, frames.shape[:2])
+
+    def encode_sync(self, frames: Tensor) -> Tensor:
+        """Synchformer's features of segments of 16 frames, which overlap by half.
+
+        Args:
+            frames: uint8 `(B, T, H, W, 3)`, at 25 fps; the middle square is seen. Fewer than 16 are
+                filled up with the last one.
+
+        Returns:
+            `(B, 8 S, 768)` float32, S = (max(T, 16) - 16) // 8 + 1.
+
+        Raises:
+            InputError: Not uint8 of that shape, or no frames.
+        """
+        _check(frames)
+        length = self.synchformer.config.frames
+        x = self._middle_square(frames.flatten(0, 1).permute(0, 3, 1, 2))
+        x = x.unflatten(0, frames.shape[:2])
+        if x.shape[1] < length:
+            x = torch.cat([x, x[:, -1:].expand(-1, length - x.shape[1], -1, -1, -1)], dim=1)
+        windows = x.unfold(1, length, _STRIDE).movedim(-1, 2)  # (B, S, 16, 3, H, W), still uint8
+        segments = windows.flatten(0, 1).split(_SEGMENTS_AT_ONCE)
+        found = [self.synchformer(part[:, None].float() / 127.5 - 1) for part in segments]
+        return torch.cat(found).flatten(1, 2).unflatten(0, windows.shape[:2]).flatten(1, 2)
+
+    def sync(self, frames: Tensor) -> Tensor:
+        """Synchformer itself: `(B, S, 16, 3, 224, 224)` in [-1, 1] -> `(B, S, 8, 768)`."""
+        return self.synchformer(frames)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """CLIP's states of text tokens.
+
+        Args:
+            texts: Any strings; tokens beyond the 75th are ignored.
+
+        Returns:
+            `(len(texts), 77, 1024)` float32, each token of unit length.
+
+        Raises:
+            InputError: Not a list of strings, or an empty one.
+        """
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
+            raise InputError(
+                "Text must be a non-empty list of strings. Put a single prompt in a list."
+            )
+        return self.clip.encode_text(self.tokenizer(texts).to(self.pixel_mean.device))
+
+    def _middle_square(self, frames: Tensor) -> Tensor:
+        """uint8 `(T, 3, H, W)` -> `(T, 3, side, side)`."""
+        side = self.frame_size[1]
+        height, width = frames.shape[-2:]
+        short = min(height, width)
+        frames = _resized(frames, side * height // short, side * width // short)
+        top, left = (round((size - side) / 2) for size in frames.shape[-2:])
+        return frames[..., top : top + side, left : left + side]
+
+
+def _check(frames: Tensor) -> None:
+    if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+        raise InputError(
+            f"Frames of shape {tuple(frames.shape)}, {frames.dtype} cannot be encoded: "
+            "uint8 (batch, time, height, width, 3) is needed."
+        )
+    if frames.numel() == 0:
+        raise InputError("No frames to encode. Give at least one.")
+
+
+def _resized(frames: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with anti-aliasing, uint8 `(T, 3, H, W)` in and out, as torchvision resizes."""
+    if frames.shape[-2:] == (height, width):
+        return frames
+    parts = []
+    for part in frames.split(_FRAMES_AT_ONCE):
+        if part.device.type == "cpu":
+            # In uint8, which is over ten times faster there and one level apart at most.
+            parts.append(F.interpolate(part, (height, width), mode="bicubic", antialias=True))
+        else:
+            x = F.interpolate(part.float(), (height, width), mode="bicubic", antialias=True)
+            parts.append(x.clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(parts)
