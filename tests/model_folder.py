@@ -1,0 +1,31 @@
+"""A complete model of random weights on disk, small enough to be run in every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mfmjt.codec import NanoCodec, NanoCodecConfig
+from mfmjt.encoders import NanoEncoders
+from mfmjt.model import MFMJT
+
+
+def write_model(folder: Path, **overrides: object) -> Path:
+    """Save network, codec and encoders that belong together; `overrides` are the network's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MFMJT.from_config("nano", **{"depth": 3, "fused_depth": 2, **overrides})
+        # Fresh networks give zero: what is zero at the start is what training would have moved.
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad and not bool(parameter.any()):
+                    parameter.normal_(std=0.1)
+        network.save(folder / "network.safetensors")
+        small = NanoCodecConfig(
+            encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
+        )
+        NanoCodec(small).save(folder / "codec.safetensors")
+        NanoEncoders().save(folder / "encoders.safetensors")
+    return folder
