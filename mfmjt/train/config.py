@@ -84,6 +84,8 @@ class NetworkTraining:
         drop_all: Share of rows that lose both, beside those.
         ratio: Share of rows with r != t.
         flow_steps: First steps with ratio 0: plain flow matching.
+        one_step: Share of the rows with r != t that have r = 0 and t = 1, as one-step generation
+            does; the sampler of times seldom draws that.
         time_mean: Mean of the logit-normal distribution of times.
         time_std: Its standard deviation.
         p: Exponent of the adaptive weight; 0 for the plain mean square.
@@ -126,6 +128,7 @@ class NetworkTraining:
     drop_all: float = 0.1
     ratio: float = 0.1
     flow_steps: int = 0
+    one_step: float = 0.0
     time_mean: float = -2.0
     time_std: float = 2.0
     p: float = 1.0
@@ -147,7 +150,7 @@ class NetworkTraining:
                 f"window={self.window}: windows begin and end where latents and sync frames meet, "
                 "every 10 latents. Give a multiple of 10."
             )
-        for name in ("drop_video", "drop_text", "drop_all", "ratio"):
+        for name in ("drop_video", "drop_text", "drop_all", "ratio", "one_step"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))

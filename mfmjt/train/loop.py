@@ -230,25 +230,28 @@ class _Run:
         cond["video_mask"], cond["text_mask"] = keep[0] & keep[2], keep[1] & keep[2]
         ratio = 0.0 if self.step < config.flow_steps else config.ratio
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, stats = self.objective(x, cond, ratio)
+            loss, stats = self.objective(x, cond, *self._times(rows, ratio))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.params, config.clip or math.inf, foreach=True)
         values = torch.stack((loss.detach(), *stats, norm)).tolist()  # one wait for the device
         return dict(zip(("loss", "flow", "interval", "grad_norm"), values, strict=True))
 
+    def _times(self, rows: int, ratio: float) -> tuple[Tensor, Tensor]:
+        """Draw r and t (B,); the first round(ratio B) rows have r < t."""
+        intervals = round(ratio * rows)
+        r, t = meanflow.time_pairs(rows, intervals, self.sampler, self.device, self.generator)
+        whole = torch.rand(rows, generator=self.generator, device=self.device)
+        whole = (whole < self.config.one_step) & (
+            torch.arange(rows, device=self.device) < intervals
+        )
+        return r.masked_fill(whole, 0.0), t.masked_fill(whole, 1.0)
+
     def _loss(
-        self, x: Tensor, cond: dict[str, Tensor], ratio: float
+        self, x: Tensor, cond: dict[str, Tensor], r: Tensor, t: Tensor
     ) -> tuple[Tensor, meanflow.LossStats]:
+        p, c = self.config.p, self.config.c
         return meanflow.loss(
-            self.net,
-            x,
-            cond=cond,
-            ratio=ratio,
-            time_sampler=self.sampler,
-            p=self.config.p,
-            c=self.config.c,
-            generator=self.generator,
-            return_stats=True,
+            self.net, x, cond, r=r, t=t, p=p, c=c, generator=self.generator, return_stats=True
         )
 
     def _count_skipped(self, good: bool) -> None:
@@ -288,9 +291,9 @@ class _Run:
                 one, zero = torch.ones_like(x[:, 0, 0]), torch.zeros_like(x[:, 0, 0])
                 with torch.no_grad():
                     for i, t in enumerate(FLOW_TIMES):
-                        loss = self._fixed_loss(x, cond, noise, t * one, t * one, 0.0)
+                        loss = self._fixed_loss(x, cond, noise, t * one, t * one)
                         flow[i] += loss * len(rows)
-                    mean += float(self._fixed_loss(x, cond, noise, zero, one, 1.0)) * len(rows)
+                    mean += float(self._fixed_loss(x, cond, noise, zero, one)) * len(rows)
                 count += len(rows)
         values = {f"flow_t{t}": float(v) / count for t, v in zip(FLOW_TIMES, flow, strict=True)}
         values = {"flow": float(flow.mean()) / count, "mean_r0_t1": mean / count} | values
@@ -301,10 +304,10 @@ class _Run:
         )
 
     def _fixed_loss(
-        self, x: Tensor, cond: dict[str, Tensor], noise: Tensor, r: Tensor, t: Tensor, ratio: float
+        self, x: Tensor, cond: dict[str, Tensor], noise: Tensor, r: Tensor, t: Tensor
     ) -> Tensor:
         """Mean square of the objective at given draws, unweighted."""
-        return meanflow.loss(self.net, x, cond=cond, ratio=ratio, noise=noise, r=r, t=t, p=0.0)
+        return meanflow.loss(self.net, x, cond, noise=noise, r=r, t=t, p=0.0)
 
     @torch.no_grad()
     def _preview(self) -> None:
