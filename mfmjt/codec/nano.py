@@ -260,9 +260,7 @@ class NanoCodec(nn.Module):
             codec = cls(NanoCodecConfig(**config))
             codec.load_state_dict(state)
         except FileNotFoundError as error:
-            raise InputError(
-                f"No codec at {path}: the file does not exist. Check the path."
-            ) from error
+            raise InputError(f"No codec at {path}: no such file. Check the path.") from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"Cannot load {path}: it is not a NanoCodec checkpoint "

@@ -334,9 +334,7 @@ class NanoEncoders(nn.Module):
             encoders = cls(NanoEncodersConfig(**config))
             encoders.load_state_dict(state)
         except FileNotFoundError as error:
-            raise InputError(
-                f"No encoders at {path}: the file does not exist. Check the path."
-            ) from error
+            raise InputError(f"No encoders at {path}: no such file. Check the path.") from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"Cannot load {path}: it is not a NanoEncoders checkpoint "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,13 @@ class CodecConfig:
     """
 
     out: Path = Path("runs/codec")
-    steps: int = 4000
-    batch: int = 16
-    seconds: float = 1.0
-    lr: float = 2e-3
+    steps: int = 4200
+    batch: int = 8
+    seconds: float = 1.024
+    lr: float = 1.5e-3
     warmup: int = 100
     ema: float = 0.995
-    kl: float = 0.01
+    kl: float = 0.003
     clips: int = 3000
     validation_clips: int = 48
     seed: int = 0
@@ -61,7 +62,7 @@ class CodecConfig:
     bf16: bool = True
     resume: bool = True
     log_every: int = 25
-    save_every: int = 500
+    save_every: int = 250
     model: NanoCodecConfig = field(default_factory=NanoCodecConfig)
 
 
@@ -71,7 +72,7 @@ class SpectralLoss(nn.Module):
     At each window: the mean absolute difference of log mel magnitudes, as in DAC (Kumar et al.,
     2023, arXiv:2306.06546, §3.3), and the spectral convergence of linear magnitudes, as in Parallel
     WaveGAN (Yamamoto et al., 2020, arXiv:1910.11480, eq. 5). Short windows hold the attacks, long
-    ones the pitch. At 64 ms the mel is MMAudio's own, which judges the sound elsewhere.
+    ones the pitch. At 64 ms the mel is MMAudio's own, by which others judge the sound.
     """
 
     scales = ((64, 12), (128, 20), (256, 32), (512, 48), (2048, 160))
@@ -94,7 +95,7 @@ class SpectralLoss(nn.Module):
             sound: `(B, S)`, the one with a gradient.
             target: `(B, S)`.
         """
-        logs = [F.l1_loss(self.mel(sound), self.mel(target)) * 2.302585]
+        logs = [F.l1_loss(self.mel(sound), self.mel(target)) * math.log(10.0)]
         linear = []
         for window, _ in self.scales:
             basis, hann = getattr(self, f"basis_{window}"), getattr(self, f"hann_{window}")
@@ -168,29 +169,28 @@ def train_codec(config: CodecConfig) -> Path:
         return {"loss": log + linear + c.kl * kl, "log": log, "linear": linear, "kl": kl}
 
     trainer.run(
+        "codec",
         loss,
-        functools.partial(_validate, sounds=held_out, spectral=spectral),
+        functools.partial(_validate, codec, held_out, spectral),
         log_every=c.log_every,
         save_every=c.save_every,
     )
     path = c.out / "codec.safetensors"
-    averaged = trainer.average.module
-    assert isinstance(averaged, NanoCodec)
-    averaged.save(path, torch.float16)
+    with trainer.averaged():
+        codec.save(path, torch.float16)
     return path
 
 
 @torch.no_grad()
 def _validate(
-    module: nn.Module, sounds: np.ndarray[Any, Any], spectral: SpectralLoss
+    codec: NanoCodec, sounds: np.ndarray[Any, Any], spectral: SpectralLoss
 ) -> dict[str, float]:
     """Whole clips through the posterior's mean: losses and the statistics of the latents."""
-    assert isinstance(module, NanoCodec)
     figures: list[list[float]] = []
     for row in sounds:
         target = torch.from_numpy(row.astype(np.float32))[None] / 32767
-        mean, logvar = module.encode(target)
-        sound = module.decode(mean)
+        mean, logvar = codec.encode(target)
+        sound = codec.decode(mean)
         log, linear = spectral(sound, target)
         mel = F.l1_loss(spectral.mel(sound), spectral.mel(target))
         change = (mean.diff(dim=1).square().mean() / mean.square().mean()).sqrt()

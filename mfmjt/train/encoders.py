@@ -60,7 +60,7 @@ class EncodersConfig:
     """
 
     out: Path = Path("runs/encoders")
-    steps: int = 1500
+    steps: int = 1200
     windows: int = 10
     window: int = 48
     batch: int = 36
@@ -77,7 +77,7 @@ class EncodersConfig:
     on_disk: bool = True
     resume: bool = True
     log_every: int = 25
-    save_every: int = 250
+    save_every: int = 200
     model: NanoEncodersConfig = field(default_factory=NanoEncodersConfig)
 
 
@@ -257,15 +257,15 @@ def train_encoders(config: EncodersConfig) -> Path:
         return {"loss": total, "match": match, "sync": sync, "event": event}
 
     trainer.run(
+        "encoders",
         loss,
-        functools.partial(_validate, clips=held_out),
+        functools.partial(_validate, towers, held_out),
         log_every=c.log_every,
         save_every=c.save_every,
     )
     path = c.out / "encoders.safetensors"
-    averaged = trainer.average.module
-    assert isinstance(averaged, _Towers)
-    averaged.encoders.save(path, torch.float16)
+    with trainer.averaged():
+        towers.encoders.save(path, torch.float16)
     return path
 
 
@@ -318,23 +318,22 @@ def _sync_loss(
 
 
 @torch.no_grad()
-def _validate(module: nn.Module, clips: _Clips) -> dict[str, float]:
+def _validate(towers: _Towers, clips: _Clips) -> dict[str, float]:
     """Class retrieval both ways, share of clips put in sync, F1 of the event head."""
-    assert isinstance(module, _Towers)
     seen, offsets, counts = [], [], np.zeros(3)
     for row in range(len(clips.labels)):
         frames = torch.from_numpy(np.array(clips.frames[row]))[None]
         picked = frames[:, :: foley.FPS // 8]
-        seen.append(module.embed("frames", module.encoders.encode_frames(picked).mean(1)))
+        seen.append(towers.embed("frames", towers.encoders.encode_frames(picked).mean(1)))
         if foley.CLASSES[clips.labels[row]] not in foley.IMPACT_CLASSES:
             continue
-        moving = module.encoders.encode_sync(frames)[:, : clips.length]
-        sounding = module.audio(torch.from_numpy(clips.mel[row][None].astype(np.float32)))
-        a, b = module.embed("motion", moving)[0], module.embed("audio", sounding)[0]
+        moving = towers.encoders.encode_sync(frames)[:, : clips.length]
+        sounding = towers.audio(torch.from_numpy(clips.mel[row][None].astype(np.float32)))
+        a, b = towers.embed("motion", moving)[0], towers.embed("audio", sounding)[0]
         offsets.append(abs(_best_offset(a @ b.T)) <= 1)
-        said = _peaks(module.event(moving)[0, :, 0].sigmoid().numpy())
+        said = _peaks(towers.event(moving)[0, :, 0].sigmoid().numpy())
         counts += _matches(said, clips.events[row] * foley.FPS - 0.5)
-    told = module.embed("text", module.encoders.encode_text(clips.captions).mean(1))
+    told = towers.embed("text", towers.encoders.encode_text(clips.captions).mean(1))
     match = torch.cat(seen) @ told.T
     labels = torch.from_numpy(clips.labels)
     hits, precise, recalled = counts

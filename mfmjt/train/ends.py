@@ -1,8 +1,8 @@
-"""What the trainings of the codec and of the encoders share: averaging, schedule, log, resume."""
+"""What the trainings of the codec and of the encoders share: schedule, log, checkpoint, resume."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import math
 import time
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
+from mfmjt.train.checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
+from mfmjt.train.ema import EMA
+from mfmjt.train.progress import Progress
 
-__all__ = ["Average", "Log", "Trainer", "cosine_warmup", "render_array"]
+__all__ = ["Log", "Trainer", "cosine_warmup", "render_array"]
 
 
 def cosine_warmup(step: int, steps: int, warmup: int) -> float:
@@ -30,53 +33,29 @@ def cosine_warmup(step: int, steps: int, warmup: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class Average:
-    """Exponential moving average of a module's parameters, short-sighted at first.
-
-    Args:
-        module: The module being trained; its copy is `Average.module`.
-        decay: Weight of the past once warmed up; before that `(1 + n) / (10 + n)`.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards `module`."""
-        self.updates += 1
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged: list[Tensor] = list(self.module.parameters())
-        torch._foreach_lerp_(averaged, [p.detach() for p in module.parameters()], weight)
-
-
 class Log:
-    """Losses as JSON lines in a file, and as plain text on the screen.
+    """Losses and figures as JSON lines.
 
     Args:
         path: The `.jsonl` file.
-        steps: Length of the run, for the estimate of the time left.
         keep: Steps already done; later lines of an interrupted run are dropped.
     """
 
-    def __init__(self, path: Path, steps: int, keep: int) -> None:
-        self.path, self.steps = path, steps
-        self.first, self.began = keep, time.monotonic()
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.began = time.monotonic()
         lines = path.read_text().splitlines() if keep and path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= keep]
         path.write_text("".join(line + "\n" for line in kept))
 
-    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Append one record; `kind` is `"train"` or `"validation"`."""
-        seconds = time.monotonic() - self.began
-        record = {"step": step, "kind": kind, "seconds": round(seconds, 1)}
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> str:
+        """Append one record, `kind` `"train"` or `"validation"`; return its figures as text."""
+        seconds = round(time.monotonic() - self.began, 1)
+        figures = {name: round(value, 5) for name, value in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(record | {k: round(v, 5) for k, v in values.items()}) + "\n")
-        left = seconds / max(1, step - self.first) * (self.steps - step)
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(f"{step}/{self.steps}  {kind}  {figures}  left {left:.0f} s", flush=True)  # noqa: T201
+            record = {"step": step, "kind": kind, "seconds": seconds} | figures
+            file.write(json.dumps(record) + "\n")
+        return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
 class Trainer:
@@ -87,7 +66,7 @@ class Trainer:
 
     Args:
         module: What is trained.
-        out: Folder of `log.jsonl` and `checkpoint.pt`.
+        out: Folder of `log.jsonl` and `checkpoint.safetensors`.
         steps: Optimiser steps of the whole run.
         lr: Peak learning rate.
         warmup: Steps to reach it.
@@ -113,48 +92,55 @@ class Trainer:
     ) -> None:
         self.module, self.steps, self.lr, self.warmup, self.seed = module, steps, lr, warmup, seed
         out.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = out / "checkpoint.pt"
-        self.average = Average(module, decay)
-        matrices = [p for p in module.parameters() if p.ndim > 1]
-        vectors = [p for p in module.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": 0.01},
-            {"params": vectors, "weight_decay": 0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+        self.checkpoint = out / "checkpoint.safetensors"
+        self.names = [name for name, _ in module.named_parameters()]
+        self.ema = EMA(list(module.parameters()), (decay,))
+        self.optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98))
         self.step = 0
         if resume and self.checkpoint.exists():
             self._load()
-        self.log = Log(out / "log.jsonl", steps, self.step)
+        self.log = Log(out / "log.jsonl", self.step)
 
     def _load(self) -> None:
+        tensors, state = load_state(self.checkpoint)
         try:
-            state = torch.load(self.checkpoint, weights_only=True)
-            self.module.load_state_dict(state["module"])
-            self.average.module.load_state_dict(state["average"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.average.updates = self.step = int(state["step"])
-        except (KeyError, RuntimeError, ValueError, EOFError) as error:
+            with torch.no_grad():
+                for (name, weight), average in zip(
+                    self.module.named_parameters(), self.ema.averages[0], strict=True
+                ):
+                    weight.copy_(tensors[f"weight.{name}"])
+                    average.copy_(tensors[f"average.{name}"])
+            load_optimizer(self.optimiser, self.names, tensors)
+        except (KeyError, RuntimeError) as error:
             raise InputError(
-                f"Cannot resume from {self.checkpoint}: it is not a checkpoint of this model. "
+                f"Cannot resume from {self.checkpoint}: it is a checkpoint of another model. "
                 "Choose another folder or start without resuming."
             ) from error
+        self.step = self.ema.updates = int(state["step"])
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        state = {
-            "module": self.module.state_dict(),
-            "average": self.average.module.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "step": self.step,
-        }
-        with atomic_path(self.checkpoint) as path:
-            torch.save(state, path)
+        tensors = optimizer_tensors(self.optimiser, self.names)
+        weights = self.module.named_parameters()
+        for (name, weight), average in zip(weights, self.ema.averages[0], strict=True):
+            tensors |= {f"weight.{name}": weight, f"average.{name}": average}
+        save_state(self.checkpoint, tensors, {"step": self.step})
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the module has its averaged weights and is in evaluation mode."""
+        self.ema.swap()
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.ema.swap()
 
     def run(
         self,
+        title: str,
         loss: Callable[[np.random.Generator, torch.Generator], dict[str, Tensor]],
-        validate: Callable[[nn.Module], dict[str, float]],
+        validate: Callable[[], dict[str, float]],
         *,
         log_every: int,
         save_every: int,
@@ -162,43 +148,54 @@ class Trainer:
         """Train to the last step.
 
         Args:
+            title: What to call the run on the screen.
             loss: Draws a batch and returns named terms; `"loss"` is the one to descend.
-            validate: Figures of a module on validation data; given the averaged one.
+            validate: Figures on validation data; called while the module has its averaged weights.
             log_every: Steps between lines of the log.
             save_every: Steps between checkpoints, each with a validation.
 
         Raises:
-            RunError: The loss is no longer finite.
+            RunError: The gradient is no longer finite.
         """
-        sums: dict[str, float] = {}
-        count = 0
-        while self.step < self.steps:
-            rng = np.random.default_rng([self.seed, self.step])
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.lr * cosine_warmup(self.step, self.steps, self.warmup)
-            self.module.train()
-            terms = loss(rng, generator)
-            terms["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            if not math.isfinite(float(norm)):
-                raise RunError(
-                    f"Training diverged at step {self.step}: the gradient is not finite. "
-                    "Resume from the last checkpoint with a lower learning rate."
-                )
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-            self.average.update(self.module)
-            self.step += 1
-            count += 1
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-            if self.step % log_every == 0 or self.step == self.steps:
-                self.log.write(self.step, "train", {k: v / count for k, v in sums.items()})
-                sums, count = {}, 0
-            if self.step % save_every == 0 or self.step == self.steps:
-                self.log.write(self.step, "validation", validate(self.average.module))
-                self.save()
+        recent: list[dict[str, float]] = []
+        with Progress(title, self.steps, self.step) as progress:
+            while self.step < self.steps:
+                terms = self._advance(loss)
+                recent.append(terms)
+                progress.update(self.step, f"loss {terms['loss']:.3g},")
+                last = self.step == self.steps
+                if self.step % log_every == 0 or last:
+                    means = {k: sum(row[k] for row in recent) / len(recent) for k in terms}
+                    self.log.write(self.step, "train", means)
+                    recent = []
+                if self.step % save_every == 0 or last:
+                    with self.averaged():
+                        figures = self.log.write(self.step, "validation", validate())
+                    progress.message(f"{title} {self.step}: {figures}")
+                    self.save()
+
+    def _advance(
+        self, loss: Callable[[np.random.Generator, torch.Generator], dict[str, Tensor]]
+    ) -> dict[str, float]:
+        """One optimiser step; the value of each term."""
+        rng = np.random.default_rng([self.seed, self.step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * cosine_warmup(self.step, self.steps, self.warmup)
+        self.module.train()
+        terms = loss(rng, generator)
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        if not math.isfinite(float(norm)):
+            raise RunError(
+                f"Training diverged at step {self.step}: the gradient is not finite. "
+                "Resume from the last checkpoint with a lower learning rate."
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.step += 1
+        return {name: float(value.detach()) for name, value in terms.items()}
 
 
 def render_array(

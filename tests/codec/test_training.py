@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mfmjt.codec import NanoCodec, NanoCodecConfig
+from mfmjt.data import foley
+from mfmjt.errors import InputError
+from mfmjt.train.codec import CodecConfig, SpectralLoss, train_codec
+from mfmjt.train.ends import cosine_warmup
+
+TINY = CodecConfig(
+    steps=12, batch=2, seconds=0.256, lr=3e-3, warmup=2, clips=4, validation_clips=1, workers=0,
+    log_every=3, save_every=6, bf16=False,
+    model=NanoCodecConfig(
+        latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
+        decoder_depths=(1, 1, 1),
+    ),
+)  # fmt: skip
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("codec")
+    train_codec(dataclasses.replace(TINY, out=out))
+    return out
+
+
+def test_a_few_steps_help(whole: Path) -> None:
+    # On the validation clip: single batches differ by how much of them is silence.
+    first, second = (r for r in records(whole) if r["kind"] == "validation")
+    assert second["log"] < first["log"]
+    assert second["mel_log10"] < first["mel_log10"]
+
+
+def test_what_is_exported_is_the_averaged_codec(whole: Path) -> None:
+    codec = NanoCodec.load(whole / "codec.safetensors")
+    last = [r for r in records(whole) if r["kind"] == "validation"][-1]
+    sound = torch.from_numpy(np.array(np.load(whole / "validation_1.npy"))).float() / 32767
+    with torch.no_grad():
+        mean, _ = codec.encode(sound)
+        log, _ = SpectralLoss()(codec.decode(mean), sound)
+    # The file holds float16, the log five decimals.
+    assert float(log) == pytest.approx(last["log"], rel=4 * torch.finfo(torch.float16).eps)
+
+
+def test_resuming_repeats_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    config = dataclasses.replace(TINY, out=tmp_path)
+    spectral = SpectralLoss.forward
+    calls = 0
+
+    def interrupt(self: SpectralLoss, a: torch.Tensor, b: torch.Tensor) -> tuple:
+        nonlocal calls
+        calls += 1
+        # Six steps, one validation clip, and two steps that the checkpoint does not have.
+        if calls == 10:
+            raise Stop
+        return spectral(self, a, b)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpectralLoss, "forward", interrupt)
+        with pytest.raises(Stop):
+            train_codec(config)
+    train_codec(config)
+    assert records(tmp_path) == records(whole)
+    ours, theirs = (NanoCodec.load(f / "codec.safetensors") for f in (tmp_path, whole))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+def test_refuses_the_checkpoint_of_another_model(whole: Path) -> None:
+    model = dataclasses.replace(TINY.model, encoder_dim=24)
+    with pytest.raises(InputError, match="another model"):
+        train_codec(dataclasses.replace(TINY, out=whole, model=model))
+
+
+def test_spectral_loss_orders_sounds() -> None:
+    loss = SpectralLoss()
+    clip = torch.from_numpy(foley.clip(0, "train", duration=1.0, render=False).audio)[None]
+    log, linear = loss(clip, clip)
+    assert float(log) == float(linear) == 0.0
+    quieter, later = loss(0.9 * clip, clip), loss(clip.roll(800, -1), clip)
+    silent = loss(torch.zeros_like(clip), clip)
+    for a, b, c in zip(quieter, later, silent, strict=True):
+        assert 0 < float(a) < float(b)
+        assert float(a) < float(c)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    factors = [cosine_warmup(step, 100, 10) for step in range(100)]
+    assert max(factors) == 1.0
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    middle = (10 + 100) // 2
+    assert math.isclose(factors[middle], (1 + 0.02) / 2)
