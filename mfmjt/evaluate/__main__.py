@@ -6,8 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from mfmjt.data import foley
 from mfmjt.errors import MfmjtError
-from mfmjt.evaluate.experiment import load_parts, suite, table
+from mfmjt.evaluate.experiment import examples, generate, load_parts, suite, table
+from mfmjt.evaluate.plots import plot_gallery, plot_steps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mode", default="cfg_scaled", help="cfg_scaled, cfg or none")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--plot", action="store_true", help="also draw steps.svg and gallery.svg")
     given = parser.parse_args(arguments)
 
     def progress(stage: str, done: float) -> None:
@@ -43,6 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
             batch=given.batch,
             progress=progress,
         )
+        if given.plot:
+            plot_steps(reports, given.out / "steps.svg")
+            shown = examples(parts.encoders, len(foley.CLASSES), given.seed)
+            options = {"guidance": given.guidance, "mode": given.mode, "seed": given.seed}
+            plot_gallery(shown, generate(parts, shown, **options), given.out / "gallery.svg")
     except MfmjtError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code

@@ -29,6 +29,7 @@ __all__ = ["plot_gallery", "plot_learning_curves", "plot_steps"]
 
 # Distinct for every kind of colour vision, and by lightness in print (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+GALLERY = (0, 4, 7, 10)  # in a set that begins with the first class: wood, drum, pendulum, bell
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -85,7 +86,7 @@ def plot_steps(reports: Sequence[Report], path: str | os.PathLike[str]) -> None:
         ("frechet", "Fréchet distance (lower is better)", "frechet_real"),
     )
     names = list(dict.fromkeys(report.model for report in reports))
-    with _figure(path, 1, len(panels), (9.6, 2.9)) as (_, axes):
+    with _figure(path, 1, len(panels), (9.6, 3.2)) as (figure, axes):
         for axis, (key, title, bound) in zip(axes[0], panels, strict=True):
             for name, colour in zip(names, COLOURS, strict=False):
                 rows = sorted((r for r in reports if r.model == name), key=lambda r: r.steps)
@@ -109,7 +110,8 @@ def plot_steps(reports: Sequence[Report], path: str | os.PathLike[str]) -> None:
             axis.set_ylim(bottom=0)
             if key != "frechet":
                 axis.set_ylim(top=1.05)
-        axes[0, 0].legend(fontsize=8)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def _decibels(wave: Tensor) -> np.ndarray:
@@ -126,7 +128,7 @@ def plot_gallery(
     clips: Examples,
     generated: Tensor,
     path: str | os.PathLike[str],
-    rows: Sequence[int] = (0, 4, 7, 10),
+    rows: Sequence[int] | None = None,
 ) -> None:
     """Spectrograms of real and generated sound, with events above and detected onsets below.
 
@@ -134,11 +136,13 @@ def plot_gallery(
         clips: The examples that the sound was generated for.
         generated: Waveforms (n, S) in the order of the examples.
         path: SVG file to write.
-        rows: Which of the examples to show.
+        rows: Which of the examples to show; by default four that sound unlike each other.
 
     Raises:
         InputError: No such example, or matplotlib is missing.
     """
+    if rows is None:
+        rows = [row for row in GALLERY if row < len(clips)]
     if not rows or max(rows) >= len(clips) or min(rows) < 0:
         raise InputError(f"There are {len(clips)} clips, not {list(rows)}. Give other rows.")
     duration = clips.audio.shape[1] / foley.SAMPLE_RATE

@@ -47,6 +47,8 @@ def test_the_gallery_shows_real_beside_generated(tmp_path: Path) -> None:
         video=torch.empty(2, 0, 0), sync=torch.empty(2, 0, 0), text=torch.empty(2, 0, 0),
     )  # fmt: skip
     plot_gallery(clips, torch.zeros_like(clips.audio), tmp_path / "gallery.svg", rows=(0, 1))
+    plot_gallery(clips, clips.audio, tmp_path / "default.svg")
+    assert "rain" not in text_of(tmp_path / "default.svg")
     text = text_of(tmp_path / "gallery.svg")
     assert all(word in text for word in ("ball wood, real", "ball wood, generated", "rain, real"))
     with pytest.raises(InputError, match="other rows"):
