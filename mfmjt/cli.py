@@ -321,11 +321,10 @@ def preview(
     - `mfmjt data preview out --clips 24 --split test`
     """
     from mfmjt.data.preview import preview as write_preview
-    from mfmjt.train.progress import Progress
 
-    with Progress("clips", clips, unit="clips") as progress:
+    with _bar({}) as report:
         written = write_preview(
-            out, clips, split, seed, size, lambda done, _total: progress.update(done)
+            out, clips, split, seed, size, lambda done, total: report("Drawing", done / total)
         )
     typer.echo(f"Wrote {len(written)} files to {out}; begin with {written[0]}.")
 

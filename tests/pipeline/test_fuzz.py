@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.clips import write_video
+
+MUTATIONS = 40
+SECONDS = 120  # for all of them, on a machine that does much else; alone they take about two
+
+# In a process of its own: a decoder that crashed would take the other tests along.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from mfmjt.errors import MfmjtError
+from mfmjt.media import mux, read_video
+
+ends = {}
+for name in sys.argv[2:]:
+    out = Path(sys.argv[1]) / (Path(name).stem + ".mkv")
+    try:
+        video = read_video(name, limit=60.0)
+        assert all(f.shape[1:] == (64, 64, 3) and len(f) for f in video.frames)
+        mux(name, np.zeros((1, round(video.duration * 16000)), np.float32), 16000, out)
+        ends[name] = "used"
+    except MfmjtError as error:
+        assert "\\n" not in str(error)
+        assert not out.exists()
+        ends[name] = "refused"
+print(json.dumps(ends))
+"""
+
+
+def mutate(content: bytes, seed: int) -> bytes:
+    """Flip, overwrite, cut or repeat parts, in the header as often as anywhere."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(content)
+    for _ in range(int(rng.integers(1, 12))):
+        reach = min(len(data), 1500) if rng.random() < 0.5 else len(data)
+        at = int(rng.integers(0, reach))
+        length = int(rng.integers(1, 64))
+        kind = rng.integers(0, 5)
+        if kind == 0:
+            data[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            data[at : at + length] = rng.bytes(length)
+        elif kind == 2:
+            data[at : at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"])
+        elif kind == 3:
+            del data[at : at + length]
+        else:
+            data[at:at] = data[at : at + length]
+    if rng.random() < 0.2:
+        del data[int(rng.integers(len(data) // 4, len(data))) :]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_damaged_files_are_used_or_refused(tmp_path: Path, suffix: str) -> None:
+    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
+    whole = write_video(tmp_path / f"whole{suffix}", frames=20, sound=True, options=options)
+    content = whole.read_bytes()
+    files = []
+    for seed in range(MUTATIONS):
+        path = tmp_path / f"mutation{seed}{suffix}"
+        path.write_bytes(mutate(content, seed))
+        files.append(str(path))
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), *files],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = json.loads(done.stdout)
+    assert len(ends) == MUTATIONS
+    assert set(ends.values()) == {"used", "refused"}  # else the mutations are too weak or strong
+    left = {p.stem for p in (tmp_path / "out").iterdir()}
+    assert left == {Path(name).stem for name, end in ends.items() if end == "used"}
