@@ -78,7 +78,8 @@ def _cotangent_(
 ) -> Tensor:
     """Write the cotangent of x to out; returns that of the weight."""
     g = y_bar.clone(memory_format=torch.contiguous_format)
-    g = _rotate_(g, None if turns is None else turns.conj())
+    # Not conj(): its lazy conjugate is ignored where torch.compile calls the op (torch 2.13).
+    g = _rotate_(g, None if turns is None else turns.conj_physical())
     n = x * rstd
     product = g * n
     weight_bar = product.flatten(0, -2).sum(0)

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # What `torch.func.jvp` and inductor load at their first use is written in PyTorch's deprecated
+    # TorchScript.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import torch._decomp.decompositions_for_jvp
+    import torch.utils.mkldnn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _single_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

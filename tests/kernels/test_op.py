@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from mfmjt import kernels
+from mfmjt.kernels import _op
+
+
+def test_split_and_join_are_inverse():
+    x, x_dot = torch.randn(3), torch.randn(3)
+    with forward_ad.dual_level():
+        value, tangent = _op.split(_op.join(x, x_dot))
+    assert torch.equal(value, x)
+    assert torch.equal(tangent, x_dot)
+
+
+def test_split_takes_the_tangent_off_the_tape():
+    x_dot = torch.randn(3, requires_grad=True)
+    with forward_ad.dual_level():
+        value, tangent = _op.split(forward_ad.make_dual(torch.randn(3, requires_grad=True), x_dot))
+    assert value.requires_grad
+    assert not tangent.requires_grad
+
+
+def test_split_without_forward_mode_returns_its_input():
+    x = torch.randn(3)
+    assert _op.split(x) == (x, None)
+    assert _op.split(None) == (None, None)
+
+
+def test_dual_numbers_without_func():
+    x, x_dot = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    truth = torch.func.jvp(lambda x: kernels.adaln(x, x, x), (x,), (x_dot,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x_dot)
+        found = forward_ad.unpack_dual(kernels.adaln(dual, dual, dual))
+    assert torch.equal(found.primal, truth[0])
+    assert torch.equal(found.tangent, truth[1])
+
+
+def test_nested_forward_mode_is_refused():
+    x = torch.randn(2, 3, 8)
+
+    def first(y):
+        return torch.func.jvp(lambda x: kernels.adaln(x, y, y), (x,), (x,))[1]
+
+    with pytest.raises(NotImplementedError, match="nested forward-mode"):
+        torch.func.jvp(first, (x,), (x,))
+    with kernels.reference():
+        assert torch.func.jvp(first, (x,), (x,))[1].shape == x.shape
+
+
+def test_reference_runs_plain_pytorch_and_ends():
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3)
+    with Watch():
+        with kernels.reference(), kernels.reference():
+            plain = kernels.swiglu(x, x)
+        assert not any("mfmjt" in name for name in seen)
+        ours = kernels.swiglu(x, x)
+    assert "mfmjt.swiglu_fwd.default" in seen
+    assert torch.equal(plain, ours)
+    with pytest.raises(ZeroDivisionError), kernels.reference():
+        raise ZeroDivisionError
+    assert not _op.use_reference()
+
+
+def test_tangent_returned_from_a_compiled_region_may_be_left_alone():
+    """Its cotangent is zeros then, which must pass, while a real one must not."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def dual(x):
+        return torch.func.jvp(lambda x: kernels.swiglu(x, x), (x,), (torch.ones_like(x),))
+
+    torch.compiler.reset()
+    x = torch.randn(3, 4, requires_grad=True)
+    y, _ = dual(x)
+    y.sum().backward()
+    found, x.grad = x.grad, None
+    kernels.swiglu(x, x).sum().backward()
+    assert torch.equal(found, x.grad)
+    y, y_dot = dual(x)
+    with pytest.raises(RuntimeError, match="detach the tangent"):
+        (y + y_dot).sum().backward()
+
+
+def test_import_is_light():
+    """No Triton, no compiler stack, no device is touched."""
+    code = (
+        "import sys, mfmjt.kernels, torch; "
+        "print([m for m in ('triton', 'torch._inductor', 'torch._dynamo') if m in sys.modules], "
+        "torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] False"

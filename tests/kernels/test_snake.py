@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfmjt.kernels import snake
+from mfmjt.kernels.snake import snake_ref
+from tests import oracle
+from tests.oracle import randn, strided
+
+module = importlib.import_module("mfmjt.kernels.snake")
+
+
+def inputs(batch, channels, samples, layout=lambda x: x):
+    return {
+        "x": layout(randn(batch, channels, samples)),
+        "alpha": randn(channels) / 3,
+        "beta": randn(channels) / 3,
+    }
+
+
+CASES = {
+    "whole blocks": lambda: inputs(2, 3, 32),
+    "odd length": lambda: inputs(2, 3, 37),
+    "strided": lambda: inputs(2, 3, 21, strided),
+    "one sample": lambda: inputs(2, 3, 1),
+    "two samples": lambda: inputs(1, 1, 2),
+    "empty batch": lambda: inputs(0, 3, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_all_modes(case, dtype):
+    oracle.check_op(snake, snake_ref, CASES[case](), ("x",), dtype, terms=74)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 70))
+def test_any_shape(batch, channels, samples):
+    values = inputs(batch, channels, samples)
+    oracle.check_op(snake, snake_ref, values, ("x",), torch.float32, terms=210)
+
+
+def test_chunks_make_no_difference(monkeypatch):
+    values = inputs(2, 3, 20)
+    whole = snake(**values)
+    monkeypatch.setattr(module, "_CHUNK", 100)  # two rows at a time
+    assert torch.equal(snake(**values), whole)
+    oracle.check_op(snake, snake_ref, values, ("x",), torch.float64, terms=40)
+
+
+def test_a_constant_passes_both_filters():
+    """Filters of unit gain and repeated edges: what is left is the activation itself."""
+    x = torch.full((1, 1, 40), 0.3, dtype=torch.float64)
+    alpha, beta = randn(1), randn(1)
+    truth = x + torch.sin(alpha.exp() * x) ** 2 / (beta.exp() + 1e-9)
+    assert oracle.error(snake(x, alpha, beta), truth) <= oracle.allowance(truth, x.dtype, terms=24)
+
+
+def test_compiled():
+    oracle.check_compiled(snake, inputs(2, 3, 20), ("x",), terms=120, backend="aot_eager")
+
+
+def test_reference_is_differentiable_in_both_modes():
+    values = tuple(x.requires_grad_() for x in inputs(1, 2, 4).values())
+    assert torch.autograd.gradcheck(snake_ref, values, check_forward_ad=True)
+
+
+def test_library_ops():
+    values = list(inputs(2, 3, 20).values())
+    leaves = [t.clone().requires_grad_() for t in values]
+    torch.library.opcheck(torch.ops.mfmjt.snake_fwd.default, leaves)
+    torch.library.opcheck(torch.ops.mfmjt.snake_bwd.default, (values[0], *values))
+    torch.library.opcheck(
+        torch.ops.mfmjt.snake_jvp.default,
+        (leaves[0], values[0], *leaves[1:]),
+        test_utils=oracle.OPCHECKS_OF_A_DUAL,
+    )
+
+
+def test_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"alpha \(3,\)"):
+        snake(torch.zeros(1, 2, 5), torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="N > 0"):
+        snake(torch.zeros(1, 2, 0), torch.zeros(2), torch.zeros(2))
+
+
+def test_refuses_a_tangent_of_its_parameters():
+    x, alpha, beta = inputs(1, 2, 5).values()
+    with pytest.raises(NotImplementedError, match="tangent of its beta"):
+        torch.func.jvp(lambda b: snake(x, alpha, b), (beta,), (beta,))
+
+
+def test_refuses_a_gradient_at_the_tangent():
+    x, alpha, beta = inputs(1, 2, 5).values()
+    x.requires_grad_()
+    _, y_dot = torch.func.jvp(lambda x: snake(x, alpha, beta), (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="detach the tangent"):
+        y_dot.sum().backward()

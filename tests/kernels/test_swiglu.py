@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfmjt.kernels import swiglu
+from mfmjt.kernels.swiglu import swiglu_ref
+from tests import oracle
+from tests.oracle import randn, strided
+
+
+def inputs(*shape, layout=lambda x: x):
+    return {"gate": layout(3 * randn(*shape)), "up": layout(randn(*shape))}
+
+
+BOTH = ("gate", "up")
+CASES = {
+    "sequences": (lambda: inputs(2, 5, 16), BOTH),
+    "odd width": (lambda: inputs(2, 3, 7), BOTH),
+    "strided": (lambda: inputs(2, 5, 16, layout=strided), BOTH),
+    "one token": (lambda: inputs(2, 1, 16), BOTH),
+    "no sample": (lambda: inputs(0, 4, 16), BOTH),
+    "one axis": (lambda: inputs(9), BOTH),
+    "only gate moves": (lambda: inputs(2, 4, 16), ("gate",)),
+    "only up moves": (lambda: inputs(2, 4, 16), ("up",)),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_all_modes(case, dtype):
+    make, moving = CASES[case]
+    oracle.check_op(swiglu, swiglu_ref, make(), moving, dtype, terms=1)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.booleans())
+def test_any_shape(shape, packed):
+    values = inputs(*shape, layout=(lambda x: x) if packed else strided)
+    oracle.check_op(swiglu, swiglu_ref, values, BOTH, torch.float32, terms=1)
+
+
+def test_extreme_gates_stay_finite():
+    gate = torch.tensor([-1e4, -200.0, 0.0, 200.0, 1e4])
+    y, y_dot = torch.func.jvp(lambda g: swiglu(g, torch.ones(5)), (gate,), (torch.ones(5),))
+    assert torch.equal(y, torch.tensor([0.0, 0.0, 0.0, 200.0, 1e4]))
+    assert torch.equal(y_dot, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend):
+    oracle.check_compiled(swiglu, inputs(2, 5, 16), BOTH, terms=80, backend=backend)
+
+
+def test_reference_is_differentiable_in_both_modes():
+    values = tuple(x.requires_grad_() for x in inputs(2, 3).values())
+    assert torch.autograd.gradcheck(swiglu_ref, values, check_forward_ad=True)
+
+
+def test_library_ops():
+    gate, up = inputs(2, 3, 8).values()
+    leaves = [t.clone().requires_grad_() for t in (gate, up)]
+    torch.library.opcheck(torch.ops.mfmjt.swiglu_fwd.default, leaves)
+    torch.library.opcheck(torch.ops.mfmjt.swiglu_bwd.default, (gate, gate, up))
+    torch.library.opcheck(
+        torch.ops.mfmjt.swiglu_jvp.default,
+        (*leaves, gate, None),
+        test_utils=oracle.OPCHECKS_OF_A_DUAL,
+    )
+
+
+def test_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"up \(2, 1\) float32"):
+        swiglu(torch.zeros(2, 3), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"up \(2, 3\) float64"):
+        swiglu(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_refuses_a_gradient_at_the_tangent():
+    x = torch.randn(2, 3, requires_grad=True)
+    y, y_dot = torch.func.jvp(lambda x: swiglu(x, x), (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="detach the tangent"):
+        (y + y_dot).sum().backward()
