@@ -38,7 +38,7 @@ def _filter() -> tuple[float, ...]:
     """Kaiser-windowed sinc low-pass at half the doubled rate's Nyquist frequency, sum one."""
     half_width, cutoff, half = 0.3, 0.25, _TAPS // 2
     attenuation = 2.285 * (half - 1) * math.pi * 4 * half_width + 7.95
-    beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)  # for 21 to 50 dB
+    beta = 0.1102 * (attenuation - 8.7)  # Kaiser's formula above 50 dB; this is 51
     window = torch.kaiser_window(_TAPS, periodic=False, beta=beta, dtype=torch.float64)
     time = torch.arange(-half, half, dtype=torch.float64) + 0.5
     taps = window * torch.sinc(2 * cutoff * time)
