@@ -1,5 +1,86 @@
-"""Everything about the package stands in pyproject.toml; this file is for compiled parts."""
+"""Everything about the package stands in pyproject.toml; this file is for the compiled part.
 
-from setuptools import setup
+`MFMJT_EXT=0` leaves the C++ kernels out, `MFMJT_EXT=1` fails without a compiler, and unset builds
+them where there is one. They use nothing of PyTorch but its stable ABI, so that one build serves
+every PyTorch from 2.10 and every Python from 3.10, whatever stands in the build environment.
+"""
 
-setup()
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+
+def why_not() -> str:
+    """Why the extension is not built, or nothing."""
+    if os.environ.get("MFMJT_EXT") == "0":
+        return "MFMJT_EXT=0"
+    if sys.platform == "win32":
+        return "Windows is not supported by them"
+    if not any(shutil.which(c.split()[0]) for c in (os.environ.get("CXX", "c++"), "g++")):
+        return "no C++ compiler; install g++ or clang"
+    if importlib.util.find_spec("torch") is None:
+        return "no PyTorch to build against"
+    return ""
+
+
+def extension() -> Extension:
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    return Extension(
+        "mfmjt._C",
+        sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
+        depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+        language="c++",
+        py_limited_api=True,
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            ("Py_LIMITED_API", "0x030A0000"),
+        ],
+        include_dirs=[str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu", "torch", "c10"],
+        extra_compile_args=FLAGS,
+        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+    )
+
+
+class Build(build_ext):
+    """Says what to do when the compiler fails."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            raise SystemExit(
+                f"The C++ kernels of mfmjt could not be built: {error}\n"
+                "Set MFMJT_EXT=0 to install without them; PyTorch then does their work."
+            ) from error
+
+
+reason = why_not()
+if reason and os.environ.get("MFMJT_EXT") == "1":
+    raise SystemExit(f"MFMJT_EXT=1, but the C++ kernels cannot be built: {reason}.")
+if reason:
+    sys.stderr.write(f"mfmjt is installed without its C++ kernels: {reason}.\n")
+    setup()
+else:
+    setup(
+        ext_modules=[extension()],
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -58,7 +58,7 @@ def formulas() -> Iterator[None]:
 
 
 def kernel(name: str, formula: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What the library op `mfmjt::<name>` runs on a CPU, or None where there is nothing but formula.
+    """What the library op `mfmjt::<name>` runs on a CPU, or None where that is the formula alone.
 
     Args:
         name: Name of the library op.

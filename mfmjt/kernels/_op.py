@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mfmjt.kernels import _ext
+
 __all__ = [
     "autocast",
     "backward_of",
@@ -144,7 +146,7 @@ def define(
             contiguous and alias neither an argument nor one another.
         fake: Gives results of the right shape without data. Default: `implementation`, which then
             must not look at values.
-        cpu: Takes the place of `implementation` on the CPU.
+        cpu: Takes the place of `implementation` on the CPU. Default: the C++ kernel, where built.
 
     Returns:
         The op, to be called with positional arguments.
@@ -152,6 +154,7 @@ def define(
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    cpu = cpu or _ext.kernel(name, implementation)
     if cpu is not None:
         _library.impl(name, _without_autocast(cpu), "CPU")
     fake = fake or _without_autocast(implementation)
