@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Threads of several test processes would only wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 HYPOTHESIS_STORAGE_DIRECTORY=.pytest_cache/hypothesis
 WORKERS ?= 2
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test clean
 
@@ -35,12 +36,18 @@ $(BIN)/python:
 	  { echo "mfmjt needs Python 3.10 or later; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Cannot make a virtual environment. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
 
-$(BIN)/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	@echo "Installing into .venv (PyTorch is large; this happens once)"
-	@$(PIP) --editable .
+$(BIN)/.torch: constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch into .venv (it is large; this happens once)"
+	@$(PIP) torch numpy setuptools wheel
 	@touch $@
 
-$(BIN)/.installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	@echo "Installing into .venv (PyTorch is large; this happens once)"
-	@$(PIP) --editable '.[dev]'
+# What is compiled is built against the PyTorch above, not against another copy of it.
+$(BIN)/.installed: $(SOURCES) | $(BIN)/.torch
+	@echo "Installing mfmjt into .venv"
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(BIN)/.installed-dev: $(SOURCES) | $(BIN)/.torch
+	@echo "Installing mfmjt and its tests' tools into .venv"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@ $(BIN)/.installed
