@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mfmjt.codec import MelSpectrogram, NanoCodec, NanoCodecConfig
 from mfmjt.codec.mel import slaney_filterbank
 from mfmjt.data import foley
+from mfmjt.errors import InputError
 from mfmjt.train.ends import Trainer, render_array
 
 __all__ = ["CodecConfig", "SpectralLoss", "train_codec"]
@@ -43,6 +44,10 @@ class CodecConfig:
         resume: Continue from the checkpoint in `out`.
         log_every: Steps between lines of the log.
         save_every: Steps between checkpoints and validations.
+        init_from: A codec to start from, of the same sizes.
+        train_encoder: Whether the encoder is trained too. Without it the latents stay what they
+            are, and a decoder can still improve after a network has been trained on them.
+        mel: Extra weight of MMAudio's log10 mel distance.
         model: Sizes of the codec.
     """
 
@@ -63,6 +68,9 @@ class CodecConfig:
     resume: bool = True
     log_every: int = 25
     save_every: int = 250
+    init_from: Path | None = None
+    train_encoder: bool = True
+    mel: float = 0.0
     model: NanoCodecConfig = field(default_factory=NanoCodecConfig)
 
 
@@ -129,7 +137,7 @@ def train_codec(config: CodecConfig) -> Path:
         Path of the exported `codec.safetensors` (averaged weights, float16).
 
     Raises:
-        InputError: The folder holds a checkpoint of another model.
+        InputError: The folder holds a checkpoint of another model, or `init_from` other sizes.
         RunError: The training diverged.
     """
     c = config
@@ -137,9 +145,17 @@ def train_codec(config: CodecConfig) -> Path:
         torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
     codec = NanoCodec(c.model)
+    if c.init_from is not None:
+        codec = NanoCodec.load(c.init_from)
+        if codec.config != c.model:
+            raise InputError(
+                f"{c.init_from} holds a codec of other sizes, {codec.config}. "
+                "Give its sizes as model, or start from nothing."
+            )
+    decoder = nn.ModuleDict({"decoder": codec.decoder, "head": codec.head})
     trainer = Trainer(
-        codec, c.out, steps=c.steps, lr=c.lr, warmup=c.warmup, decay=c.ema, seed=c.seed,
-        resume=c.resume,
+        codec if c.train_encoder else decoder, c.out, steps=c.steps, lr=c.lr, warmup=c.warmup,
+        decay=c.ema, seed=c.seed, resume=c.resume,
     )  # fmt: skip
     samples = round(foley.SAMPLE_RATE * foley.DURATION)
     sounds, held_out = (
@@ -161,12 +177,16 @@ def train_codec(config: CodecConfig) -> Path:
         gain = rng.uniform(0.5, 1.0, size=(c.batch, 1)) * rng.choice([-1.0, 1.0], size=(c.batch, 1))
         target = target * torch.from_numpy(gain).float()
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
-            mean, logvar = codec.encode(target)
+            with torch.set_grad_enabled(c.train_encoder):
+                mean, logvar = codec.encode(target)
             noise = torch.randn(mean.shape, generator=generator)
             sound = codec.decode(mean + (0.5 * logvar).exp() * noise)
         log, linear = spectral(sound, target)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return {"loss": log + linear + c.kl * kl, "log": log, "linear": linear, "kl": kl}
+        total = log + linear + c.kl * kl
+        if c.mel:
+            total = total + c.mel * F.l1_loss(spectral.mel(sound), spectral.mel(target))
+        return {"loss": total, "log": log, "linear": linear, "kl": kl}
 
     trainer.run(
         "codec",

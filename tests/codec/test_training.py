@@ -107,3 +107,24 @@ def test_learning_rate_rises_and_falls() -> None:
     assert factors[10:] == sorted(factors[10:], reverse=True)
     middle = (10 + 100) // 2
     assert math.isclose(factors[middle], (1 + 0.02) / 2)
+
+
+def test_a_decoder_alone_improves_and_leaves_the_latents(whole: Path, tmp_path: Path) -> None:
+    start = whole / "codec.safetensors"
+    tuned = dataclasses.replace(
+        TINY, out=tmp_path, init_from=start, train_encoder=False, mel=1.0, lr=1e-3
+    )
+    before, after = NanoCodec.load(start), NanoCodec.load(train_codec(tuned))
+    sound = torch.from_numpy(foley.clip(0, "validation", render=False).audio)[None]
+    for one, other in zip(before.encode(sound), after.encode(sound), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert not torch.equal(before.head.weight, after.head.weight)
+    assert records(tmp_path)[-1]["mel_log10"] < records(whole)[-1]["mel_log10"]
+
+
+def test_a_start_of_other_sizes_is_refused(whole: Path, tmp_path: Path) -> None:
+    other = dataclasses.replace(
+        TINY, out=tmp_path, init_from=whole / "codec.safetensors", model=NanoCodecConfig()
+    )
+    with pytest.raises(InputError, match="other sizes"):
+        train_codec(other)
