@@ -63,7 +63,6 @@ class NetworkTraining:
         device: `cpu`, `cuda` or `cuda:N`.
         dtype: `float32`, or `bfloat16` for autocast with fp32 weights.
         threads: Threads on the CPU; 0 leaves torch's choice.
-        compile: Compile the objective with `torch.compile`.
         steps: Optimiser steps.
         max_minutes: End the run, learning rate decayed, after so much time, earlier runs of the
             same folder counted in; 0 for no limit. The schedule then follows the larger of
@@ -109,7 +108,6 @@ class NetworkTraining:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 0
-    compile: bool = False
     steps: int = 10000
     max_minutes: float = 0.0
     batch: int = 64

@@ -51,14 +51,14 @@ class TrainingResult:
     Attributes:
         step: Optimiser steps done, earlier runs included.
         finished: Whether the recipe's end was reached; else the same call goes on.
-        network: The exported network, where finished.
+        network: The exported network: the averaged weights so far.
         skipped: Steps left out because their loss or gradient was not finite.
         seconds: Training time, earlier runs included.
     """
 
     step: int
     finished: bool
-    network: Path | None
+    network: Path
     skipped: int
     seconds: float
 
@@ -72,12 +72,16 @@ def lr_factor(step: int, share: float, warmup: int, schedule: str) -> float:
     return rise * max(0.0, fall)
 
 
-def train(config: NetworkTraining) -> TrainingResult:
+def train(config: NetworkTraining, stop_after: float | None = None) -> TrainingResult:
     """Train as `config` says, going on from the state in `config.out` where there is one.
 
     SIGTERM and Ctrl-C end the run after the present step with its state saved; a second Ctrl-C
-    ends it at once. At the end of the recipe the averaged weights are written, in fp16, to
+    ends it at once. Whenever it ends, the averaged weights are written, in fp16, to
     `network.safetensors` in the folder.
+
+    Args:
+        config: The recipe.
+        stop_after: Stop after so many seconds, as a signal would; the same call then goes on.
 
     Raises:
         InputError: A missing store, a device that is not there, a state of another network.
@@ -86,7 +90,7 @@ def train(config: NetworkTraining) -> TrainingResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_memory()
-    return _Run(config).run()
+    return _Run(config).run(stop_after)
 
 
 class _Run:
@@ -124,7 +128,6 @@ class _Run:
         )
         self.generator = torch.Generator(self.device)
         self.sampler = meanflow.logit_normal(config.time_mean, config.time_std)
-        self.objective = torch.compile(self._loss) if config.compile else self._loss
         self.step = self.skipped = self.in_a_row = 0
         self.elapsed = 0.0
         self.stopped = False
@@ -152,11 +155,12 @@ class _Run:
 
     # The loop
 
-    def run(self) -> TrainingResult:
+    def run(self, stop_after: float | None) -> TrainingResult:
         """Train to the end or until stopped."""
         config = self.config
         resumed = self._resume()
         network = self.out / NETWORK
+        end = math.inf if stop_after is None else time.monotonic() + stop_after
         self.log = _Log(self.out, self.step, config.tensorboard)
         self.log.note({"step": self.step, "config": as_json(config)} | resumed)
         title = f"train {config.model}"
@@ -167,15 +171,12 @@ class _Run:
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")
-            while not self.stopped and self.share() < 1:
+            while not self.stopped and self.share() < 1 and time.monotonic() < end:
                 self._advance()
+            finished = self.share() >= 1
             self._save()
-            if self.share() >= 1:
-                self._export(network)
-        finished = self.share() >= 1
-        return TrainingResult(
-            self.step, finished, network if finished else None, self.skipped, self.seconds()
-        )
+            self._export(network)
+        return TrainingResult(self.step, finished, network, self.skipped, self.seconds())
 
     def seconds(self) -> float:
         """Training time so far, earlier runs included."""
@@ -230,7 +231,7 @@ class _Run:
         cond["video_mask"], cond["text_mask"] = keep[0] & keep[2], keep[1] & keep[2]
         ratio = 0.0 if self.step < config.flow_steps else config.ratio
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, stats = self.objective(x, cond, *self._times(rows, ratio))
+            loss, stats = self._loss(x, cond, *self._times(rows, ratio))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.params, config.clip or math.inf, foreach=True)
         values = torch.stack((loss.detach(), *stats, norm)).tolist()  # one wait for the device

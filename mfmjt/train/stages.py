@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mfmjt.errors import InputError
 from mfmjt.train.classifier import ClassifierTraining, train_classifier
@@ -17,9 +18,7 @@ from mfmjt.train.encoders import EncodersConfig, train_encoders
 from mfmjt.train.features import extract_all
 from mfmjt.train.loop import train
 
-__all__ = ["STAGES", "ClassifierStage", "run"]
-
-STAGES = ("codec", "encoders", "features", "network", "classifier")
+__all__ = ["SETTINGS", "STAGES", "ClassifierStage", "run"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,18 @@ class ClassifierStage:
     training: ClassifierTraining = field(default_factory=ClassifierTraining)
 
 
+SETTINGS: dict[str, Any] = {
+    "codec": CodecConfig,
+    "encoders": EncodersConfig,
+    "features": FeatureExtraction,
+    "network": NetworkTraining,
+    "classifier": ClassifierStage,
+}
+"""The dataclass of each stage's settings."""
+STAGES = tuple(SETTINGS)
+"""The stages, in the order in which they depend on one another."""
+
+
 def run(stage: str, recipe: str, overrides: Sequence[str] = ()) -> str:
     """Run one stage of a recipe; return a line that says what it made.
 
@@ -47,23 +58,22 @@ def run(stage: str, recipe: str, overrides: Sequence[str] = ()) -> str:
         InputError: An unknown stage or setting, or a file from an earlier stage that is missing.
         RunError: The training diverged or a worker died.
     """
+    if stage not in SETTINGS:
+        raise InputError(f"Unknown stage {stage!r}. Choose one of {', '.join(STAGES)}.")
+    config = load_config(SETTINGS[stage], recipe, stage, overrides)
     if stage == "codec":
-        return f"Wrote {train_codec(load_config(CodecConfig, recipe, stage, overrides))}."
+        return f"Wrote {train_codec(config)}."
     if stage == "encoders":
-        return f"Wrote {train_encoders(load_config(EncodersConfig, recipe, stage, overrides))}."
+        return f"Wrote {train_encoders(config)}."
     if stage == "features":
-        folder = extract_all(load_config(FeatureExtraction, recipe, stage, overrides))
-        return f"Features are in {folder}."
-    if stage == "network":
-        result = train(load_config(NetworkTraining, recipe, stage, overrides))
-        skipped = f" ({result.skipped} steps were not finite)" if result.skipped else ""
-        if result.finished:
-            return f"Trained {result.step} steps{skipped}. Wrote {result.network}."
-        return f"Stopped at step {result.step}{skipped}. The same command goes on from there."
+        return f"Features are in {extract_all(config)}."
     if stage == "classifier":
-        config = load_config(ClassifierStage, recipe, stage, overrides)
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         train_classifier(config.training, out / "classifier.safetensors", out / "log.jsonl")
         return f"Wrote {out / 'classifier.safetensors'}."
-    raise InputError(f"Unknown stage {stage!r}. Choose one of {', '.join(STAGES)}.")
+    result = train(config)
+    skipped = f" ({result.skipped} steps were not finite)" if result.skipped else ""
+    if result.finished:
+        return f"Trained {result.step} steps{skipped}. Wrote {result.network}."
+    return f"Stopped at step {result.step}{skipped}. The same command goes on from there."
