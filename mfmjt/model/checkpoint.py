@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mfmjt.checkpoints import load_published, read_state_dict
 from mfmjt.errors import InputError
 from mfmjt.files import atomic_path
 from mfmjt.model.conditioning import r_embedding
@@ -52,16 +51,19 @@ def load(path: str | os.PathLike[str]) -> MFMJT:
     Raises:
         InputError: The file is missing, damaged or of something else.
     """
+    if not os.path.isfile(path):
+        raise InputError(f"No file {path}: there is nothing to load. Check the path.")
     try:
-        with safe_open(_existing(path), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         config = ModelConfig(**json.loads(metadata["config"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        why = f"no {error} in its metadata" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{path} is no mfmjt network: {_why(error)}. Give a file written by MFMJT.save, or "
-            "import a published one with load_mmaudio."
+            f"{path} is no mfmjt network: {why}. Give a file written by MFMJT.save, or import a "
+            "published one with load_mmaudio."
         ) from error
-    return _build(config, load_file(path), os.fspath(path))
+    return _build(config, load_file(path))
 
 
 def load_mmaudio(source: str | os.PathLike[str] | Mapping[str, Tensor], **overrides: Any) -> MFMJT:
@@ -80,12 +82,10 @@ def load_mmaudio(source: str | os.PathLike[str] | Mapping[str, Tensor], **overri
     Raises:
         InputError: Unreadable file, or a parameter is missing, unexpected or of another shape.
     """
-    if isinstance(source, Mapping):
-        state, name = dict(source), "The state dict"
-    else:
-        state, name = _read(source), os.fspath(source)
-    state = {key: value for key, value in state.items() if key not in _NOT_PERSISTENT}
-    config = _infer_config(state, name)
+    # Training checkpoints keep the weights beside the optimizer's state.
+    given = source if isinstance(source, Mapping) else read_state_dict(source, inside="weights")
+    state = {key: value for key, value in given.items() if key not in _NOT_PERSISTENT}
+    config = _infer_config(state)
     if overrides:
         config = dataclasses.replace(config, **overrides)
     for key, value in state.items():
@@ -94,7 +94,7 @@ def load_mmaudio(source: str | os.PathLike[str] | Mapping[str, Tensor], **overri
             parts = value.unflatten(0, (config.num_heads, config.head_dim, 3))
             state[key] = parts.movedim(2, 0).flatten(0, 2)
     fresh = r_embedding(config.hidden_dim).state_dict()
-    return _build(config, state | {f"{_OURS}{key}": value for key, value in fresh.items()}, name)
+    return _build(config, state | {f"{_OURS}{key}": value for key, value in fresh.items()})
 
 
 def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
@@ -119,70 +119,23 @@ def _state(net: MFMJT) -> list[tuple[str, Tensor]]:
     return list(net.state_dict().items())
 
 
-def _build(config: ModelConfig, state: Mapping[str, Tensor], name: str) -> MFMJT:
+def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> MFMJT:
     """A network of `config` that holds `state`.
 
     Built without memory first, so that a wrong file costs nothing and a right one is held once.
     """
     with torch.device("meta"):
         net = MFMJT(config)
-    expected = {key: tuple(value.shape) for key, value in _state(net)}
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, not {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    if problems:
-        raise InputError(
-            f"{name} does not hold the parameters of {config.name}: {'; '.join(problems)}. "
-            "Give the state dict of the whole network."
-        )
-    net.load_state_dict(
-        {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}, assign=True
-    )
+    load_published(net, state, f"the {config.name} network")
     return net
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"No file {path}: there is nothing to load. Check the path.")
-    return path
-
-
-def _why(error: Exception) -> str:
-    return f"no {error} in its metadata" if isinstance(error, KeyError) else str(error)
-
-
-def _read(source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    path = _existing(source)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{path} cannot be read as weights: {error}. Give a .pth or .safetensors state dict."
-        ) from error
-    # Training checkpoints keep the state dict beside the optimizer's.
-    if isinstance(state, dict) and isinstance(state.get("weights"), dict):
-        state = state["weights"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(
-            f"{path} holds no state dict: its values are not all tensors. "
-            "Give the weights of the network alone."
-        )
-    return state
-
-
-def _infer_config(state: Mapping[str, Tensor], name: str) -> ModelConfig:
+def _infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
     def shape(key: str) -> torch.Size:
         if key not in state:
             raise InputError(
-                f"{name} is no MMAudio network: missing {key}. Give the state dict of the whole "
-                "network."
+                f"This is no state dict of an MMAudio network: missing {key}. "
+                "Give the file as its publisher keeps it."
             )
         return state[key].shape
 
