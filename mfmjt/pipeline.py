@@ -218,6 +218,8 @@ class Pipeline:
                 )
                 duration, notes = read.duration, read.notes
                 frames = [torch.from_numpy(f)[None].to(self.device) for f in read.frames]
+        if prompt and (unread := self.encoders.unread(prompt)):
+            notes += (f"The prompt is too long: its end, from {unread[:30]!r} on, is not read.",)
         duration = TEXT_DURATION if duration is None else duration
         # Synchronisation features come in segments. The network works on whole ones, where frames
         # and latents stay in step, and what is beyond the duration is cut off the waveform.

@@ -26,6 +26,7 @@ from mfmjt.files import atomic_path
 
 __all__ = ["FrameEncoder", "NanoEncoders", "NanoEncodersConfig", "SyncEncoder", "TextEncoder"]
 
+_WORD = re.compile(r"\w+|[^\w\s]")
 _REACH = 4  # frames on each side that a sync feature sees
 _SEGMENT, _STRIDE = 16, 8  # Synchformer's segments: 16 frames, of which the middle 8 get features
 
@@ -126,7 +127,7 @@ def _pieces(word: str, buckets: int) -> tuple[int, ...]:
 
 
 def _words(text: str, limit: int) -> list[str]:
-    found = re.finditer(r"\w+|[^\w\s]", text.lower())
+    found = _WORD.finditer(text.lower())
     # 32 characters tell words apart; a prompt that is one endless word must not take for ever.
     return [match.group()[:32] for match in itertools.islice(found, limit)]
 
@@ -294,6 +295,12 @@ class NanoEncoders(nn.Module):
                 "Text must be a non-empty list of strings. Put a single prompt in a list."
             )
         return self.text_encoder(list(texts))
+
+    def unread(self, text: str) -> str:
+        """The end of a text that `encode_text` ignores; empty unless the text is long."""
+        words = itertools.islice(_WORD.finditer(text), self.config.text_length - 1, None)
+        first = next(words, None)
+        return "" if first is None else text[first.start() :]
 
     def _prepare(self, frames: Tensor) -> Tensor:
         """uint8 `(B, T, H, W, 3)` -> float `(B, T, 3, 64, 64)` in [-1, 1]."""

@@ -103,6 +103,16 @@ def test_any_prompt(pipe: Pipeline, prompt: str) -> None:
     assert one(pipe(prompt=prompt, duration=0.32)).waveform.shape == (1, 5120)
 
 
+def test_a_long_prompt_is_cut_with_a_note(pipe: Pipeline) -> None:
+    kept = [f"word{i}" for i in range(pipe.encoders.config.text_length - 1)]
+    audio = one(pipe(prompt=" ".join(kept), duration=0.32))
+    assert audio.notes == ()
+    longer = one(pipe(prompt=" ".join([*kept, "Lost", "words"]), duration=0.32))
+    (note,) = longer.notes
+    assert "'Lost words'" in note
+    assert torch.equal(longer.waveform, audio.waveform)
+
+
 def test_timings_and_progress(pipe: Pipeline, clip: Path) -> None:
     seen: list[tuple[str, float]] = []
     made = pipe(clip, steps=3, count=2, progress=lambda stage, part: seen.append((stage, part)))
