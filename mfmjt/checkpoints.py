@@ -105,8 +105,9 @@ def read_state_dict(path: str | os.PathLike[str], inside: str = "") -> dict[str,
             # Files in PyTorch's format before 1.6 cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path} cannot be read as weights: {str(error).splitlines()[0]}. "
+            f"{path} cannot be read as weights: {reason}. "
             "Give a .safetensors, .pth or .pt file with a state dict."
         ) from error
     if inside and isinstance(state, dict) and isinstance(state.get(inside), dict):

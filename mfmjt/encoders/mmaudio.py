@@ -195,7 +195,7 @@ def _resized(frames: Tensor, height: int, width: int) -> Tensor:
     parts = []
     for part in frames.split(_FRAMES_AT_ONCE):
         if part.device.type == "cpu":
-            # In uint8, which is over ten times faster there and one level apart at most.
+            # In uint8, which is over ten times faster there and a level apart on pictures.
             parts.append(F.interpolate(part, (height, width), mode="bicubic", antialias=True))
         else:
             x = F.interpolate(part.float(), (height, width), mode="bicubic", antialias=True)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS, BigVGAN, BigVGANConfig
+from mfmjt.errors import InputError
+from mfmjt.kernels.snake import snake_ref
+from tests.oracle import allowance, error
+from tests.weights import draw_all, read
+
+VECTORS = Path(__file__).parent / "vectors"
+TINY = BigVGANConfig(bands=5, width=16, rates=(4, 2), kernels=(8, 4), tanh=True, bias=True)
+TINY_V2 = BigVGANConfig(bands=5, width=16, rates=(8, 2), kernels=(16, 4), tanh=False, bias=False)
+TERMS = 11 * TINY.width * 24  # the widest sum, through the layers of two stages
+
+
+def published_shapes(c: BigVGANConfig) -> dict[str, list[int]]:
+    """Names and shapes of the published file, written down without our modules."""
+    shapes: dict[str, list[int]] = {}
+
+    def conv(name: str, first: int, second: int, kernel: int, bias: int) -> None:
+        shapes[f"{name}.weight_g"] = [first, 1, 1]
+        shapes[f"{name}.weight_v"] = [first, second, kernel]
+        if bias:
+            shapes[f"{name}.bias"] = [bias]
+
+    def activation(name: str, channels: int) -> None:
+        shapes[f"{name}.act.alpha"] = shapes[f"{name}.act.beta"] = [channels]
+        shapes[f"{name}.upsample.filter"] = shapes[f"{name}.downsample.lowpass.filter"] = [1, 1, 12]
+
+    conv("conv_pre", c.width, c.bands, 7, c.width)
+    width = c.width
+    for i, kernel in enumerate(c.kernels):
+        conv(f"ups.{i}.0", width, width // 2, kernel, width // 2)
+        width //= 2
+        for j, length in enumerate((3, 7, 11)):
+            for k in range(3):
+                conv(f"resblocks.{3 * i + j}.convs1.{k}", width, width, length, width)
+                conv(f"resblocks.{3 * i + j}.convs2.{k}", width, width, length, width)
+            for k in range(6):
+                activation(f"resblocks.{3 * i + j}.activations.{k}", width)
+    activation("activation_post", width)
+    conv("conv_post", 1, width, 7, int(c.bias))
+    return shapes
+
+
+def plain(state: dict[str, Tensor], c: BigVGANConfig, mel: Tensor) -> Tensor:
+    """The vocoder in float64 from its published weights, weight norm at each use."""
+    s = {name: value.double() for name, value in state.items()}
+
+    def weight(name: str) -> tuple[Tensor, Tensor | None]:
+        v = s[f"{name}.weight_v"]
+        norm = v.square().sum((1, 2), keepdim=True).sqrt()
+        return s[f"{name}.weight_g"] * v / norm, s.get(f"{name}.bias")
+
+    def conv(name: str, x: Tensor, dilation: int = 1) -> Tensor:
+        w, b = weight(name)
+        return F.conv1d(x, w, b, padding=dilation * (w.shape[-1] // 2), dilation=dilation)
+
+    def activate(name: str, x: Tensor) -> Tensor:
+        return snake_ref(x, s[f"{name}.act.alpha"], s[f"{name}.act.beta"])
+
+    x = conv("conv_pre", mel.double())
+    for i, (rate, kernel) in enumerate(zip(c.rates, c.kernels, strict=True)):
+        w, b = weight(f"ups.{i}.0")
+        length = rate * x.shape[-1]
+        start = (kernel - rate) // 2
+        x = F.conv_transpose1d(x, w, b, stride=rate)[..., start : start + length]
+        outputs = []
+        for j in range(3):
+            block, y = f"resblocks.{3 * i + j}", x
+            for k, dilation in enumerate((1, 3, 5)):
+                h = activate(f"{block}.activations.{2 * k}", y)
+                h = conv(f"{block}.convs1.{k}", h, dilation)
+                h = activate(f"{block}.activations.{2 * k + 1}", h)
+                y = y + conv(f"{block}.convs2.{k}", h)
+            outputs.append(y)
+        x = torch.stack(outputs).mean(0)
+    x = conv("conv_post", activate("activation_post", x))
+    return x.tanh() if c.tanh else x.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_V2], ids=["tanh", "clamp"])
+@pytest.mark.parametrize("frames", [1, 13])
+def test_sounds_as_the_formulas_say(config, frames):
+    state = draw_all(published_shapes(config), seed=1)
+    state["conv_post.weight_g"] *= 200  # loud enough that what limits the output matters
+    mel = torch.randn(2, config.bands, frames)
+    vocoder = BigVGAN.from_state_dict(state, config)
+    truth = plain(state, config, mel)
+    with torch.inference_mode():
+        result = vocoder(mel)
+    assert result.shape == (2, 1, frames * vocoder.hop)
+    assert error(result, truth) <= allowance(truth, torch.float32, TERMS)
+    assert truth.abs().max() > 0.9
+
+
+def test_all_layouts_of_the_weights_give_the_same_sound():
+    state = draw_all(published_shapes(TINY), seed=2)
+    new_names = {
+        name.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): value
+        for name, value in state.items()
+    }
+    filters = {
+        name: torch.zeros(shape)
+        for name, shape in published_shapes(TINY).items()
+        if name.endswith(".filter")
+    }
+    first = BigVGAN.from_state_dict(state, TINY)
+    mel = torch.randn(1, TINY.bands, 4)
+    for other in (new_names, state | filters, {"generator": new_names}, first.state_dict()):
+        with torch.inference_mode():
+            assert torch.equal(BigVGAN.from_state_dict(other, TINY)(mel), first(mel))
+
+
+def test_every_wrong_entry_is_named():
+    state = draw_all(published_shapes(TINY))
+    del state["ups.0.0.weight_g"], state["resblocks.1.activations.0.act.beta"]
+    state["conv_post.bias"] = torch.zeros(2)
+    state["discriminator.weight"] = torch.zeros(1)
+    with pytest.raises(InputError) as caught:
+        BigVGAN.from_state_dict(state, TINY)
+    for part in (
+        "missing ups.0.0.weight",
+        "unexpected ups.0.0.weight_v",
+        "missing resblocks.1.activations.0.beta",
+        "conv_post.bias has shape (2,), not (1,)",
+        "unexpected discriminator.weight",
+    ):
+        assert part in str(caught.value)
+
+
+def test_what_is_no_state_dict_is_refused():
+    with pytest.raises(InputError, match="no state dict"):
+        BigVGAN.from_state_dict({"generator": [1, 2]}, TINY)
+    with pytest.raises(InputError, match="22k"):
+        BigVGAN("22k")
+    vocoder = BigVGAN(TINY)
+    for shape in ((1, 4, 8), (5, 8), (1, 5, 0)):
+        with pytest.raises(InputError, match=re.escape(str(shape))):
+            vocoder(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("mode", ["16k", "44k"])
+def test_published_names_and_shapes_are_all_known(mode):
+    with torch.device("meta"):
+        ours = {name: list(p.shape) for name, p in BigVGAN(mode).state_dict().items()}
+    expected = {}
+    for name, shape in published_shapes(BIGVGAN_CONFIGS[mode]).items():
+        if not name.endswith((".weight_g", ".filter")):
+            expected[name.replace(".weight_v", ".weight").replace(".act.", ".")] = shape
+    assert ours == expected
+
+
+@pytest.mark.slow
+def test_compiles_without_a_break():
+    config = BigVGANConfig(5, 8, rates=(2,), kernels=(4,), tanh=True, bias=True)
+    vocoder = BigVGAN.from_state_dict(draw_all(published_shapes(config)), config)
+    mel = torch.randn(1, config.bands, 3)
+    with torch.no_grad():
+        truth = vocoder(mel)
+        result = torch.compile(vocoder, fullgraph=True, backend="eager")(mel)
+    assert error(result, truth) <= allowance(truth, torch.float32, TERMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "name"), [("16k", "bigvgan_16k"), ("44k", "bigvgan_v2_44k")])
+def test_agrees_with_the_published_implementation(mode, name):
+    state, given = read(VECTORS / f"{name}.safetensors")
+    vocoder = BigVGAN.from_state_dict(state, mode)
+    with torch.inference_mode():
+        result = vocoder(given["in.mel"])
+    truth = given["out.waveform"]
+    assert error(result, truth) <= allowance(truth, torch.float32, 11 * vocoder.config.width)
