@@ -88,7 +88,9 @@ class TimeEmbedding(nn.Module):
         self.max_period = max_period
         first, last = Linear(frequency_dim, dim), Linear(dim, dim)
         for layer in (first, last):
-            nn.init.normal_(layer.weight, std=0.02)
+            # Without memory there is nothing to fill, and PyTorch would import its compiler for it.
+            if not layer.weight.is_meta:
+                nn.init.normal_(layer.weight, std=0.02)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def _frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,16 @@ def test_a_video_that_is_too_long(pipe: Pipeline, tmp_path: Path) -> None:
 def test_public_names(model_folder: Path) -> None:
     assert mfmjt.Pipeline is Pipeline
     assert Pipeline.from_pretrained(str(model_folder), device="cpu").network.config.name == "nano"
+
+
+def test_loading_and_generating_import_no_compiler(model_folder: Path, clip: Path) -> None:
+    code = (
+        "import sys, mfmjt\n"
+        f"pipe = mfmjt.Pipeline.from_pretrained({str(model_folder)!r}, device='cpu')\n"
+        f"pipe({str(clip)!r})\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
