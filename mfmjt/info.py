@@ -65,14 +65,13 @@ def _version(package: str) -> str | None:
 def _cpu() -> str:
     if not CPU_INFO.exists():
         return platform.processor() or platform.machine()
-    fields = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in CPU_INFO.read_text().splitlines()
-        if ":" in line
-    )
+    fields: dict[str, str] = {}
+    for line in CPU_INFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
     flags = fields.get("flags", fields.get("Features", "")).split()
-    name = fields.get("model name", platform.machine())
-    return f"{name} ({', '.join(f for f in CPU_FLAGS if f in flags) or 'no vector extensions'})"
+    model = fields.get("model name", platform.machine())
+    return f"{model} ({', '.join(f for f in CPU_FLAGS if f in flags) or 'no vector extensions'})"
 
 
 def _gpus() -> list[str]:
