@@ -56,7 +56,7 @@ def test_chunks_make_no_difference(monkeypatch):
 
 
 def test_filter_is_the_published_one():
-    """Alias-Free GAN's design: cutoff 1/4, half width 0.3, 12 taps, through numpy's Kaiser window."""
+    """Alias-Free GAN's design: cutoff 1/4, half width 0.3, 12 taps, with numpy's Kaiser window."""
     attenuation = 2.285 * 5 * np.pi * 1.2 + 7.95
     assert attenuation > 50
     time = np.arange(12) - 5.5
