@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Camera", "Canvas", "Color"]
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Color = tuple[float, float, float]
 
 
@@ -41,12 +42,12 @@ class Canvas:
     def gradient(self, top: Color, bottom: Color) -> None:
         """Fill with a vertical gradient."""
         w = np.linspace(0.0, 1.0, self.size, dtype=np.float32)[:, None, None]
-        self.pixels[:] = np.float32(top) * (1 - w) + np.float32(bottom) * w
+        self.pixels[:] = np.asarray(top, np.float32) * (1 - w) + np.asarray(bottom, np.float32) * w
 
     def below(self, y: float, color: Color) -> None:
         """Fill everything under world height `y` (a floor)."""
         cover = np.clip((y - self._world_y) * self.scale + 0.5, 0.0, 1.0)[:, None, None]
-        self.pixels += (np.float32(color) - self.pixels) * cover
+        self.pixels += (np.asarray(color, np.float32) - self.pixels) * cover
 
     def texture(self, rng: np.random.Generator, amount: float) -> None:
         """Add fixed grain, coarse enough to survive video compression."""
@@ -71,7 +72,7 @@ class Canvas:
     def _paint(self, rows: slice, columns: slice, distance: Array, color: Color, a: float) -> None:
         cover = np.clip(0.5 - distance * self.scale, 0.0, 1.0)[..., None] * np.float32(a)
         region = self.pixels[rows, columns]
-        region += (np.float32(color) - region) * cover
+        region += (np.asarray(color, np.float32) - region) * cover
 
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, color: Color, alpha: float = 1.0
@@ -136,7 +137,7 @@ class Canvas:
         inside = (rows >= 0) & (rows < self.size) & (columns >= 0) & (columns < self.size)
         rows, columns = rows[inside], columns[inside]
         old = self.pixels[rows, columns]
-        self.pixels[rows, columns] = old + (np.float32(color) - old) * np.float32(alpha)
+        self.pixels[rows, columns] = old + (np.asarray(color, np.float32) - old) * np.float32(alpha)
 
     def to_uint8(self) -> NDArray[np.uint8]:
         """The frame as `(size, size, 3)` bytes."""

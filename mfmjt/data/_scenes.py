@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from mfmjt.data._sound import SAMPLE_RATE, Body, mix_strikes, shaped_noise, smoo
 
 __all__ = ["SOURCES", "Scene"]
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 FLOOR = -0.62  # world height of the floor
 _GAP = 0.15  # no two events closer than this (s): the ear, too, would hear one
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ __all__ = ["SAMPLE_RATE", "Body", "mix_strikes", "shaped_noise", "smooth_random"
 SAMPLE_RATE = 16_000
 """Samples per second of every clip (Hz)."""
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 
 class Body:
