@@ -38,7 +38,6 @@ def report() -> str:
         f"{'yes' if torch.backends.mkldnn.is_available() else 'no'}",
         *_gpus(),
         "",
-        "Ops         what runs on the CPU / on CUDA",
         *_ops(),
         "",
         "Models      " + (", ".join(_models()) or "none ships"),
@@ -92,21 +91,26 @@ def _gpus() -> list[str]:
 
 
 def _ops() -> list[str]:
-    """One line for each op: what PyTorch's dispatcher would run on each device."""
+    """The C++ kernels, and one line for each op: what runs it on each device."""
     import torch
 
     from mfmjt import kernels
+    from mfmjt.kernels import _ext
 
-    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mfmjt::")}
+    status = _ext.status()
+    if "missing" in status:
+        lines = [f"C++ kernels {status['missing']}"]
+    else:
+        lines = [f"C++ kernels {status['used']} in use, compiled by {status['compiler']}"]
+    lines.append("Ops         on the CPU, on CUDA")
+    served = {name.rsplit("_", 1)[0] for name in status.get("ops", "").split()}
+    registered = torch._C._dispatch_get_all_op_names()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    lines = []
     for op in (name for name in kernels.__all__ if name != "reference"):
-        parts = [n for n in registered if n.rsplit("_", 1)[0] == f"mfmjt::{op}"]
-        places = [
-            "own kernel" if any(has_kernel(n, device) for n in parts) else "PyTorch reference"
-            for device in ("CPU", "CUDA")
-        ]
-        lines.append(f"  {op:<22}{' / '.join(places)}")
+        parts = [name for name in registered if name.rsplit("_", 1)[0] == f"mfmjt::{op}"]
+        cpu = "C++" if op in served else "PyTorch"
+        cuda = "Triton" if any(has_kernel(name, "CUDA") for name in parts) else "PyTorch"
+        lines.append(f"  {op:<22}{cpu:<9}{cuda}")
     return lines
 
 
