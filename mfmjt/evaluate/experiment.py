@@ -55,6 +55,7 @@ CONDITIONS = ("both", "video", "text")
 TOLERANCE = 0.05  # s, for generated sound against the events
 CODEC_TOLERANCE = 0.02  # s, for decoded sound against the original
 RESAMPLES = 1000
+DIVERSITY_CLIPS = 48  # generated twice
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and how much of it is done, from 0 to 1."""
@@ -138,6 +139,15 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def first(self, count: int) -> Examples:
+        """The first `count` clips, or all if there are fewer."""
+        cut = {
+            field.name: getattr(self, field.name)[:count]
+            for field in dataclasses.fields(self)
+            if field.name not in ("split", "seconds")
+        }
+        return dataclasses.replace(self, **cut)
 
 
 class _Stopwatch:
@@ -341,7 +351,10 @@ class Report:
     another impact clip, which is what sound made for another clip's video gets here. `interval`
     holds 95 % bootstrap intervals over clips; the Fréchet distances have none, because resampling
     biases them. `frechet_real` is the distance between the real audio of these clips and as many
-    clips of the validation split: what perfect sound would get.
+    clips of the validation split: what perfect sound would get. `diversity` is how far apart, in
+    the classifier's embedding, two sounds made for one clip from different noise lie, over how far
+    apart two real clips of one class do: near 0 for a network that answers with the mean of all
+    sounds that would fit, below 1 for a good one, since the picture settles part of the sound.
     """
 
     model: str
@@ -364,6 +377,7 @@ class Report:
     class_accuracy_real: float = 0.0
     frechet: float = 0.0
     frechet_real: float = 0.0
+    diversity: float = 0.0
     text_class_accuracy: float | None = None
     text_frechet: float | None = None
     codec_onset_f1_20ms: float | None = None
@@ -557,6 +571,14 @@ def evaluate(
         )
         _, embedding = classifier.judge(others)
         report.frechet_real = frechet_distance(embedding.numpy(), real.embedding)
+    some = clips.first(DIVERSITY_CLIPS)
+    again = generate(parts, some, conditions=conditions, **(options | {"seed": seed + 1}))
+    spread = np.linalg.norm(
+        made.embedding[: len(some)] - classifier.judge(again)[1].double().numpy(), axis=1
+    )
+    # Clips of one number have one class in every split.
+    apart = np.linalg.norm(real.embedding - embedding.double().numpy(), axis=1)
+    report.diversity = float(spread.mean() / apart.mean())
 
     if text_only:
         spoken = (
@@ -632,7 +654,9 @@ _COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("onset_f1_shuffled", "shuffled", 3),
     ("class_accuracy", "class accuracy", 3),
     ("frechet", "Fréchet", 2),
-    ("text_class_accuracy", "text only", 3),
+    ("diversity", "diversity", 2),
+    ("text_class_accuracy", "text only: class", 3),
+    ("text_frechet", "text only: Fréchet", 2),
 )
 
 
@@ -661,14 +685,14 @@ def table(reports: Sequence[Report]) -> str:
         last = reports[0]
         lines.append(
             f"| real audio | | {last.onset_f1_real:.3f} | {last.onset_f1_real_shuffled:.3f} | "
-            f"{last.class_accuracy_real:.3f} | {last.frechet_real:.2f} | | |"
+            f"{last.class_accuracy_real:.3f} | {last.frechet_real:.2f} | 1.00 | | | |"
         )
         for report in reports:
             if report.codec_class_accuracy is not None:
                 lines.append(
                     f"| codec alone (onsets against the original's, ±20 ms) | | "
                     f"{report.codec_onset_f1_20ms:.3f} | | {report.codec_class_accuracy:.3f} | "
-                    f"{report.frechet_codec:.2f} | | |"
+                    f"{report.frechet_codec:.2f} | | | | |"
                 )
                 break
     return "\n".join(lines) + "\n"
