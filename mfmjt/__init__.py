@@ -32,11 +32,14 @@ _ATTRIBUTES = {"MFMJT": "mfmjt.model", "Pipeline": "mfmjt.pipeline"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ATTRIBUTES:
-        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
-    if name in __all__:
-        return importlib.import_module(f"mfmjt.{name}")
-    raise AttributeError(f"module 'mfmjt' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'mfmjt' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_ATTRIBUTES.get(name, f"mfmjt.{name}"))
+    except AttributeError as error:
+        # As an AttributeError it would make Python import the module again and hide the cause.
+        raise ImportError(f"mfmjt.{name} cannot be imported: {error}") from error
+    return getattr(module, name) if name in _ATTRIBUTES else module
 
 
 def __dir__() -> list[str]:
