@@ -11,6 +11,7 @@ and training states, some hundreds of MB, go to the work folder.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -213,8 +214,15 @@ def _network_case(job: Job) -> Case:
         "text": randn(4, config.text_length, config.text_dim),
     }
 
+    placed: dict[tuple[torch.device, torch.dtype], MFMJT] = {}
+
     def function(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return net.to(z.device, z.dtype)(z, torch.zeros_like(t), t, **cond)
+        # The first call with new inputs is a plain one: under jvp parameters cannot be moved.
+        where = (z.device, z.dtype)
+        if where not in placed:
+            placed[where] = copy.deepcopy(net).to(*where)
+        result: Tensor = placed[where](z, torch.zeros_like(t), t, **cond)
+        return result
 
     def reference(**given: Tensor) -> Tensor:
         with kernels.reference():
@@ -418,7 +426,14 @@ def train_nano(job: Job) -> bool:
         "tensorboard=false",
     ]
     if job.smoke:
-        small = {"steps": 3, "batch": 2, "full_batch": 1, "window": 20, "validate_every": 0}
+        small = {
+            "steps": 3,
+            "log_every": 1,
+            "batch": 2,
+            "full_batch": 1,
+            "window": 20,
+            "validate_every": 0,
+        }
         settings += [f"{k}={v}" for k, v in small.items()] + ["preview_every=0", "dtype=float32"]
         settings += [f"overrides={json.dumps(TINY)}"]
     config = load_config(NetworkTraining, "nano_gpu", "network", [*settings, *job.overrides])

@@ -35,9 +35,9 @@ def ends(tmp_path_factory) -> Ends:
 
 @pytest.fixture(scope="session")
 def store(ends, tmp_path_factory) -> Path:
-    """A store of 8 training and 4 validation clips, as the stage `features` makes it."""
+    """A store of 4 training and 2 validation clips, as the stage `features` makes it."""
     folder = tmp_path_factory.mktemp("store")
-    for split, clips in (("train", 8), ("validation", 4)):
+    for split, clips in (("train", 4), ("validation", 2)):
         extract(folder, split, clips, ends.encoders, ends.codec, workers=0)
     return folder
 

@@ -22,7 +22,7 @@ def test_features_are_those_of_the_clips(ends, store):
         "video": (64, 128),
         "sync": (200, 128),
     }
-    clip = foley.clip(5, "train")
+    clip = foley.clip(3, "train")
     frames = torch.from_numpy(clip.frames)
     with torch.no_grad():
         mean, _ = ends.codec.encode(torch.from_numpy(clip.audio)[None])
@@ -30,10 +30,10 @@ def test_features_are_those_of_the_clips(ends, store):
     for name, expected in (("mean", mean), ("video", video)):
         # Equal up to fp16, and to sums in another order where the batch is another.
         bound = 4 * torch.finfo(torch.float16).eps * expected.abs().max()
-        assert (shard[name][5].float() - expected[0]).abs().max() <= bound
+        assert (shard[name][3].float() - expected[0]).abs().max() <= bound
     index = FeatureStore(store)
-    assert (index.captions[5], index.labels[5]) == (clip.caption, clip.label)
-    assert index.events[5] == clip.events.tolist()
+    assert (index.captions[3], index.labels[3]) == (clip.caption, clip.label)
+    assert index.events[3] == clip.events.tolist()
 
 
 def test_index_has_the_statistics_of_sampled_latents(store):
@@ -48,7 +48,7 @@ def test_index_has_the_statistics_of_sampled_latents(store):
 
 def test_goes_on_where_it_stopped(ends, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SHARD_CLIPS", 2)
-    whole = extract(tmp_path / "whole", "test", 5, ends.encoders, ends.codec, workers=0)
+    whole = extract(tmp_path / "whole", "test", 3, ends.encoders, ends.codec, workers=0)
     make, made = features._make_shard, []
 
     def fail_at_second(shard, *rest):
@@ -61,10 +61,10 @@ def test_goes_on_where_it_stopped(ends, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(features, "_make_shard", fail_at_second)
         with pytest.raises(KeyboardInterrupt):
-            extract(part, "test", 5, ends.encoders, ends.codec, workers=0)
+            extract(part, "test", 3, ends.encoders, ends.codec, workers=0)
     written = made[0].stat().st_mtime_ns
     # The rest by two other processes, which must make the same.
-    folder = extract(part, "test", 5, ends.encoders, ends.codec, workers=2)
+    folder = extract(part, "test", 3, ends.encoders, ends.codec, workers=2)
     assert made[0].stat().st_mtime_ns == written
     names = sorted(path.name for path in whole.iterdir())
     assert names == sorted(path.name for path in folder.iterdir())
