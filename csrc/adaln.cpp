@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> adaln_bwd(
     pass.y_bar = rows<T>(op, "y_bar", y_bar, x);
     pass.x = rows<T>(op, "x", x, x);
     pass.scale = rows<T>(op, "scale", scale, x);
-    pass.mean = statistic(op, "mean", mean, s);
-    pass.rstd = statistic(op, "rstd", rstd, s);
+    pass.mean = statistic(op, "mean", mean, {s.batch, s.tokens, 1});
+    pass.rstd = statistic(op, "rstd", rstd, {s.batch, s.tokens, 1});
     pass.x_bar = mutable_data<T>(x_bar);
     Summed scale_sum(scale, pass.scale.whole(), s);
     pass.scale_sum = scale_sum.sums();

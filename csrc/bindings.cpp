@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(mfmjt_cpu, m) {
   m.def(
       "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor");
   m.def(
       "gated_residual_adaln_fwd(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
       "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -45,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) {
   m.impl("adaln_fwd", TORCH_BOX(&mfmjt::adaln_fwd));
   m.impl("adaln_jvp", TORCH_BOX(&mfmjt::adaln_jvp));
   m.impl("adaln_bwd", TORCH_BOX(&mfmjt::adaln_bwd));
+  m.impl("conv1d_fwd", TORCH_BOX(&mfmjt::conv1d_fwd));
   m.impl("gated_residual_adaln_fwd", TORCH_BOX(&mfmjt::gated_residual_adaln_fwd));
   m.impl("gated_residual_adaln_jvp", TORCH_BOX(&mfmjt::gated_residual_adaln_jvp));
   m.impl("gated_residual_adaln_bwd", TORCH_BOX(&mfmjt::gated_residual_adaln_bwd));

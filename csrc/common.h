@@ -134,6 +134,17 @@ template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
+// What a forward op returned for backward: float32, contiguous, of exactly these sizes.
+inline const float* statistic(
+    const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
+  check_tensor(op, name, t);
+  require(t.scalar_type() == ScalarType::Float, op, name, " must be float32");
+  check_rank(op, name, t, static_cast<int64_t>(sizes.size()));
+  for (size_t d = 0; d < sizes.size(); ++d) check_size(op, name, t, d, sizes[d]);
+  require(t.is_contiguous(), op, name, " must be contiguous");
+  return data<float>(t);
+}
+
 template <class T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());

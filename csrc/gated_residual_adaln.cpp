@@ -94,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_bwd(
     pass.h = rows<T>(op, "h", h, total);
     pass.gate = rows<T>(op, "gate", gate, total);
     pass.scale = rows<T>(op, "scale", scale, total);
-    pass.mean = statistic(op, "mean", mean, s);
-    pass.rstd = statistic(op, "rstd", rstd, s);
+    pass.mean = statistic(op, "mean", mean, {s.batch, s.tokens, 1});
+    pass.rstd = statistic(op, "rstd", rstd, {s.batch, s.tokens, 1});
     pass.x_bar = mutable_data<T>(x_bar);
     pass.h_bar = mutable_data<T>(h_bar);
     Summed gate_sum(gate, pass.gate.whole(), s), scale_sum(scale, pass.scale.whole(), s);

@@ -28,14 +28,6 @@ Rows<T> rows(
   return t ? rows<T>(op, name, *t, x) : Rows<T>(zeros.data());
 }
 
-inline const float* statistic(const char* op, const char* name, const Tensor& t, const Shape& s) {
-  check_tensor(op, name, t);
-  require(t.scalar_type() == ScalarType::Float, op, name, " must be float32");
-  require(t.is_contiguous(), op, name, " must be contiguous");
-  require(t.numel() == s.batch * s.tokens, op, name, " must have an element per token");
-  return data<float>(t);
-}
-
 // Sums run over the channels of one token in two sweeps over its row, which is in the first-level
 // cache by then: means first, centred products second. Nothing cancels, in float and for any offset.
 

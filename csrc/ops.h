@@ -14,6 +14,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_jvp(
 std::tuple<Tensor, Tensor, Tensor> adaln_bwd(
     Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd);
 
+// (B, C, N), channels-first.
+Tensor conv1d_fwd(Tensor x, Tensor weight, Maybe bias, int64_t dilation);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_fwd(
     Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, double eps);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_jvp(

@@ -247,14 +247,6 @@ MFMJT_BODY void backward_rows(const Backward<T>* pass, int64_t begin, int64_t en
   }
 }
 
-const float* statistic(const char* op, const char* name, const Tensor& t, const Shape& s) {
-  check_tensor(op, name, t);
-  require(t.scalar_type() == ScalarType::Float, op, name, " must be float32");
-  require(t.is_contiguous(), op, name, " must be contiguous");
-  require(t.numel() == s.batch * s.tokens * s.heads, op, name, " must have an element per head");
-  return data<float>(t);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_fwd(
@@ -306,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
     pass.weight[1] = c.weight[1].data();
     pass.cosine = c.cosine.data();
     pass.sine = c.sine.data();
-    pass.rstd[0] = statistic(op, "q_rstd", q_rstd, s);
-    pass.rstd[1] = statistic(op, "k_rstd", k_rstd, s);
+    pass.rstd[0] = statistic(op, "q_rstd", q_rstd, {s.batch, s.tokens, s.heads, 1});
+    pass.rstd[1] = statistic(op, "k_rstd", k_rstd, {s.batch, s.tokens, s.heads, 1});
     pass.qkv_bar = mutable_data<T>(qkv_bar);
     pass.sums = sums.data();
     const int64_t grain = std::max<int64_t>(1, kGrain / (kChunk * 3 * s.heads * s.width));

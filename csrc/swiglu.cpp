@@ -30,14 +30,17 @@ MFMJT_BODY float exponential(float x) {
   return p * power + power;
 }
 
-MFMJT_BODY float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+MFMJT_BODY float sigmoid(float x) {
+  const float y = 1.0f / (1.0f + exponential(-x));
+  return x < -88.0f ? 0.0f : y;
+}
 
 template <class T>
 MFMJT_BODY void value(const T* gate, const T* up, T* y, int64_t begin, int64_t end) {
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
     const float g = load(gate[i]);
-    store(y + i, g / (1.0f + exponential(-g)) * load(up[i]));
+    store(y + i, g * sigmoid(g) * load(up[i]));
   }
 }
 

@@ -106,11 +106,25 @@ def _heads(qkv: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
+    """(B, C, N) with few channels, where oneDNN is slower."""
+    return (
+        _module.build_info()["used"] != "portable"
+        and x.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
+        and x.numel() > 0
+        and weight.numel() > 0
+        and max(weight.shape[:2]) <= 96
+        and 0 < dilation * weight.shape[2] <= 1024
+    )
+
+
 # For every op with a C++ kernel, whether that takes these arguments.
 _TAKES: dict[str, Callable[..., bool]] = {
     "adaln_fwd": lambda x, shift, scale, eps: _modulated(x, shift, scale),
     "adaln_jvp": lambda x, *others: _modulated(x, *others[:-1]),
     "adaln_bwd": lambda y_bar, x, shift, scale, mean, rstd: _modulated(x, y_bar, shift, scale),
+    "conv1d_fwd": _convolution,
     "gated_residual_adaln_fwd": lambda x, *others: _modulated(x, *others[:-1]),
     "gated_residual_adaln_jvp": lambda x, *others: _modulated(x, *others[:-1]),
     "gated_residual_adaln_bwd": lambda total_bar, y_bar, total, *others: _modulated(

@@ -66,6 +66,17 @@ def _fake(
     return x.new_empty(shape), x.new_empty(shape)
 
 
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv1d(x, weight, bias, padding=padding, dilation=dilation).contiguous()
+
+
+# (B, C, N) as vocoders have it, where the CPU has a kernel for few channels.
+_fwd_op = _op.define(
+    "conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, SymInt dilation) -> Tensor",
+    _fwd,
+    lambda x, weight, bias, dilation: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
+)
 _jvp_op = _op.define(
     "conv1d_jvp(Tensor x, Tensor x_dot, Tensor weight, Tensor? bias, SymInt dilation) "
     "-> (Tensor, Tensor)",
@@ -113,6 +124,29 @@ _op.backward_of(
 )
 
 
+def _is_channels_first(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
+def _fwd_backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dilation, (outs, _, taps) = ctx.constants, weight.shape
+    bars = torch.ops.aten.convolution_backward(
+        *(y_bar, x, weight, [outs], [1], [dilation * (taps // 2)], [dilation]),
+        *(False, [0], 1, ctx.needs_input_grad[:3]),
+    )
+    return *bars, None
+
+
+_op.backward_of(
+    _fwd_op,
+    _fwd_backward,
+    saves=lambda inputs, outputs: inputs[:2],
+    outputs=1,
+    constants=lambda inputs: inputs[3],
+)
+
+
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """Convolution along the tokens, differentiable in both modes; autocasts as PyTorch's does.
 
@@ -138,5 +172,8 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int 
     _op.refuse_tangent("conv1d", weight=weight, bias=bias)
     x, x_dot = _op.split(x)
     if x_dot is None:
+        if _is_channels_first(x):
+            rows, weight, bias = _op.autocast(x.transpose(1, 2), weight, bias)
+            return _fwd_op(rows, weight, bias, dilation).transpose(1, 2)
         return _convolve(x, weight, bias, dilation)
     return _op.join(*_jvp_op(*_op.autocast(x, x_dot, weight, bias), dilation))

@@ -93,7 +93,7 @@ def _bwd(
     if y_bar is None:
         assert total_bar is not None
         x_bar = total_bar.to(work, copy=True, memory_format=torch.contiguous_format)
-        shift_bar, scale_bar = torch.zeros_like(shift), torch.zeros_like(scale)
+        shift_bar, scale_bar = shift.new_zeros(shift.shape), scale.new_zeros(scale.shape)
     else:
         x_bar, shift_bar, scale_bar = _norm.modulate_bar(
             y_bar.to(work), total.to(work), scale.to(work), mean, rstd, shift.shape

@@ -1,0 +1,323 @@
+"""The C++ kernels: the same judge as their formulas, on every instruction set; bad arguments."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mfmjt import kernels
+from mfmjt.kernels import _ext
+from tests import oracle
+from tests.oracle import randn, strided
+
+WAYS = ("formulas", "portable", "avx2", "avx512")
+BUILT = "missing" not in _ext.status()
+needs_extension = pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """Run a test with PyTorch's formulas, then with the C++ kernels of each instruction set."""
+    if request.param == "formulas":
+        with _ext.formulas():
+            yield request.param
+        return
+    if not BUILT:
+        pytest.skip(_ext.status()["missing"])
+    extension = importlib.import_module("mfmjt._C")
+    best = extension.build_info()["cpu"]
+    extension.limit_isa(request.param)
+    if extension.build_info()["used"] != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    extension.limit_isa(best)
+
+
+def reference_of(op):
+    return getattr(importlib.import_module(f"mfmjt.kernels.{op}"), f"{op}_ref")
+
+
+def norm(batch, tokens, width, rows, offset=0.0):
+    """`rows` 1: one modulation for a sample; None: one for each token, cut from a wider tensor."""
+
+    def modulation():
+        if rows is None:
+            return randn(batch, tokens, 3 * width)[..., width : 2 * width]
+        return randn(batch, rows, width)
+
+    return {"x": randn(batch, tokens, width) + offset, "shift": modulation(), "scale": modulation()}
+
+
+def gated(batch, tokens, width, rows):
+    values = norm(batch, tokens, width, rows)
+    return {**values, "h": randn(batch, tokens, width), "gate": torch.randn_like(values["shift"])}
+
+
+def heads(batch, tokens, count, width, rotate=True):
+    angle = randn(tokens, width // 2)
+    rope = torch.stack((angle.cos(), angle.sin()), -1).float() if rotate else None
+    values = {"qkv": randn(batch, tokens, 3, count, width), "q_weight": randn(width)}
+    return {**values, "k_weight": randn(width)}, rope
+
+
+def vocoder(batch, channels, samples):
+    values = {"x": randn(batch, channels, samples), "alpha": randn(channels) / 3}
+    return {**values, "beta": randn(channels) / 3}
+
+
+# Whole vectors of every width, an odd width, one token, more than one chunk of a sum over tokens.
+SIZES = [(2, 3, 32), (1, 1, 7), (2, 70, 21), (1, 130, 2)]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("size", SIZES)
+def test_adaln(way, size, rows, dtype):
+    values = norm(*size, rows, offset=3.0)
+    moving = ("x", "shift", "scale")
+    terms = size[1] * size[2]
+    oracle.check_op(kernels.adaln, reference_of("adaln"), values, moving, dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("size", SIZES)
+def test_gated_residual_adaln(way, size, rows, dtype):
+    values, terms = gated(*size, rows), size[1] * size[2]
+    op, ref = kernels.gated_residual_adaln, reference_of("gated_residual_adaln")
+    oracle.check_op(op, ref, values, ("x", "h", "gate", "scale"), dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("size", [(2, 3, 2, 64), (1, 70, 1, 80), (1, 1, 3, 2)])
+def test_qk_norm_rope(way, size, rotate, dtype):
+    values, rope = heads(*size, rotate)
+    ref = reference_of("qk_norm_rope")
+    oracle.check_op(
+        lambda **v: kernels.qk_norm_rope(**v, rope=rope),
+        lambda **v: ref(**v, rope=rope),
+        values,
+        ("qkv",),
+        dtype,
+        terms=size[1] * size[2] * size[3],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moving", [("gate",), ("up",), ("gate", "up")])
+@pytest.mark.parametrize("layout", [lambda x: x, strided])
+def test_swiglu(way, moving, layout, dtype):
+    values = {"gate": layout(5 * randn(3, 5, 37)), "up": layout(randn(3, 5, 37))}
+    oracle.check_op(kernels.swiglu, reference_of("swiglu"), values, moving, dtype, terms=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 3, 1), (1, 2, 2), (1, 1, 1023), (2, 1, 1030), (1, 1, 2049)])
+def test_snake(way, size, dtype):
+    values = vocoder(*size)
+    oracle.check_op(kernels.snake, reference_of("snake"), values, (), dtype, terms=24)
+
+
+@pytest.mark.parametrize("taps", [1, 3, 11])
+@pytest.mark.parametrize("dilation", [1, 5])
+@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 8, 8, 481), (1, 24, 17, 100)])
+def test_channels_first_convolution(way, size, dilation, taps):
+    batch, channels, outs, samples = size
+    values = {"x": randn(batch, channels, samples), "weight": randn(outs, channels, taps)}
+    values["bias"] = randn(outs)
+    ref = reference_of("conv1d")
+
+    def turned(op):
+        return lambda x, **v: op(x.transpose(1, 2), dilation=dilation, **v)
+
+    terms = max(channels * taps, samples)
+    oracle.check_op(turned(kernels.conv1d), turned(ref), values, (), torch.float32, terms)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_run_the_formula(dtype):
+    x = torch.randn(2, 3, 8).to(dtype)
+    with _ext.formulas():
+        truth = kernels.adaln(x, x, x)
+    assert torch.equal(kernels.adaln(x, x, x), truth)
+
+
+@needs_extension
+def test_far_from_zero_the_sine_stays_a_sine():
+    """Phases whose rounding error is many turns: any value of sin^2 will do, but only such."""
+    x = torch.tensor([1e6, 1e9, 1e20, -1e30]).view(1, 1, 4)
+    y = kernels.snake(x, torch.zeros(1), torch.zeros(1))
+    with kernels.reference():
+        assert oracle.error(y, kernels.snake(x, torch.zeros(1), torch.zeros(1))) <= (
+            oracle.allowance(x, x.dtype, terms=24) + 1
+        )
+    for bad in (torch.nan, torch.inf):
+        assert (
+            kernels.snake(torch.full((1, 1, 40), bad), torch.zeros(1), torch.zeros(1)).isnan().all()
+        )
+
+
+@needs_extension
+def test_threads_make_no_difference():
+    x = torch.randn(4, 300, 96)
+    bars = torch.randn_like(x)
+
+    def everything():
+        y, mean, rstd = torch.ops.mfmjt.adaln_fwd(x, x[:, :1], x[:, :1], 1e-6)
+        grads = torch.ops.mfmjt.adaln_bwd(bars, x, x[:, :1], x[:, :1], mean, rstd)
+        wave = torch.ops.mfmjt.snake_fwd(x, torch.zeros(300), torch.zeros(300))
+        return (y, *grads, wave, torch.ops.mfmjt.swiglu_fwd(x, bars))
+
+    one = everything()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = everything()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def good(name):
+    """Arguments that the raw op `mfmjt_cpu::<name>` takes, by name."""
+    x, row = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
+    stat = torch.ones(2, 3, 1)
+    norms = {"x": x, "shift": row, "scale": row}
+    qkv, weight, rope = torch.randn(2, 3, 3, 2, 4), torch.randn(4), torch.randn(3, 2, 2)
+    head = torch.randn(2, 3, 2, 4)
+    attention = {"q_weight": weight, "k_weight": weight, "rope": rope}
+    gates = {"x": x, "h": x, "gate": row, "shift": row, "scale": row}
+    return {
+        "adaln_fwd": {**norms, "eps": 1e-6},
+        "adaln_jvp": {**norms, "x_dot": x, "shift_dot": row, "scale_dot": row, "eps": 1e-6},
+        "adaln_bwd": {"y_bar": x, **norms, "mean": stat, "rstd": stat},
+        "conv1d_fwd": {
+            "x": x,
+            "weight": torch.randn(5, 3, 7),
+            "bias": torch.randn(5),
+            "dilation": 2,
+        },
+        "gated_residual_adaln_fwd": {**gates, "eps": 1e-6},
+        "gated_residual_adaln_jvp": {
+            **gates,
+            **{"x_dot": x, "h_dot": x, "gate_dot": row, "shift_dot": row, "scale_dot": row},
+            "eps": 1e-6,
+        },
+        "gated_residual_adaln_bwd": {
+            **{"total_bar": x, "y_bar": x, "total": x, "h": x},
+            **{"gate": row, "shift": row, "scale": row, "mean": stat, "rstd": stat},
+        },
+        "qk_norm_rope_fwd": {"qkv": qkv, **attention, "eps": 1e-6},
+        "qk_norm_rope_jvp": {"qkv": qkv, "qkv_dot": qkv, **attention, "eps": 1e-6},
+        "qk_norm_rope_bwd": {
+            **{"q_bar": head, "k_bar": head, "v_bar": head, "qkv": qkv},
+            **attention,
+            **{"q_rstd": head[..., :1].contiguous(), "k_rstd": head[..., :1].contiguous()},
+        },
+        "snake_fwd": {"x": x, "alpha": torch.zeros(3), "beta": torch.zeros(3)},
+        "swiglu_fwd": {"gate": x, "up": x},
+        "swiglu_jvp": {"gate": x, "up": x, "gate_dot": x, "up_dot": x},
+        "swiglu_bwd": {"y_bar": x, "gate": x, "up": x},
+    }[name]
+
+
+NAMES = sorted(_ext._TAKES)
+
+
+def raw(name):
+    return getattr(torch.ops.mfmjt_cpu, name).default
+
+
+DAMAGE = {
+    "dtype": lambda t: t.double(),
+    "integers": lambda t: t.int(),
+    "rank": lambda t: t[None],
+    "scalar": lambda t: t.flatten()[0],
+    "empty": lambda t: t[:0],
+    "size": lambda t: torch.cat((t, t), -1),
+    "device": lambda t: t.to("meta"),
+}
+
+FREE = {("conv1d_fwd", "x"), ("snake_fwd", "x")}  # any number of samples will do
+
+
+@needs_extension
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bad_argument_raises_and_is_named(name, damage):
+    arguments = good(name)
+    raw(name)(**arguments)
+    tensors = [key for key, value in arguments.items() if isinstance(value, torch.Tensor)]
+    leaders = {"x", "total", "qkv", "gate"}  # whose shape and dtype the others are held to
+    for key in tensors:
+        if damage == "size" and (name, key) in FREE:
+            continue
+        if damage == "dtype" and key in ("mean", "rstd", "q_rstd", "k_rstd", "alpha", "beta"):
+            match = key
+        elif damage == "device":
+            match = "mfmjt_cpu|Meta|meta"
+        else:
+            match = r"\w+ (is|must)" if key in leaders else key
+        with pytest.raises((RuntimeError, NotImplementedError), match=match):
+            raw(name)(**{**arguments, key: DAMAGE[damage](arguments[key])})
+
+
+@needs_extension
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_beyond_memory_raise(name):
+    arguments = good(name)
+    for key, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            huge = torch.zeros(()).expand((2**20,) * value.ndim if value.ndim < 4 else (2**12,) * 5)
+            with pytest.raises((RuntimeError, MemoryError)):
+                raw(name)(**{**arguments, key: huge})
+
+
+@needs_extension
+@pytest.mark.parametrize("dilation", [0, -1, 2**40, 2**62])
+def test_dilations_that_make_no_sense(dilation):
+    with pytest.raises(RuntimeError, match="dilation"):
+        raw("conv1d_fwd")(**{**good("conv1d_fwd"), "dilation": dilation})
+
+
+@st.composite
+def any_tensor(draw):
+    shape = draw(st.lists(st.integers(0, 4), max_size=5))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64]))
+    x = torch.ones(shape, dtype=dtype)
+    if draw(st.booleans()) and x.ndim > 1:
+        x = x.transpose(0, -1)
+    return x if draw(st.booleans()) else x.expand(draw(st.integers(1, 3)), *x.shape)
+
+
+@needs_extension
+@settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(st.sampled_from(NAMES), st.data())
+def test_any_arguments_give_a_result_or_an_exception(name, data):
+    arguments = good(name)
+    for key, value in arguments.items():
+        if isinstance(value, torch.Tensor) and data.draw(st.booleans()):
+            arguments[key] = data.draw(any_tensor())
+    try:
+        results = raw(name)(**arguments)
+    except RuntimeError:
+        return
+    results = results if isinstance(results, tuple) else (results,)
+    assert all(isinstance(r, torch.Tensor) for r in results)
+
+
+def test_status_says_what_runs_or_why_not():
+    status = _ext.status()
+    assert set(status) in ({"missing"}, {"compiler", "cpu", "used", "ops"})
