@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["formulas", "kernel", "status"]
+__all__ = ["formulas", "kernel", "status", "takes"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,6 +32,7 @@ def _load() -> tuple[Any, str]:
 
 _module, _reason = _load()
 _in_use = _module is not None
+_wide = _module is not None and _module.build_info()["cpu"] != "portable"
 
 
 def status() -> dict[str, str]:
@@ -66,12 +67,17 @@ def kernel(name: str, formula: Callable[..., Any]) -> Callable[..., Any] | None:
     """
     if _module is None or name not in _TAKES:
         return None
-    native, takes = getattr(torch.ops.mfmjt_cpu, name).default, _TAKES[name]
+    native = getattr(torch.ops.mfmjt_cpu, name).default
 
     def choose(*args: Any) -> Any:
-        return native(*args) if _in_use and takes(*args) else formula(*args)
+        return native(*args) if takes(name, *args) else formula(*args)
 
     return choose
+
+
+def takes(name: str, *args: Any) -> bool:
+    """Whether the library op `mfmjt::<name>` would run these arguments, on a CPU, in C++."""
+    return _in_use and _TAKES[name](*args)
 
 
 def _alike(first: Tensor, *others: Tensor | None) -> bool:
@@ -109,7 +115,7 @@ def _heads(qkv: Tensor, *others: Tensor | None) -> bool:
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
     """(B, C, N) with few channels, where oneDNN is slower."""
     return (
-        _module.build_info()["used"] != "portable"
+        _wide
         and x.dtype == weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
         and x.numel() > 0

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _op
+from mfmjt.kernels import _ext, _op
 
 __all__ = ["conv1d", "conv1d_ref"]
 
@@ -124,8 +124,19 @@ _op.backward_of(
 )
 
 
-def _is_channels_first(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+def _is_vocoder_like(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
+    """Few channels of many samples, channels-first: where the C++ kernel beats oneDNN.
+
+    Below 2^16 elements the call of a library op costs more than is won.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.numel() >= 2**16
+        and not x.is_contiguous()
+        and x.transpose(1, 2).is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and _ext.takes("conv1d_fwd", x.transpose(1, 2), weight, bias, dilation)
+    )
 
 
 def _fwd_backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,8 +183,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int 
     _op.refuse_tangent("conv1d", weight=weight, bias=bias)
     x, x_dot = _op.split(x)
     if x_dot is None:
-        if _is_channels_first(x):
-            rows, weight, bias = _op.autocast(x.transpose(1, 2), weight, bias)
-            return _fwd_op(rows, weight, bias, dilation).transpose(1, 2)
+        if _is_vocoder_like(x, weight, bias, dilation):
+            return _fwd_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
         return _convolve(x, weight, bias, dilation)
     return _op.join(*_jvp_op(*_op.autocast(x, x_dot, weight, bias), dilation))

@@ -128,16 +128,30 @@ def test_snake(way, size, dtype):
 @pytest.mark.parametrize("dilation", [1, 5])
 @pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 8, 8, 481), (1, 24, 17, 100)])
 def test_channels_first_convolution(way, size, dilation, taps):
+    if way == "portable":
+        pytest.skip("left to PyTorch on such CPUs")
     batch, channels, outs, samples = size
     values = {"x": randn(batch, channels, samples), "weight": randn(outs, channels, taps)}
     values["bias"] = randn(outs)
     ref = reference_of("conv1d")
+    oracle.check_op(
+        lambda x, weight, bias: torch.ops.mfmjt.conv1d_fwd(x, weight, bias, dilation),
+        lambda x, **v: ref(x.transpose(1, 2), dilation=dilation, **v).transpose(1, 2),
+        values,
+        (),
+        torch.float32,
+        terms=max(channels * taps, samples),
+    )
 
-    def turned(op):
-        return lambda x, **v: op(x.transpose(1, 2), dilation=dilation, **v)
 
-    terms = max(channels * taps, samples)
-    oracle.check_op(turned(kernels.conv1d), turned(ref), values, (), torch.float32, terms)
+@needs_extension
+def test_a_vocoder_reaches_the_convolution_of_few_channels():
+    x, weight = torch.randn(1, 8, 2**13), torch.randn(8, 8, 3)
+    y = kernels.conv1d(x.transpose(1, 2), weight, dilation=3).transpose(1, 2)
+    if _ext.takes("conv1d_fwd", x, weight, None, 3):
+        assert torch.equal(y, torch.ops.mfmjt_cpu.conv1d_fwd(x, weight, None, 3))
+    truth = reference_of("conv1d")(x.double().transpose(1, 2), weight.double(), dilation=3)
+    assert oracle.error(y.transpose(1, 2), truth) <= oracle.allowance(truth, x.dtype, terms=24)
 
 
 @needs_extension
