@@ -68,6 +68,36 @@ def report(parts: Parts, classifier: Classifier, clips: Examples) -> Report:
     return evaluate(parts, classifier, clips=clips, seed=1, batch=2)
 
 
+class Mean(torch.nn.Module):
+    """Answers every noise with the same latent, as one step of perfect flow matching does."""
+
+    def __init__(self, network: MFMJT) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.conditions, self.unnormalize = network.conditions, network.unnormalize
+
+    def forward(self, z: torch.Tensor, r: object, t: object, cond: object) -> torch.Tensor:
+        return z - 0.3
+
+
+def test_a_network_that_answers_with_a_mean_has_no_diversity(
+    parts: Parts, classifier: Classifier, clips: Examples, report: Report
+) -> None:
+    mean = dataclasses.replace(parts, network=Mean(parts.network))
+    options = {"seed": 1, "guidance": 1.0, "text_only": False, "codec": False}
+    same = evaluate(mean, classifier, clips=clips, **options)
+    # z - (z - 0.3) leaves the rounding of z.
+    assert same.diversity < 1e3 * torch.finfo(torch.float32).eps
+    assert report.diversity > 1e3 * same.diversity
+
+
+def test_the_first_clips_keep_their_features(clips: Examples) -> None:
+    first = clips.first(2)
+    assert first.indices == clips.indices[:2]
+    assert torch.equal(first.sync, clips.sync[:2])
+    assert len(clips.first(99)) == len(clips)
+
+
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_a_derangement_moves_everyone(count: int) -> None:
     for seed in range(20):
