@@ -154,7 +154,8 @@ def _results(
     bars = [draw(y) for y in plain]
     loss = sum(((y * bar).sum() for y, bar in zip(plain, bars, strict=True)), torch.zeros(()))
     gradients = torch.autograd.grad(loss, list(leaves.values()))
-    values, tangents = torch.func.jvp(moved, tuple(leaves[name] for name in case.moving), dots)
+    xs = tuple(leaves[name] for name in case.moving)
+    values, tangents, *_ = torch.func.jvp(moved, xs, dots)
     results = {
         "value": list(plain),
         "value under jvp": list(values),
@@ -277,10 +278,10 @@ def _op_call(
     def forward() -> tuple[Tensor, ...]:
         if not mode.startswith("jvp"):
             return _tuple(function(**leaves))
-        values, _ = torch.func.jvp(
+        values, *_ = torch.func.jvp(
             lambda *at: _tuple(function(**(leaves | dict(zip(moving, at, strict=True))))), xs, dots
         )
-        return values  # type: ignore[no-any-return]
+        return values
 
     def call() -> object:
         if not mode.endswith("bwd"):
