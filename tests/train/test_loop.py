@@ -23,9 +23,13 @@ from mfmjt.train.checkpoint import load_state
 from mfmjt.train.loop import lr_factor, train
 
 
-def curve(out: str, kind: str = "train") -> list[tuple[int, float, float]]:
-    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if r.get("kind") == kind]
+def records(out: str, kind: str) -> list[dict]:
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r.get("kind") == kind]
+
+
+def curve(out: str) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(out, "train")]
 
 
 def same_state(ours: str, theirs: str) -> bool:
@@ -119,8 +123,7 @@ def test_steps_that_are_not_finite_are_skipped(recipe, monkeypatch, tmp_path):
     # One optimiser step was made, and nothing of the other is left anywhere.
     assert tensors["optimizer.step.sync_pos_emb"] == 1
     assert all(torch.isfinite(t).all() for t in tensors.values())
-    records = [json.loads(line) for line in (Path(config.out) / "log.jsonl").open()]
-    assert [r["skipped"] for r in records if r.get("kind") == "train"] == [1, 1]
+    assert [r["skipped"] for r in records(config.out, "train")] == [1, 1]
 
 
 def test_a_run_that_stays_not_finite_is_given_up(recipe, monkeypatch):
@@ -137,12 +140,11 @@ def test_training_learns_and_writes_everything(recipe, store):
     )  # fmt: skip
     result = train(config)
     out = Path(config.out)
-    records = [json.loads(line) for line in (out / "log.jsonl").open()]
-    validation = [r for r in records if r.get("kind") == "validation"]
+    validation = records(config.out, "validation")
     assert [r["step"] for r in validation] == [10, 20, 30]
     # A fresh network says zero, so its error is that of v = e - x, about 2 a number.
     assert validation[-1]["flow"] < validation[0]["flow"] < 2
-    training = [r for r in records if r.get("kind") == "train"]
+    training = records(config.out, "train")
     assert "interval" not in training[0]
     assert training[-1]["interval"] > 0
     names = {path.name for path in (out / "previews").iterdir()}
