@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from mfmjt import kernels
 from mfmjt.kernels import _op
+from tests import oracle
 
 
 def test_split_and_join_are_inverse():
@@ -70,7 +71,7 @@ def test_reference_runs_plain_pytorch_and_ends():
         assert not any("mfmjt" in name for name in seen)
         ours = kernels.swiglu(x, x)
     assert "mfmjt.swiglu_fwd.default" in seen
-    assert torch.equal(plain, ours)
+    assert oracle.error(ours, plain) <= oracle.allowance(plain, x.dtype, terms=1)
     with pytest.raises(ZeroDivisionError), kernels.reference():
         raise ZeroDivisionError
     assert not _op.use_reference()
