@@ -368,17 +368,27 @@ def _generate_calls(net: MFMJT, length: int) -> dict[str, Callable[[], object]]:
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Replay `call` as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    """Replay `call` as one CUDA graph, captured at its first use."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def capture() -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        return graph
+
+    def replay() -> None:
+        if not graphs:
+            graphs.append(capture())
+        graphs[0].replay()
+
+    return replay
 
 
 def _compare(job: Job, rows: Rows, calls: dict[str, Callable[[], object]], **fields: Any) -> None:

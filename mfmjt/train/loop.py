@@ -293,7 +293,7 @@ class _Run:
                 with torch.no_grad():
                     for i, t in enumerate(FLOW_TIMES):
                         loss = self._fixed_loss(x, cond, noise, t * one, t * one)
-                        flow[i] += loss * len(rows)
+                        flow[i] += float(loss) * len(rows)
                     mean += float(self._fixed_loss(x, cond, noise, zero, one)) * len(rows)
                 count += len(rows)
         values = {f"flow_t{t}": float(v) / count for t, v in zip(FLOW_TIMES, flow, strict=True)}
