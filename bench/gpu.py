@@ -1,7 +1,8 @@
 """All that needs a GPU, in parts that stop before a time limit and go on at the next call.
 
 check   every op and the network on the device against float64 on the CPU: value, tangent, gradient
-time    the same ops, a training step and one-step generation: ours, the reference, compiled
+time    the same ops, a training step and one-step generation: ours, the reference, and, without
+        tangents, the compiled reference; generation also as one CUDA graph
 train   nano: clips are made, encoded and trained on until the time is up, then on the next call
 
 Needs torch, NumPy and safetensors, and Triton where a part compiles. DIR receives small files only:
@@ -248,7 +249,7 @@ def time_all(job: Job) -> bool:
                 for dtype in dtypes
             ]
     for work in works:
-        if (job.seconds_left() < 20 and not job.smoke) or not work():
+        if (job.seconds_left() < 60 and not job.smoke) or not work():
             print("The time is up; the same command goes on from here.")
             return False
     return True
@@ -261,6 +262,9 @@ def _time_op(job: Job, rows: Rows, case: Case, dtype: torch.dtype) -> bool:
         if rows.has(what=case.op, shape=case.shape, dtype=name, mode=mode):
             continue
         functions = {"mfmjt": case.function, "reference": case.reference}
+        if job.device.type == "cuda" and mode.startswith("value"):
+            torch.compiler.reset()
+            functions["compile"] = torch.compile(case.reference)
         calls = {k: _op_call(f, leaves, case.moving, mode) for k, f in functions.items()}
         _compare(job, rows, calls, what=case.op, shape=case.shape, dtype=name, mode=mode)
     return True
@@ -302,7 +306,7 @@ def _time_network(job: Job, rows: Rows) -> bool:
         half = "float32" if job.smoke else "bfloat16"
         batch, length = (2, 20) if job.smoke else (64, net.config.latent_length)
         for ratio in (0.0, 0.1, 0.25):
-            if job.seconds_left() < 30 and not job.smoke:
+            if job.seconds_left() < 60 and not job.smoke:
                 return False
             mode = f"train_ratio_{ratio}"
             if not rows.has(what="network", shape=name, dtype=half, mode=mode):
@@ -363,6 +367,8 @@ def _generate_calls(net: MFMJT, length: int) -> dict[str, Callable[[], object]]:
         "reference": reference,
     }
     if z.device.type == "cuda":
+        compiled = meanflow.OneStep(torch.compile(net))
+        calls["compile"] = lambda: compiled(z, **cond)
         calls["graph"] = _captured(lambda: step(z, **cond))
     return calls
 
