@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_published
 from mfmjt.errors import InputError
-from mfmjt.kernels import snake
+from mfmjt.kernels import conv1d, snake
 
 __all__ = ["BIGVGAN_CONFIGS", "BigVGAN", "BigVGANConfig"]
 
@@ -67,18 +67,25 @@ class _Snake(nn.Module):
         return snake(x, self.alpha, self.beta)
 
 
+class _Conv1d(nn.Conv1d):
+    """Same padding and a dilation, on our kernel, which sees (B, C, N) as a view of its layout."""
+
+    def __init__(self, channels: int, kernel: int, dilation: int = 1) -> None:
+        padding = dilation * (kernel // 2)
+        super().__init__(channels, channels, kernel, padding=padding, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv1d(x.transpose(1, 2), self.weight, self.bias, self.dilation[0])
+        return y.transpose(1, 2)
+
+
 class _AMPBlock(nn.Module):
     """Three residual pairs of convolutions, the first of each pair dilated by 1, 3 and 5."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        half = kernel // 2
-        self.convs1 = nn.ModuleList(
-            nn.Conv1d(channels, channels, kernel, padding=half * d, dilation=d) for d in _DILATIONS
-        )
-        self.convs2 = nn.ModuleList(
-            nn.Conv1d(channels, channels, kernel, padding=half) for _ in _DILATIONS
-        )
+        self.convs1 = nn.ModuleList(_Conv1d(channels, kernel, d) for d in _DILATIONS)
+        self.convs2 = nn.ModuleList(_Conv1d(channels, kernel) for _ in _DILATIONS)
         self.activations = nn.ModuleList(_Snake(channels) for _ in range(2 * len(_DILATIONS)))
 
     def forward(self, x: Tensor) -> Tensor:
