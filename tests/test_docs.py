@@ -133,3 +133,9 @@ def test_nothing_is_left_to_do_in_the_code() -> None:
 def test_documents_name_no_machine(path: Path) -> None:
     found = re.search(r"(?<![\w.:/-])/(?:home|root|tmp|opt|mnt)/", path.read_text())
     assert found is None, found
+
+
+@pytest.mark.parametrize("name", ["README.md", "mfmjt/pretrained/nano/README.md"])
+def test_the_table_is_the_measured_one(name: str) -> None:
+    table = (ROOT / "bench/results/nano/table.md").read_text()
+    assert table in (ROOT / name).read_text()
