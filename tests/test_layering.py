@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "device": {"errors"},
     "checkpoints": HELPERS,
     "kernels": set(),
-    "model": {"kernels", *HELPERS},
+    "model": {"kernels", "checkpoints", *HELPERS},
     "meanflow": {"errors"},
     **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
     "media": HELPERS,
