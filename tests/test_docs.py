@@ -12,11 +12,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import typer
 
 from mfmjt import cli
 
 ROOT = Path(__file__).parents[1]
+HEADERS = Path(torch.__file__).parent / "include"  # PyTorch's own, such as torch/csrc/stable
 MADE = ("output/", "demo/", ".venv/", "build/")  # what commands make; not in the repository
 SHELLS = {"", "bash", "sh", "console"}
 
@@ -69,7 +71,8 @@ def test_paths(path: Path) -> None:
         if not re.fullmatch(r"\.?[\w-]+/[\w./*{},<>-]*", name) or name.startswith(MADE):
             continue
         pattern = re.sub(r"<\w+>|\{[^}]*\}", "*", name).rstrip("/")
-        found = [p for base in (ROOT, path.parent, ROOT / "mfmjt") for p in base.glob(pattern)]
+        bases = (ROOT, path.parent, ROOT / "mfmjt", HEADERS)
+        found = [p for base in bases for p in base.glob(pattern)]
         assert found, f"{name} is not in the repository"
 
 
