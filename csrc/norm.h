@@ -141,7 +141,7 @@ MFMJT_BODY void norm_pass(const NormPass<T>* pass, float* scratch, int64_t begin
 template <class T, bool gated, bool tangent>
 void run_norm_pass(const NormPass<T>& pass, int64_t batch) {
   const int64_t grain = std::max<int64_t>(1, kGrain / pass.width);
-  torch::stable::parallel_for(0, batch * pass.tokens, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(batch * pass.tokens, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(gated && tangent ? pass.width : 0);
     Clones<&norm_pass<T, gated, tangent>>::run(&pass, scratch.data(), begin, end);
   });
@@ -239,8 +239,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
 
 template <class T, bool gated>
 void run_norm_backward(const NormBackward<T>& pass, int64_t batch) {
-  torch::stable::parallel_for(
-      0, batch * pass.chunks, std::max<int64_t>(1, kGrain / (kChunk * pass.width)),
+  parallel_for(batch * pass.chunks, std::max<int64_t>(1, kGrain / (kChunk * pass.width)),
       [&](int64_t begin, int64_t end) {
         Clones<&norm_backward<T, gated>>::run(&pass, begin, end);
       });

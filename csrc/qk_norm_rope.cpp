@@ -150,7 +150,7 @@ void run_forward(
       }
     }
     const int64_t grain = std::max<int64_t>(1, kGrain / (3 * s.heads * s.width));
-    torch::stable::parallel_for(0, s.batch * s.tokens, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(s.batch * s.tokens, grain, [&](int64_t begin, int64_t end) {
       Clones<&forward_rows<T, tangent>>::run(&pass, begin, end);
     });
   });
@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
     pass.qkv_bar = mutable_data<T>(qkv_bar);
     pass.sums = sums.data();
     const int64_t grain = std::max<int64_t>(1, kGrain / (kChunk * 3 * s.heads * s.width));
-    torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
       Clones<&backward_rows<T>>::run(&pass, begin, end);
     });
   });

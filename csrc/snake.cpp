@@ -121,7 +121,7 @@ Tensor snake_fwd(Tensor x, Tensor alpha, Tensor beta) {
     const T* from = data<T>(x_dense);
     T* to = mutable_data<T>(y);
     const int64_t grain = std::max<int64_t>(1, kGrain / std::min(length, kBlock));
-    torch::stable::parallel_for(0, rows * blocks, grain, [&](int64_t item, int64_t stop) {
+    parallel_for(rows * blocks, grain, [&](int64_t item, int64_t stop) {
       for (; item < stop; ++item) {
         const int64_t row = item / blocks, begin = item % blocks * kBlock;
         Clones<&snake_body<T>>::run(

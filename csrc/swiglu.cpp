@@ -80,7 +80,7 @@ Tensor swiglu_fwd(Tensor gate, Tensor up) {
   Tensor y = new_like(gate);
   by_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
       Clones<&value<T>>::run(data<T>(g), data<T>(u), mutable_data<T>(y), begin, end);
     });
   });
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> swiglu_jvp(
                 : gate_dot         ? &Clones<&tangent<T, true, false>>::run
                 : up_dot           ? &Clones<&tangent<T, false, true>>::run
                                    : &Clones<&tangent<T, false, false>>::run;
-    torch::stable::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
       run(data<T>(g), data<T>(u), data<T>(g_dot), data<T>(u_dot), mutable_data<T>(y),
           mutable_data<T>(y_dot), begin, end);
     });
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor y_bar, Tensor gate, Tensor up) {
   Tensor gate_bar = new_like(gate), up_bar = new_like(gate);
   by_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
       Clones<&backward<T>>::run(
           data<T>(bar), data<T>(g), data<T>(u), mutable_data<T>(gate_bar), mutable_data<T>(up_bar),
           begin, end);

@@ -120,7 +120,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) 
         and (bias is None or bias.dtype == torch.float32)
         and x.numel() > 0
         and weight.numel() > 0
-        and max(weight.shape[:2]) <= 96
+        and max(weight.shape[:2]) <= 32
         and 0 < dilation * weight.shape[2] <= 1024
     )
 
