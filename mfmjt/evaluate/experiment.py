@@ -674,7 +674,7 @@ def table(reports: Sequence[Report]) -> str:
         text = f"{value:.{digits}f}"
         if name in report.interval:
             low, high = report.interval[name]
-            text += f" ({low:.2f} to {high:.2f})"
+            text += f" ({low:.{digits}f} to {high:.{digits}f})"
         return text
 
     for report in reports:
