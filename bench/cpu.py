@@ -12,6 +12,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,22 +179,23 @@ def _compiled(
     moving: tuple[str, ...],
     mode: str,
 ) -> Callable[[], object]:
-    if mode == "jvp":  # forward mode inside the graph, as in training
+    if mode == "jvp":  # forward mode inside the graph, as in training; tangents are not constants
 
-        def both(**inputs: Tensor) -> object:
-            xs = tuple(inputs[name] for name in moving)
-            dots = tuple(torch.ones_like(x) for x in xs)
-            return torch.func.jvp(
-                lambda *at: _tuple(reference(**(inputs | dict(zip(moving, at, strict=True))))),
-                xs,
-                dots,
-            )
+        def both(
+            inputs: dict[str, Tensor], xs: tuple[Tensor, ...], dots: tuple[Tensor, ...]
+        ) -> Any:
+            def moved(*at: Tensor) -> tuple[Tensor, ...]:
+                return _tuple(reference(**(inputs | dict(zip(moving, at, strict=True)))))
+
+            return torch.func.jvp(moved, xs, dots)
 
         graph = torch.compile(both, fullgraph=True, dynamic=False)
+        moved_inputs = tuple(leaves[name] for name in moving)
+        tangents = tuple(torch.ones_like(x) for x in moved_inputs)
 
         def call() -> object:
             with torch.no_grad():
-                return graph(**leaves)
+                return graph(leaves, moved_inputs, tangents)
 
         return call
     return _call(torch.compile(reference, dynamic=False), leaves, moving, mode)
