@@ -64,10 +64,19 @@ def kernel(name: str, formula: Callable[..., Any]) -> Callable[..., Any] | None:
     Args:
         name: Name of the library op.
         formula: Its PyTorch implementation, for inputs that the C++ kernel does not take.
+
+    Raises:
+        ImportError: The extension was built from other sources.
     """
     if _module is None or name not in _TAKES:
         return None
-    native = getattr(torch.ops.mfmjt_cpu, name).default
+    try:
+        native = getattr(torch.ops.mfmjt_cpu, name).default
+    except AttributeError as error:
+        raise ImportError(
+            f"mfmjt._C has no kernel {name}: it was built from older sources than these. "
+            "Install mfmjt again, for example with: pip install ."
+        ) from error
 
     def choose(*args: Any) -> Any:
         return native(*args) if takes(name, *args) else formula(*args)

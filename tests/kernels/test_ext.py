@@ -335,3 +335,10 @@ def test_any_arguments_give_a_result_or_an_exception(name, data):
 def test_status_says_what_runs_or_why_not():
     status = _ext.status()
     assert set(status) in ({"missing"}, {"compiler", "cpu", "used", "ops"})
+
+
+@needs_extension
+def test_an_extension_of_older_sources_says_so(monkeypatch):
+    monkeypatch.setitem(_ext._TAKES, "of_tomorrow", _ext._alike)
+    with pytest.raises(ImportError, match="of_tomorrow.*older sources"):
+        _ext.kernel("of_tomorrow", torch.add)
