@@ -340,5 +340,5 @@ def test_status_says_what_runs_or_why_not():
 @needs_extension
 def test_an_extension_of_older_sources_says_so(monkeypatch):
     monkeypatch.setitem(_ext._TAKES, "of_tomorrow", _ext._alike)
-    with pytest.raises(ImportError, match="of_tomorrow.*older sources"):
+    with pytest.raises(ImportError, match=r"of_tomorrow.*older sources"):
         _ext.kernel("of_tomorrow", torch.add)
