@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -148,18 +149,19 @@ def generate(
     - `mfmjt generate clip.mp4 --count 4 --guidance 2 --plot`
     """
     began = time.perf_counter()
+    with _undisturbed():
+        from mfmjt import media
     outputs = _output_paths(video, output, seed, count)
     with _bar(STAGE_TITLES) as report:
         report("load", 0.0)
-        from mfmjt import media
-
         for path in outputs:
             media.check_output(video, path)
         if plot:
             from mfmjt.plot import check_plot
 
             check_plot()
-        from mfmjt.pipeline import Pipeline
+        with _undisturbed():
+            from mfmjt.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(model, device, _dtype(dtype))
         timings = {"load": time.perf_counter() - began}
@@ -220,7 +222,8 @@ def train(
 
     - `mfmjt train network recipe.json device=cuda`
     """
-    from mfmjt.train.stages import run
+    with _undisturbed():
+        from mfmjt.train.stages import run
 
     changes = list(overrides or [])
     if "=" in recipe:
@@ -262,9 +265,10 @@ def evaluate(
 
     - `mfmjt evaluate --model output/mine --conditions text --plot gallery.svg`
     """
-    from mfmjt.device import choose_device
-    from mfmjt.evaluate import experiment
-    from mfmjt.files import check_writable
+    with _undisturbed():
+        from mfmjt.device import choose_device
+        from mfmjt.evaluate import experiment
+        from mfmjt.files import check_writable
 
     for path in (output, plot):
         if path is not None:
@@ -376,6 +380,22 @@ def _guidance_mode(name: str) -> GuidanceMode:
 
     check_mode(name)
     return cast("GuidanceMode", name)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C back while libraries load: native ones, interrupted half-way, crash."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 @contextmanager
