@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from mfmjt import kernels
-from mfmjt.kernels import _op
+from mfmjt.kernels import _ext, _op
 from tests import oracle
 
 
@@ -72,6 +72,8 @@ def test_reference_runs_plain_pytorch_and_ends():
         ours = kernels.swiglu(x, x)
     assert "mfmjt.swiglu_fwd.default" in seen
     assert oracle.error(ours, plain) <= oracle.allowance(plain, x.dtype, terms=1)
+    with _ext.formulas():
+        assert torch.equal(plain, kernels.swiglu(x, x))
     with pytest.raises(ZeroDivisionError), kernels.reference():
         raise ZeroDivisionError
     assert not _op.use_reference()
