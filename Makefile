@@ -19,12 +19,14 @@ demo: $(BIN)/.installed
 	@$(BIN)/mfmjt generate $(CLIP) --output $(RESULT)
 	@echo "Play $(RESULT): the picture of $(CLIP), with sound that was made from it."
 
-# All three checks run even if the first fails, so that one run shows everything.
+# The ops' tests run twice, on the Triton kernels (interpreted) and on what a CPU uses. All checks
+# run even if the first fails, so that one run shows everything.
 test: $(BIN)/.installed-dev
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
 	$(BIN)/mypy || status=1; \
+	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) tests/kernels || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) || status=1; \
 	exit $$status
 

@@ -14,6 +14,13 @@ with warnings.catch_warnings():
     import torch._decomp.decompositions_for_jvp
     import torch.utils.mkldnn
 
+from mfmjt.kernels import _triton
+
+if _triton.INTERPRETED:
+    np.seterr(
+        all="ignore"
+    )  # kernels run on NumPy here: infinities are theirs to handle, as on a GPU
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _single_thread():

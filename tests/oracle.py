@@ -15,7 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from mfmjt.kernels import _triton
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+if _triton.INTERPRETED:  # Triton's interpreter has no working bfloat16
+    DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.bfloat16)
 
 Results = dict[str, Tensor]
 

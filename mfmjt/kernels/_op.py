@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _ext, _triton
 
 __all__ = [
     "autocast",
@@ -137,6 +137,7 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register the library op `mfmjt::<schema>`.
 
@@ -147,6 +148,8 @@ def define(
         fake: Gives results of the right shape without data. Default: `implementation`, which then
             must not look at values.
         cpu: Takes the place of `implementation` on the CPU. Default: the C++ kernel, where built.
+        triton: Launches the Triton kernel: takes its place on a GPU, and on the CPU too while
+            Triton's interpreter is on.
 
     Returns:
         The op, to be called with positional arguments.
@@ -154,6 +157,10 @@ def define(
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    if triton is not None and _triton.AVAILABLE:
+        _library.impl(name, _without_autocast(_on_its_device(triton)), "CUDA")
+    if triton is not None and _triton.INTERPRETED:
+        cpu = triton
     cpu = cpu or _ext.kernel(name, implementation)
     if cpu is not None:
         _library.impl(name, _without_autocast(cpu), "CPU")
@@ -174,6 +181,20 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return implementation(*args)
 
     return kernel
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the arguments."""
+
+    @functools.wraps(launcher)
+    def launch(*args: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if device.index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(device):
+            return launcher(*args)
+
+    return launch
 
 
 def backward_of(

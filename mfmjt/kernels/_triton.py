@@ -1,0 +1,67 @@
+"""What a kernel file takes from Triton, and the few device functions that kernels share.
+
+Triton is loaded where PyTorch is a GPU build, which brings it; elsewhere `jit` leaves a kernel as
+the Python function that nobody calls. TRITON_INTERPRET, which Triton reads itself, is a wish for it
+on a CPU too: with 1 kernels run there one operation at a time, in front of the C++ kernels, and the
+tests of the ops judge the Triton kernels; with 0 they can be compiled for GPUs that are not there
+(`python -m bench.aot`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["AVAILABLE", "INTERPRETED", "cdiv", "jit", "power_of_2", "rows", "target", "tl", "wide"]
+
+_wanted = torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ
+AVAILABLE = bool(_wanted) and importlib.util.find_spec("triton") is not None
+INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+if AVAILABLE:
+    import triton
+    import triton.language as tl
+else:
+    triton, tl = None, None
+
+
+def jit(kernel: F) -> Any:
+    """`triton.jit`, or the function itself where there is no Triton."""
+    return triton.jit(kernel) if AVAILABLE else kernel
+
+
+@jit
+def wide(x):
+    """The same numbers in the dtype of sums: float32, or float64 for float64."""
+    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+def target() -> tuple[str, Any]:
+    """What kernels are compiled for: ("cuda", 90) for sm_90, ("hip", "gfx942")."""
+    if INTERPRETED:
+        return "cuda", 90
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch
+
+
+def cdiv(n: int, block: int) -> int:
+    """How many blocks cover n."""
+    return -(-n // block)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n (and not less than 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., C) as (rows, C) with dense channels; a view where the strides allow."""
+    flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()
