@@ -65,6 +65,18 @@ def _bwd(y_bar: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @jit
+def _tile(n_rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Rows (BLOCK_ROWS, 1) and columns (1, BLOCK_COLS) of this program, and which exist."""
+    # One axis: a grid's second holds no more than 65535 programs
+    blocks = tl.cdiv(width, BLOCK_COLS)
+    row_block = (tl.program_id(0) // blocks).to(tl.int64)
+    col_block = (tl.program_id(0) % blocks).to(tl.int64)
+    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    col = (col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    return row, col, (row < n_rows) & (col < width)
+
+
+@jit
 def _swiglu_fwd_kernel(
     gate,
     up,
@@ -81,9 +93,7 @@ def _swiglu_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    inside = (row < n_rows) & (col < width)
+    row, col, inside = _tile(n_rows, width, BLOCK_ROWS, BLOCK_COLS)
     a = wide(tl.load(gate + row * gate_stride + col, inside, 0.0))
     b = wide(tl.load(up + row * up_stride + col, inside, 0.0))
     sigmoid = 1 / (1 + tl.exp(-a))
@@ -115,9 +125,7 @@ def _swiglu_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    inside = (row < n_rows) & (col < width)
+    row, col, inside = _tile(n_rows, width, BLOCK_ROWS, BLOCK_COLS)
     bar = wide(tl.load(y_bar + row * y_bar_stride + col, inside, 0.0))
     a = wide(tl.load(gate + row * gate_stride + col, inside, 0.0))
     b = wide(tl.load(up + row * up_stride + col, inside, 0.0))
@@ -130,11 +138,13 @@ def _swiglu_bwd_kernel(
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], outs: tuple[Any, ...]) -> None:
     """Run an element-wise kernel over all rows."""
-    flat = [None if t is None else rows(t) for t in tensors]
+    if not tensors[0].numel():
+        return
+    flat = [None if t is None else rows(torch.atleast_1d(t)) for t in tensors]
     n_rows, width = flat[0].shape  # type: ignore[union-attr]
     block_rows, block_cols, num_warps = _tuning.elementwise(n_rows, width)
     strides = [0 if t is None else t.stride(0) for t in flat]
-    kernel[(cdiv(n_rows, block_rows), cdiv(width, block_cols))](
+    kernel[(cdiv(n_rows, block_rows) * cdiv(width, block_cols),)](
         *flat,
         *outs,
         n_rows,
