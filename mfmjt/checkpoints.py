@@ -9,9 +9,10 @@ import hashlib
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError
 
-__all__ = ["PublishedFile", "find", "load_published", "read_state_dict"]
+__all__ = ["Check", "PublishedFile", "find", "find_all", "load_published", "read_state_dict"]
+
+Check = Literal["name", "size", "md5"]
+"""How closely a file must resemble the published one, each including those before it."""
 
 _UNITS = {"M": 2**20, "G": 2**30}
 
@@ -42,45 +46,72 @@ class PublishedFile:
     md5: str = ""
 
 
-def find(folder: str | os.PathLike[str], file: PublishedFile, verify: bool = False) -> Path:
+def find(folder: str | os.PathLike[str], file: PublishedFile, check: Check = "size") -> Path:
     """Path of a published file in `folder` or in a folder inside it.
 
     Args:
         folder: Where the user keeps the downloads.
         file: What to look for.
-        verify: Compare the MD5 digest as well, which reads the whole file.
+        check: "name" takes any file so called; "size" compares its size with the published one;
+            "md5" the digest as well, which reads the whole file.
 
     Raises:
         InputError: The file is missing, has another size than published, or another digest.
     """
+    return find_all(folder, [file], check)[0]
+
+
+def find_all(
+    folder: str | os.PathLike[str], files: Iterable[PublishedFile], check: Check = "size"
+) -> list[Path]:
+    """Paths of several published files, as `find` finds each.
+
+    Raises:
+        InputError: Files are missing, of another size or digest; all of them are named at once.
+    """
+    if check not in get_args(Check):
+        raise InputError(f"No check {check!r}: choose one of {', '.join(get_args(Check))}.")
     folder = Path(folder)
-    found = [p for p in (folder / file.name, *sorted(folder.glob(f"*/{file.name}"))) if p.is_file()]
-    if not found:
-        raise InputError(
-            f"No file {file.name} in {folder} or in a folder inside it. Get it from "
-            f"{file.publisher}."
-        )
-    path = found[0]
-    if file.size:
+    paths: list[Path] = []
+    problems: list[str] = []
+    for file in files:
+        kept = (folder / file.name, *sorted(folder.glob(f"*/{file.name}")))
+        path = next((p for p in kept if p.is_file()), None)
+        if path is None:
+            problems.append(
+                f"No file {file.name} in {folder} or in a folder inside it. Get it from "
+                f"{file.publisher}."
+            )
+            continue
+        paths.append(path)
+        problems += _differences(path, file, check)
+    if problems:
+        raise InputError(" ".join(problems))
+    return paths
+
+
+def _differences(path: Path, file: PublishedFile, check: Check) -> Iterator[str]:
+    """What tells `path` from the published file, at most one sentence."""
+    if file.size and check != "name":
         unit = _UNITS[file.size[-1]]
         digits = len(file.size.partition(".")[2][:-1])
         size = math.ceil(path.stat().st_size / unit * 10**digits) / 10**digits
         if size != float(file.size[:-1]):
-            raise InputError(
+            yield (
                 f"{path} has {size:g}{file.size[-1]} bytes where the published file has "
                 f"{file.size}: it may be cut short. Get it again from {file.publisher}."
             )
-    if verify and file.md5:
+            return
+    if file.md5 and check == "md5":
         with path.open("rb") as stream:
             md5 = hashlib.md5(usedforsecurity=False)
             while block := stream.read(2**24):
                 md5.update(block)
         if md5.hexdigest() != file.md5:
-            raise InputError(
+            yield (
                 f"{path} has the MD5 {md5.hexdigest()} where the published file has {file.md5}: it "
                 f"is another file, or damaged. Get it again from {file.publisher}."
             )
-    return path
 
 
 def read_state_dict(path: str | os.PathLike[str], inside: str = "") -> dict[str, Tensor]:

@@ -57,10 +57,10 @@ def test_the_digest_is_compared_when_asked(tmp_path):
     (tmp_path / FILE.name).write_bytes(content)
     right = hashlib.md5(content, usedforsecurity=False).hexdigest()
     wrong = right[::-1]
-    find(tmp_path, PublishedFile(FILE.name, "", md5=right), verify=True)
+    find(tmp_path, PublishedFile(FILE.name, "", md5=right), check="md5")
     find(tmp_path, PublishedFile(FILE.name, "", md5=wrong))
     with pytest.raises(InputError, match=right):
-        find(tmp_path, PublishedFile(FILE.name, "", md5=wrong), verify=True)
+        find(tmp_path, PublishedFile(FILE.name, "", md5=wrong), check="md5")
 
 
 def test_state_dicts_are_read_from_every_format(tmp_path):

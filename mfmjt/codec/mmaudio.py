@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import PublishedFile, find, read_state_dict
-from mfmjt.codec.bigvgan import BigVGAN
+from mfmjt.checkpoints import Check, PublishedFile, find_all, read_state_dict
+from mfmjt.codec.bigvgan import BigVGAN, BigVGANConfig
 from mfmjt.codec.mel import MEL_CONFIGS, MelSpectrogram
-from mfmjt.codec.vae import VAE
+from mfmjt.codec.vae import VAE, VAEConfig
 from mfmjt.errors import InputError
 
-__all__ = ["MMAudioCodec"]
+__all__ = ["MMAudioCodec", "codec_files"]
 
 _RELEASE = "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1"
 _VAE_FILES = {
@@ -27,6 +27,17 @@ _VOCODER_FILES = {
         "bigvgan_generator.pt", "https://huggingface.co/nvidia/bigvgan_v2_44khz_128band_512x"
     ),
 }
+
+
+def codec_files(mode: str) -> list[PublishedFile]:
+    """The published autoencoder and vocoder of `"16k"` or `"44k"`.
+
+    Raises:
+        InputError: No such mode.
+    """
+    if mode not in MEL_CONFIGS:
+        raise InputError(f"No codec {mode!r}: known are {', '.join(MEL_CONFIGS)}. Give one.")
+    return [_VAE_FILES[mode], _VOCODER_FILES[mode]]
 
 
 class MMAudioCodec(nn.Module):
@@ -69,7 +80,12 @@ class MMAudioCodec(nn.Module):
 
     @classmethod
     def from_folder(
-        cls, folder: str | os.PathLike[str], mode: str, verify: bool = False
+        cls,
+        folder: str | os.PathLike[str],
+        mode: str,
+        check: Check = "size",
+        vae: VAEConfig | None = None,
+        vocoder: BigVGANConfig | None = None,
     ) -> MMAudioCodec:
         """Load the published files from where the user keeps them.
 
@@ -77,19 +93,21 @@ class MMAudioCodec(nn.Module):
             folder: Holds `v1-16.pth` and `best_netG.pt`, or `v1-44.pth` and
                 `bigvgan_generator.pt`, itself or in folders inside it.
             mode: `"16k"` or `"44k"`.
-            verify: Check MD5 digests too, where published; it reads the files once more.
+            check: What is compared with the published files: "name", "size" or "md5".
+            vae: Sizes of an autoencoder of your own under the published name.
+            vocoder: The same of a vocoder.
 
         Raises:
             InputError: A file is missing, damaged or another one; the message says where its
                 publisher keeps it.
         """
-        if mode not in MEL_CONFIGS:
-            raise InputError(f"No codec {mode!r}: known are {', '.join(MEL_CONFIGS)}. Give one.")
-        vae, vocoder = (find(folder, files[mode], verify) for files in (_VAE_FILES, _VOCODER_FILES))
+        vae_path, vocoder_path = find_all(folder, codec_files(mode), check)
         return cls(
             mode,
-            VAE.from_mmaudio(read_state_dict(vae), mode),
-            BigVGAN.from_state_dict(read_state_dict(vocoder, inside="generator"), mode),
+            VAE.from_mmaudio(read_state_dict(vae_path), vae or mode),
+            BigVGAN.from_state_dict(
+                read_state_dict(vocoder_path, inside="generator"), vocoder or mode
+            ),
         ).eval()
 
     def encode(self, waveform: Tensor) -> tuple[Tensor, Tensor]:

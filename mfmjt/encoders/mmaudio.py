@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import PublishedFile, find, read_state_dict
-from mfmjt.encoders.clip import CLIP
-from mfmjt.encoders.synchformer import Synchformer
+from mfmjt.checkpoints import Check, PublishedFile, find_all, read_state_dict
+from mfmjt.encoders.clip import CLIP, CLIPConfig
+from mfmjt.encoders.synchformer import Synchformer, SynchformerConfig
 from mfmjt.encoders.tokenizer import MERGES_FILES, Tokenizer
 from mfmjt.errors import InputError
 
-__all__ = ["MMAudioEncoders"]
+__all__ = ["ENCODER_FILES", "MMAudioEncoders"]
 
 _CLIP_FILE = PublishedFile(
     "open_clip_pytorch_model.bin", "https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384"
@@ -26,6 +27,8 @@ _SYNC_FILE = PublishedFile(
     "907M",
     "5b2f5594b0730f70e41e549b7c94390c",
 )
+ENCODER_FILES = (_CLIP_FILE, _SYNC_FILE)
+"""The published weights of both encoders."""
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 _STRIDE = 8  # frames from one of Synchformer's segments to the next
@@ -48,15 +51,12 @@ class MMAudioEncoders(nn.Module):
 
     Attributes:
         frame_size: The same.
-        frame_fit: How a picture of another shape becomes a square for each of the two: "squash",
-            or "crop" of the middle once the shorter side fits.
         video_fps: 8 frames per second for `encode_frames`.
         sync_fps: 25 frames per second for `encode_sync`.
     """
 
     video_fps = 8
     sync_fps = 25
-    frame_fit = ("squash", "crop")
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -76,31 +76,73 @@ class MMAudioEncoders(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], verify: bool = False) -> MMAudioEncoders:
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        check: Check = "size",
+        clip: CLIPConfig | None = None,
+        synchformer: SynchformerConfig | None = None,
+    ) -> MMAudioEncoders:
         """Load the published files from where the user keeps them.
 
         Args:
             folder: Holds `open_clip_pytorch_model.bin` and `synchformer_state_dict.pth`, itself or
                 in folders inside it, and `bpe_simple_vocab_16e6.txt.gz` or `merges.txt` unless
                 open_clip_torch is installed.
-            verify: Check MD5 digests too, where published; it reads the files once more.
+            check: What is compared with the published files: "name", "size" or "md5".
+            clip: Sizes of a CLIP of your own under the published name.
+            synchformer: The same of a Synchformer.
 
         Raises:
             InputError: A file is missing, damaged or another one; the message says where its
                 publisher keeps it.
         """
-        clip, sync = (find(folder, file, verify) for file in (_CLIP_FILE, _SYNC_FILE))
+        clip_path, sync_path = find_all(folder, ENCODER_FILES, check)
         merges = [
             path
             for name in MERGES_FILES
             for path in (Path(folder) / name, *sorted(Path(folder).glob(f"*/{name}")))
             if path.is_file()
         ]
+        tokenizer = Tokenizer(merges[0] if merges else None)  # first: the others take long to read
+        # MMAudio gives CLIP frames of 384 pixels, a few more than its patches cover.
+        clip_side = 384 if clip is None else clip.image_size
         return cls(
-            CLIP.from_state_dict(read_state_dict(clip)),
-            Synchformer.from_state_dict(read_state_dict(sync)),
-            Tokenizer(merges[0] if merges else None),
+            CLIP.from_state_dict(read_state_dict(clip_path), clip),
+            Synchformer.from_state_dict(read_state_dict(sync_path), synchformer),
+            tokenizer,
+            (clip_side, (synchformer or SynchformerConfig()).size),
         ).eval()
+
+    def fit_frames(self, frames: Tensor) -> Tensor:
+        """Pictures as CLIP is given them: squashed to a square by bicubic interpolation.
+
+        Args:
+            frames: uint8 `(T, H, W, 3)`.
+
+        Returns:
+            uint8 `(T, S, S, 3)` on the same device, S = `frame_size[0]`.
+        """
+        side = self.frame_size[0]
+        return _resized(frames.permute(0, 3, 1, 2), side, side).permute(0, 2, 3, 1)
+
+    def fit_sync(self, frames: Tensor) -> Tensor:
+        """Pictures as Synchformer is given them: shorter side to S, then the middle square.
+
+        Args:
+            frames: uint8 `(T, H, W, 3)`.
+
+        Returns:
+            uint8 `(T, S, S, 3)` on the same device, S = `frame_size[1]`.
+        """
+        side = self.frame_size[1]
+        height, width = frames.shape[1:3]
+        short = min(height, width)
+        large = _resized(
+            frames.permute(0, 3, 1, 2), side * height // short, side * width // short
+        )
+        top, left = (round((size - side) / 2) for size in large.shape[-2:])
+        return large[..., top : top + side, left : left + side].permute(0, 2, 3, 1)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """CLIP's embeddings of single frames.
@@ -115,10 +157,9 @@ class MMAudioEncoders(nn.Module):
             InputError: Not uint8 of that shape, or no frames.
         """
         _check(frames)
-        side = self.frame_size[0]
         found = []
         for part in frames.flatten(0, 1).split(_FRAMES_AT_ONCE):
-            x = _resized(part.permute(0, 3, 1, 2), side, side).float() / 255
+            x = self.fit_frames(part).permute(0, 3, 1, 2).float() / 255
             found.append(self.clip.encode_image((x - self.pixel_mean) / self.pixel_std))
         return torch.cat(found).unflatten(0, frames.shape[:2])
 
@@ -137,7 +178,7 @@ class MMAudioEncoders(nn.Module):
         """
         _check(frames)
         length = self.synchformer.config.frames
-        x = self._middle_square(frames.flatten(0, 1).permute(0, 3, 1, 2))
+        x = self.fit_sync(frames.flatten(0, 1)).permute(0, 3, 1, 2)
         x = x.unflatten(0, frames.shape[:2])
         if x.shape[1] < length:
             x = torch.cat([x, x[:, -1:].expand(-1, length - x.shape[1], -1, -1, -1)], dim=1)
@@ -168,14 +209,14 @@ class MMAudioEncoders(nn.Module):
             )
         return self.clip.encode_text(self.tokenizer(texts).to(self.pixel_mean.device))
 
-    def _middle_square(self, frames: Tensor) -> Tensor:
-        """uint8 `(T, 3, H, W)` -> `(T, 3, side, side)`."""
-        side = self.frame_size[1]
-        height, width = frames.shape[-2:]
-        short = min(height, width)
-        frames = _resized(frames, side * height // short, side * width // short)
-        top, left = (round((size - side) / 2) for size in frames.shape[-2:])
-        return frames[..., top : top + side, left : left + side]
+    def unread(self, text: str) -> str:
+        """The end of a text that `encode_text` ignores; empty unless the text is long."""
+        room = self.tokenizer.context - 2
+        for word in re.finditer(r"\S+", text):
+            room -= len(self.tokenizer.encode(word.group()))
+            if room < 0:
+                return text[word.start() :]
+        return ""
 
 
 def _check(frames: Tensor) -> None:

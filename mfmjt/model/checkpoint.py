@@ -14,15 +14,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mfmjt.checkpoints import load_published, read_state_dict
+from mfmjt.checkpoints import PublishedFile, load_published, read_state_dict
 from mfmjt.errors import InputError
 from mfmjt.files import atomic_path
 from mfmjt.model.conditioning import r_embedding
-from mfmjt.model.config import CONFIGS, ModelConfig
+from mfmjt.model.config import CONFIGS, ModelConfig, config_for
 from mfmjt.model.transformer import MFMJT
 
-__all__ = ["load", "load_mmaudio", "save", "to_mmaudio_state_dict"]
+__all__ = ["NETWORK_FILES", "load", "load_mmaudio", "save", "to_mmaudio_state_dict"]
 
+_PUBLISHER = "https://huggingface.co/hkchengrex/MMAudio/tree/main/weights"
+NETWORK_FILES = {
+    name: PublishedFile(f"mmaudio_{name}.pth", _PUBLISHER, size, md5)
+    for name, size, md5 in (
+        ("small_16k", "601M", "af93cde404179f58e3919ac085b8033b"),
+        ("small_44k", "601M", "babd74c884783d13701ea2820a5f5b6d"),
+        ("medium_44k", "2.4G", "5a56b6665e45a1e65ada534defa903d0"),
+        ("large_44k", "3.9G", "fed96c325a6785b85ce75ae1aafd2673"),
+        ("large_44k_v2", "3.9G", "01ad4464f049b2d7efdaa4c1a59b8dfe"),
+    )
+}
+"""The published networks by the name of their configuration."""
 _NOT_PERSISTENT = {"t_embed.freqs", "latent_rot", "clip_rot"}
 """Tables that older checkpoints carry and every network computes itself."""
 _OURS = "r_embed."
@@ -66,35 +78,42 @@ def load(path: str | os.PathLike[str]) -> MFMJT:
     return _build(config, load_file(path))
 
 
-def load_mmaudio(source: str | os.PathLike[str] | Mapping[str, Tensor], **overrides: Any) -> MFMJT:
+def load_mmaudio(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: str | None = None,
+    **overrides: Any,
+) -> MFMJT:
     """Import a published MMAudio network; u(z, t, t) is then minus its velocity at time 1 − t.
 
-    The configuration is inferred from names and shapes. The embedding of t − r starts at zero, so
+    The configuration is inferred from names and shapes, unless it is named. The embedding of t − r starts at zero, so
     u does not depend on r until it is trained.
 
     Args:
         source: A `.pth` or `.safetensors` file, or the state dict itself. Nothing is unpickled.
+        config: Name of the configuration that every shape must agree with, such as "small_16k";
+            None infers it.
         **overrides: Fields of `ModelConfig` that shapes do not tell, such as `latent_length`.
 
     Returns:
         The network, with float32 parameters on the CPU.
 
     Raises:
-        InputError: Unreadable file, or a parameter is missing, unexpected or of another shape.
+        InputError: Unreadable file, no such configuration, or a parameter is missing, unexpected
+            or of another shape.
     """
     # Training checkpoints keep the weights beside the optimizer's state.
     given = source if isinstance(source, Mapping) else read_state_dict(source, inside="weights")
     state = {key: value for key, value in given.items() if key not in _NOT_PERSISTENT}
-    config = _infer_config(state)
+    sizes = _infer_config(state) if config is None else config_for(config)
     if overrides:
-        config = dataclasses.replace(config, **overrides)
+        sizes = dataclasses.replace(sizes, **overrides)
     for key, value in state.items():
-        if ".attn.qkv." in key and value.shape[0] == 3 * config.hidden_dim:
+        if ".attn.qkv." in key and value.shape[0] == 3 * sizes.hidden_dim:
             # (heads, head_dim, 3, ...) to (3, heads, head_dim, ...)
-            parts = value.unflatten(0, (config.num_heads, config.head_dim, 3))
+            parts = value.unflatten(0, (sizes.num_heads, sizes.head_dim, 3))
             state[key] = parts.movedim(2, 0).flatten(0, 2)
-    fresh = r_embedding(config.hidden_dim).state_dict()
-    return _build(config, state | {f"{_OURS}{key}": value for key, value in fresh.items()})
+    fresh = r_embedding(sizes.hidden_dim).state_dict()
+    return _build(sizes, state | {f"{_OURS}{key}": value for key, value in fresh.items()})
 
 
 def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:

@@ -207,4 +207,4 @@ def test_published_files_are_found_and_loaded(tmp_path):
     with torch.inference_mode():
         same(codec.decode(latent), BigVGAN.from_state_dict(vocoder, "16k")(mel)[:, 0], 1536 * 11)
     with pytest.raises(InputError, match="69f56803f59a549a1a507c93859fd4d7"):
-        MMAudioCodec.from_folder(tmp_path, "16k", verify=True)
+        MMAudioCodec.from_folder(tmp_path, "16k", check="md5")
