@@ -3,24 +3,46 @@
     n = (x - mean) rstd,    y = n (1 + scale) + shift
 
 The Jacobian of n with respect to x is symmetric, so PyTorch's fused backward kernel serves for the
-tangent too. All functions work in the dtype of x, which callers raise to float32 at least.
+tangent too. The PyTorch formulas work in the dtype of x, which callers raise to float32 at least.
+
+The Triton kernels keep a block of whole rows in registers. Means are taken of differences to the
+first element of the row: a constant row is then normalised to exact zeros, and a large offset costs
+no digits. Tensors are seen as (B, N, C), "samples" and "tokens", by strides (`Layout`): a
+modulation that is the same for all tokens of a sample is read once per block of rows. Its cotangent
+is summed in two steps, over the rows of a program and then over programs in a fixed order.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _op
+from mfmjt.kernels import _op, _tuning
+from mfmjt.kernels._triton import cdiv, jit, tl
 
 __all__ = [
+    "MAX_WIDTH",
+    "Cotangent",
+    "Layout",
+    "Rows",
+    "backward_norm",
     "check_modulation",
+    "finish",
+    "fits_kernel",
+    "forward_norm",
+    "load_rows",
     "modulate",
     "modulate_bar",
     "modulate_dot",
     "normalise",
+    "store_sum",
     "whole_shift_bar",
 ]
+
+MAX_WIDTH = 8192  # channels of a row that fits into the registers of one Triton program
 
 _normalise_bar = torch.ops.aten.native_layer_norm_backward.default
 
@@ -33,6 +55,11 @@ def check_modulation(op: str, x: Tensor, **modulations: Tensor) -> None:
         )
         if not (fits and m.is_floating_point() and x.is_floating_point()):
             _op.check(False, op, f"{name} that broadcasts to x", x=x, **{name: m})
+
+
+def fits_kernel(x: Tensor) -> bool:
+    """Whether the Triton kernels take it; what is empty or wider runs the formulas."""
+    return x.numel() > 0 and x.shape[-1] <= MAX_WIDTH
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,3 +124,244 @@ def whole_shift_bar(shift_bar: Tensor, y_bar: Tensor | None, shift: Tensor) -> T
     if y_bar is None or shift_bar.shape == shift.shape:
         return shift_bar
     return y_bar.to(shift.dtype)
+
+
+# --- Triton: what runs on the device
+
+
+class Rows(NamedTuple):
+    """A tensor seen as (B, N, C), as kernels take it.
+
+    Attributes:
+        pointer: The tensor.
+        sample: Elements from one sample to the next.
+        token: Elements from one token to the next; None where all tokens of a sample share a row.
+        channel: 1; None where all channels share a number.
+    """
+
+    pointer: Any
+    sample: int
+    token: int | None
+    channel: int | None
+
+
+@jit
+def load_rows(source, sample, row, col, tokens, width, WORK: tl.constexpr):
+    """A block of a `Rows`, zero outside: (R, C), or 1 for the length of an axis that it shares."""
+    at = source.pointer + sample * source.sample
+    if source.channel is None:
+        if source.token is None:
+            block = tl.load(at + row * 0, row < tokens, 0.0)
+        else:
+            block = tl.load(at + row * source.token, row < tokens, 0.0)
+    else:
+        if source.token is None:
+            block = tl.load(at + col * source.channel, col < width, 0.0)
+        else:
+            inside = (row < tokens) & (col < width)
+            block = tl.load(at + row * source.token + col * source.channel, inside, 0.0)
+    return block.to(WORK)
+
+
+@jit
+def forward_norm(
+    x,  # (R, C)
+    first,  # (R, 1): its first column
+    x_dot,  # (R, C); None where it is zero
+    shift,  # this and the next three are `Rows`; tangents None where they are zero
+    scale,
+    shift_dot,
+    scale_dot,
+    y,
+    y_dot,  # None where no tangent is wanted
+    mean,
+    rstd,
+    sample,
+    row,
+    col,
+    tokens,
+    width,
+    EPS: tl.constexpr,
+):
+    """Normalise and modulate a block of rows, with its tangent; store both and the statistics."""
+    work: tl.constexpr = mean.dtype.element_ty
+    inside = (row < tokens) & (col < width)
+    token = sample * tokens + row
+    x = tl.where(inside, x - first, 0.0)
+    offset = tl.sum(x, 1, keep_dims=True) / width
+    x = tl.where(inside, x - offset, 0.0)
+    over_std = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + EPS)
+    tl.store(mean + token, first + offset, row < tokens)
+    tl.store(rstd + token, over_std, row < tokens)
+    n = x * over_std
+    factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
+    out = token * width + col
+    value = n * factor + load_rows(shift, sample, row, col, tokens, width, work)
+    tl.store(y + out, value, inside)
+    if y_dot is not None:
+        dot = tl.zeros_like(n)
+        if x_dot is not None:
+            x_dot = tl.where(inside, x_dot - tl.sum(x_dot, 1, keep_dims=True) / width, 0.0)
+            share = tl.sum(n * x_dot, 1, keep_dims=True) / width
+            dot += over_std * (x_dot - n * share) * factor
+        if scale_dot is not None:
+            dot += n * load_rows(scale_dot, sample, row, col, tokens, width, work)
+        if shift_dot is not None:
+            dot += load_rows(shift_dot, sample, row, col, tokens, width, work)
+        tl.store(y_dot + out, dot, inside)
+
+
+@jit
+def backward_norm(y_bar, x, mean, rstd, factor, row, col, tokens, width):
+    """From the cotangent of a block of y: n and the cotangent of x, both (R, C)."""
+    inside = (row < tokens) & (col < width)
+    over_std = tl.load(rstd, row < tokens, 0.0)
+    x = tl.where(inside, x - tl.load(mean, row < tokens, 0.0), 0.0)
+    offset = tl.sum(x, 1, keep_dims=True) / width  # what the rounding of the mean left
+    n_bar = y_bar * factor
+    mean_bar = tl.sum(n_bar, 1, keep_dims=True) / width
+    share = over_std * (tl.sum(n_bar * x, 1, keep_dims=True) / width - offset * mean_bar)
+    n = tl.where(inside, (x - offset) * over_std, 0.0)
+    return n, over_std * (n_bar - mean_bar - n * share)
+
+
+@jit
+def store_sum(sums, block, program, col, width):
+    """Put the sum over the rows of a block (R, C) where the second step finds it."""
+    at = sums + program * width + col
+    tl.store(at, tl.sum(block, 0, keep_dims=True), col < width)
+
+
+@jit
+def _sum_kernel(pairs, chunks, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The second step: for each (sums (B, chunks, C), result (B, C)), the sum over chunks."""
+    sample = (tl.program_id(0) // tl.cdiv(width, BLOCK_COLS)).to(tl.int64)
+    block = tl.program_id(0) % tl.cdiv(width, BLOCK_COLS)
+    col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    for i in tl.static_range(len(pairs)):
+        sums = pairs[i][0]
+        total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), sums.dtype.element_ty)
+        for start in range(0, chunks, BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+            at = sums + (sample * chunks + row) * width + col
+            total += tl.load(at, (row < chunks) & (col < width), 0.0)
+        store_sum(pairs[i][1], total, sample, col, width)
+
+
+# --- Triton: what launchers share
+
+
+class Layout:
+    """How x (..., C) and what broadcasts to it are seen as (B, N, C), without copies in rank 3.
+
+    Of x (B, N, C) the middle axis is that of tokens, of higher ranks the axes over which
+    modulations smaller than x are shared: cotangents of modulations are sums over tokens.
+
+    Attributes:
+        samples: B.
+        tokens: N.
+        width: C.
+        work: Dtype of statistics and sums.
+    """
+
+    def __init__(self, x: Tensor, *modulations: Tensor) -> None:
+        self._shape, lead = x.shape, x.shape[:-1]
+        smaller = [m for m in modulations if m.shape != x.shape]
+        split = max(0, x.ndim - 2)
+        if x.ndim > 3 and smaller:
+            varying = [
+                a for m in smaller for a, size in enumerate(self._padded(m)[:-1]) if size > 1
+            ]
+            split = min(split, max(varying, default=-1) + 1)
+        self._lead = lead[:split]
+        self._view_shape = (math.prod(lead[:split]), math.prod(lead[split:]), x.shape[-1])
+        self.samples, self.tokens, self.width = self._view_shape
+        # Single tokens, each with modulations of its own, are as good as one sample.
+        self._swapped = self.tokens == 1 and not smaller
+        if self._swapped:
+            self.samples, self.tokens = 1, self.samples
+        self.work = _op.work_dtype(x)
+
+    def rows(self, x: Tensor | None) -> Rows | None:
+        """What has the shape of x, or None, for a kernel."""
+        if x is None:
+            return None
+        view = self._view(x if x.stride(-1) == 1 or self.width == 1 else x.contiguous())
+        return Rows(view, view.stride(0), view.stride(1), 1)
+
+    def modulation(self, m: Tensor | None) -> Rows | None:
+        """What broadcasts to x, or None, for a kernel."""
+        if m is None:
+            return None
+        shared = m.ndim == 0 or m.shape[-1] < self.width
+        view = self._view(m if shared or m.stride(-1) == 1 or self.width == 1 else m.contiguous())
+        return Rows(view, view.stride(0), view.stride(1) or None, None if shared else 1)
+
+    def cotangent(self, m: Tensor, chunks: int, known: bool = False) -> Cotangent:
+        """Memory for the cotangent of a modulation, which `chunks` programs a sample compute.
+
+        None, as `modulate_bar` has it, for one of the shape of x that is `known` without a kernel.
+        """
+        padded = self._padded(m)
+        if m.shape == self._shape:
+            return Cotangent(m, None if known else m.new_empty(m.shape))
+        if padded[-1] == self.width and all(n == 1 for n in padded[len(self._lead) : -1]):
+            sums = m.new_empty((self.samples, chunks, self.width), dtype=self.work)
+            axes = len(self._shape) - 1 - len(self._lead)
+            result = m.new_empty(
+                (*self._lead, *(1,) * axes, self.width),
+                dtype=m.dtype if m.numel() == self.samples * self.width else self.work,
+            )
+            return Cotangent(m, sums=sums, result=result)
+        return Cotangent(m, whole=m.new_empty(self._shape, dtype=self.work))
+
+    def _padded(self, m: Tensor) -> tuple[int, ...]:
+        return (1,) * (len(self._shape) - m.ndim) + tuple(m.shape)
+
+    def _view(self, t: Tensor) -> Tensor:
+        view = t.expand(self._shape).reshape(self._view_shape)
+        return view.transpose(0, 1) if self._swapped else view
+
+
+class Cotangent(NamedTuple):
+    """A modulation's cotangent: where the kernel puts it, and what becomes of it.
+
+    Attributes:
+        modulation: What it is the cotangent of.
+        whole: Of the shape of x, a row for each token, or None.
+        sums: `(B, chunks, C)`, a row for each program, or None.
+        result: `(B, C)` in the axes of x: where `finish` puts the sums over chunks.
+    """
+
+    modulation: Tensor
+    whole: Tensor | None = None
+    sums: Tensor | None = None
+    result: Tensor | None = None
+
+
+def finish(*cotangents: Cotangent) -> list[Tensor]:
+    """Run the second step of all sums, in one launch; returns the cotangents."""
+    pairs = tuple((c.sums, c.result) for c in cotangents if c.sums is not None)
+    if pairs:
+        samples, chunks, width = pairs[0][0].shape
+        block_rows, block_cols, num_warps = _tuning.sums(chunks, width)
+        _sum_kernel[(samples * cdiv(width, block_cols),)](
+            pairs,
+            chunks,
+            width,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLS=block_cols,
+            num_warps=num_warps,
+        )
+    return [_finished(*c) for c in cotangents]
+
+
+def _finished(
+    m: Tensor, whole: Tensor | None, sums: Tensor | None, result: Tensor | None
+) -> Tensor:
+    found = result if whole is None else whole
+    if found is None:
+        return m.new_empty(0)
+    # What is left: axes of samples that share a row, or of channels that share a number.
+    found = found.view(m.shape) if found.numel() == m.numel() else found.sum_to_size(m.shape)
+    return found.to(m.dtype)

@@ -7,7 +7,9 @@ spills (`python -m bench.aot`). None has been tuned on a GPU yet.
 
 from __future__ import annotations
 
-from mfmjt.kernels._triton import cdiv, power_of_2
+from typing import Any
+
+from mfmjt.kernels._triton import cdiv, power_of_2, target
 
 __all__ = ["REDUCING_PROGRAMS", "elementwise", "heads", "sum_of_rows"]
 
@@ -24,16 +26,65 @@ def elementwise(rows: int, width: int) -> tuple[int, int, int]:
     return min(power_of_2(rows), 1024 // block_cols), block_cols, 4
 
 
-def conv1d(rows: int, outs: int, element_size: int) -> tuple[tuple[int, int, int], int, int]:
-    """Blocks of rows, outputs and channels, warps and stages of a convolution of (rows, outs)."""
-    return (64, 64, 32), 4, 2
+Tile = tuple[tuple[int, int, int], int, int]
+
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
+# Tiles of a matrix product that do not spill: rows x columns x contraction, warps, stages; by the
+# side, how fast they are assumed to be against the first. None: what any other GPU gets.
+_PRODUCTS: dict[Any, dict[Tile, float]] = {
+    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.5},
+    90: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.6},
+    None: {((128, 256, 32), 8, 3): 1.0, ((128, 128, 32), 4, 4): 0.95, ((64, 64, 64), 4, 3): 0.7},
+    "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7},
+}
+_PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
+    100: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 2): 0.7},
+    90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 3): 0.7},
+    None: {((64, 64, 32), 4, 3): 1.0},
+    "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7},
+}
+
+
+def _product(element_size: int) -> tuple[dict[Tile, float], int]:
+    """Tiles for this GPU and a dtype of so many bytes, and its multiprocessors, more or less."""
+    arch = target()[1]
+    tiles = _PRODUCTS if element_size == 2 else _PRODUCTS_FLOAT32
+    return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
+
+
+def conv1d(rows: int, outs: int, element_size: int) -> Tile:
+    """Blocks of rows, outputs and channels, warps and stages of a convolution of (rows, outs).
+
+    The tile with the least time by the area that its full waves of programs cover.
+    """
+    tiles, processors = _product(element_size)
+
+    def time(tile: Tile) -> float:
+        block_rows, block_outs, _ = tile[0]
+        programs = cdiv(rows, block_rows) * cdiv(outs, block_outs)
+        return cdiv(programs, processors) * block_rows * block_outs / tiles[tile]
+
+    return min(tiles, key=time)
 
 
 def conv1d_weight(
     samples: int, tokens: int, outs: int, channels: int, taps: int, element_size: int
 ) -> tuple[tuple[int, int, int], int, int, int]:
-    """Blocks of outputs, channels and tokens, warps, stages and splits of a weight's gradient."""
-    return (64, 64, 32), 4, 2, 2
+    """Blocks of outputs, channels and tokens, warps, stages and splits of a weight's gradient.
+
+    Splits make two waves of programs, but each adds up eight blocks of tokens or more: a part costs
+    as much memory as a float32 weight.
+    """
+    tiles, processors = _product(element_size)
+
+    def programs(tile: Tile) -> int:
+        return cdiv(outs, tile[0][0]) * cdiv(channels, tile[0][1])
+
+    best = min(tiles, key=lambda t: programs(t) * t[0][0] * t[0][1] / tiles[t])
+    blocks, warps, stages = best
+    steps = samples * cdiv(tokens, blocks[2])
+    splits = min(2 * processors // (taps * programs(best)), steps // 8)
+    return blocks, warps, stages, max(1, splits)
 
 
 def heads(width: int) -> tuple[int, int, int]:
@@ -53,3 +104,37 @@ more, and so few rows that adding them up takes no time."""
 def sum_of_rows(n: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of a sum over n short rows of partial sums."""
     return min(128, max(16, power_of_2(n))), 16, 4
+
+
+def norm(width: int, tokens: int) -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of a kernel that holds whole rows in registers.
+
+    A thread has 16 elements of every tensor, of a row up to 8192 wide.
+    """
+    lanes = 64 if target()[0] == "hip" else 32
+    block_cols = power_of_2(width)
+    block_rows = min(power_of_2(tokens), max(1, 2048 // block_cols))
+    return block_rows, block_cols, min(16, max(1, block_rows * block_cols // (16 * lanes)))
+
+
+def norm_sums(samples: int, tokens: int, block_rows: int) -> int:
+    """Rows of which one program of a backward kernel sums the cotangents of modulations.
+
+    Enough programs to fill a GPU several times over, and no more than 128 rows each, which bounds
+    the rounding of their sums.
+    """
+    return max(block_rows, min(128, power_of_2(samples * tokens // 1024)))
+
+
+def sums(chunks: int, width: int) -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of the sum over (chunks, width)."""
+    block_cols = min(64, power_of_2(width))
+    return min(power_of_2(chunks), 32), block_cols, 4
+
+
+def attention(part: str, width: int, element_size: int) -> tuple[int, int, int, int]:
+    """Blocks of queries and of keys, warps and pipeline stages of an attention kernel.
+
+    `part` is "value", "tangent", "bwd_q" or "bwd_kv".
+    """
+    return 64, 64, 4, 2

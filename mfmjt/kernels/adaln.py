@@ -18,7 +18,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm, _op
+from mfmjt.kernels import _norm, _op, _tuning
+from mfmjt.kernels._norm import backward_norm, forward_norm, load_rows, store_sum
+from mfmjt.kernels._triton import cdiv, jit, tl
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -62,18 +64,215 @@ def _bwd(
     return x_bar.to(x.dtype), shift_bar.to(shift.dtype), scale_bar.to(scale.dtype)
 
 
+@jit
+def _adaln_fwd_kernel(
+    x,  # this and the next five are `_norm.Rows`, or None for a tangent that is zero
+    shift,
+    scale,
+    x_dot,
+    shift_dot,
+    scale_dot,
+    y,
+    y_dot,  # None where no tangent is wanted
+    mean,
+    rstd,
+    tokens,
+    width,
+    EPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    work: tl.constexpr = mean.dtype.element_ty
+    blocks = tl.cdiv(tokens, BLOCK_ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first_row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS
+    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    first_col = tl.zeros((1, 1), tl.int32)
+    wide_x = load_rows(x, sample, row, col, tokens, width, work)
+    first = load_rows(x, sample, row, first_col, tokens, width, work)
+    wide_dot = None
+    if x_dot is not None:
+        wide_dot = load_rows(x_dot, sample, row, col, tokens, width, work)
+    forward_norm(
+        wide_x,
+        first,
+        wide_dot,
+        shift,
+        scale,
+        shift_dot,
+        scale_dot,
+        y,
+        y_dot,
+        mean,
+        rstd,
+        sample,
+        row,
+        col,
+        tokens,
+        width,
+        EPS,
+    )
+
+
+@jit
+def _adaln_bwd_kernel(
+    y_bar,  # this and the next two are `_norm.Rows`
+    x,
+    scale,
+    mean,
+    rstd,
+    x_bar,
+    scale_bar,  # (B, N, C), or
+    scale_sum,  # (B, chunks, C); the other is None
+    shift_bar,  # the same, or both None where it is y_bar
+    shift_sum,
+    tokens,
+    width,
+    chunk,  # rows of one program
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    work: tl.constexpr = mean.dtype.element_ty
+    chunks = tl.cdiv(tokens, chunk)
+    program = tl.program_id(0).to(tl.int64)
+    sample, first_row = program // chunks, program % chunks * chunk
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    if scale_sum is not None:
+        scale_total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), work)
+    if shift_sum is not None:
+        shift_total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), work)
+    for start in range(0, chunk, BLOCK_ROWS):
+        row = first_row + start + tl.arange(0, BLOCK_ROWS)[:, None]
+        inside = (row < tokens) & (col < width)
+        token = sample * tokens + row
+        wide_x = load_rows(x, sample, row, col, tokens, width, work)
+        bar = load_rows(y_bar, sample, row, col, tokens, width, work)
+        factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
+        n, bar_of_x = backward_norm(
+            bar, wide_x, mean + token, rstd + token, factor, row, col, tokens, width
+        )
+        out = token * width + col
+        tl.store(x_bar + out, bar_of_x, inside)
+        if scale_bar is not None:
+            tl.store(scale_bar + out, bar * n, inside)
+        if scale_sum is not None:
+            scale_total += bar * n
+        if shift_bar is not None:
+            tl.store(shift_bar + out, bar, inside)
+        if shift_sum is not None:
+            shift_total += bar
+    if scale_sum is not None:
+        store_sum(scale_sum, scale_total, program, col, width)
+    if shift_sum is not None:
+        store_sum(shift_sum, shift_total, program, col, width)
+
+
+def _launch_fwd(
+    x: Tensor,
+    modulations: tuple[Tensor, Tensor],
+    x_dot: Tensor | None,
+    dots: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    y_dot: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _norm.Layout(x, *modulations)
+    y = x.new_empty(x.shape)
+    mean = x.new_empty((*x.shape[:-1], 1), dtype=layout.work)
+    rstd = mean.new_empty(mean.shape)
+    block_rows, block_cols, num_warps = _tuning.norm(layout.width, layout.tokens)
+    _adaln_fwd_kernel[(layout.samples * cdiv(layout.tokens, block_rows),)](
+        layout.rows(x),
+        *map(layout.modulation, modulations),
+        layout.rows(x_dot),
+        *map(layout.modulation, dots),
+        y,
+        y_dot,
+        mean,
+        rstd,
+        layout.tokens,
+        layout.width,
+        EPS=eps,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=num_warps,
+    )
+    return y, mean, rstd
+
+
+def _fwd_triton(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _norm.fits_kernel(x):
+        return _fwd(x, shift, scale, eps)
+    return _launch_fwd(x, (shift, scale), None, (None, None), eps, None)
+
+
+def _jvp_triton(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x_dot: Tensor | None,
+    shift_dot: Tensor | None,
+    scale_dot: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _norm.fits_kernel(x):
+        return _jvp(x, shift, scale, x_dot, shift_dot, scale_dot, eps)
+    y_dot = x.new_empty(x.shape)
+    y, mean, rstd = _launch_fwd(x, (shift, scale), x_dot, (shift_dot, scale_dot), eps, y_dot)
+    return y, y_dot, mean, rstd
+
+
+def _bwd_triton(
+    y_bar: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _norm.fits_kernel(x):
+        return _bwd(y_bar, x, shift, scale, mean, rstd)
+    layout = _norm.Layout(x, shift, scale)
+    block_rows, block_cols, num_warps = _tuning.norm(layout.width, layout.tokens)
+    chunk = _tuning.norm_sums(layout.samples, layout.tokens, block_rows)
+    chunks = cdiv(layout.tokens, chunk)
+    x_bar = x.new_empty(x.shape)
+    shift_bar = layout.cotangent(shift, chunks, known=True)
+    scale_bar = layout.cotangent(scale, chunks)
+    _adaln_bwd_kernel[(layout.samples * chunks,)](
+        layout.rows(y_bar),
+        layout.rows(x),
+        layout.modulation(scale),
+        mean.contiguous(),
+        rstd.contiguous(),
+        x_bar,
+        scale_bar.whole,
+        scale_bar.sums,
+        shift_bar.whole,
+        shift_bar.sums,
+        layout.tokens,
+        layout.width,
+        chunk,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=num_warps,
+    )
+    return (x_bar, *_norm.finish(shift_bar, scale_bar))
+
+
 _fwd_op = _op.define(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)", _fwd
+    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    _fwd,
+    triton=_fwd_triton,
 )
 _jvp_op = _op.define(
     "adaln_jvp(Tensor x, Tensor shift, Tensor scale, Tensor? x_dot, Tensor? shift_dot, "
     "Tensor? scale_dot, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _jvp,
+    triton=_jvp_triton,
 )
 _bwd_op = _op.define(
     "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
     "-> (Tensor, Tensor, Tensor)",
     _bwd,
+    triton=_bwd_triton,
 )
 
 
