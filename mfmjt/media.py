@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import av
 import numpy as np
@@ -27,7 +27,9 @@ from mfmjt.files import atomic_path, check_writable
 __all__ = [
     "AUDIO_SUFFIXES",
     "VIDEO_SUFFIXES",
+    "Pick",
     "Video",
+    "VideoStream",
     "check_output",
     "mux",
     "read_video",
@@ -56,6 +58,9 @@ _LAYOUTS = {1: "mono", 2: "stereo"}
 _BIT_RATE_PER_CHANNEL = 96_000
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _MAX_PIXELS = 8192 * 8192
+_MAX_JUMP = 10  # seconds of time stamps beyond the stated end: more is damage
+_FIT_BYTES = 2**26  # of pictures in full size that wait to be fitted
+_BLOCK = 1  # seconds
 _DECODER_THREADS = 4  # each holds a frame: enough for 4K in real time, small in memory
 
 
@@ -78,6 +83,12 @@ class Video:
     width: int
     height: int
     notes: tuple[str, ...]
+
+
+Pick = Literal["shown", "next"]
+"""Which picture stands for a time: the one on the screen then, or the next that comes."""
+Fit = Callable[[np.ndarray], Any]
+"""Makes uint8 `(n, H, W, 3)` pictures, as they are decoded, what a network is given."""
 
 
 def read_video(
@@ -104,48 +115,122 @@ def read_video(
         InputError: The file is missing, is no video, has nothing that can be decoded, has a single
             frame, is longer than `limit` or shorter than `duration`.
     """
-    path = Path(path)
-    sizes = [size] * len(rates) if isinstance(size, int) else list(size)
-    with _open_video(path) as (container, stream):
-        declared = _declared_duration(container, stream)
-        if duration is None and limit is not None and declared is not None and declared > limit:
-            raise _too_long(path, f"{float(declared):.1f} s", limit)
-        samplers = [_Sampler(rate, side) for rate, side in zip(rates, sizes, strict=True)]
-        counts = [] if duration is None else [_frame_count(duration, rate) for rate in rates]
-        decoder = _Decoder(path, stream)
-        for time, frame in decoder.frames(container):
-            if duration is None and limit is not None and time > limit:
-                raise _too_long(path, f"more than {limit:g} s", limit)
-            for sampler in samplers:
-                sampler.push(time, frame)
-            if counts and all(len(s.frames) >= n for s, n in zip(samplers, counts, strict=True)):
-                break
-    if decoder.count == 0:
-        raise InputError(f"No frame of {path} can be decoded. Give a video that plays.")
-    end = decoder.end
-    if duration is None:
-        if decoder.count == 1:
-            raise InputError(
-                f"{path} has a single frame, so nothing in it moves. Give a video, "
-                "or leave it out and describe the sound with a prompt."
-            )
-        notes = decoder.notes(declared)
-    else:
-        if end + decoder.step < duration:
-            raise InputError(
-                f"{path} lasts {float(end):.2f} s, less than the {duration:g} s asked for. "
-                "Leave out the duration, or give a shorter one."
-            )
-        end = Fraction(duration)
-        notes = decoder.notes(None)
+    stream = VideoStream(path, rates, size, duration, limit)
+    found: list[list[np.ndarray]] = [[] for _ in rates]
+    for block in stream:
+        for pieces, new in zip(found, block, strict=True):
+            pieces += new
     return Video(
-        frames=tuple(s.finish(_frame_count(end, s.rate)) for s in samplers),
-        duration=float(end),
-        fps=float(1 / decoder.step),
-        width=decoder.width,
-        height=decoder.height,
-        notes=notes,
+        frames=tuple(np.concatenate(pieces) for pieces in found),
+        duration=stream.duration,
+        fps=stream.fps,
+        width=stream.width,
+        height=stream.height,
+        notes=stream.notes,
     )
+
+
+class VideoStream:
+    """A video's pictures at uniform rates, a second at a time: memory does not grow with it.
+
+    Iterating, once, gives for each block one list per rate of uint8 arrays `(n, H, W, 3)`, the
+    pictures in order of time; the lists together hold round(duration x rate) of them. Frames that
+    no time picks are decoded, because others are predicted from them, and never converted.
+
+    Args:
+        path: Any file that PyAV can open.
+        rates: Pictures per second, one list for each.
+        size: Side of the squares that pictures are squashed to while they are converted, one for
+            all rates or one for each; for where no `fit` is given.
+        duration: Read only so many seconds from the start; None reads the whole video.
+        limit: Refuse a video longer than so many seconds when `duration` is None.
+        fit: One function for each rate, called with whole pictures (rotated as shown) in full size,
+            whose results are what the lists hold; they may be tensors on a device.
+        pick: Which picture stands for a time.
+
+    Attributes:
+        declared: Seconds that the file states, None where it does not, once iteration has begun.
+        duration: Seconds that the pictures cover. This and the others below are known at the end.
+        fps: Average frame rate of the file.
+        width: Pixels across, as shown (after rotation).
+        height: Pixels down, as shown.
+        notes: One line each on what was odd but could be read, such as a file cut short.
+
+    Raises:
+        InputError: As `read_video`, while it is iterated.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        rates: Sequence[int] = (8, 25),
+        size: int | Sequence[int] = 64,
+        duration: float | None = None,
+        limit: float | None = None,
+        fit: Sequence[Fit] | None = None,
+        pick: Pick = "shown",
+    ) -> None:
+        if pick not in get_args(Pick):
+            raise InputError(f"No pick {pick!r}: choose one of {', '.join(get_args(Pick))}.")
+        self.path = Path(path)
+        self._asked, self._limit = duration, limit
+        sizes = [size] * len(rates) if isinstance(size, int) else list(size)
+        fits = [None] * len(rates) if fit is None else list(fit)
+        self._samplers = [
+            _Sampler(rate, side, fitting, pick)
+            for rate, side, fitting in zip(rates, sizes, fits, strict=True)
+        ]
+        self.declared: float | None = None
+        self.duration = self.fps = 0.0
+        self.width = self.height = 0
+        self.notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[list[Any], ...]]:
+        path, asked, limit = self.path, self._asked, self._limit
+        samplers = self._samplers
+        counts = [] if asked is None else [_frame_count(asked, s.rate) for s in samplers]
+        with _open_video(path) as (container, stream):
+            declared = _declared_duration(container, stream)
+            self.declared = None if declared is None else float(declared)
+            if asked is None and limit is not None and declared is not None and declared > limit:
+                raise _too_long(path, f"{float(declared):.1f} s", limit)
+            decoder = _Decoder(path, stream, declared)
+            block = _BLOCK
+            for time, frame in decoder.frames(container):
+                if asked is None and limit is not None and time > limit:
+                    raise _too_long(path, f"more than {limit:g} s", limit)
+                # Before the frame is seen: what the last one adds may be cut off again.
+                if time >= block:
+                    yield tuple(sampler.take() for sampler in samplers)
+                    block = int(time) + _BLOCK
+                picture = _Picture(frame)
+                for sampler in samplers:
+                    sampler.push(time, picture)
+                if counts and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
+                    break
+        end = self._end(decoder)
+        self.duration, self.fps = float(end), float(1 / decoder.step)
+        self.width, self.height = decoder.width, decoder.height
+        self.notes = decoder.notes(declared if asked is None else None)
+        yield tuple(sampler.finish(_frame_count(end, sampler.rate)) for sampler in samplers)
+
+    def _end(self, decoder: _Decoder) -> Fraction:
+        """Seconds that the pictures cover, once all frames are seen."""
+        if decoder.count == 0:
+            raise InputError(f"No frame of {self.path} can be decoded. Give a video that plays.")
+        if self._asked is None:
+            if decoder.count == 1:
+                raise InputError(
+                    f"{self.path} has a single frame, so nothing in it moves. Give a video, "
+                    "or leave it out and describe the sound with a prompt."
+                )
+            return decoder.end
+        if decoder.end + decoder.step < self._asked:
+            raise InputError(
+                f"{self.path} lasts {float(decoder.end):.2f} s, less than the {self._asked:g} s "
+                "asked for. Leave out the duration, or give a shorter one."
+            )
+        return Fraction(self._asked)
 
 
 def mux(
@@ -213,9 +298,11 @@ def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate:
         sample_rate = 48_000
     with atomic_path(path) as temporary:
         try:
-            soundfile.write(
-                str(temporary), samples.T, sample_rate, format=file_format, subtype=subtype
-            )
+            with soundfile.SoundFile(
+                str(temporary), "w", sample_rate, len(samples), subtype, format=file_format
+            ) as file:
+                for start in range(0, samples.shape[1], sample_rate):
+                    file.write(samples[:, start : start + sample_rate].clip(-1.0, 1.0).T)
         except (soundfile.LibsndfileError, OSError) as error:
             raise RunError(f"Cannot write {path}: {_reason(error)}. Check the disk.") from error
 
@@ -252,11 +339,11 @@ def check_output(
 class _Decoder:
     """Frames in order of time from the first one at 0 s, past whatever is damaged."""
 
-    def __init__(self, path: Path, stream: Any) -> None:
+    def __init__(self, path: Path, stream: Any, declared: Fraction | None) -> None:
         rate = stream.average_rate or stream.guessed_rate or 25
         # A damaged header can state any rate; the step only closes gaps in the time stamps.
         self.step = 1 / Fraction(min(max(rate, 1), 1000))
-        self.path, self.stream = path, stream
+        self.path, self.stream, self.declared = path, stream, declared
         self.count = self.damaged = self.width = self.height = 0
         self.end = Fraction(0)
 
@@ -276,6 +363,9 @@ class _Decoder:
                 first = time
             time -= first
             if self.count and time <= previous:
+                time = previous + self.step
+            if self.declared is not None and time > max(previous, self.declared) + _MAX_JUMP:
+                self.damaged += 1
                 time = previous + self.step
             previous = time
             self.count += 1
@@ -316,44 +406,89 @@ class _Decoder:
         return tuple(notes)
 
 
-class _Sampler:
-    """Keeps, for each k / rate, the frame that was on the screen then."""
+class _Picture:
+    """A decoded frame as RGB, rotated as shown; each size is made when it is first asked for."""
 
-    def __init__(self, rate: int, size: int) -> None:
-        self.rate, self.size = rate, size
-        self.frames: list[np.ndarray] = []
-        self._reformatter = VideoReformatter()
-        self._frame: av.VideoFrame | None = None
-        self._picture: np.ndarray | None = None
+    def __init__(self, frame: av.VideoFrame) -> None:
+        self._frame = frame
+        self._made: dict[int | None, np.ndarray] = {}
 
-    def push(self, time: Fraction, frame: av.VideoFrame) -> None:
-        if self._frame is not None:
-            while Fraction(len(self.frames), self.rate) + _TIME_ROUNDING < time:
-                self.frames.append(self._converted())
-        self._frame, self._picture = frame, None
-
-    def finish(self, count: int) -> np.ndarray:
-        while len(self.frames) < count:
-            self.frames.append(self._converted())
-        return np.stack(self.frames[:count])
-
-    def _converted(self) -> np.ndarray:
-        """The held frame as RGB; frames that no grid point picks are never converted."""
-        if self._picture is None:
-            assert self._frame is not None
+    def rgb(self, reformatter: VideoReformatter, side: int | None) -> np.ndarray:
+        """uint8 `(H, W, 3)`: squashed to a square of `side` pixels, or whole for None."""
+        if side not in self._made:
+            way = {} if side is None else {"interpolation": Interpolation.AREA}
             try:
-                small = self._reformatter.reformat(
-                    self._frame, self.size, self.size, "rgb24", interpolation=Interpolation.AREA
-                )
-                picture = small.to_ndarray()
+                small = reformatter.reformat(self._frame, side, side, "rgb24", **way)
+                pixels = small.to_ndarray()
             except (av.error.FFmpegError, ValueError) as error:
                 raise InputError(
                     f"A frame in the pixel format {self._frame.format.name} cannot be converted: "
                     f"{_reason(error)}. Convert the video to H.264 first."
                 ) from error
             turns = round(self._frame.rotation / 90)  # counterclockwise
-            self._picture = np.ascontiguousarray(np.rot90(picture, turns))
-        return self._picture
+            self._made[side] = np.ascontiguousarray(np.rot90(pixels, turns))
+        return self._made[side]
+
+
+class _Sampler:
+    """Keeps, for each k / rate, the frame that stands for that time."""
+
+    def __init__(self, rate: int, size: int, fit: Fit | None, pick: Pick) -> None:
+        self.rate, self.count = rate, 0
+        self._size, self._fit, self._pick = size, fit, pick
+        self._reformatter = VideoReformatter()
+        self._held: _Picture | None = None
+        # What was picked since the last block: fitted pieces, then pictures and which of them.
+        self._pieces: list[Any] = []
+        self._pictures: list[np.ndarray] = []
+        self._rows: list[int] = []
+        self._last: _Picture | None = None
+
+    def push(self, time: Fraction, picture: _Picture) -> None:
+        if self._pick == "next":
+            while Fraction(self.count, self.rate) <= time + _TIME_ROUNDING:
+                self._keep(picture)
+        elif self._held is not None:
+            while Fraction(self.count, self.rate) + _TIME_ROUNDING < time:
+                self._keep(self._held)
+        self._held = picture
+
+    def take(self) -> list[Any]:
+        """What was picked since the last call, as pieces `(n, H, W, 3)`."""
+        self._flush()
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def finish(self, count: int) -> list[Any]:
+        """The rest of `count` pictures in all, the last one held or what is beyond cut off."""
+        assert self._held is not None
+        while self.count < count:
+            self._keep(self._held)
+        pieces = self.take()
+        for _ in range(count, self.count):
+            pieces[-1] = pieces[-1][:-1]
+            if not len(pieces[-1]):
+                pieces.pop()
+        return pieces
+
+    def _keep(self, picture: _Picture) -> None:
+        self.count += 1
+        if picture is not self._last or not self._pictures:
+            side = self._size if self._fit is None else None
+            self._pictures.append(picture.rgb(self._reformatter, side))
+            self._last = picture
+        self._rows.append(len(self._pictures) - 1)
+        if self._fit is not None and len(self._pictures) * self._pictures[0].nbytes >= _FIT_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        pictures = np.stack(self._pictures)
+        fitted = pictures if self._fit is None else self._fit(pictures)
+        # Most often each picture once, which needs no copy.
+        self._pieces.append(fitted if len(self._rows) == len(fitted) else fitted[self._rows])
+        self._pictures, self._rows = [], []
 
 
 def _add_pictures(target: Any, stream: Any, suffix: str) -> Any:
@@ -385,21 +520,29 @@ def _write_tracks(
     end: Fraction,
 ) -> None:
     """Write both tracks, interleaved; pictures that start at `end` seconds or later are left."""
-    sample_rate = sound.rate
-    frame = av.AudioFrame.from_ndarray(
-        np.ascontiguousarray(samples), "fltp", _LAYOUTS[len(samples)]
-    )
-    frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-    queue = [*sound.encode(frame), *sound.encode(None)]
-    queue.reverse()
+    encoded = _encoded(sound, samples)
+    heard = next(encoded, None)
     for packet in _packets_until(source, stream, end):
         # Sound goes in beside its pictures: players read both without seeking.
-        while queue and queue[-1].pts * queue[-1].time_base <= packet.dts * packet.time_base:
-            target.mux(queue.pop())
+        while heard is not None and heard.pts * heard.time_base <= packet.dts * packet.time_base:
+            target.mux(heard)
+            heard = next(encoded, None)
         packet.stream = pictures
         target.mux(packet)
-    while queue:
-        target.mux(queue.pop())
+    while heard is not None:
+        target.mux(heard)
+        heard = next(encoded, None)
+
+
+def _encoded(sound: Any, samples: np.ndarray) -> Iterator[Any]:
+    """Packets of the sound track, encoded a second at a time as they are asked for."""
+    rate = sound.rate
+    for start in range(0, samples.shape[1], rate):
+        part = np.ascontiguousarray(samples[:, start : start + rate].clip(-1.0, 1.0))
+        frame = av.AudioFrame.from_ndarray(part, "fltp", _LAYOUTS[len(part)])
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        yield from sound.encode(frame)
+    yield from sound.encode(None)
 
 
 def _packets_until(source: Any, stream: Any, end: Fraction) -> Iterator[Any]:
@@ -496,7 +639,7 @@ def _checked(waveform: Any) -> np.ndarray:
         )
     if not np.isfinite(samples).all():
         raise InputError("The waveform has samples that are not finite. Generate it in float32.")
-    return samples.clip(-1.0, 1.0)
+    return samples
 
 
 def _reason(error: BaseException) -> str:

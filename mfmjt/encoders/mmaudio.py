@@ -138,9 +138,7 @@ class MMAudioEncoders(nn.Module):
         side = self.frame_size[1]
         height, width = frames.shape[1:3]
         short = min(height, width)
-        large = _resized(
-            frames.permute(0, 3, 1, 2), side * height // short, side * width // short
-        )
+        large = _resized(frames.permute(0, 3, 1, 2), side * height // short, side * width // short)
         top, left = (round((size - side) / 2) for size in large.shape[-2:])
         return large[..., top : top + side, left : left + side].permute(0, 2, 3, 1)
 
