@@ -1,30 +1,83 @@
-"""Compile kernels for GPUs that are not there, and read what the compiler made of them."""
+"""Compile every Triton kernel for GPUs that are not there, and read what the compiler made of it.
+
+The ops are called as a network calls them, value, tangent and gradient, on memory that is never
+touched; instead of a launch each kernel is compiled, with the very configuration that would have
+been launched, and its machine code is read: registers, spills, shared memory, matrix instructions.
+
+    python -m bench.aot                                  all ops and targets: prints a table
+    python -m bench.aot --op swiglu --target sm_90
+    python -m bench.aot --out bench/results/aot          write the table of this Triton
+    python -m bench.aot --quick --compare bench/results/aot   what continuous integration does
+
+The exit status is 1 if a kernel spills, needs more shared memory than the GPU has, computes a bf16
+matrix product without matrix instructions, or (with --compare) is not as the committed table says.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import csv
+import hashlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "0")  # kernels load Triton on a CPU build too
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-__all__ = ["TARGETS", "offline", "resources"]
+from mfmjt import kernels
+from mfmjt.files import atomic_path
+
+__all__ = ["OPS", "TARGETS", "Chip", "compile_op", "faults", "main", "offline", "resources"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a compiled kernel is held against.
+
+    Attributes:
+        target: What Triton compiles for.
+        shared: Bytes of shared memory that one block may use.
+        registers: 32-bit registers of one multiprocessor, or of one SIMD on AMD.
+        warps: Most warps on one multiprocessor (SIMD).
+        matrix: What its matrix instructions begin with, best first.
+    """
+
+    target: GPUTarget
+    shared: int
+    registers: int
+    warps: int
+    matrix: tuple[str, ...]
+
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, 65536, 64, ("mma.sync",)),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, 65536, 64, ("wgmma.mma_async",)),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, 65536, 64, ("tcgen05.mma",)),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 512 * 64, 8, ("v_mfma",)),
 }
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# network, batch, latent tokens, all tokens, C, heads, width of the feed-forward
+SHAPES = {
+    "small_16k": (64, 250, 391, 448, 7, 1280),
+    "small_16k_one": (2, 250, 391, 448, 7, 1280),
+    "large_44k_v2": (8, 345, 486, 896, 14, 2560),
+    "nano": (16, 250, 346, 128, 2, 256),
+}
+QUICK = {"small_16k"}
+MATRIX_OPS = ("joint_attention", "conv1d")
 
 
 class _Offline:
@@ -77,18 +130,225 @@ def resources(kernel: Any) -> dict[str, Any]:
                 [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
             ).stdout
         usage = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", text)}
-        found = sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", asm["ptx"])))
+        found = set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", asm["ptx"]))
         row = {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
     else:
-        text = asm["amdgcn"]
-        usage = {k: int(v) for k, v in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-        found = sorted(set(re.findall(r"\b(v_mfma)\w*", text)))
+        usage = {k: int(v) for k, v in re.findall(r"\.(\w+_count):\s+(\d+)", asm["amdgcn"])}
+        found = set(re.findall(r"\b(v_mfma)", asm["amdgcn"]))
         row = {"registers": usage["vgpr_count"], "spills": usage["vgpr_spill_count"]}
     meta = kernel.metadata
     return {
         "kernel": meta.name,
+        "warps": meta.num_warps,
         **row,
         "shared": meta.shared,
-        "warps": meta.num_warps,
-        "matrix": " ".join(found),
+        "matrix": " ".join(sorted(found)),
     }
+
+
+def _occupancy(row: dict[str, Any], chip: Chip) -> int:
+    """Warps that fit on one multiprocessor (SIMD on AMD), by registers and shared memory."""
+    if chip.target.backend == "hip":
+        return min(chip.warps, chip.registers // 64 // max(8, -(-row["registers"] // 8) * 8))
+    per_warp = -(-row["registers"] * 32 // 256) * 256
+    blocks = chip.registers // (per_warp * row["warps"])
+    if row["shared"]:
+        blocks = min(blocks, (chip.shared + 1024) // (row["shared"] + 1024))
+    return min(chip.warps, blocks * row["warps"])
+
+
+def _modes(function: Callable[..., Any], moving: dict[str, Tensor], still: dict[str, Any]) -> None:
+    """Value, gradient, value and tangent, and the gradient under forward mode."""
+    leaves = [t for t in (*moving.values(), *still.values()) if isinstance(t, Tensor)]
+    leaves = [t.requires_grad_() for t in leaves if t.is_floating_point() and t.ndim > 0]
+
+    def call(*xs: Tensor) -> tuple[Tensor, ...]:
+        y = function(**dict(zip(moving, xs, strict=True)), **still)
+        return (y,) if isinstance(y, Tensor) else tuple(y)
+
+    def backward(ys: tuple[Tensor, ...]) -> None:
+        bars = [torch.empty_like(y) for y in ys]
+        torch.autograd.grad(ys, leaves, bars, allow_unused=True)
+
+    xs = tuple(moving.values())
+    backward(call(*xs))
+    backward(torch.func.jvp(call, xs, tuple(torch.empty_like(x) for x in xs))[0])
+
+
+def _adaln(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, _, width, _, _ = shape
+    x = torch.empty(batch, length, width, dtype=dtype)
+    for tokens in (1, length):  # modulation per sample, and per token, as chunks of one tensor
+        shift, scale, _ = torch.empty(batch, tokens, 3 * width, dtype=dtype).chunk(3, dim=-1)
+        _modes(kernels.adaln, {"x": x, "shift": shift.detach(), "scale": scale.detach()}, {})
+
+
+def _gated_residual_adaln(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, _, width, _, _ = shape
+    x, h = (torch.empty(batch, length, width, dtype=dtype) for _ in range(2))
+    for tokens in (1, length):
+        chunks = torch.empty(batch, tokens, 3 * width, dtype=dtype).chunk(3, dim=-1)
+        gate, shift, scale = (chunk.detach() for chunk in chunks)
+        moving = {"x": x, "h": h, "gate": gate, "shift": shift, "scale": scale}
+        _modes(kernels.gated_residual_adaln, moving, {})
+
+
+def _qk_norm_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, _, width, heads, _ = shape
+    qkv = torch.empty(batch, length, 3, heads, width // heads, dtype=dtype)
+    weights = {f"{n}_weight": torch.empty(width // heads, dtype=dtype) for n in "qk"}
+    for rope in (None, torch.empty(length, width // heads // 2, 2)):
+        rotation = None if rope is None else rope.requires_grad_(False)
+        op = lambda rotation=rotation, **given: kernels.qk_norm_rope(**given, rope=rotation)  # noqa: E731
+        _modes(op, {"qkv": qkv}, weights)
+
+
+def _joint_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, tokens, width, heads, _ = shape
+    streams = (length, tokens - length)
+
+    def attend(**given: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = ([given[f"{name}{i}"] for i in range(2)] for name in "qkv")
+        out: tuple[Tensor, ...] = kernels.joint_attention(q, k, v)
+        return out
+
+    given = {
+        f"{name}{i}": torch.empty(batch, n, heads, width // heads, dtype=dtype)
+        for i, n in enumerate(streams)
+        for name in "qkv"
+    }
+    _modes(attend, given, {})
+    alone = {name: given[f"{name}0"].detach() for name in "qkv"}
+    _modes(kernels.joint_attention, alone, {})
+    wide = {name: torch.empty(2, 512, 12, 128, dtype=dtype) for name in "qkv"}
+    _modes(kernels.joint_attention, wide, {})
+
+
+def _swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, _, _, _, hidden = shape
+    gate, up = torch.empty(batch, length, 2 * hidden, dtype=dtype).chunk(2, dim=-1)
+    _modes(kernels.swiglu, {"gate": gate.detach(), "up": up.detach()}, {})
+
+
+def _conv1d(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, _, width, _, hidden = shape
+    for channels, out in ((width, 2 * hidden), (hidden, width)):
+        x = torch.empty(batch, length, channels, dtype=dtype)
+        weight = torch.empty(out, channels, 3, dtype=dtype)
+        _modes(kernels.conv1d, {"x": x}, {"weight": weight, "bias": torch.empty(out, dtype=dtype)})
+
+
+def _snake(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.empty(1, shape[3], 8 * shape[1], dtype=dtype)
+    with torch.no_grad():  # the vocoder's only: its tangent and gradient are PyTorch formulas
+        kernels.snake(x, *(torch.empty(shape[3], dtype=dtype) for _ in range(2)))
+
+
+OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
+    "adaln": _adaln,
+    "conv1d": _conv1d,
+    "gated_residual_adaln": _gated_residual_adaln,
+    "joint_attention": _joint_attention,
+    "qk_norm_rope": _qk_norm_rope,
+    "snake": _snake,
+    "swiglu": _swiglu,
+}
+"""All ops with Triton kernels; the products of `linear` are the vendor's."""
+
+
+def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """One row for each different kernel that `op` launches for the networks' shapes."""
+    rows: dict[str, dict[str, Any]] = {}
+    for dtype in DTYPES:
+        for shape in shapes or SHAPES:
+            with offline(TARGETS[target].target) as compiled:
+                OPS[op](SHAPES[shape], dtype)
+            for kernel in compiled:
+                code = kernel.asm.get("cubin") or kernel.asm["amdgcn"].encode()
+                digest = hashlib.sha256(code).hexdigest()
+                if digest not in rows:
+                    found = resources(kernel)
+                    first = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+                    occupancy = _occupancy(found, TARGETS[target])
+                    rows[digest] = {"target": target, **first, **found, "occupancy": occupancy}
+    return list(rows.values())
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    chip = TARGETS[row["target"]]
+    found = []
+    if int(row["spills"]):
+        found.append(f"spills {row['spills']}")
+    if int(row["shared"]) > chip.shared:
+        found.append(f"needs {row['shared']} bytes of shared memory; the GPU has {chip.shared}")
+    product = row["op"] in MATRIX_OPS and re.search(r"_(fwd|jvp|bwd\w*)_kernel", row["kernel"])
+    if product and row["dtype"] == "bfloat16" and not row["matrix"]:
+        found.append("no matrix instruction")
+    return found
+
+
+def _name(row: dict[str, Any]) -> str:
+    return " ".join(str(row[key]) for key in ("target", "op", "shape", "dtype", "kernel"))
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        wrong = faults(row)
+        facts = [f"{key} {row[key]}" for key in ("warps", "registers", "shared", "occupancy")]
+        print(f"{_name(row):80} {'  '.join(facts)}  {row['matrix']}  {'; '.join(wrong)}".rstrip())
+
+
+def _table(folder: str) -> Path:
+    return Path(folder) / f"triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
+
+
+def _differences(rows: list[dict[str, Any]], path: Path) -> list[str]:
+    """Rows that the committed table does not have."""
+    if not path.exists():
+        return [f"There is no {path}: write it with `python -m bench.aot --out {path.parent}`."]
+    with path.open(newline="") as file:
+        known = {tuple(row.values()) for row in csv.DictReader(file)}
+    return [
+        f"{_name(row)} is not as {path} says: " + str({k: row[k] for k in list(row)[5:]})
+        for row in rows
+        if tuple(str(value) for value in row.values()) not in known
+    ]
+
+
+def main() -> int:
+    """Parse the command line and compile; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", action="append", choices=sorted(OPS), help="[all]")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="[all]")
+    parser.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
+    parser.add_argument("--out", metavar="DIR", help="write DIR/triton_<version>.csv")
+    parser.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for op in given.op or OPS:
+        for target in given.target or TARGETS:
+            more = compile_op(op, target, tuple(QUICK) if given.quick else None)
+            _print(more)
+            sys.stdout.flush()
+            rows += more
+    if given.out:
+        path = _table(given.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    wrong = [f"{_name(row)}: {fault}" for row in rows for fault in faults(row)]
+    if given.compare:
+        wrong += _differences(rows, _table(given.compare))
+    sys.stderr.writelines(f"{line}\n" for line in wrong)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,6 +22,12 @@ if _triton.INTERPRETED:
     )  # kernels run on NumPy here: infinities are theirs to handle, as on a GPU
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where tests/kernels run their ops, such as cuda [cpu]"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _single_thread():
     torch.set_num_threads(1)

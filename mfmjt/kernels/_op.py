@@ -148,8 +148,8 @@ def define(
         fake: Gives results of the right shape without data. Default: `implementation`, which then
             must not look at values.
         cpu: Takes the place of `implementation` on the CPU. Default: the C++ kernel, where built.
-        triton: Launches the Triton kernel: takes its place on a GPU, and on the CPU too while
-            Triton's interpreter is on.
+        triton: Launches the Triton kernel: takes its place on a GPU, and on the CPU too where
+            TRITON_INTERPRET is set.
 
     Returns:
         The op, to be called with positional arguments.
@@ -159,7 +159,7 @@ def define(
     _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     if triton is not None and _triton.AVAILABLE:
         _library.impl(name, _without_autocast(_on_its_device(triton)), "CUDA")
-    if triton is not None and _triton.INTERPRETED:
+    if triton is not None and _triton.ON_CPU:
         cpu = triton
     cpu = cpu or _ext.kernel(name, implementation)
     if cpu is not None:
@@ -188,7 +188,8 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launcher)
     def launch(*args: Any) -> Any:
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else [a]))
+        device = next(x.device for x in flat if isinstance(x, Tensor))
         if device.index == torch.cuda.current_device():
             return launcher(*args)
         with torch.cuda.device(device):

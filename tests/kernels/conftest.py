@@ -10,6 +10,13 @@ collect_ignore = ["test_ext.py"] if _triton.INTERPRETED else []
 
 
 @pytest.fixture(autouse=True)
+def device(request):
+    """With `--device cuda` the tensors of these tests are made on the GPU."""
+    with torch.device(request.config.getoption("--device")):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def poisoned():
     """Memory that nothing was written to holds NaN, so that no kernel gets by with leaving it."""
     torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory

@@ -1,0 +1,61 @@
+"""Kernels compiled for GPUs that are not there, each in a process of its own: see bench/aot.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPS = [path.stem for path in sorted((ROOT / "mfmjt" / "kernels").glob("[a-z]*.py"))]
+WITHOUT_KERNELS = {"linear"}  # the vendor's product serves
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_KERNELS])
+def test_kernels_fit_their_gpus_and_are_as_the_table_says(op):
+    done = python("-m", "bench.aot", "--quick", "--op", op, "--compare", "bench/results/aot")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f" {op} ") >= 4  # one kernel for each target
+
+
+def test_the_gate_finds_what_is_wrong(tmp_path):
+    (tmp_path / "spill.py").write_text(SPILL)  # Triton reads a kernel's source from its file
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "spill.py"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SPILL = """
+import torch, bench.aot as aot
+from mfmjt.kernels._triton import jit, tl
+
+@jit
+def spilling_kernel(x, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tile = tl.load(x + i)
+    tl.store(x + i, tile / tl.sum(tile))  # the whole tile is alive until its sum is known
+
+for name, n in (("sm_90", 128), ("gfx942", 256)):  # gfx942 has four times the registers
+    chip = aot.TARGETS[name]
+    with aot.offline(chip.target) as compiled:
+        spilling_kernel[(1,)](torch.empty(n * n), N=n, num_warps=1)
+    row = {"target": name, "op": "conv1d", "dtype": "bfloat16"} | aot.resources(compiled[0])
+    assert any(fault.startswith("spills") for fault in aot.faults(row)), row
+    bare = row | {"spills": 0, "matrix": "", "kernel": "_conv1d_fwd_kernel", "shared": 0}
+    assert aot.faults(bare) == ["no matrix instruction"]
+    assert aot.faults(bare | {"shared": 2**20, "matrix": "mma.sync"})[0].startswith("needs 1048576")
+"""
