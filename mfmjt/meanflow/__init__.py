@@ -5,16 +5,28 @@ from __future__ import annotations
 from mfmjt.meanflow.guidance import guide
 from mfmjt.meanflow.objective import LossStats, condition_dropout, loss
 from mfmjt.meanflow.sampler import OneStep, sample
+from mfmjt.meanflow.targets import (
+    alpha_flow,
+    finite_difference,
+    guided_velocity,
+    improved_mean_velocity,
+    mean_velocity,
+)
 from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs, uniform
 
 __all__ = [
     "LossStats",
     "OneStep",
     "TimeSampler",
+    "alpha_flow",
     "condition_dropout",
+    "finite_difference",
     "guide",
+    "guided_velocity",
+    "improved_mean_velocity",
     "logit_normal",
     "loss",
+    "mean_velocity",
     "sample",
     "time_pairs",
     "uniform",

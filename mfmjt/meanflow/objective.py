@@ -12,19 +12,18 @@ and say so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow._tree import Cond, rows
+from mfmjt.meanflow.targets import Network, Target, Velocity, mean_velocity
 from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs
 
 __all__ = ["LossStats", "condition_dropout", "loss"]
 
-Network = Callable[..., Tensor]
 _PAPER_TIMES = logit_normal(-2.0, 2.0)
 
 
@@ -54,6 +53,8 @@ def loss(
     c: float = ...,
     generator: torch.Generator | None = ...,
     intervals: int | None = ...,
+    target: Target = ...,
+    velocity: Velocity | None = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -70,6 +71,8 @@ def loss(
     c: float = ...,
     generator: torch.Generator | None = ...,
     intervals: int | None = ...,
+    target: Target = ...,
+    velocity: Velocity | None = ...,
     *,
     return_stats: Literal[True],
 ) -> tuple[Tensor, LossStats]: ...
@@ -86,6 +89,8 @@ def loss(
     c: float = 1e-3,
     generator: torch.Generator | None = None,
     intervals: int | None = None,
+    target: Target = mean_velocity,
+    velocity: Velocity | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """MeanFlow loss: mean over samples of w·d, d = mean over elements of (u − target)².
@@ -111,6 +116,9 @@ def loss(
         generator: Source of all draws.
         intervals: With r and t, how many samples have r < t, where they come first, as `time_pairs`
             draws them: nothing need be found then. Not verified.
+        target: What samples with r < t are regressed to; see `mfmjt.meanflow.targets` for others:
+            `improved_mean_velocity`, `alpha_flow`, `finite_difference`.
+        velocity: Takes the place of v, as `guided_velocity` does. Called with all samples.
         return_stats: Also return `LossStats`.
 
     Returns:
@@ -153,12 +161,13 @@ def loss(
     z, v = (1 - at) * x + at * noise, noise - x
     cond = {} if cond is None else cond
 
+    if velocity is not None:
+        v = velocity(f, z, t, v, dict(cond)).detach()
+
     interval_errors, flow_errors = x.new_zeros(0), x.new_zeros(0)
     if intervals:
         i = with_tangent
-        u, du_dt = _value_and_rate(f, z[i], r[i], t[i], v[i], rows(cond, i))
-        span = (t[i] - r[i]).to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
-        interval_errors = _errors(u, v[i] - span * du_dt.to(x.dtype))
+        interval_errors = _errors(*target(f, z[i], r[i], t[i], v[i], rows(cond, i)))
     if intervals < batch:
         i = without
         flow_errors = _errors(f(z[i], t[i], t[i], **rows(cond, i)), v[i])
@@ -185,15 +194,6 @@ def condition_dropout(
     if not 0 <= p <= 1:
         raise InputError(f"p is {p}: it is a probability. Give 0 to 1.")
     return torch.rand(batch, generator=generator, device=device) >= p
-
-
-def _value_and_rate(
-    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """U with its graph, and du/dt along the path without one."""
-    # r has no tangent, so it is no input of the derivative.
-    u, du_dt, *_ = torch.func.jvp(lambda z, t: f(z, r, t, **cond), (z, t), (v, torch.ones_like(t)))
-    return u, du_dt.detach()
 
 
 def _errors(u: Tensor, target: Tensor) -> Tensor:

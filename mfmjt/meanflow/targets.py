@@ -1,0 +1,172 @@
+"""What the network is regressed to: MeanFlow's target and its relatives, as small functions.
+
+Notation as in `objective`: z = (1 − t)x + t·e, v = e − x, time from data (0) to noise (1). A
+`Target` is called with the samples that have r < t and gives the prediction, with its graph, and
+what it should be, without one. A `Velocity` gives the v that all samples are regressed to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfmjt.errors import InputError
+
+__all__ = [
+    "Target",
+    "Velocity",
+    "alpha_flow",
+    "finite_difference",
+    "guided_velocity",
+    "improved_mean_velocity",
+    "mean_velocity",
+]
+
+Network = Callable[..., Tensor]
+"""f(z, r, t, **cond) -> u, shaped like z."""
+Target = Callable[
+    [Network, Tensor, Tensor, Tensor, Tensor, "dict[str, Any]"], "tuple[Tensor, Tensor]"
+]
+"""target(f, z, r, t, v, cond) -> (u, target), both shaped like z."""
+Velocity = Callable[[Network, Tensor, Tensor, Tensor, "dict[str, Any]"], Tensor]
+"""velocity(f, z, t, v, cond) -> what takes the place of v, shaped like it, without a graph."""
+
+
+def mean_velocity(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """MeanFlow: v − (t − r)·du/dt, du/dt in forward mode along (v, 0, 1) (arXiv 2505.13447)."""
+    return _mean_velocity(f, z, r, t, v, v, cond)
+
+
+def improved_mean_velocity(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Improved MeanFlow: du/dt along the velocity that f itself predicts (arXiv 2512.02012).
+
+    The regression of V = u + (t − r)·du/dt to v is that of u to v − (t − r)·du/dt, du/dt being a
+    constant. The predicted velocity is f at r = t, which costs one more evaluation; the paper's
+    second head for it is no part of the networks here.
+    """
+    with torch.no_grad():
+        predicted = f(z, t, t, **cond).to(z.dtype)
+    return _mean_velocity(f, z, r, t, v, predicted, cond)
+
+
+def finite_difference(h: float = 5e-3) -> Target:
+    """MeanFlow with du/dt ≈ (u(z + hv, r, t + h) − u(z − hv, r, t − h)) / 2h; no forward mode.
+
+    A baseline: two more evaluations without a graph, an error of order h², and differences of
+    rounded numbers over 2h: in bfloat16 nothing exact is left of it. Times leave [0, 1] by h.
+
+    Raises:
+        InputError: h is not positive.
+    """
+    if h <= 0:
+        raise InputError(f"h is {h}: it is a step in time. Give more than 0, such as 0.005.")
+
+    def target(
+        f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            later, earlier = (f(z + s * v, r, t + s, **cond).to(z.dtype) for s in (h, -h))
+        return f(z, r, t, **cond), v - _span(t - r, z) * (later - earlier) / (2 * h)
+
+    return target
+
+
+def alpha_flow(alpha: float) -> Target:
+    """alpha-Flow: α·v + (1 − α)·u(z_s, r, s) with s = t − α(t − r) (arXiv 2510.20771).
+
+    z_s = z − (t − s)v. α = 1 is trajectory flow matching, α = 1/2 with a shortcut's step; as α goes
+    to 0 this becomes MeanFlow, without a derivative. Lower α during training, and end with
+    `mean_velocity`. The paper weighs the squared error with 1/α. Here the difference to the
+    prediction is divided by α instead, which gives the same gradient, and errors that are
+    comparable for all α.
+
+    Raises:
+        InputError: α is not in (0, 1].
+    """
+    if not 0 < alpha <= 1:
+        raise InputError(
+            f"alpha is {alpha}: it is the share of the interval that is walked along v. Give more "
+            "than 0 and at most 1; for the limit 0 use mean_velocity."
+        )
+
+    def target(
+        f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        u = f(z, r, t, **cond)
+        walked = alpha * (t - r)
+        with torch.no_grad():
+            behind = f(z - _span(walked, z) * v, r, t - walked, **cond).to(z.dtype)
+            now = u.detach().to(z.dtype)
+            goal = now - (now - (alpha * v + (1 - alpha) * behind)) / alpha
+        return u, goal
+
+    return target
+
+
+def guided_velocity(
+    omega: float,
+    kappa: float,
+    null: Callable[[dict[str, Any]], dict[str, Any]],
+    dropped: Callable[[dict[str, Any]], Tensor] | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Velocity:
+    """Guidance inside the target, so that one evaluation is guided (arXiv 2505.13447, eq. 19).
+
+    v becomes ω·v + κ·u(z, t, t | c) + (1 − ω − κ)·u(z, t, t | ∅), a guidance scale of ω / (1 − κ)
+    in effect. Costs two evaluations without a graph, or one for κ = 0.
+
+    Args:
+        omega: ω.
+        kappa: κ; below 1.
+        null: Gives the conditions of the unconditional evaluation for given ones.
+        dropped: Gives which samples are trained without conditions, (B,) bool; they keep v.
+        low: Earlier times t keep v.
+        high: Later times t keep v.
+
+    Raises:
+        InputError: κ is 1 or more.
+    """
+    if kappa >= 1:
+        raise InputError(f"kappa is {kappa}: the scale omega / (1 - kappa) is finite below 1.")
+
+    @torch.no_grad()
+    def velocity(f: Network, z: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]) -> Tensor:
+        guided = omega * v + (1 - omega - kappa) * f(z, t, t, **null(cond)).to(v.dtype)
+        if kappa:
+            guided += kappa * f(z, t, t, **cond).to(v.dtype)
+        keeps = (t < low) | (t > high)
+        if dropped is not None:
+            keeps = keeps | dropped(cond)
+        return torch.where(_span(keeps, v), v, guided)
+
+    return velocity
+
+
+def _mean_velocity(
+    f: Network,
+    z: Tensor,
+    r: Tensor,
+    t: Tensor,
+    v: Tensor,
+    direction: Tensor,
+    cond: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    # r has no tangent, so it is no input of the derivative.
+    u, du_dt, *_ = torch.func.jvp(
+        lambda z, t: f(z, r, t, **cond), (z, t), (direction, torch.ones_like(t))
+    )
+    return u, v - _span(t - r, z) * du_dt.detach().to(z.dtype)
+
+
+def _span(per_sample: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...), in like's dtype unless it is a mask."""
+    shaped = per_sample.view(-1, *(1 for _ in like.shape[1:]))
+    return shaped if shaped.dtype == torch.bool else shaped.to(like.dtype)
