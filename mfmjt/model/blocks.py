@@ -20,6 +20,7 @@ from mfmjt.kernels import (
     qk_norm_rope,
     swiglu,
 )
+from mfmjt.model.recompute import recomputable
 
 __all__ = [
     "Block",
@@ -132,7 +133,12 @@ class Block(nn.Module):
     """One stream's attention and feed-forward, each modulated and gated.
 
     A `pre_only` block offers keys and values to the other streams and ends there.
+
+    Attributes:
+        recompute: Keep only the inputs for the backward pass; see `mfmjt.model.recompute`.
     """
+
+    recompute = False
 
     def __init__(
         self, dim: int, num_heads: int, hidden: int, kernel_size: int, pre_only: bool = False
@@ -168,6 +174,7 @@ class Block(nn.Module):
         x, y = Pending(x, self.linear1(attended.flatten(2)), gate_attn).norm(shift, scale)
         return Pending(x, self.ffn(y), gate_ffn)
 
+    @recomputable
     def forward(self, stream: Pending, condition: FrameCondition, rope: Tensor | None) -> Pending:
         """Self-attention over one stream."""
         modulation = self.modulation(condition)
@@ -177,7 +184,13 @@ class Block(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Latent, video and text attend to all three; in the last one only the latent goes on."""
+    """Latent, video and text attend to all three; in the last one only the latent goes on.
+
+    Attributes:
+        recompute: Keep only the inputs for the backward pass; see `mfmjt.model.recompute`.
+    """
+
+    recompute = False
 
     def __init__(self, dim: int, num_heads: int, hidden: int, last: bool) -> None:
         super().__init__()
@@ -186,6 +199,7 @@ class JointBlock(nn.Module):
         self.clip_block = Block(dim, num_heads, hidden, kernel_size=3, pre_only=last)
         self.text_block = Block(dim, num_heads, hidden, kernel_size=1, pre_only=last)
 
+    @recomputable
     def forward(
         self,
         streams: tuple[Pending, Pending, Pending],

@@ -131,6 +131,11 @@ class MFMJT(nn.Module):
         """Dtype of the parameters, in which the network computes."""
         return self.final_layer.conv.weight.dtype
 
+    def recompute_blocks(self, on: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass, and compute their inside again."""
+        for block in (*self.joint_blocks, *self.fused_blocks):
+            block.recompute = on
+
     def normalize(self, latent: Tensor) -> Tensor:
         """Autoencoder latents (B, N, C) to the network's space: (latent − mean) / std."""
         return (latent - self.latent_mean) / self.latent_std

@@ -60,14 +60,22 @@ class NetworkTraining:
         overrides: Fields of that configuration to change.
         init_from: A network file to start from, such as a flow-matching network.
         seed: Seed of the initial weights and of every draw.
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is each process's own GPU.
+        parallel: How processes that torchrun started share the work: `ddp` copies the weights to
+            each, `fsdp` shards them, `auto` takes `fsdp` where they would fill half of a GPU, and
+            `none` is one process.
+        accumulate: Passes that a step's batch is divided into, to fit in memory.
+        checkpointing: Keep only the inputs of each block for the backward pass, and compute their
+            inside again: less memory, more time.
+        resume: The state to go on from: `latest`, or one of those in `checkpoints`, such as
+            `step-000000500`.
         dtype: `float32`, or `bfloat16` for autocast with fp32 weights.
         threads: Threads on the CPU; 0 leaves torch's choice.
         steps: Optimiser steps.
         max_minutes: End the run, learning rate decayed, after so much time, earlier runs of the
             same folder counted in; 0 for no limit. The schedule then follows the larger of
             steps done and time spent, so that such a run does not resume bit for bit.
-        batch: Clips a step, each a window of `window` latents.
+        batch: Clips a step, of all processes and passes, each a window of `window` latents.
         window: Latents in a window, a multiple of 10.
         full_every: Every so many steps the clips are whole instead; 0 for never.
         full_batch: Clips a step when they are whole.
@@ -106,6 +114,10 @@ class NetworkTraining:
     init_from: str | None = None
     seed: int = 0
     device: str = "cpu"
+    parallel: str = "auto"
+    accumulate: int = 1
+    checkpointing: bool = False
+    resume: str = "latest"
     dtype: str = "float32"
     threads: int = 0
     steps: int = 10000
@@ -140,7 +152,8 @@ class NetworkTraining:
 
     def __post_init__(self) -> None:
         """Refuse values that could not train, before anything is loaded."""
-        for name in ("steps", "batch", "full_batch", "window", "log_every", "checkpoint_every"):
+        counts = ("steps", "batch", "full_batch", "window", "log_every", "checkpoint_every")
+        for name in (*counts, "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: it must be at least 1.")
         if self.window % 10:
@@ -152,6 +165,7 @@ class NetworkTraining:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         if not self.ema:
             raise InputError("ema=[]: give at least one decay, such as ema=[0.999].")

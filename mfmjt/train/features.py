@@ -8,7 +8,9 @@ index.json   the shards in order, all captions, labels and events, and the mean 
              deviation (20,) of the latents as they will be sampled
 
 Each shard appears whole or not at all and names the weights it was made with, so that an
-interrupted extraction goes on where it stopped and never mixes two encoders.
+interrupted extraction goes on where it stopped and never mixes two encoders. Under torchrun every
+process makes its share of the shards, and whichever finds all of them done writes the index: the
+processes need a folder that all see, and nothing else of one another.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from mfmjt.data import foley
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
 from mfmjt.train.config import FeatureExtraction
+from mfmjt.train.distributed import share
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
 
@@ -66,7 +69,7 @@ def extract(
     Args:
         store: Folder of the store; made where it does not exist.
         split: `train`, `validation` or `test`.
-        clips: Number of clips; a store can be extended by asking for more.
+        clips: Number of clips, of all processes; a store can be extended by asking for more.
         encoders: Frame encoders with `encode_frames` and `encode_sync`.
         codec: Codec with `encode`.
         workers: Processes, each with one thread; 0 works in this process.
@@ -91,13 +94,16 @@ def extract(
         (folder / f"{start:06d}.safetensors", start, min(SHARD_CLIPS, clips - start))
         for start in range(0, clips, SHARD_CLIPS)
     ]
-    missing = [shard for shard in shards if not _is_done(shard, source)]
-    done = clips - sum(count for _, _, count in missing)
-    with Progress(f"features {split}", clips, done, "clips") as progress:
+    mine = share(shards)
+    missing = [shard for shard in mine if not _is_done(shard, source)]
+    total = sum(count for _, _, count in mine)
+    done = total - sum(count for _, _, count in missing)
+    with Progress(f"features {split}", total, done, "clips") as progress:
         for count in _work(missing, source, encoders, codec, workers):
             done += count
             progress.update(done)
-    _write_index(folder, [path for path, _, _ in shards], source)
+    if all(_is_done(shard, source) for shard in shards):
+        _write_index(folder, [path for path, _, _ in shards], source)
     return folder
 
 

@@ -1,13 +1,13 @@
 """Train the network on a feature store: MeanFlow, or plain flow matching with `ratio=0`.
 
 Every draw of a step (clips, windows, latents, dropped conditions, times, noise) comes from one
-generator seeded with (seed, step). A state is therefore only weights, averages, the optimiser and
-the step, and on the CPU a resumed run repeats an uninterrupted one bit for bit.
+generator seeded with (seed, step), and is the same on every process. A state is therefore only
+weights, averages, the optimiser and the step, and on the CPU a run resumed by as many processes
+repeats an uninterrupted one bit for bit; by another number, but for the order of sums.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -25,19 +25,21 @@ from mfmjt import meanflow
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError
-from mfmjt.files import atomic_path
 from mfmjt.model import MFMJT
-from mfmjt.train import preview
-from mfmjt.train.checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
+from mfmjt.train import distributed, preview
 from mfmjt.train.config import NetworkTraining, as_json
+from mfmjt.train.distributed import Processes
 from mfmjt.train.ema import EMA
+from mfmjt.train.log import TrainingLog
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
+from mfmjt.train.sharded import CheckpointFolder
+from mfmjt.train.step import Draws, Step, draw
 from mfmjt.train.store import FeatureStore
 
 __all__ = ["TrainingResult", "lr_factor", "train"]
 
-STATE = "state.safetensors"
+CHECKPOINTS = "checkpoints"
 NETWORK = "network.safetensors"
 FLOW_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 VALIDATION_CLIPS = 40
@@ -79,33 +81,30 @@ def train(config: NetworkTraining, stop_after: float | None = None) -> TrainingR
     ends it at once. Whenever it ends, the averaged weights are written, in fp16, to
     `network.safetensors` in the folder.
 
+    Under torchrun every process calls this; a signal to one of them ends all after the same step.
+
     Args:
         config: The recipe.
         stop_after: Stop after so many seconds, as a signal would; the same call then goes on.
 
     Raises:
-        InputError: A missing store, a device that is not there, a state of another network.
-        RunError: The loss has not been finite for many steps.
+        InputError: A missing store, a device that is not there, a state that is damaged or of
+            another network, a batch that the processes cannot share.
+        RunError: The loss has not been finite for many steps, or the state cannot be saved.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_memory()
-    return _Run(config).run(stop_after)
+    with Processes(config.device) as processes:
+        return _Run(config, processes).run(stop_after)
 
 
 class _Run:
     """The state of a training and what moves it."""
 
-    def __init__(self, config: NetworkTraining) -> None:
-        self.config = config
+    def __init__(self, config: NetworkTraining, processes: Processes) -> None:
+        self.config, self.processes, self.device = config, processes, processes.device
         self.out = Path(config.out)
-        try:
-            self.device = torch.device(config.device)
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"device={config.device} cannot be used: {error}. Try device=cpu."
-            ) from error
         self.store = FeatureStore(config.store, "train", self.device)
         self.validation = FeatureStore(config.store, "validation", self.device)
         self.validation.latent_mean = self.store.latent_mean
@@ -116,6 +115,16 @@ class _Run:
         self.codec = NanoCodec.load(config.codec).eval()
 
         self.net = self._network()
+        self.net.recompute_blocks(config.checkpointing)
+        how = distributed.choose_parallel(config.parallel, processes, self.net)
+        for rows in (config.batch, config.full_batch) if config.full_every else (config.batch,):
+            for ratio in (config.ratio, 0.0) if config.flow_steps else (config.ratio,):
+                processes.check_rows(rows, round(ratio * rows), config.accumulate, how)
+        if how == "fsdp":
+            distributed.shard(self.net, processes, bf16=config.dtype == "bfloat16")
+        step = Step(self.net, config.p, config.c)
+        self.model = distributed.replicate(step) if how == "ddp" else step
+
         self.names = [n for n, p in self.net.named_parameters() if p.requires_grad]
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.ema = EMA(self.params, config.ema)
@@ -126,13 +135,24 @@ class _Run:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        for p in self.params:
+            # What it would make at its first step, made now, to have where to load a state to.
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
         self.generator = torch.Generator(self.device)
-        self.sampler = meanflow.logit_normal(config.time_mean, config.time_std)
         self.step = self.skipped = self.in_a_row = 0
-        self.elapsed = 0.0
-        self.stopped = False
+        self.elapsed = self.clock = 0.0
+        self.stopped = self.ending = False
+        self.end = math.inf
         self.began = time.monotonic()
-        self.out.mkdir(parents=True, exist_ok=True)
+        if processes.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = CheckpointFolder(
+            self.out / CHECKPOINTS, processes.group, processes.first
+        )
 
     def _network(self) -> MFMJT:
         config = self.config
@@ -157,24 +177,29 @@ class _Run:
 
     def run(self, stop_after: float | None) -> TrainingResult:
         """Train to the end or until stopped."""
-        config = self.config
+        config, first = self.config, self.processes.first
         resumed = self._resume()
         network = self.out / NETWORK
-        end = math.inf if stop_after is None else time.monotonic() + stop_after
-        self.log = _Log(self.out, self.step, config.tensorboard)
-        self.log.note({"step": self.step, "config": as_json(config)} | resumed)
-        title = f"train {config.model}"
+        if stop_after is not None:
+            self.end = time.monotonic() + stop_after
+        self.log = TrainingLog(self.out, self.step, config.tensorboard, first)
+        about = {"step": self.step, "processes": self.processes.world, "config": as_json(config)}
+        self.log.note(about | resumed)
         with (
             _stop_signals(self),
             self.log,
-            Progress(title, config.steps, self.step) as self.progress,
+            Progress(
+                f"train {config.model}", config.steps, self.step, quiet=not first
+            ) as self.progress,
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")
-            while not self.stopped and self.share() < 1 and time.monotonic() < end:
+            self._agree([])
+            while not self._stops() and self.share() < 1:
                 self._advance()
             finished = self.share() >= 1
             self._save()
+            self.checkpoints.wait()
             self._export(network)
         return TrainingResult(self.step, finished, network, self.skipped, self.seconds())
 
@@ -186,8 +211,28 @@ class _Run:
         """How much of the run is done, by steps or by time, whichever is further."""
         share = self.step / self.config.steps
         if self.config.max_minutes:
-            share = max(share, self.seconds() / (60 * self.config.max_minutes))
+            share = max(share, self.clock / (60 * self.config.max_minutes))
         return share
+
+    def _agree(self, figures: list[Tensor]) -> list[float]:
+        """Add up figures over all processes, and agree on the time and on whether to stop.
+
+        Clocks and signals differ between processes; whoever decided by their own would leave the
+        others waiting.
+        """
+        stops = self.stopped or time.monotonic() >= self.end
+        own = [float(stops), self.seconds() if self.processes.first else 0.0]
+        flat = torch.tensor(own, dtype=torch.float64, device=self.device)
+        if figures:
+            flat = torch.cat((torch.stack(figures).double(), flat))
+        *values, ending, self.clock = self.processes.sum(flat).tolist()  # one wait for the device
+        self.ending = ending > 0
+        return values
+
+    def _stops(self) -> bool:
+        # One process need not ask the others, and a signal then waits for no further step.
+        alone = self.processes.world == 1
+        return self.ending or (alone and (self.stopped or time.monotonic() >= self.end))
 
     def _advance(self) -> None:
         config = self.config
@@ -221,39 +266,37 @@ class _Run:
 
     def _backward(self, rows: int, window: int | None) -> dict[str, float]:
         """Draw a batch, compute the loss and its gradients; return what is logged of them."""
-        config, generator = self.config, self.generator
-        generator.manual_seed((config.seed << 32) + self.step)
-        batch = self.store.draw(rows, window, generator)
-        x, cond = batch.pop("latent"), batch
-        keep = torch.rand(3, rows, generator=generator, device=self.device) >= torch.tensor(
-            [[config.drop_video], [config.drop_text], [config.drop_all]], device=self.device
-        )
-        cond["video_mask"], cond["text_mask"] = keep[0] & keep[2], keep[1] & keep[2]
-        ratio = 0.0 if self.step < config.flow_steps else config.ratio
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, stats = self._loss(x, cond, *self._times(rows, ratio))
-        loss.backward()
+        config, world, parts = self.config, self.processes.world, self.config.accumulate
+        self.generator.manual_seed((config.seed << 32) + self.step)
+        intervals = 0 if self.step < config.flow_steps else round(config.ratio * rows)
+        batch = draw(config, self.store, rows, window, intervals, self.generator)
+        figures = [torch.zeros((), device=self.device) for _ in range(3)]
+        for part in range(parts):
+            index = self.processes.rows(part, parts)
+            mine = len(range(rows)[index]), len(range(intervals)[index])
+            with distributed.gradient_sync(self.model, part == parts - 1):
+                loss, stats = self._loss(batch.rows(index), mine[1])
+                # The mean over these rows counts as much as they are of the batch; gradients are
+                # then averaged over processes, not added up.
+                weight = mine[0] / rows
+                (loss * (weight * world)).backward()
+            figures[0] += loss.detach() * weight
+            if mine[0] > mine[1]:
+                figures[1] += stats.flow * ((mine[0] - mine[1]) / (rows - intervals))
+            if mine[1]:
+                figures[2] += stats.interval * (mine[1] / intervals)
         norm = torch.nn.utils.clip_grad_norm_(self.params, config.clip or math.inf, foreach=True)
-        values = torch.stack((loss.detach(), *stats, norm)).tolist()  # one wait for the device
-        return dict(zip(("loss", "flow", "interval", "grad_norm"), values, strict=True))
+        share = 1 / world  # it is the same everywhere, and figures are added up
+        values = self._agree([*figures, distributed.whole(norm) * share])
+        figure = dict(zip(("loss", "flow", "interval", "grad_norm"), values, strict=True))
+        absent = {"flow": rows == intervals, "interval": intervals == 0}
+        return {k: math.nan if absent.get(k) else v for k, v in figure.items()}
 
-    def _times(self, rows: int, ratio: float) -> tuple[Tensor, Tensor]:
-        """Draw r and t (B,); the first round(ratio B) rows have r < t."""
-        intervals = round(ratio * rows)
-        r, t = meanflow.time_pairs(rows, intervals, self.sampler, self.device, self.generator)
-        whole = torch.rand(rows, generator=self.generator, device=self.device)
-        whole = (whole < self.config.one_step) & (
-            torch.arange(rows, device=self.device) < intervals
-        )
-        return r.masked_fill(whole, 0.0), t.masked_fill(whole, 1.0)
-
-    def _loss(
-        self, x: Tensor, cond: dict[str, Tensor], r: Tensor, t: Tensor
-    ) -> tuple[Tensor, meanflow.LossStats]:
-        p, c = self.config.p, self.config.c
-        return meanflow.loss(
-            self.net, x, cond, r=r, t=t, p=p, c=c, generator=self.generator, return_stats=True
-        )
+    def _loss(self, draws: Draws, intervals: int) -> tuple[Tensor, meanflow.LossStats]:
+        features = self.store.rows(draws.clips, draws.starts, draws.latent_noise)
+        bf16 = self.config.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return self.model(features, draws, intervals)
 
     def _count_skipped(self, good: bool) -> None:
         self.in_a_row = 0 if good else self.in_a_row + 1
@@ -321,6 +364,8 @@ class _Run:
         with self._averaged():
             made = meanflow.OneStep(self.net, guidance=1.5)(noise, **cond)
             pair = [self.net.unnormalize(latent).cpu() for latent in (x, made)]
+        if not self.processes.first:
+            return
         real, fake = (self.codec.decode(latent) for latent in pair)
         folder = self.out / "previews"
         folder.mkdir(exist_ok=True)
@@ -336,27 +381,37 @@ class _Run:
 
     # State
 
-    def _save(self) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, or this process's shards of it."""
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names)
+        for name, p in zip(self.names, self.params, strict=True):
+            for slot in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimizer.{slot}.{name}"] = self.optimizer.state[p][slot]
         for k, average in enumerate(self.ema.averages):
             tensors |= {f"ema.{k}.{n}": a for n, a in zip(self.names, average, strict=True)}
+        return tensors
+
+    def _save(self) -> None:
+        """Begin to write the state, unless it is on disk."""
+        if self.checkpoints.step == self.step:
+            return
         state = {
             "step": self.step,
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
             "updates": self.ema.updates,
             "seconds": self.seconds(),
+            "processes": self.processes.world,
             "config": as_json(self.config),
         }
-        save_state(self.out / STATE, tensors, state)
+        self.checkpoints.save(self.step, self._tensors(), state)
 
     def _resume(self) -> dict[str, Any]:
         """Take up the saved state, if any; return what the recipe has changed since."""
-        path = self.out / STATE
-        if not path.exists():
+        path = self.checkpoints.find(self.config.resume)
+        if path is None:
             return {}
-        tensors, state = load_state(path)
+        state = self.checkpoints.read(path)
         mine, theirs = as_json(self.config), state["config"]
         changed = {k: [theirs.get(k), v] for k, v in mine.items() if theirs.get(k) != v}
         for key in ("model", "overrides", "ema"):
@@ -365,100 +420,24 @@ class _Run:
                     f"{path} was trained with {key}={changed[key][0]}, not {changed[key][1]}. "
                     "Give another out=, or the same setting."
                 )
-        self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-        load_optimizer(self.optimizer, self.names, tensors)
-        for k, average in enumerate(self.ema.averages):
-            for name, tensor in zip(self.names, average, strict=True):
-                tensor.copy_(tensors[f"ema.{k}.{name}"])
+        self.checkpoints.load(path, self._tensors(), state["step"])
         self.ema.updates = state["updates"]
+        for slots in self.optimizer.state.values():
+            slots["step"].fill_(state["updates"])
         self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
         self.elapsed = state["seconds"]
         return {"resumed": True, "changed": changed}
 
     def _export(self, path: Path) -> None:
         with self._averaged():
-            self.net.save(path, torch.float16)
+            # Every process helps to put the shards together.
+            state = {k: distributed.whole(v) for k, v in self.net.state_dict().items()}
+            if self.processes.first:
+                with torch.device("meta"):
+                    net = MFMJT(self.net.config)
+                net.load_state_dict(state, assign=True)
+                net.save(path, torch.float16)
         self.progress.message(f"Wrote {path}.")
-
-
-class _Log:
-    """`log.jsonl`, and TensorBoard where it is installed and wanted.
-
-    Records after the step a run resumes from are dropped, so that the file is one curve.
-    """
-
-    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
-        path = out / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
-        self.board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
-            except ImportError:
-                pass
-        self._reset()
-        self.recent = math.nan
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        self.clips, self.since = 0, time.monotonic()
-
-    def note(self, record: dict[str, Any]) -> None:
-        """Write a record as it is."""
-        self.file.write(json.dumps(record) + "\n")
-
-    def collect(self, figures: dict[str, float], rows: int, good: bool) -> None:
-        """Take up a step's figures; those of skipped steps would spoil the means."""
-        self.clips += rows
-        for key, value in figures.items() if good else ():
-            if not math.isnan(value):  # an error of which the batch had no rows
-                self.sums[key] = self.sums.get(key, 0.0) + value
-                self.counts[key] = self.counts.get(key, 0) + 1
-        if good:
-            loss = figures["loss"]
-            self.recent = loss if math.isnan(self.recent) else self.recent * 0.95 + 0.05 * loss
-
-    def clips_per_s(self) -> float:
-        """Clips trained a second since the last record."""
-        return self.clips / max(1e-9, time.monotonic() - self.since)
-
-    def flush(self, step: int, lr: float, skipped: int, seconds: float) -> None:
-        """Write the means since the last record."""
-        values = {k: v / self.counts[k] for k, v in self.sums.items()}
-        values |= {"lr": lr, "skipped": skipped}
-        speed = {"clips_per_s": round(self.clips_per_s(), 2), "seconds": round(seconds, 2)}
-        self.scalars("train", step, values, speed)
-        self._reset()
-
-    def scalars(
-        self, kind: str, step: int, values: dict[str, float], more: dict[str, float] | None = None
-    ) -> None:
-        """Write one record of figures."""
-        values = values | (more or {})
-        self.note({"step": step, "kind": kind} | values)
-        if self.board is not None:
-            for key, value in values.items():
-                self.board.add_scalar(f"{kind}/{key}", value, step)
-
-    def audio(self, name: str, step: int, waveform: Tensor, rate: int) -> None:
-        """Hand a waveform (S,) to TensorBoard."""
-        if self.board is not None:
-            self.board.add_audio(name, waveform[None].clamp(-1, 1), step, rate)
 
 
 @contextmanager

@@ -28,9 +28,18 @@ class Progress:
         total: Number of units (steps, clips) that finish the job.
         start: Units already done before, by an earlier run; they do not count in the rate.
         unit: Name of one unit in the plural.
+        quiet: Show nothing: another process does.
     """
 
-    def __init__(self, title: str, total: int, start: int = 0, unit: str = "steps") -> None:
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        start: int = 0,
+        unit: str = "steps",
+        quiet: bool = False,
+    ) -> None:
+        self.quiet = quiet
         self.title, self.total, self.start, self.unit = title, total, start, unit
         self.done = start
         self.began = self.shown = time.monotonic()
@@ -39,7 +48,7 @@ class Progress:
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             try:
                 from rich.console import Console
                 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -90,7 +99,7 @@ class Progress:
         """Print a line that stays, above the bar where there is one."""
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self.quiet:
             sys.stderr.write(f"{text}\n")
 
     def _show(self, note: str) -> None:
@@ -107,6 +116,6 @@ class Progress:
         if self.bar is not None:
             completed = share * self.total
             self.bar.update(self.task, completed=completed, note=f"{self.done}/{self.total} {text}")
-        else:
+        elif not self.quiet:
             sys.stderr.write(f"{self.title} {self.done}/{self.total} ({share:.0%}) {text}\n")
             sys.stderr.flush()

@@ -92,8 +92,10 @@ class FeatureStore:
         self._text = torch.cat(parts).to(self.device)
         self._text_row = torch.tensor([row[c] for c in self.captions], device=self.device)
 
-    def draw(self, batch: int, window: int | None, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw `batch` random clips, whole or a random window of each.
+    def draw(
+        self, batch: int, window: int | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Draw `batch` random clips, whole or a random window of each, to be given to `rows`.
 
         Args:
             batch: Number of rows; clips are drawn with replacement.
@@ -101,23 +103,25 @@ class FeatureStore:
             generator: Decides everything, so that equal states give equal batches.
 
         Returns:
-            As `rows`.
+            Clips (B,), first latents (B,) or None, and the latents' noise (B, N, C).
         """
         clips = torch.randint(len(self), (batch,), generator=generator, device=self.device)
-        starts = None
+        starts, length = None, self.latent_length
         if window is not None and window < self.latent_length:
+            length = window
             places = (self.latent_length - window) // self.grid + 1
             starts = self.grid * torch.randint(
                 places, (batch,), generator=generator, device=self.device
             )
-        return self.rows(clips, starts, window, generator)
+        channels = self._features["mean"].shape[2]
+        noise = torch.randn(batch, length, channels, generator=generator, device=self.device)
+        return clips, starts, noise
 
     def rows(
         self,
         clips: Tensor,
         starts: Tensor | None = None,
-        window: int | None = None,
-        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the features of chosen clips, or of windows of them.
 
@@ -125,16 +129,15 @@ class FeatureStore:
             clips: Which clips, (B,) int64.
             starts: First latent of each window, (B,) int64, multiples of the grid; None for whole
                 clips.
-            window: Length in latents, a multiple of the grid.
-            generator: Draws the latents' noise; None takes their means.
+            noise: Of the latents (B, N, C), N the length of the windows; None takes their means.
 
         Returns:
             fp32 `latent` (B, N, C), normalised, `video` (B, V, Dv), `sync` (B, S, Ds), and `text`
             (B, L, Dt) after `encode_text`.
         """
+        window = None if noise is None else noise.shape[1]
         mean, logvar = (self._cut(key, clips, starts, window) for key in ("mean", "logvar"))
-        if generator is not None:
-            noise = torch.empty_like(mean).normal_(generator=generator)
+        if noise is not None:
             mean = torch.addcmul(mean, logvar.mul_(0.5).exp_(), noise)
         features = {
             "latent": mean.sub_(self.latent_mean).div_(self.latent_std),

@@ -46,12 +46,16 @@ def clock(tmp_path) -> FeatureStore:
     return FeatureStore(tmp_path)
 
 
+def drawn(store: FeatureStore, *draw) -> dict[str, torch.Tensor]:
+    return store.rows(*store.draw(*draw))
+
+
 @pytest.mark.parametrize("window", [10, 30, 80, 240])
 def test_windows_are_aligned(clock, window):
     generator = torch.Generator().manual_seed(1)
     half = torch.finfo(torch.float16).eps * 8  # rounding of a time in the store
     for _ in range(20):
-        batch = clock.draw(6, window, generator)
+        batch = drawn(clock, 6, window, generator)
         latent, video, sync = batch["latent"], batch["video"], batch["sync"]
         assert latent.shape[1] == window
         assert sync.shape[1] == window * 4 // 5
@@ -69,22 +73,22 @@ def test_windows_are_aligned(clock, window):
 
 def test_every_place_and_clip_is_drawn(clock):
     generator = torch.Generator().manual_seed(0)
-    batch = clock.draw(4000, 80, generator)
+    batch = drawn(clock, 4000, 80, generator)
     starts = (batch["latent"][:, 0, 0] * LATENT_HZ / clock.grid).round().long()
     assert starts.unique().tolist() == list(range((250 - 80) // clock.grid + 1))
     assert batch["latent"][:, 0, 1].unique().tolist() == list(range(CLIPS))
 
 
 def test_whole_clips(clock):
-    batch = clock.draw(3, None, torch.Generator().manual_seed(0))
+    batch = drawn(clock, 3, None, torch.Generator().manual_seed(0))
     assert [batch[k].shape[1] for k in ("latent", "video", "sync")] == [250, 64, 200]
     assert (batch["latent"][:, 0, 0] == 0).all()
 
 
 def test_a_draw_is_a_function_of_the_generator(clock):
-    first = clock.draw(4, 80, torch.Generator().manual_seed(3))
-    again = clock.draw(4, 80, torch.Generator().manual_seed(3))
-    other = clock.draw(4, 80, torch.Generator().manual_seed(4))
+    first = drawn(clock, 4, 80, torch.Generator().manual_seed(3))
+    again = drawn(clock, 4, 80, torch.Generator().manual_seed(3))
+    other = drawn(clock, 4, 80, torch.Generator().manual_seed(4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["latent"], other["latent"])
 
@@ -94,7 +98,7 @@ def test_latents_are_sampled_and_normalised(clock):
     clock._features["mean"].fill_(mean)
     clock._features["logvar"].fill_(2 * torch.tensor(std).log())
     clock.latent_mean, clock.latent_std = torch.full((20,), mean), torch.full((20,), std)
-    latent = clock.draw(40, None, torch.Generator().manual_seed(0))["latent"]
+    latent = drawn(clock, 40, None, torch.Generator().manual_seed(0))["latent"]
     n = latent.numel()
     # Five standard errors of mean and variance of a unit normal, and log std as stored in fp16.
     assert latent.mean().abs() <= 5 / n**0.5

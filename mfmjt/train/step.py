@@ -1,0 +1,121 @@
+"""One training step's draws and its loss, apart from how many processes share it.
+
+Everything that chance decides in a step is drawn for the whole batch, in one order, from one
+generator; every process makes the same draws and works on its rows of them. So the batch does not
+depend on the number of processes, nor on the number of passes that accumulate a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mfmjt import meanflow
+from mfmjt.train.config import NetworkTraining
+from mfmjt.train.store import FeatureStore
+
+__all__ = ["Draws", "Step", "draw"]
+
+
+class Draws(NamedTuple):
+    """What chance decides of a batch; the rows with r < t come first.
+
+    Attributes:
+        clips: Clips (B,) int64.
+        starts: First latents of the windows (B,) int64; None for whole clips.
+        latent_noise: Of sampling the codec's latents (B, N, C).
+        video_mask: Rows (B,) that keep video and synchronisation.
+        text_mask: Rows (B,) that keep their text.
+        r: End of the interval (B,).
+        t: Its begin (B,).
+        noise: Of the path from data to noise (B, N, C).
+    """
+
+    clips: Tensor
+    starts: Tensor | None
+    latent_noise: Tensor
+    video_mask: Tensor
+    text_mask: Tensor
+    r: Tensor
+    t: Tensor
+    noise: Tensor
+
+    def rows(self, index: slice) -> Draws:
+        """Those of some rows."""
+        return Draws(*(None if drawn is None else drawn[index] for drawn in self))  # type: ignore[arg-type]
+
+
+def draw(
+    config: NetworkTraining,
+    store: FeatureStore,
+    rows: int,
+    window: int | None,
+    intervals: int,
+    generator: torch.Generator,
+) -> Draws:
+    """Draw a whole batch.
+
+    Args:
+        config: Shares and distributions.
+        store: What clips and windows there are.
+        rows: Rows of the batch, B.
+        window: Latents in a window; None for whole clips.
+        intervals: Rows with r < t.
+        generator: Decides everything.
+    """
+    device = store.device
+    clips, starts, latent_noise = store.draw(rows, window, generator)
+    drop = torch.tensor([[config.drop_video], [config.drop_text], [config.drop_all]], device=device)
+    keep = torch.rand(3, rows, generator=generator, device=device) >= drop
+    sampler = meanflow.logit_normal(config.time_mean, config.time_std)
+    r, t = meanflow.time_pairs(rows, intervals, sampler, device, generator)
+    whole = torch.rand(rows, generator=generator, device=device) < config.one_step
+    whole = whole & (torch.arange(rows, device=device) < intervals)
+    r, t = r.masked_fill(whole, 0.0), t.masked_fill(whole, 1.0)
+    noise = torch.randn(latent_noise.shape, generator=generator, device=device)
+    return Draws(clips, starts, latent_noise, keep[0] & keep[2], keep[1] & keep[2], r, t, noise)
+
+
+class Step(nn.Module):
+    """The loss of some rows as one module with one forward pass, which is what DDP can synchronise.
+
+    MeanFlow calls the network twice, once of that inside `torch.func.jvp`. Wrapped alone, the
+    network would be called around DDP's hooks, and gradients would differ between processes
+    without an error.
+
+    Args:
+        net: The network.
+        p: Exponent of the adaptive weight.
+        c: Its offset.
+    """
+
+    def __init__(self, net: nn.Module, p: float, c: float) -> None:
+        super().__init__()
+        self.net, self.p, self.c = net, p, c
+
+    def forward(
+        self, features: dict[str, Tensor], draws: Draws, intervals: int
+    ) -> tuple[Tensor, meanflow.LossStats]:
+        """Mean loss of the rows, and the errors of both kinds.
+
+        Args:
+            features: `latent` (B, N, C), and the conditions.
+            draws: Of these rows.
+            intervals: How many of them, the first, have r < t.
+        """
+        cond = {key: value for key, value in features.items() if key != "latent"}
+        cond |= {"video_mask": draws.video_mask, "text_mask": draws.text_mask}
+        return meanflow.loss(
+            self.net,
+            features["latent"],
+            cond,
+            noise=draws.noise,
+            r=draws.r,
+            t=draws.t,
+            p=self.p,
+            c=self.c,
+            intervals=intervals,
+            return_stats=True,
+        )
