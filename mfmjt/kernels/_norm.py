@@ -5,9 +5,9 @@
 The Jacobian of n with respect to x is symmetric, so PyTorch's fused backward kernel serves for the
 tangent too. The PyTorch formulas work in the dtype of x, which callers raise to float32 at least.
 
-The Triton kernels keep a block of whole rows in registers. Means are taken of differences to the
-first element of the row: a constant row is then normalised to exact zeros, and a large offset costs
-no digits. Tensors are seen as (B, N, C), "samples" and "tokens", by strides (`Layout`): a
+The Triton kernels keep a block of whole rows in registers and centre them twice: what rounding left
+in the mean goes with the second, so that a large offset costs no digits and a constant row is
+normalised to zeros. Tensors are seen as (B, N, C), "samples" and "tokens", by strides (`Layout`): a
 modulation that is the same for all tokens of a sample is read once per block of rows. Its cotangent
 is summed in two steps, over the rows of a program and then over programs in a fixed order.
 """
@@ -30,6 +30,7 @@ __all__ = [
     "Rows",
     "backward_norm",
     "check_modulation",
+    "columns",
     "finish",
     "fits_kernel",
     "forward_norm",
@@ -146,28 +147,36 @@ class Rows(NamedTuple):
 
 
 @jit
+def columns(SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of a block, (K, 1, V): see `_tuning.norm`."""
+    segment = tl.arange(0, SEGMENTS)[:, None, None] * BLOCK
+    return segment + tl.arange(0, BLOCK)[None, None, :]
+
+
+@jit
 def load_rows(source, sample, row, col, tokens, width, WORK: tl.constexpr):
-    """A block of a `Rows`, zero outside: (R, C), or 1 for the length of an axis that it shares."""
+    """A block (K, R, V) of a `Rows` in the dtype of sums, zero outside.
+
+    What rows or channels share is read for each: it is in the first-level cache, and blocks of one
+    shape need no exchange between threads.
+    """
+    row = row[None, :, None]
     at = source.pointer + sample * source.sample
-    if source.channel is None:
-        if source.token is None:
-            block = tl.load(at + row * 0, row < tokens, 0.0)
-        else:
-            block = tl.load(at + row * source.token, row < tokens, 0.0)
-    else:
-        if source.token is None:
-            block = tl.load(at + col * source.channel, col < width, 0.0)
-        else:
-            inside = (row < tokens) & (col < width)
-            block = tl.load(at + row * source.token + col * source.channel, inside, 0.0)
-    return block.to(WORK)
+    at += row * 0 if source.token is None else row * source.token
+    at += col * 0 if source.channel is None else col * source.channel
+    return tl.load(at, (row < tokens) & (col < width), 0.0).to(WORK)
+
+
+@jit
+def _mean_of_rows(block, width):
+    """(K, R, V), zero outside, to (1, R, 1)."""
+    return (tl.sum(tl.sum(block, 0), 1) / width)[None, :, None]
 
 
 @jit
 def forward_norm(
-    x,  # (R, C)
-    first,  # (R, 1): its first column
-    x_dot,  # (R, C); None where it is zero
+    x,  # (K, R, V)
+    x_dot,  # None where it is zero
     shift,  # this and the next three are `Rows`; tangents None where they are zero
     scale,
     shift_dot,
@@ -177,32 +186,33 @@ def forward_norm(
     mean,
     rstd,
     sample,
-    row,
-    col,
+    row,  # (R,)
+    col,  # (K, 1, V)
     tokens,
     width,
     EPS: tl.constexpr,
 ):
     """Normalise and modulate a block of rows, with its tangent; store both and the statistics."""
     work: tl.constexpr = mean.dtype.element_ty
-    inside = (row < tokens) & (col < width)
+    inside = (row[None, :, None] < tokens) & (col < width)
+    centre = _mean_of_rows(x, width)
+    x = tl.where(inside, x - centre, 0.0)
+    rest = _mean_of_rows(x, width)  # what rounding left in it
+    variance = _mean_of_rows(x * x, width) - rest * rest
+    over_std = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
     token = sample * tokens + row
-    x = tl.where(inside, x - first, 0.0)
-    offset = tl.sum(x, 1, keep_dims=True) / width
-    x = tl.where(inside, x - offset, 0.0)
-    over_std = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + EPS)
-    tl.store(mean + token, first + offset, row < tokens)
-    tl.store(rstd + token, over_std, row < tokens)
-    n = x * over_std
+    tl.store(mean + token, tl.reshape(centre + rest, row.shape), row < tokens)
+    tl.store(rstd + token, tl.reshape(over_std, row.shape), row < tokens)
+    n = tl.where(inside, (x - rest) * over_std, 0.0)
     factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
-    out = token * width + col
+    out = token[None, :, None] * width + col
     value = n * factor + load_rows(shift, sample, row, col, tokens, width, work)
     tl.store(y + out, value, inside)
     if y_dot is not None:
         dot = tl.zeros_like(n)
         if x_dot is not None:
-            x_dot = tl.where(inside, x_dot - tl.sum(x_dot, 1, keep_dims=True) / width, 0.0)
-            share = tl.sum(n * x_dot, 1, keep_dims=True) / width
+            x_dot = tl.where(inside, x_dot - _mean_of_rows(x_dot, width), 0.0)
+            share = _mean_of_rows(n * x_dot, width)
             dot += over_std * (x_dot - n * share) * factor
         if scale_dot is not None:
             dot += n * load_rows(scale_dot, sample, row, col, tokens, width, work)
@@ -212,40 +222,41 @@ def forward_norm(
 
 
 @jit
-def backward_norm(y_bar, x, mean, rstd, factor, row, col, tokens, width):
-    """From the cotangent of a block of y: n and the cotangent of x, both (R, C)."""
-    inside = (row < tokens) & (col < width)
-    over_std = tl.load(rstd, row < tokens, 0.0)
-    x = tl.where(inside, x - tl.load(mean, row < tokens, 0.0), 0.0)
-    offset = tl.sum(x, 1, keep_dims=True) / width  # what the rounding of the mean left
+def backward_norm(y_bar, x, mean, rstd, factor, sample, row, col, tokens, width):
+    """From the cotangent of a block of y: n and the cotangent of x, all (K, R, V)."""
+    inside = (row[None, :, None] < tokens) & (col < width)
+    token = sample * tokens + row
+    centre = tl.load(mean + token, row < tokens, 0.0)[None, :, None]
+    over_std = tl.load(rstd + token, row < tokens, 0.0)[None, :, None]
+    x = tl.where(inside, x - centre, 0.0)
+    rest = _mean_of_rows(x, width)
     n_bar = y_bar * factor
-    mean_bar = tl.sum(n_bar, 1, keep_dims=True) / width
-    share = over_std * (tl.sum(n_bar * x, 1, keep_dims=True) / width - offset * mean_bar)
-    n = tl.where(inside, (x - offset) * over_std, 0.0)
+    mean_bar = _mean_of_rows(n_bar, width)
+    share = over_std * (_mean_of_rows(n_bar * x, width) - rest * mean_bar)
+    n = tl.where(inside, (x - rest) * over_std, 0.0)
     return n, over_std * (n_bar - mean_bar - n * share)
 
 
 @jit
 def store_sum(sums, block, program, col, width):
-    """Put the sum over the rows of a block (R, C) where the second step finds it."""
-    at = sums + program * width + col
-    tl.store(at, tl.sum(block, 0, keep_dims=True), col < width)
+    """Put the sum over the rows of a block (K, R, V) where the second step finds it."""
+    tl.store(sums + program * width + col, tl.sum(block, 1, keep_dims=True), col < width)
 
 
 @jit
 def _sum_kernel(pairs, chunks, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """The second step: for each (sums (B, chunks, C), result (B, C)), the sum over chunks."""
-    sample = (tl.program_id(0) // tl.cdiv(width, BLOCK_COLS)).to(tl.int64)
-    block = tl.program_id(0) % tl.cdiv(width, BLOCK_COLS)
-    col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    blocks = tl.cdiv(width, BLOCK_COLS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     for i in tl.static_range(len(pairs)):
-        sums = pairs[i][0]
+        sums, result = pairs[i]
         total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), sums.dtype.element_ty)
         for start in range(0, chunks, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)[:, None]
-            at = sums + (sample * chunks + row) * width + col
-            total += tl.load(at, (row < chunks) & (col < width), 0.0)
-        store_sum(pairs[i][1], total, sample, col, width)
+            at = sums + (sample * chunks + row) * width + col[None, :]
+            total += tl.load(at, (row < chunks) & (col[None, :] < width), 0.0)
+        tl.store(result + sample * width + col, tl.sum(total, 0), col < width)
 
 
 # --- Triton: what launchers share
@@ -262,6 +273,7 @@ class Layout:
         tokens: N.
         width: C.
         work: Dtype of statistics and sums.
+        blocks: Launch configuration, see `_tuning.norm`.
     """
 
     def __init__(self, x: Tensor, *modulations: Tensor) -> None:
@@ -281,6 +293,7 @@ class Layout:
         if self._swapped:
             self.samples, self.tokens = 1, self.samples
         self.work = _op.work_dtype(x)
+        self.blocks = _tuning.norm(self.width, self.tokens, x.element_size())
 
     def rows(self, x: Tensor | None) -> Rows | None:
         """What has the shape of x, or None, for a kernel."""

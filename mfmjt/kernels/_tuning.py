@@ -106,35 +106,33 @@ def sum_of_rows(n: int) -> tuple[int, int, int]:
     return min(128, max(16, power_of_2(n))), 16, 4
 
 
-def norm(width: int, tokens: int) -> tuple[int, int, int]:
-    """Block of rows, block of columns and warps of a kernel that holds whole rows in registers.
+def norm(width: int, tokens: int, element_size: int) -> tuple[int, int, int, int]:
+    """Launch configuration of a kernel that holds whole rows in registers.
 
-    A thread has 16 elements of every tensor, of a row up to 8192 wide.
+    A block is (K, R, V): R rows of K segments of V columns. V is what one warp reads in one go, 16
+    bytes a thread, and as many warps share a row as 16 of its elements a thread ask for: rows up to
+    512 wide stay within a warp (1024 on AMD), whose sums need no barrier.
+
+    Returns:
+        K, R, V and warps.
     """
     lanes = 64 if target()[0] == "hip" else 32
-    block_cols = power_of_2(width)
-    block_rows = min(power_of_2(tokens), max(1, 2048 // block_cols))
-    return block_rows, block_cols, min(16, max(1, block_rows * block_cols // (16 * lanes)))
+    cols = power_of_2(width)
+    row_warps = max(1, cols // (16 * lanes))
+    block_cols = min(cols, row_warps * lanes * 16 // element_size)
+    rows = min(power_of_2(tokens), max(1, 4 * 16 * lanes // cols))
+    return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
 
 
-def norm_sums(samples: int, tokens: int, block_rows: int) -> int:
+def norm_chunk(samples: int, tokens: int, block_rows: int) -> int:
     """Rows of which one program of a backward kernel sums the cotangents of modulations.
 
     Enough programs to fill a GPU several times over, and no more than 128 rows each, which bounds
     the rounding of their sums.
     """
-    return max(block_rows, min(128, power_of_2(samples * tokens // 1024)))
+    return max(block_rows, min(128, power_of_2(samples * tokens // 2048)))
 
 
 def sums(chunks: int, width: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of the sum over (chunks, width)."""
-    block_cols = min(64, power_of_2(width))
-    return min(power_of_2(chunks), 32), block_cols, 4
-
-
-def attention(part: str, width: int, element_size: int) -> tuple[int, int, int, int]:
-    """Blocks of queries and of keys, warps and pipeline stages of an attention kernel.
-
-    `part` is "value", "tangent", "bwd_q" or "bwd_kv".
-    """
-    return 64, 64, 4, 2
+    return min(power_of_2(chunks), 32), min(64, power_of_2(width)), 4

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, _op, _tuning
-from mfmjt.kernels._norm import backward_norm, forward_norm, load_rows, store_sum
+from mfmjt.kernels._norm import backward_norm, columns, forward_norm, load_rows, store_sum
 from mfmjt.kernels._triton import cdiv, jit, tl
 
 __all__ = ["adaln", "adaln_ref"]
@@ -79,24 +79,22 @@ def _adaln_fwd_kernel(
     tokens,
     width,
     EPS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     work: tl.constexpr = mean.dtype.element_ty
     blocks = tl.cdiv(tokens, BLOCK_ROWS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first_row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS
-    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = tl.arange(0, BLOCK_COLS)[None, :]
-    first_col = tl.zeros((1, 1), tl.int32)
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // blocks
+    row = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = columns(SEGMENTS, BLOCK_COLS)
     wide_x = load_rows(x, sample, row, col, tokens, width, work)
-    first = load_rows(x, sample, row, first_col, tokens, width, work)
     wide_dot = None
     if x_dot is not None:
         wide_dot = load_rows(x_dot, sample, row, col, tokens, width, work)
     forward_norm(
         wide_x,
-        first,
         wide_dot,
         shift,
         scale,
@@ -130,6 +128,7 @@ def _adaln_bwd_kernel(
     tokens,
     width,
     chunk,  # rows of one program
+    SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -137,22 +136,21 @@ def _adaln_bwd_kernel(
     chunks = tl.cdiv(tokens, chunk)
     program = tl.program_id(0).to(tl.int64)
     sample, first_row = program // chunks, program % chunks * chunk
-    col = tl.arange(0, BLOCK_COLS)[None, :]
+    col = columns(SEGMENTS, BLOCK_COLS)
     if scale_sum is not None:
-        scale_total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), work)
+        scale_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
     if shift_sum is not None:
-        shift_total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), work)
+        shift_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
     for start in range(0, chunk, BLOCK_ROWS):
-        row = first_row + start + tl.arange(0, BLOCK_ROWS)[:, None]
-        inside = (row < tokens) & (col < width)
-        token = sample * tokens + row
+        row = first_row + start + tl.arange(0, BLOCK_ROWS)
+        inside = (row[None, :, None] < tokens) & (col < width)
         wide_x = load_rows(x, sample, row, col, tokens, width, work)
         bar = load_rows(y_bar, sample, row, col, tokens, width, work)
         factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
         n, bar_of_x = backward_norm(
-            bar, wide_x, mean + token, rstd + token, factor, row, col, tokens, width
+            bar, wide_x, mean, rstd, factor, sample, row, col, tokens, width
         )
-        out = token * width + col
+        out = (sample * tokens + row)[None, :, None] * width + col
         tl.store(x_bar + out, bar_of_x, inside)
         if scale_bar is not None:
             tl.store(scale_bar + out, bar * n, inside)
@@ -180,7 +178,7 @@ def _launch_fwd(
     y = x.new_empty(x.shape)
     mean = x.new_empty((*x.shape[:-1], 1), dtype=layout.work)
     rstd = mean.new_empty(mean.shape)
-    block_rows, block_cols, num_warps = _tuning.norm(layout.width, layout.tokens)
+    segments, block_rows, block_cols, num_warps = layout.blocks
     _adaln_fwd_kernel[(layout.samples * cdiv(layout.tokens, block_rows),)](
         layout.rows(x),
         *map(layout.modulation, modulations),
@@ -193,6 +191,7 @@ def _launch_fwd(
         layout.tokens,
         layout.width,
         EPS=eps,
+        SEGMENTS=segments,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=num_warps,
@@ -230,8 +229,8 @@ def _bwd_triton(
     if not _norm.fits_kernel(x):
         return _bwd(y_bar, x, shift, scale, mean, rstd)
     layout = _norm.Layout(x, shift, scale)
-    block_rows, block_cols, num_warps = _tuning.norm(layout.width, layout.tokens)
-    chunk = _tuning.norm_sums(layout.samples, layout.tokens, block_rows)
+    segments, block_rows, block_cols, num_warps = layout.blocks
+    chunk = _tuning.norm_chunk(layout.samples, layout.tokens, block_rows)
     chunks = cdiv(layout.tokens, chunk)
     x_bar = x.new_empty(x.shape)
     shift_bar = layout.cotangent(shift, chunks, known=True)
@@ -250,6 +249,7 @@ def _bwd_triton(
         layout.tokens,
         layout.width,
         chunk,
+        SEGMENTS=segments,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=num_warps,
