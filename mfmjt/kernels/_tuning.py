@@ -11,7 +11,18 @@ from typing import Any
 
 from mfmjt.kernels._triton import cdiv, power_of_2, target
 
-__all__ = ["REDUCING_PROGRAMS", "elementwise", "heads", "sum_of_rows"]
+__all__ = [
+    "REDUCING_PROGRAMS",
+    "conv1d",
+    "conv1d_weight",
+    "elementwise",
+    "heads",
+    "norm",
+    "norm_chunk",
+    "snake",
+    "sum_of_rows",
+    "sums",
+]
 
 
 def elementwise(rows: int, width: int) -> tuple[int, int, int]:
@@ -136,3 +147,11 @@ def norm_chunk(samples: int, tokens: int, block_rows: int) -> int:
 def sums(chunks: int, width: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of the sum over (chunks, width)."""
     return min(power_of_2(chunks), 32), min(64, power_of_2(width)), 4
+
+
+def snake() -> tuple[int, int]:
+    """Lanes, of 8 outputs each, and warps of the anti-aliased activation.
+
+    Few, because a program at an end of a row does more work.
+    """
+    return 64, 1 if target()[0] == "hip" else 2
