@@ -155,3 +155,11 @@ def snake() -> tuple[int, int]:
     Few, because a program at an end of a row does more work.
     """
     return 64, 1 if target()[0] == "hip" else 2
+
+
+def attention(part: str, width: int, element_size: int) -> tuple[int, int, int, int]:
+    """Blocks of queries and of keys, warps and pipeline stages of an attention kernel.
+
+    `part` is "value", "tangent", "bwd_q" or "bwd_kv".
+    """
+    return 64, 64, 4, 2
