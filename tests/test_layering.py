@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "media": HELPERS,
     "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
     "train": {*ENDS, "model", "meanflow", "evaluate", "device", *HELPERS},
-    "pipeline": {*ENDS, "model", "meanflow", "media", "device", *HELPERS},
+    "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
+    "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}

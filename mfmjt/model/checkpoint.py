@@ -85,8 +85,8 @@ def load_mmaudio(
 ) -> MFMJT:
     """Import a published MMAudio network; u(z, t, t) is then minus its velocity at time 1 − t.
 
-    The configuration is inferred from names and shapes, unless it is named. The embedding of t − r starts at zero, so
-    u does not depend on r until it is trained.
+    The configuration is inferred from names and shapes, unless it is named. The embedding of t − r
+    starts at zero, so u does not depend on r until it is trained.
 
     Args:
         source: A `.pth` or `.safetensors` file, or the state dict itself. Nothing is unpickled.

@@ -184,14 +184,6 @@ def test_what_cannot_be_asked(pipe: Pipeline, arguments: dict[str, object], says
     assert "\n" not in str(error.value)
 
 
-def test_a_video_that_is_too_long(pipe: Pipeline, tmp_path: Path) -> None:
-    path = write_video(tmp_path / "long.mp4", frames=int(MAX_DURATION) + 2, rate=1, size=(16, 16),
-                       picture=lambda i, h, w: np.full((h, w, 3), i, np.uint8))  # fmt: skip
-    with pytest.raises(InputError, match="--duration"):
-        pipe(path)
-    assert one(pipe(path, duration=0.5)).duration == 0.5
-
-
 # --- loading -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,169 @@
+"""Features of videos on disk, found again by the file's content.
+
+An entry is one safetensors file for each window, named by a digest of the video's bytes, the
+encoders' weights, how pictures are prepared and what was asked for. Files appear whole or not at
+all and carry a checksum: what is damaged is noticed and made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mfmjt.errors import InputError, RunError
+from mfmjt.files import atomic_path
+from mfmjt.pipeline.windows import Window
+
+__all__ = ["Entry", "entry", "identity"]
+
+PREPARATION = "1"
+"""Another number whenever pictures are picked, scaled or cut into windows in another way."""
+_PATH = "\0"  # stands for the video's name in notes: the same content may have another one
+_DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
+
+
+def identity(encoders: nn.Module) -> str:
+    """A digest of the weights: names, shapes, dtypes and the sums of their bits.
+
+    The sums are exact, so they are the same on every device; they run at the speed of memory.
+    """
+    digest = hashlib.sha256(type(encoders).__name__.encode())
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, value in encoders.state_dict().items():
+        total = value.contiguous().view(bits[value.element_size()]).sum(dtype=torch.int64)
+        digest.update(repr((name, tuple(value.shape), str(value.dtype), int(total))).encode())
+    return digest.hexdigest()
+
+
+def entry(
+    folder: str | os.PathLike[str],
+    video: str | os.PathLike[str],
+    encoders: str,
+    asked: tuple[object, ...],
+) -> Entry:
+    """The entry of a video.
+
+    Args:
+        folder: Of the cache; made where it is not there.
+        video: The file, whose bytes are read.
+        encoders: Result of `identity`.
+        asked: What else decides on the features, such as the duration.
+
+    Raises:
+        InputError: There is no such video.
+        RunError: The folder cannot be made.
+    """
+    folder, video = Path(folder), Path(video)
+    digest = hashlib.sha256(repr((PREPARATION, encoders, asked)).encode())
+    try:
+        with video.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        reason = "no file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError(f"Cannot read {video}: {reason}. Give a video file.") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"Cannot make the cache {folder}: {error.strerror}. Choose another folder."
+        ) from error
+    return Entry(folder, digest.hexdigest()[:32], str(video))
+
+
+class Entry:
+    """The windows of one video in a cache.
+
+    Args:
+        folder: Of the cache.
+        key: What the files' names begin with.
+        video: Name of the video, for notes.
+
+    Attributes:
+        notes: On the video, as it was read, and on what of the entry is damaged.
+    """
+
+    def __init__(self, folder: Path, key: str, video: str) -> None:
+        self._folder, self._key, self._video = folder, key, video
+        self.notes: tuple[str, ...] = ()
+
+    def windows(self) -> list[Window] | None:
+        """The windows, if all of them are there and whole."""
+        found: list[Window] = []
+        while not (found and found[-1].last):
+            path = self._path(len(found))
+            if not path.is_file():
+                return None
+            try:
+                about, _ = _read(path, torch.device("cpu"))
+                found.append(Window(**about["window"]))
+                notes = [note.replace(_PATH, self._video) for note in about["notes"]]
+            except _DAMAGE:
+                self.notes = (f"The cached features {path} are damaged and were made again.",)
+                return None
+            self.notes = tuple(notes)
+        return found
+
+    def load(self, number: int, device: torch.device) -> dict[str, Tensor]:
+        """Features of a window that `windows` has seen.
+
+        Raises:
+            RunError: The file has changed since.
+        """
+        path = self._path(number)
+        try:
+            return _read(path, device)[1]
+        except _DAMAGE as error:
+            raise RunError(
+                f"{path} was changed while it was used. Run the same command again."
+            ) from error
+
+    def save(
+        self, number: int, window: Window, features: dict[str, Tensor], notes: tuple[str, ...]
+    ) -> None:
+        """Write the features of a window.
+
+        Raises:
+            RunError: The file cannot be written.
+        """
+        state = {name: value.detach().cpu().contiguous() for name, value in features.items()}
+        about = {
+            "window": dataclasses.asdict(window),
+            "notes": [note.replace(self._video, _PATH) for note in notes],
+            "checksum": _checksum(state),
+        }
+        path = self._path(number)
+        try:
+            with atomic_path(path) as temporary:
+                save_file(state, temporary, {"about": json.dumps(about)})
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"Cannot write {path}: {error}. Check the disk.") from error
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{self._key}-{number:05d}.safetensors"
+
+
+def _read(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["about"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _checksum(state) != about["checksum"]:
+        raise ValueError("the checksum differs")
+    return about, {name: value.to(device) for name, value in state.items()}
+
+
+def _checksum(state: dict[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(state):
+        total = zlib.crc32(name.encode(), total)
+        total = zlib.crc32(state[name].reshape(-1).view(torch.uint8).numpy().data, total)
+    return total

@@ -1,0 +1,213 @@
+"""From a video file to the features of each window, read ahead and kept for the next time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfmjt.encoders import MMAudioEncoders, NanoEncoders
+from mfmjt.media import VideoStream
+from mfmjt.model import ModelConfig
+from mfmjt.model.config import SYNC_SEGMENT
+from mfmjt.pipeline.ahead import ahead
+from mfmjt.pipeline.cache import Entry
+from mfmjt.pipeline.windows import OVERLAP, Window, plan
+
+__all__ = ["Encoders", "VideoFeatures", "lengths"]
+
+Encoders = NanoEncoders | MMAudioEncoders
+Stage = Callable[[str], AbstractContextManager[None]]
+"""Times a stage of the pipeline by its name."""
+
+_BLOCKS_AHEAD = 8  # seconds of pictures that wait: about one window's work
+_ROUNDING = 1e-6
+
+
+def lengths(encoders: Encoders, config: ModelConfig, duration: float) -> tuple[int, int, int]:
+    """Latents, frames for `encode_frames` and frames for `encode_sync` of so many seconds.
+
+    MMAudio's networks get as many of each as its own code gives them. Nano's synchronisation
+    features come in segments, and its network works on whole ones, where frames and latents stay
+    in step; what is beyond the duration is cut off the waveform.
+    """
+    rates = encoders.video_fps, encoders.sync_fps
+    if isinstance(encoders, MMAudioEncoders):
+        latents = math.ceil(duration * config.latent_rate - _ROUNDING)
+        seen, synced = (max(1, int(duration * rate + _ROUNDING)) for rate in rates)
+        return max(1, latents), seen, synced
+    segment = SYNC_SEGMENT / encoders.sync_fps
+    whole = math.ceil(duration / segment - _ROUNDING) * segment
+    seen, synced = (round(whole * rate) for rate in rates)
+    return round(whole * config.latent_rate), seen, synced
+
+
+class VideoFeatures:
+    """The windows of a video and their features.
+
+    Args:
+        path: The video.
+        duration: Seconds of it from the start; None for all.
+        limit: Refuse a video longer than so many seconds when `duration` is None.
+        length: Seconds of a window.
+        encoders: Of frames.
+        config: Of the network that takes the features.
+        device: Where frames are encoded.
+        cached: Where the features may be, and are put if they are not.
+
+    Attributes:
+        declared: Seconds that the sound will last, as far as the file states it.
+        notes: What was odd about the file; complete after the last window.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        duration: float | None,
+        limit: float,
+        length: int,
+        encoders: Encoders,
+        config: ModelConfig,
+        device: torch.device,
+        cached: Entry | None = None,
+    ) -> None:
+        self.declared = duration
+        self.notes: tuple[str, ...] = ()
+        self._length, self._encoders, self._config = length, encoders, config
+        self._frames = _Frames(path, duration, limit, encoders, device)
+        self._device, self._cached = device, cached
+
+    def windows(self, stage: Stage) -> Iterator[tuple[Window, dict[str, Tensor]]]:
+        """Each window with its features `(1, tokens, dim)`, on the device.
+
+        Raises:
+            InputError: The video cannot be used.
+            RunError: Features cannot be written.
+        """
+        if self._cached is not None:
+            with stage("read"):
+                found = self._cached.windows()
+            self.notes = self._cached.notes
+            if found is not None:
+                self.declared = found[-1].end
+                for number, window in enumerate(found):
+                    with stage("read"):
+                        features = self._cached.load(number, self._device)
+                    yield window, features
+                return
+        with self._frames as frames:
+
+            def total(seconds: float) -> float | None:
+                with stage("read"):
+                    return frames.total(seconds)
+
+            for number, window in enumerate(plan(self._length, total)):
+                if self.declared is None:
+                    self.declared = frames.declared
+                with stage("read"):
+                    _, *counts = lengths(self._encoders, self._config, window.duration)
+                    seen, synced = frames.window(window.start, counts)
+                with stage("encode"):
+                    features = {
+                        "video": self._encoders.encode_frames(seen),
+                        "sync": self._encoders.encode_sync(synced),
+                    }
+                if window.last:
+                    self.declared = window.end
+                    self.notes += frames.notes
+                if self._cached is not None:
+                    self._cached.save(number, window, features, frames.notes)
+                yield window, features
+
+
+class _Frames:
+    """Pictures of a video, read ahead as far as they are asked for and forgotten behind."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        duration: float | None,
+        limit: float,
+        encoders: Encoders,
+        device: torch.device,
+    ) -> None:
+        self.rates = encoders.video_fps, encoders.sync_fps
+        wanted: dict[str, Any]
+        if isinstance(encoders, MMAudioEncoders):
+            fits = encoders.fit_frames, encoders.fit_sync
+            wanted = {"fit": [_on(device, fit) for fit in fits], "pick": "next"}
+        else:
+            wanted = {"size": encoders.frame_size}
+        self._stream = VideoStream(path, self.rates, duration=duration, limit=limit, **wanted)
+        self._device = device
+        self._kept: tuple[list[Tensor], ...] = ([], [])
+        self._begin = [0, 0]
+        self._end = [0, 0]
+        self._ended = False
+
+    def __enter__(self) -> _Frames:
+        self._blocks = ahead(self._stream, _BLOCKS_AHEAD)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.close()  # type: ignore[attr-defined]
+
+    @property
+    def declared(self) -> float | None:
+        return self._stream.declared
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._stream.notes
+
+    def total(self, seconds: float) -> float | None:
+        """The video's duration if it is at most so many seconds, else None."""
+        while not self._ended and any(
+            end <= seconds * rate for end, rate in zip(self._end, self.rates, strict=True)
+        ):
+            self._read()
+        ends = self._ended and self._stream.duration <= seconds
+        return self._stream.duration if ends else None
+
+    def window(self, start: int, counts: list[int]) -> list[Tensor]:
+        """uint8 `(1, T, H, W, 3)` for both rates, the video's last picture held if it ends.
+
+        Pictures up to one overlap after `start` are forgotten.
+        """
+        found = []
+        for i, (rate, count) in enumerate(zip(self.rates, counts, strict=True)):
+            # One tensor, so that what is forgotten is freed with its block.
+            held = torch.cat(self._kept[i])
+            skipped = start * rate - self._begin[i]
+            rows = skipped + torch.arange(count, device=held.device)
+            found.append(held[rows.clamp(max=len(held) - 1)][None].to(self._device))
+            behind = skipped + OVERLAP * rate
+            self._kept[i][:] = [held[behind:].clone()]
+            self._begin[i] += behind
+        return found
+
+    def _read(self) -> None:
+        block = next(self._blocks, None)
+        if block is None:
+            self._ended = True
+            return
+        for i, pieces in enumerate(block):
+            new = [torch.as_tensor(piece) for piece in pieces]
+            self._kept[i].extend(new)
+            self._end[i] += sum(len(piece) for piece in new)
+
+
+def _on(device: torch.device, fit: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:
+    """`fit` for pictures that come from the decoder, run on `device`."""
+
+    @torch.inference_mode()
+    def fitted(pictures: np.ndarray) -> Tensor:
+        return fit(torch.from_numpy(pictures).to(device)).contiguous()
+
+    return fitted

@@ -1,0 +1,488 @@
+"""The object that a user holds: a network, a codec and encoders that belong together."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfmjt.checkpoints import Check, find_all
+from mfmjt.codec import MMAudioCodec, NanoCodec
+from mfmjt.codec.bigvgan import BigVGANConfig
+from mfmjt.codec.mmaudio import codec_files
+from mfmjt.codec.vae import VAEConfig
+from mfmjt.device import choose_device
+from mfmjt.encoders import CLIPConfig, MMAudioEncoders, NanoEncoders, SynchformerConfig
+from mfmjt.encoders.mmaudio import ENCODER_FILES
+from mfmjt.errors import InputError, RunError
+from mfmjt.meanflow import sample
+from mfmjt.meanflow.guidance import GuidanceMode, check_mode
+from mfmjt.model import MFMJT, load_mmaudio
+from mfmjt.model.checkpoint import NETWORK_FILES
+from mfmjt.model.conditioning import Conditions
+from mfmjt.pipeline.audio import STAGES, Audio
+from mfmjt.pipeline.cache import entry, identity
+from mfmjt.pipeline.features import Encoders, VideoFeatures, lengths
+from mfmjt.pipeline.windows import OVERLAP, Noise, Window, decoded, joined, plan
+
+__all__ = ["MAX_DURATION", "Pipeline"]
+
+MAX_DURATION = 86_400.0
+"""Longest sound of one call, in seconds: a day, beyond which a number is a mistake."""
+TEXT_DURATION = 8.0
+"""Seconds of sound for a prompt alone, unless asked otherwise: the length of training clips."""
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and how much of it is done, from 0 to 1."""
+
+
+class Pipeline:
+    """Makes sound with a network, a codec and encoders that belong together.
+
+    Args:
+        network: Predicts average velocities of latents.
+        codec: Turns latents into waveforms.
+        encoders: Turn frames and text into the network's conditions.
+        device: Such as "cpu" or "cuda"; None takes CUDA where there is one.
+        dtype: Of the network's weights and arithmetic; codec and encoders stay in float32.
+        window: Whole seconds, 2 or more, that the network makes in one go; longer sounds are made
+            of several that overlap. None takes the length that it was trained on.
+
+    Attributes:
+        flow_matching: The network ignores the end of its interval, as one imported from MMAudio
+            does until it is trained further: it needs many steps.
+
+    Raises:
+        InputError: The parts do not belong together, or the device or dtype cannot be used.
+    """
+
+    def __init__(
+        self,
+        network: MFMJT,
+        codec: NanoCodec | MMAudioCodec,
+        encoders: Encoders,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        window: int | None = None,
+    ) -> None:
+        config = network.config
+        made, heard = config.latent_dim, codec.latent_dim
+        if (made, config.sample_rate) != (heard, codec.sample_rate):
+            raise InputError(
+                f"The network makes {made} latent channels for {config.sample_rate} Hz, and the "
+                f"codec takes {heard} for {codec.sample_rate} Hz. Give parts of one model."
+            )
+        self.device = choose_device(device)
+        if dtype == torch.float16 and self.device.type == "cpu":
+            raise InputError(
+                "float16 has no fast arithmetic on the CPU. Use bfloat16 or float32 there."
+            )
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"The network cannot run in {dtype}. Use float32 or bfloat16.")
+        if window is not None and window < 2:
+            raise InputError(f"window is {window}. Give 2 seconds or more.")
+        self.dtype = dtype
+        self.network = network.to(self.device, dtype).eval().requires_grad_(False)
+        self.codec = codec.to(self.device).eval().requires_grad_(False)
+        self.encoders = encoders.to(self.device).eval().requires_grad_(False)
+        self.window = window or max(2, round(config.latent_length / config.latent_rate))
+        self.flow_matching = not any(bool(p.any()) for p in network.r_embed.mlp[2].parameters())
+        self._identity = ""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "nano",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Pipeline:
+        """Load a model that ships, by name, or any other from its folder.
+
+        Args:
+            name: "nano", or a folder with `network.safetensors`, `codec.safetensors` and
+                `encoders.safetensors`, or one with MMAudio's published files, or one of its
+                published networks in such a folder; see `from_mmaudio`.
+            device: As for `Pipeline`.
+            dtype: As for `Pipeline`.
+
+        Raises:
+            InputError: There is no such model, or its files are not what they should be.
+        """
+        folder = Path(name)
+        published = {file.name: model for model, file in NETWORK_FILES.items()}
+        if folder.name in published and folder.is_file():
+            model = published[folder.name]
+            return cls.from_mmaudio(_root(folder, model), model, device, dtype)
+        if not folder.is_dir():
+            shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
+            if str(name) not in shipped:
+                raise InputError(
+                    f"There is no model {name}: it is neither a folder nor one that ships "
+                    f"({', '.join(shipped)}). Give one of these."
+                )
+            folder = PRETRAINED / name
+        if not (folder / "network.safetensors").exists() and _published_networks(folder):
+            return cls.from_mmaudio(folder, None, device, dtype)
+        return cls(
+            MFMJT.load(folder / "network.safetensors"),
+            NanoCodec.load(folder / "codec.safetensors"),
+            NanoEncoders.load(folder / "encoders.safetensors"),
+            device,
+            dtype,
+        )
+
+    @classmethod
+    def from_mmaudio(
+        cls,
+        folder: str | os.PathLike[str],
+        model: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        check: Check = "size",
+        *,
+        vae: VAEConfig | None = None,
+        vocoder: BigVGANConfig | None = None,
+        clip: CLIPConfig | None = None,
+        synchformer: SynchformerConfig | None = None,
+    ) -> Pipeline:
+        """Load MMAudio from the files that its publishers keep.
+
+        It is a flow-matching network: by default it takes 25 steps with guidance 4.5, as MMAudio
+        does. docs/mmaudio.md lists the files.
+
+        Args:
+            folder: Holds the files, itself or in folders inside it, such as MMAudio's `weights`
+                and `ext_weights`.
+            model: "small_16k", "small_44k", "medium_44k", "large_44k" or "large_44k_v2"; None
+                takes the only one there.
+            device: As for `Pipeline`.
+            dtype: As for `Pipeline`.
+            check: "name" takes files of these names, such as weights of your own; "size" also
+                compares their sizes with the published ones; "md5" the digests too, which reads
+                all files once more.
+            vae: Sizes of an autoencoder of your own under the published name.
+            vocoder: The same of a vocoder.
+            clip: The same of CLIP.
+            synchformer: The same of Synchformer.
+
+        Raises:
+            InputError: Files are missing, damaged or others; the message names all of them and
+                says where their publishers keep them.
+        """
+        if model is None:
+            there = _published_networks(Path(folder))
+            if len(there) > 1:
+                files = ", ".join(str(path) for path in there.values())
+                raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
+            model = next(iter(there), "small_16k")
+        if model not in NETWORK_FILES:
+            raise InputError(
+                f"MMAudio has no network {model!r}: there are {', '.join(NETWORK_FILES)}. "
+                "Choose one."
+            )
+        # All that is missing is said at once, before the first gigabyte is read.
+        network, *_ = find_all(
+            folder, [NETWORK_FILES[model], *codec_files(_mode(model)), *ENCODER_FILES], check
+        )
+        own = (vae, vocoder, clip, synchformer) != (None,) * 4
+        return cls(
+            load_mmaudio(network, None if own or check == "name" else model),
+            MMAudioCodec.from_folder(folder, _mode(model), "name", vae, vocoder),
+            MMAudioEncoders.from_folder(folder, "name", clip, synchformer),
+            device,
+            dtype,
+        )
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        video: str | os.PathLike[str] | None = None,
+        prompt: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: GuidanceMode | None = None,
+        seed: int = 0,
+        duration: float | None = None,
+        count: int = 1,
+        progress: Progress | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> Audio | list[Audio]:
+        """Make sound for a video, a prompt, or both, of any duration.
+
+        Args:
+            video: A file that PyAV can read.
+            prompt: What is to be heard, in words.
+            steps: Evaluations of the network; by default 1, or 25 for one of flow matching.
+            guidance: Strength of guidance; 1 follows the conditions as they are. By default 1.5,
+                or 4.5 for a network of flow matching.
+            mode: "cfg_scaled" (the paper's, and the default), "cfg" (the default for a network of
+                flow matching), or "none", which takes half the time.
+            seed: Sound number i is made from seed + i; the same seed gives the same sound.
+            duration: Seconds of sound, from the video's start; None takes the whole video, or
+                8 s where there is none.
+            count: Number of different sounds to make, all at once.
+            progress: Called as (stage, fraction done) at the beginning and end of each stage and
+                after each step; where there are several windows, after each step of them.
+            cache: Folder in which the video's features are kept, and looked for next time.
+
+        Returns:
+            An `Audio`, or a list of `count` of them if `count` is above 1.
+
+        Raises:
+            InputError: Neither a video nor a prompt, an argument out of range, or a video that
+                cannot be used.
+            RunError: The network's output is not finite, or the cache cannot be written.
+        """
+        many = self.flow_matching
+        steps = (25 if many else 1) if steps is None else steps
+        guidance = (4.5 if many else 1.5) if guidance is None else guidance
+        mode = ("cfg" if many else "cfg_scaled") if mode is None else mode
+        _check(video, prompt, steps, guidance, seed, duration, count)
+        check_mode(mode)
+        clock = _Clock(progress)
+        notes: tuple[str, ...] = ()
+        if prompt and (unread := self.encoders.unread(prompt)):
+            notes += (f"The prompt is too long: its end, from {unread[:30]!r} on, is not read.",)
+        config, rate = self.network.config, self.codec.sample_rate
+        source = None if video is None else self._video(video, duration, cache)
+        noise = Noise(seed, count, config.latent_dim)
+        end = 0.0
+
+        def windows() -> Iterator[tuple[Window, dict[str, Tensor]]]:
+            if source is not None:
+                yield from source.windows(clock.stage)
+                return
+            with clock.stage("read"):
+                pass
+            whole = TEXT_DURATION if duration is None else duration
+            for window in plan(self.window, lambda reach: whole if whole <= reach else None):
+                yield window, {}
+
+        def latents() -> Iterator[tuple[int, Tensor]]:
+            nonlocal end
+            text: dict[str, Tensor] | None = None
+            for number, (window, features) in enumerate(windows()):
+                if text is None:
+                    with clock.stage("encode"):
+                        text = self._text(prompt)
+                if not window.last:
+                    clock.windows = number, self._expected(source, duration, number)
+                start = round(window.start * config.latent_rate)
+                length, _, _ = lengths(self.encoders, config, window.duration)
+                if window.last:
+                    end = window.end
+                    if clock.windows is not None:
+                        clock.windows = number, number + 1
+                    # Windows begin at the nearest latent: the last one reaches to the end.
+                    length = max(length, math.ceil(end * config.latent_rate - 1e-6) - start)
+                with clock.stage("generate"):
+                    latent = self._generate(
+                        noise(start, length).to(self.device),
+                        features | text,
+                        steps,
+                        guidance,
+                        mode,
+                        clock,
+                    )
+                yield start, latent
+
+        def decode(latent: Tensor) -> Tensor:
+            with clock.stage("decode"):
+                waveform = self.codec.decode(latent).float().cpu()
+            if not bool(torch.isfinite(waveform).all()):
+                raise RunError(
+                    "The network gave samples that are not finite. Use float32, less guidance, or "
+                    "another checkpoint."
+                )
+            return waveform
+
+        fade = round(OVERLAP * config.latent_rate)
+        parts = list(decoded(decode, joined(latents(), fade), self.codec.hop))
+        clock.finish()
+        waveform = torch.cat(parts, dim=1)[:, : max(1, round(end * rate))]
+        notes += () if source is None else source.notes
+        sounds = [
+            Audio(w[None], rate, seed + i, clock.seconds, count, notes)
+            for i, w in enumerate(waveform)
+        ]
+        return sounds[0] if count == 1 else sounds
+
+    def _video(
+        self,
+        video: str | os.PathLike[str],
+        duration: float | None,
+        cache: str | os.PathLike[str] | None,
+    ) -> VideoFeatures:
+        cached = None
+        if cache is not None:
+            self._identity = self._identity or identity(self.encoders)
+            asked = (duration, self.window, self.encoders.frame_size)
+            cached = entry(cache, video, self._identity, asked)
+        return VideoFeatures(
+            video,
+            duration,
+            MAX_DURATION,
+            self.window,
+            self.encoders,
+            self.network.config,
+            self.device,
+            cached,
+        )
+
+    def _expected(self, source: VideoFeatures | None, duration: float | None, number: int) -> int:
+        """How many windows there will be, of which `number` are done and more come."""
+        whole = duration if source is None else source.declared
+        if whole is None:
+            return number + 2
+        stride = self.window - OVERLAP
+        return max(number + 2, 1 + math.ceil((whole - self.window) / stride))
+
+    def _text(self, prompt: str | None) -> dict[str, Tensor]:
+        """Features `(1, tokens, dim)` of the prompt, where there is one."""
+        if not (prompt and prompt.strip()):
+            return {}
+        return {"text": self.encoders.encode_text([prompt])}
+
+    def _generate(
+        self,
+        noise: Tensor,
+        features: dict[str, Tensor],
+        steps: int,
+        guidance: float,
+        mode: GuidanceMode,
+        clock: _Clock,
+    ) -> Tensor:
+        """Latents `(count, length, C)` in the codec's space."""
+        count, length = noise.shape[:2]
+        done = 0
+
+        def velocity(z: Tensor, r: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+            nonlocal done
+            u = self.network(z, r, t, cond=cond)
+            done += 1
+            clock.report(done / steps)
+            return u
+
+        def encoded(keep: bool) -> dict[str, Conditions]:
+            mask = torch.tensor([keep], device=self.device)
+            once = self.network.conditions(
+                **features, video_mask=mask, text_mask=mask, latent_length=length
+            )
+            return {"cond": Conditions(*(part.expand(count, *part.shape[1:]) for part in once))}
+
+        latent = sample(
+            velocity,
+            noise,
+            steps,
+            encoded(True),
+            encoded(False),
+            guidance,
+            mode,
+            instantaneous=self.flow_matching,
+        )
+        return self.network.unnormalize(latent)
+
+
+class _Clock:
+    """Seconds of each stage, and its progress.
+
+    Attributes:
+        windows: Number of the window that is worked at and how many there will be; None for one.
+            Progress is then that of generating alone, over all windows.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.windows: tuple[int, int] | None = None
+        self._progress = progress
+        self._stage = STAGES[0]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._stage = name
+        self.report(0.0)
+        begin = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - begin
+        self.report(1.0)
+
+    def report(self, fraction: float) -> None:
+        if self._progress is None:
+            return
+        if self.windows is None:
+            self._progress(self._stage, fraction)
+        elif self._stage == "generate":
+            done, of = self.windows
+            self._progress(self._stage, (done + fraction) / of)
+
+    def finish(self) -> None:
+        """Report the end of what several windows left unsaid."""
+        if self._progress is not None and self.windows is not None:
+            self._progress(STAGES[-1], 1.0)
+
+
+def _mode(model: str) -> str:
+    """The codec of one of MMAudio's networks."""
+    return "16k" if model.endswith("16k") else "44k"
+
+
+def _root(network: Path, model: str) -> Path:
+    """The folder under which the files beside a published network are.
+
+    MMAudio keeps networks in one folder and most other files in another beside it.
+    """
+    names = [file.name for file in codec_files(_mode(model))]
+    for root in (network.parent, network.parent.parent):
+        if any(
+            path
+            for name in names
+            for path in (root / name, *root.glob(f"*/{name}"))
+            if path.is_file()
+        ):
+            return root
+    return network.parent
+
+
+def _published_networks(folder: Path) -> dict[str, Path]:
+    """MMAudio's networks in `folder` or in a folder inside it."""
+    found: dict[str, Path] = {}
+    for model, file in NETWORK_FILES.items():
+        for path in (folder / file.name, *sorted(folder.glob(f"*/{file.name}"))):
+            if path.is_file():
+                found.setdefault(model, path)
+    return found
+
+
+def _check(
+    video: Any,
+    prompt: str | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    duration: float | None,
+    count: int,
+) -> None:
+    if video is None and not (prompt and prompt.strip()):
+        raise InputError("There is nothing to make sound for. Give a video, a prompt, or both.")
+    if not 1 <= steps <= 1000:
+        raise InputError(f"steps is {steps}. Give 1 to 1000; one is what the network is made for.")
+    if not 0 <= guidance <= 100:
+        raise InputError(f"guidance is {guidance}. Give 0 to 100, such as 1.5.")
+    if not 0 <= seed < 2**63 - 1024:
+        raise InputError(f"seed is {seed}. Give a whole number from 0 up.")
+    if not 1 <= count <= 64:
+        raise InputError(f"count is {count}. Give 1 to 64, and another seed for more.")
+    if duration is not None and not 0 < duration <= MAX_DURATION:
+        raise InputError(
+            f"duration is {duration:g} s. Give more than 0 and at most {MAX_DURATION:g} seconds."
+        )

@@ -1,0 +1,187 @@
+"""Sound longer than the network makes in one go: windows that overlap, and their seams.
+
+Windows begin on whole seconds, where frames of both rates begin too. Where two overlap they start
+from the same noise, so that their latents nearly agree there, and are cross-faded. The codec works
+in chunks with more context on both sides than its convolutions see. Nothing grows with the length
+but the waveform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["OVERLAP", "Noise", "Window", "decoded", "joined", "plan"]
+
+OVERLAP = 1
+"""Seconds that a window shares with the one before it, and over which the two are faded."""
+STRETCH = 1.25
+"""What is at most so much longer than a window is made in one go: networks have no absolute
+positions, and one trained on 8 s is tested on 10 (arXiv 2509.06389)."""
+CHUNK = 509
+"""Latents from one chunk of the codec to the next: its noise repeats after as many frames, so that
+every chunk continues it."""
+CONTEXT = 40
+"""Latents on each side of a chunk that are decoded and dropped: the codecs' convolutions see 34."""
+FADE = 16
+"""Latents over which the waveforms of two chunks are faded: attention sees beyond any context."""
+
+_NOISE_ROWS = 256
+_ROUNDING = 1e-6  # of durations in seconds, which are quotients
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the network makes in one go.
+
+    Attributes:
+        start: Its begin in seconds.
+        duration: Its length in seconds.
+        last: Whether the sound ends with it.
+    """
+
+    start: int
+    duration: float
+    last: bool
+
+    @property
+    def end(self) -> float:
+        """Its end in seconds."""
+        return self.start + self.duration
+
+
+def plan(length: int, total: Callable[[float], float | None]) -> Iterator[Window]:
+    """The windows of a sound whose duration may be known only as it goes on.
+
+    Args:
+        length: Seconds of a window, 2 or more.
+        total: Asked with some seconds, tells the sound's whole duration if it is no more than
+            that, else None.
+    """
+    start, reach = 0, STRETCH * length
+    while (end := total(reach)) is None:
+        yield Window(start, length, last=False)
+        start += length - OVERLAP
+        reach = start + length
+    if start:  # the last one is as long as the others, and overlaps more
+        start = math.ceil(end - length - _ROUNDING)
+    yield Window(start, end - start, last=True)
+
+
+class Noise:
+    """Standard normal noise of each position; a seed means the same on any device, in any batch.
+
+    The first window's is drawn at once from the seed. What follows comes in rows of a fixed number,
+    each from a seed of its own that (seed, number of the row) determines.
+
+    Args:
+        seed: Of the first sound; sound i has seed + i.
+        count: Number of sounds.
+        channels: Latent channels.
+    """
+
+    def __init__(self, seed: int, count: int, channels: int) -> None:
+        self._seeds = [seed + i for i in range(count)]
+        self._channels = channels
+        self._begin = self._rows = 0
+        self._held = torch.empty(count, 0, channels)
+
+    def __call__(self, start: int, length: int) -> Tensor:
+        """Noise `(count, length, C)` of the positions from `start`, which never goes back."""
+        if self._rows == 0:
+            self._held = self._draw(length)
+        while self._begin + self._held.shape[1] < start + length:
+            self._held = torch.cat((self._held, self._draw(_NOISE_ROWS)), dim=1)
+        self._held = self._held[:, start - self._begin :]
+        self._begin = start
+        return self._held[:, :length]
+
+    def _draw(self, length: int) -> Tensor:
+        row, self._rows = self._rows, self._rows + 1
+        drawn = []
+        for seed in self._seeds:
+            if row:
+                seed = int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0])
+            generator = torch.Generator().manual_seed(seed)
+            drawn.append(torch.randn(length, self._channels, generator=generator))
+        return torch.stack(drawn)
+
+
+def joined(parts: Iterable[tuple[int, Tensor]], fade: int) -> Iterator[Tensor]:
+    """Latents of windows as one sequence, faded in the middle of each overlap.
+
+    Args:
+        parts: First position and latents `(B, n, C)` of each window; each begins after the one
+            before it began, and before that one ends.
+        fade: Latents of a fade.
+
+    Yields:
+        `(B, n, C)`, one after the other, as soon as nothing can change them.
+    """
+    held: Tensor | None = None
+    begin = 0
+    for start, part in parts:
+        if held is None:
+            held, begin = part, start
+            continue
+        overlap = begin + held.shape[1] - start
+        width = min(fade, overlap)
+        skipped = (overlap - width) // 2
+        first = start - begin + skipped
+        yield held[:, :first]
+        mixed = _faded(held[:, first : first + width], part[:, skipped : skipped + width])
+        held = torch.cat((mixed, part[:, skipped + width :]), dim=1)
+        begin += first
+    if held is not None:
+        yield held
+
+
+def decoded(
+    decode: Callable[[Tensor], Tensor], latents: Iterable[Tensor], hop: int
+) -> Iterator[Tensor]:
+    """Waveform of a sequence of latents, chunk by chunk.
+
+    What fits into one chunk is decoded as it is.
+
+    Args:
+        decode: Latents `(B, n, C)` to samples `(B, n * hop)`.
+        latents: The sequence in parts `(B, n, C)`.
+        hop: Samples of a latent.
+
+    Yields:
+        Samples `(B, n)`, one after the other.
+    """
+    overlap, margin = 2 * CONTEXT + FADE, CONTEXT * hop
+    held: Tensor | None = None
+    tail: Tensor | None = None
+    for part in latents:
+        held = part if held is None else torch.cat((held, part), dim=1)
+        while held.shape[1] > CHUNK + overlap:
+            wave = _continued(tail, decode(held[:, : CHUNK + overlap]), margin)
+            yield wave[:, : -overlap * hop]
+            tail = wave[:, -overlap * hop :]
+            held = held[:, CHUNK:]
+    if held is not None:
+        yield _continued(tail, decode(held), margin)
+
+
+def _continued(tail: Tensor | None, wave: Tensor, margin: int) -> Tensor:
+    """`wave` with its begin faded in from `tail`, the end of the chunk before."""
+    if tail is None:
+        return wave
+    end = tail.shape[1] - margin
+    mixed = _faded(tail[:, margin:end], wave[:, margin:end])
+    return torch.cat((tail[:, :margin], mixed, wave[:, end:]), dim=1)
+
+
+def _faded(old: Tensor, new: Tensor) -> Tensor:
+    """From `old` to `new` along the second axis, by half a cosine."""
+    width = old.shape[1]
+    steps = (torch.arange(width, device=old.device, dtype=old.dtype) + 0.5) / width
+    ramp = 0.5 - 0.5 * torch.cos(math.pi * steps)
+    return torch.lerp(old, new, ramp.view(-1, *(1 for _ in old.shape[2:])))
