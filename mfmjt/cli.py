@@ -1,4 +1,4 @@
-"""The command line: `mfmjt generate | train | evaluate | data | info`.
+"""The command line: `mfmjt generate | train | evaluate | convert | data | info`.
 
 Heavy imports happen inside the commands, so that `mfmjt --help` is quick.
 """
@@ -115,16 +115,35 @@ def generate(
             "a folder. Default: VIDEO.mfmjt.mp4 or sound.wav, in the working directory.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Evaluations of the network.")] = 1,
-    guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 is none.")] = 1.5,
-    guidance_mode: Annotated[str, typer.Option(help="cfg_scaled, cfg or none.")] = "cfg_scaled",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Evaluations of the network. Default: 1; 25 for one of flow matching."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Strength of guidance; 1 is none. Default: 1.5; 4.5 for flow matching."),
+    ] = None,
+    guidance_mode: Annotated[
+        str | None,
+        typer.Option(help="cfg_scaled, cfg or none. Default: cfg_scaled; cfg for flow matching."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same sound.")] = 0,
     count: Annotated[int, typer.Option(help="How many different sounds to make.")] = 1,
     duration: Annotated[
         float | None,
         typer.Option(help="Seconds from the start. Default: the whole video; 8 for text alone."),
     ] = None,
-    model: Model = "nano",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A model that ships, a folder with one or with MMAudio's files, or one of "
+            "MMAudio's networks in such a folder."
+        ),
+    ] = "nano",
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what was seen in videos, for the next time."),
+    ] = None,
     device: Device = None,
     dtype: Annotated[
         str, typer.Option(help="Arithmetic of the network: float32, bfloat16 or float16.")
@@ -147,6 +166,8 @@ def generate(
     - `mfmjt generate --prompt "rain on a tin roof" --seed 3 -o rain.wav`
 
     - `mfmjt generate clip.mp4 --count 4 --guidance 2 --plot`
+
+    - `mfmjt generate clip.mp4 --model weights/mmaudio_small_16k.pth --steps 25 --guidance 4.5`
     """
     began = time.perf_counter()
     with _undisturbed():
@@ -170,11 +191,12 @@ def generate(
             prompt,
             steps,
             guidance,
-            _guidance_mode(guidance_mode),
+            None if guidance_mode is None else _guidance_mode(guidance_mode),
             seed,
             duration,
             count,
             report,
+            cache,
         )
         sounds = made if isinstance(made, list) else [made]
         timings |= sounds[0].timings
@@ -306,6 +328,48 @@ def evaluate(
             )
             plot_gallery(examples, made, plot)
     typer.echo(result.to_json() if as_json else experiment.table([result]).rstrip())
+
+
+@app.command()
+def convert(
+    layout: Annotated[str, typer.Argument(help="Of FILE: mmaudio (published) or mfmjt (ours).")],
+    file: Annotated[Path, typer.Argument(help="The network to convert.")],
+    to: Annotated[
+        Path,
+        typer.Option(
+            help="File to write in the other layout: .safetensors, or .pth for MMAudio's."
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Name of the configuration, such as small_16k. Default: inferred."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the stored numbers: float32, bfloat16 or float16.")
+    ] = "float32",
+    debug: Debug = False,
+) -> None:
+    """Convert a network from MMAudio's published layout to ours, or back.
+
+    Weights are read as tensors only; no code in a file is run. Every parameter is accounted for.
+
+    For example:
+    - `mfmjt convert mmaudio mmaudio_small_16k.pth --to small_16k.safetensors`
+
+    - `mfmjt convert mmaudio mine.pth --to mine.safetensors --config large_44k_v2`
+
+    - `mfmjt convert mfmjt mine.safetensors --to mmaudio_mine.pth`
+    """
+    with _undisturbed():
+        from mfmjt.convert import from_mmaudio, to_mmaudio
+
+    ways = {"mmaudio": from_mmaudio, "mfmjt": to_mmaudio}
+    if layout not in ways:
+        raise InputError(f"There is no layout {layout!r}. Choose one of {', '.join(ways)}.")
+    done = ways[layout](file, to, config, _dtype(dtype))
+    for note in done.notes:
+        typer.echo(f"Note: {note}", err=True)
+    typer.echo(f"Wrote {done.path}: {done.name}, {done.parameters / 1e6:.1f} M parameters.")
 
 
 @data.command()

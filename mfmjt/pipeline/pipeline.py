@@ -30,6 +30,7 @@ from mfmjt.model.conditioning import Conditions
 from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.cache import entry, identity
 from mfmjt.pipeline.features import Encoders, VideoFeatures, lengths
+from mfmjt.pipeline.published import mode_of, mode_there, networks_there, root_of
 from mfmjt.pipeline.windows import OVERLAP, Noise, Window, decoded, joined, plan
 
 __all__ = ["MAX_DURATION", "Pipeline"]
@@ -108,8 +109,9 @@ class Pipeline:
 
         Args:
             name: "nano", or a folder with `network.safetensors`, `codec.safetensors` and
-                `encoders.safetensors`, or one with MMAudio's published files, or one of its
-                published networks in such a folder; see `from_mmaudio`.
+                `encoders.safetensors`, or one with MMAudio's published files (see `from_mmaudio`)
+                and either a published network or a `network.safetensors` of ours, or one of the
+                published networks in such a folder.
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
 
@@ -120,7 +122,7 @@ class Pipeline:
         published = {file.name: model for model, file in NETWORK_FILES.items()}
         if folder.name in published and folder.is_file():
             model = published[folder.name]
-            return cls.from_mmaudio(_root(folder, model), model, device, dtype)
+            return cls.from_mmaudio(root_of(folder), model, device, dtype)
         if not folder.is_dir():
             shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
             if str(name) not in shipped:
@@ -129,10 +131,22 @@ class Pipeline:
                     f"({', '.join(shipped)}). Give one of these."
                 )
             folder = PRETRAINED / name
-        if not (folder / "network.safetensors").exists() and _published_networks(folder):
+        network = folder / "network.safetensors"
+        if not network.exists() and networks_there(folder):
             return cls.from_mmaudio(folder, None, device, dtype)
+        if network.exists() and not (folder / "codec.safetensors").exists():
+            mode = mode_there(folder)
+            if mode:  # one of ours, trained further from MMAudio's, on its codec and encoders
+                find_all(folder, [*codec_files(mode), *ENCODER_FILES])
+                return cls(
+                    MFMJT.load(network),
+                    MMAudioCodec.from_folder(folder, mode),
+                    MMAudioEncoders.from_folder(folder),
+                    device,
+                    dtype,
+                )
         return cls(
-            MFMJT.load(folder / "network.safetensors"),
+            MFMJT.load(network),
             NanoCodec.load(folder / "codec.safetensors"),
             NanoEncoders.load(folder / "encoders.safetensors"),
             device,
@@ -178,7 +192,7 @@ class Pipeline:
                 says where their publishers keep them.
         """
         if model is None:
-            there = _published_networks(Path(folder))
+            there = networks_there(Path(folder))
             if len(there) > 1:
                 files = ", ".join(str(path) for path in there.values())
                 raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
@@ -190,12 +204,12 @@ class Pipeline:
             )
         # All that is missing is said at once, before the first gigabyte is read.
         network, *_ = find_all(
-            folder, [NETWORK_FILES[model], *codec_files(_mode(model)), *ENCODER_FILES], check
+            folder, [NETWORK_FILES[model], *codec_files(mode_of(model)), *ENCODER_FILES], check
         )
         own = (vae, vocoder, clip, synchformer) != (None,) * 4
         return cls(
             load_mmaudio(network, None if own or check == "name" else model),
-            MMAudioCodec.from_folder(folder, _mode(model), "name", vae, vocoder),
+            MMAudioCodec.from_folder(folder, mode_of(model), "name", vae, vocoder),
             MMAudioEncoders.from_folder(folder, "name", clip, synchformer),
             device,
             dtype,
@@ -429,38 +443,6 @@ class _Clock:
         """Report the end of what several windows left unsaid."""
         if self._progress is not None and self.windows is not None:
             self._progress(STAGES[-1], 1.0)
-
-
-def _mode(model: str) -> str:
-    """The codec of one of MMAudio's networks."""
-    return "16k" if model.endswith("16k") else "44k"
-
-
-def _root(network: Path, model: str) -> Path:
-    """The folder under which the files beside a published network are.
-
-    MMAudio keeps networks in one folder and most other files in another beside it.
-    """
-    names = [file.name for file in codec_files(_mode(model))]
-    for root in (network.parent, network.parent.parent):
-        if any(
-            path
-            for name in names
-            for path in (root / name, *root.glob(f"*/{name}"))
-            if path.is_file()
-        ):
-            return root
-    return network.parent
-
-
-def _published_networks(folder: Path) -> dict[str, Path]:
-    """MMAudio's networks in `folder` or in a folder inside it."""
-    found: dict[str, Path] = {}
-    for model, file in NETWORK_FILES.items():
-        for path in (folder / file.name, *sorted(folder.glob(f"*/{file.name}"))):
-            if path.is_file():
-                found.setdefault(model, path)
-    return found
 
 
 def _check(

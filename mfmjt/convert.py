@@ -1,0 +1,127 @@
+"""Networks from MMAudio's published layout to ours and back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mfmjt.errors import InputError, RunError
+from mfmjt.files import atomic_path, check_writable
+from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
+
+__all__ = ["Conversion", "from_mmaudio", "to_mmaudio"]
+
+OURS = (".safetensors",)
+PUBLISHED = (".pth", ".pt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Attributes:
+        path: The file that was written.
+        name: Name of the network's configuration.
+        parameters: Number of parameters written.
+        notes: One line each on what the new layout cannot hold.
+    """
+
+    path: Path
+    name: str
+    parameters: int
+    notes: tuple[str, ...] = ()
+
+
+def from_mmaudio(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Conversion:
+    """Write a network of MMAudio's layout as one of ours.
+
+    Args:
+        source: A published `.pth` or `.safetensors` file, or a training checkpoint of MMAudio.
+        to: The `.safetensors` file to write; it appears whole or not at all.
+        config: Name of the configuration that every shape must agree with; None infers it.
+        dtype: Storage dtype; None keeps float32.
+
+    Raises:
+        InputError: The source cannot be used, each wrong parameter named, or the suffix of `to`.
+        RunError: The file cannot be written.
+    """
+    to = _checked(source, to, OURS)
+    net = load_mmaudio(source, config)
+    net.save(to, dtype)
+    count = sum(value.numel() for value in net.state_dict().values())
+    return Conversion(to, net.config.name, count)
+
+
+def to_mmaudio(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Conversion:
+    """Write one of our networks in MMAudio's layout.
+
+    Args:
+        source: A file written by `MFMJT.save`.
+        to: The file to write, for `torch.load(weights_only=True)` if it ends in `.pth` or `.pt`,
+            or `.safetensors`; it appears whole or not at all.
+        config: Name of the configuration that the source must have; None takes any.
+        dtype: Storage dtype; None keeps float32.
+
+    Raises:
+        InputError: The source is no network, has another configuration, or the suffix of `to`.
+        RunError: The file cannot be written.
+    """
+    to = _checked(source, to, PUBLISHED)
+    net = MFMJT.load(source)
+    if config not in (None, net.config.name):
+        raise InputError(f"{source} is a {net.config.name}, not a {config}. Leave out the name.")
+    state = to_mmaudio_state_dict(net)
+    state = {name: value.to(dtype=dtype).contiguous() for name, value in state.items()}
+    try:
+        with atomic_path(to) as temporary:
+            if to.suffix == ".safetensors":
+                save_file(state, temporary)
+            else:
+                torch.save(state, temporary)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"Cannot write {to}: {error}. Check the disk.") from error
+    lost = sum(p.numel() for p in net.r_embed.parameters())
+    notes = [
+        f"The embedding of t - r ({lost} parameters) has no place in MMAudio's layout and is left "
+        "out."
+    ]
+    if any(bool(p.any()) for p in net.r_embed.mlp[2].parameters()):
+        notes.append(
+            "It was trained, so the result is not this network: it gives another velocity, and one "
+            "step will not do."
+        )
+    count = sum(value.numel() for value in state.values())
+    return Conversion(to, net.config.name, count, tuple(notes))
+
+
+def _checked(
+    source: str | os.PathLike[str], to: str | os.PathLike[str], suffixes: tuple[str, ...]
+) -> Path:
+    """The path to write, if it can be one."""
+    to = Path(to)
+    if to.suffix not in suffixes:
+        raise InputError(
+            f"The name {to} does not end in {' or '.join(suffixes)}, which tells the format. "
+            "Choose another."
+        )
+    if to.is_dir():
+        raise InputError(f"{to} is a folder. Give the name of a file in it.")
+    if to.exists() and Path(source).exists() and to.samefile(source):
+        raise InputError(f"The output {to} is the input itself. Choose another name.")
+    check_writable(to)
+    return to
