@@ -240,7 +240,7 @@ def _filtered(
         at = first + (i - 5)
         if EDGE:
             at = tl.minimum(tl.maximum(at, 0), length - 1)
-        w = (*w, wide(tl.load(x + at)))
+        w += (wide(tl.load(x + at)),)
     if EDGE:  # the first and the last activated sample, which continue the signal
         one, two, last = tl.minimum(1, length - 1), tl.minimum(2, length - 1), x + (length - 1)
         a, b, c = wide(tl.load(x)), wide(tl.load(x + one)), wide(tl.load(x + two))
@@ -258,23 +258,28 @@ def _filtered(
                 e = tl.where(first + (i - 2) < 0, left, e)
             if i < 3:
                 o = tl.where(first + (i - 3) < 0, left, o)
-        even, odd = (*even, e), (*odd, o)
+        even += (e,)
+        odd += (o,)
     y = ()
     for i in tl.static_range(8):
         total = even[i] * TAPS[1] + odd[i] * TAPS[0]
         for j in tl.static_range(1, 6):
-            total += even[i + j] * TAPS[2 * j + 1] + odd[i + j] * TAPS[2 * j]
-        y = (*y, total)
+            total += even[i + j] * TAPS[2 * j + 1]
+            total += odd[i + j] * TAPS[2 * j]
+        y += (total,)
     y_even = tl.join(tl.join(y[0], y[4]), tl.join(y[2], y[6]))
     y_odd = tl.join(tl.join(y[1], y[5]), tl.join(y[3], y[7]))
     return tl.reshape(tl.join(y_even, y_odd), (first.shape[0], 8))
 
 
 @jit
-def _channel(alpha, beta, at, work: tl.constexpr):
-    """Frequency in half turns and height of the sine."""
-    frequency = tl.exp(tl.load(alpha + at).to(work)) * 0.3183098861837907
-    return frequency, 1 / (tl.exp(tl.load(beta + at).to(work)) + 1e-9)
+def _row(x, alpha, beta, row, channels, sample_stride, channel_stride):
+    """Where a row of x begins, and the frequency in half turns and the height of its sine."""
+    work: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    channel = row % channels
+    x += (row // channels).to(tl.int64) * sample_stride + channel.to(tl.int64) * channel_stride
+    frequency = tl.exp(tl.load(alpha + channel).to(work)) * 0.3183098861837907
+    return x, frequency, 1 / (tl.exp(tl.load(beta + channel).to(work)) + 1e-9)
 
 
 @jit
@@ -291,28 +296,25 @@ def _snake_fwd_kernel(
     TAPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    work: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     lanes = tl.cdiv(length, 8)  # of a row
-    lane = tl.program_id(0) * LANES  # the first of this program, counted over all rows
-    row, start = lane // lanes, lane % lanes * 8
+    begin = tl.program_id(0) * LANES  # lanes are counted over all rows
+    row, start = begin // lanes, begin % lanes * 8
     eight = tl.arange(0, 8)[None, :]
     if (start >= 5) & (start + LANES * 8 + 5 <= length):  # all within one row
-        x += (row // channels).to(tl.int64) * sample_stride + row % channels * channel_stride
-        frequency, height = _channel(alpha, beta, row % channels, work)
+        x, frequency, height = _row(x, alpha, beta, row, channels, sample_stride, channel_stride)
         first = start + tl.arange(0, LANES) * 8
         inner = _filtered(x, first, length, frequency, height, TAPS, False)
         tl.store(y + row.to(tl.int64) * length + (first[:, None] + eight), inner)
     else:
-        lane += tl.arange(0, LANES)
-        exists = lane < n_rows * lanes
-        row, first = tl.minimum(lane // lanes, n_rows - 1), lane % lanes * 8
-        x += (row // channels).to(tl.int64) * sample_stride
-        x += (row % channels).to(tl.int64) * channel_stride
-        frequency, height = _channel(alpha, beta, row % channels, work)
-        outer = _filtered(x, first, length, frequency, height, TAPS, True)
-        at = first[:, None] + eight
-        out = y + row.to(tl.int64)[:, None] * length + at
-        tl.store(out, outer, exists[:, None] & (at < length))
+        lane = begin + tl.arange(0, LANES)
+        rows, at = tl.minimum(lane // lanes, n_rows - 1), lane % lanes * 8
+        xs, frequencies, heights = _row(
+            x, alpha, beta, rows, channels, sample_stride, channel_stride
+        )
+        outer = _filtered(xs, at, length, frequencies, heights, TAPS, True)
+        out = at[:, None] + eight
+        exists = (lane < n_rows * lanes)[:, None] & (out < length)
+        tl.store(y + rows.to(tl.int64)[:, None] * length + out, outer, exists)
 
 
 def _fwd_triton(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
