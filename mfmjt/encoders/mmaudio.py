@@ -16,7 +16,7 @@ from mfmjt.encoders.synchformer import Synchformer, SynchformerConfig
 from mfmjt.encoders.tokenizer import MERGES_FILES, Tokenizer
 from mfmjt.errors import InputError
 
-__all__ = ["ENCODER_FILES", "MMAudioEncoders"]
+__all__ = ["ENCODER_FILES", "FRAMES_AT_ONCE", "MMAudioEncoders"]
 
 _CLIP_FILE = PublishedFile(
     "open_clip_pytorch_model.bin", "https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384"
@@ -32,8 +32,8 @@ ENCODER_FILES = (_CLIP_FILE, _SYNC_FILE)
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 _STRIDE = 8  # frames from one of Synchformer's segments to the next
-# Bounds memory, and is enough at a time to fill a GPU.
-_FRAMES_AT_ONCE = 32
+FRAMES_AT_ONCE = 32
+"""Frames that CLIP is given at a time: bounds memory, and is enough to fill a GPU."""
 _SEGMENTS_AT_ONCE = 8
 
 
@@ -156,7 +156,7 @@ class MMAudioEncoders(nn.Module):
         """
         _check(frames)
         found = []
-        for part in frames.flatten(0, 1).split(_FRAMES_AT_ONCE):
+        for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE):
             x = self.fit_frames(part).permute(0, 3, 1, 2).float() / 255
             found.append(self.clip.encode_image((x - self.pixel_mean) / self.pixel_std))
         return torch.cat(found).unflatten(0, frames.shape[:2])
@@ -232,7 +232,7 @@ def _resized(frames: Tensor, height: int, width: int) -> Tensor:
     if frames.shape[-2:] == (height, width):
         return frames
     parts = []
-    for part in frames.split(_FRAMES_AT_ONCE):
+    for part in frames.split(FRAMES_AT_ONCE):
         if part.device.type == "cpu":
             # In uint8, which is over ten times faster there and a level apart on pictures.
             parts.append(F.interpolate(part, (height, width), mode="bicubic", antialias=True))

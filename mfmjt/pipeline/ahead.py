@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 __all__ = ["ahead"]
@@ -13,7 +13,7 @@ T = TypeVar("T")
 _POLL = 0.1  # seconds after which a thread looks whether it is still wanted
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """Iterate in a thread of its own, at most `depth` items ahead of who takes them.
 
     Errors come out where the item would have. The thread ends with the iterator, whether it is

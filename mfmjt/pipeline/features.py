@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.encoders import MMAudioEncoders, NanoEncoders
+from mfmjt.encoders.mmaudio import FRAMES_AT_ONCE
 from mfmjt.media import VideoStream
 from mfmjt.model import ModelConfig
 from mfmjt.model.config import SYNC_SEGMENT
@@ -102,22 +103,11 @@ class VideoFeatures:
                     yield window, features
                 return
         with self._frames as frames:
-
-            def total(seconds: float) -> float | None:
-                with stage("read"):
-                    return frames.total(seconds)
-
-            for number, window in enumerate(plan(self._length, total)):
+            for number, window in enumerate(plan(self._length, lambda s: frames.total(s, stage))):
                 if self.declared is None:
                     self.declared = frames.declared
-                with stage("read"):
-                    _, *counts = lengths(self._encoders, self._config, window.duration)
-                    seen, synced = frames.window(window.start, counts)
-                with stage("encode"):
-                    features = {
-                        "video": self._encoders.encode_frames(seen),
-                        "sync": self._encoders.encode_sync(synced),
-                    }
+                _, *counts = lengths(self._encoders, self._config, window.duration)
+                features = frames.features(window.start, counts, stage)
                 if window.last:
                     self.declared = window.end
                     self.notes += frames.notes
@@ -127,7 +117,11 @@ class VideoFeatures:
 
 
 class _Frames:
-    """Pictures of a video, read ahead as far as they are asked for and forgotten behind."""
+    """Pictures of a video, read ahead as far as they are asked for and forgotten behind.
+
+    CLIP sees single pictures: they are encoded as they come, while a thread decodes the next ones,
+    and once where windows overlap. What sees its neighbours is encoded window by window.
+    """
 
     def __init__(
         self,
@@ -145,8 +139,10 @@ class _Frames:
         else:
             wanted = {"size": encoders.frame_size}
         self._stream = VideoStream(path, self.rates, duration=duration, limit=limit, **wanted)
-        self._device = device
-        self._kept: tuple[list[Tensor], ...] = ([], [])
+        self._encoders, self._device = encoders, device
+        self._singly = isinstance(encoders, MMAudioEncoders)
+        self._waiting: list[Tensor] = []  # pictures that will be encoded singly
+        self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._begin = [0, 0]
         self._end = [0, 0]
         self._ended = False
@@ -156,7 +152,7 @@ class _Frames:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._blocks.close()  # type: ignore[attr-defined]
+        self._blocks.close()
 
     @property
     def declared(self) -> float | None:
@@ -166,41 +162,58 @@ class _Frames:
     def notes(self) -> tuple[str, ...]:
         return self._stream.notes
 
-    def total(self, seconds: float) -> float | None:
+    def total(self, seconds: float, stage: Stage) -> float | None:
         """The video's duration if it is at most so many seconds, else None."""
         while not self._ended and any(
             end <= seconds * rate for end, rate in zip(self._end, self.rates, strict=True)
         ):
-            self._read()
+            self._read(stage)
         ends = self._ended and self._stream.duration <= seconds
         return self._stream.duration if ends else None
 
-    def window(self, start: int, counts: list[int]) -> list[Tensor]:
-        """uint8 `(1, T, H, W, 3)` for both rates, the video's last picture held if it ends.
+    def features(self, start: int, counts: list[int], stage: Stage) -> dict[str, Tensor]:
+        """Features of so many pictures of both rates, the last one held if the video ends.
 
-        Pictures up to one overlap after `start` are forgotten.
+        What lies before one overlap after `start` is forgotten.
         """
-        found = []
-        for i, (rate, count) in enumerate(zip(self.rates, counts, strict=True)):
-            # One tensor, so that what is forgotten is freed with its block.
-            held = torch.cat(self._kept[i])
-            skipped = start * rate - self._begin[i]
-            rows = skipped + torch.arange(count, device=held.device)
-            found.append(held[rows.clamp(max=len(held) - 1)][None].to(self._device))
-            behind = skipped + OVERLAP * rate
-            self._kept[i][:] = [held[behind:].clone()]
-            self._begin[i] += behind
-        return found
+        with stage("encode"):
+            self._encode()
+            seen, synced = (self._take(i, start, count) for i, count in enumerate(counts))
+            return {
+                "video": seen if self._singly else self._encoders.encode_frames(seen),
+                "sync": self._encoders.encode_sync(synced),
+            }
 
-    def _read(self) -> None:
-        block = next(self._blocks, None)
+    def _take(self, i: int, start: int, count: int) -> Tensor:
+        rate = self.rates[i]
+        held = torch.cat(self._kept[i])
+        skipped = start * rate - self._begin[i]
+        rows = skipped + torch.arange(count, device=held.device)
+        taken = held[rows.clamp(max=len(held) - 1)][None].to(self._device)
+        behind = skipped + OVERLAP * rate
+        self._kept[i][:] = [held[behind:].clone()]  # the rest is freed
+        self._begin[i] += behind
+        return taken
+
+    def _read(self, stage: Stage) -> None:
+        with stage("read"):
+            block = next(self._blocks, None)
         if block is None:
             self._ended = True
             return
         for i, pieces in enumerate(block):
             new = [torch.as_tensor(piece) for piece in pieces]
-            self._kept[i].extend(new)
             self._end[i] += sum(len(piece) for piece in new)
+            (self._waiting if self._singly and i == 0 else self._kept[i]).extend(new)
+        if sum(map(len, self._waiting)) >= FRAMES_AT_ONCE:
+            with stage("encode"):
+                self._encode()
+
+    def _encode(self) -> None:
+        """Features of the pictures that wait for it."""
+        if self._waiting:
+            pictures, self._waiting = torch.cat(self._waiting), []
+            self._kept[0].append(self._encoders.encode_frames(pictures[None])[0])
 
 
 def _on(device: torch.device, fit: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:

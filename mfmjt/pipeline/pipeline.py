@@ -418,6 +418,7 @@ class _Clock:
         self.windows: tuple[int, int] | None = None
         self._progress = progress
         self._stage = STAGES[0]
+        self._reached = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -434,7 +435,10 @@ class _Clock:
         if self._progress is None:
             return
         if self.windows is None:
-            self._progress(self._stage, fraction)
+            # Reading and encoding take turns; what is told only goes forward.
+            if STAGES.index(self._stage) >= self._reached:
+                self._reached = STAGES.index(self._stage)
+                self._progress(self._stage, fraction)
         elif self._stage == "generate":
             done, of = self.windows
             self._progress(self._stage, (done + fraction) / of)
