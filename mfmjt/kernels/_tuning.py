@@ -43,13 +43,13 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 # Tiles of a matrix product that do not spill: rows x columns x contraction, warps, stages; by the
 # side, how fast they are assumed to be against the first. None: what any other GPU gets.
 _PRODUCTS: dict[Any, dict[Tile, float]] = {
-    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.5},
+    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 8, 4): 0.85, ((64, 64, 64), 4, 4): 0.5},
     90: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.6},
     None: {((128, 256, 32), 8, 3): 1.0, ((128, 128, 32), 4, 4): 0.95, ((64, 64, 64), 4, 3): 0.7},
     "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7},
 }
 _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
-    100: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 2): 0.7},
+    100: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 8, 3): 0.7},
     90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 3): 0.7},
     None: {((64, 64, 32), 4, 3): 1.0},
     "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7},
@@ -84,9 +84,10 @@ def conv1d_weight(
     """Blocks of outputs, channels and tokens, warps, stages and splits of a weight's gradient.
 
     Splits make two waves of programs, but each adds up eight blocks of tokens or more: a part costs
-    as much memory as a float32 weight.
+    as much memory as a float32 weight. The widest tiles spill on sm_100, whose loads are turned.
     """
     tiles, processors = _product(element_size)
+    tiles = {tile: speed for tile, speed in tiles.items() if tile[0][1] <= 128}
 
     def programs(tile: Tile) -> int:
         return cdiv(outs, tile[0][0]) * cdiv(channels, tile[0][1])
@@ -135,13 +136,13 @@ def norm(width: int, tokens: int, element_size: int) -> tuple[int, int, int, int
     return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
 
 
-def norm_chunk(samples: int, tokens: int, block_rows: int) -> int:
-    """Rows of which one program of a backward kernel sums the cotangents of modulations.
+def norm_chunk(rows: int) -> int:
+    """Most rows of which one program of a backward kernel sums the cotangents of modulations.
 
     Enough programs to fill a GPU several times over, and no more than 128 rows each, which bounds
     the rounding of their sums.
     """
-    return max(block_rows, min(128, power_of_2(samples * tokens // 2048)))
+    return min(128, power_of_2(rows // 2048))
 
 
 def sums(chunks: int, width: int) -> tuple[int, int, int]:

@@ -20,6 +20,15 @@ def with_dilation(op, dilation):
     return lambda **values: op(**values, dilation=dilation)
 
 
+def sliced(x):
+    """The same numbers as part of wider rows, of which it keeps the dense last axis."""
+    return torch.cat((x, x, x), dim=-1)[..., x.shape[-1] : 2 * x.shape[-1]]
+
+
+def transposed(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 CASES = {
     "k3": (lambda: inputs(2, 9, 8), 1),
     "k7": (lambda: inputs(2, 9, 8, taps=7), 1),
@@ -29,6 +38,11 @@ CASES = {
     "odd sizes": (lambda: inputs(3, 7, 5, out=9), 1),
     "strided": (lambda: inputs(2, 9, 8, layout=strided), 1),
     "one token": (lambda: inputs(2, 1, 8), 1),
+    "17 tokens": (lambda: inputs(1, 17, 33, out=19, taps=7), 2),
+    "77 tokens": (lambda: inputs(2, 77, 20, out=35), 1),
+    "shorter than the halo": (lambda: inputs(2, 3, 8, taps=7), 5),
+    "slice of wider rows": (lambda: inputs(2, 9, 16, layout=sliced), 1),
+    "transposed": (lambda: inputs(2, 9, 16, layout=transposed), 1),
     "one channel": (lambda: inputs(2, 5, 1, out=1), 1),
     "no sample": (lambda: inputs(0, 4, 8), 1),
 }
@@ -40,6 +54,13 @@ def test_all_modes(case, dtype):
     make, dilation = CASES[case]
     op, ref = with_dilation(conv1d, dilation), with_dilation(conv1d_ref, dilation)
     oracle.check_op(op, ref, make(), ("x",), dtype, terms=64)
+
+
+@pytest.mark.parametrize("tokens", [250, 391])
+def test_lengths_of_the_network(tokens):
+    """Several blocks of rows, of which one holds two samples, and split sums over tokens."""
+    values = inputs(2, tokens, 48, out=72)
+    oracle.check_op(conv1d, conv1d_ref, values, ("x",), torch.float32, terms=2 * tokens)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -65,13 +86,39 @@ def test_reference_is_differentiable_in_both_modes():
     assert torch.autograd.gradcheck(conv1d_ref, values, check_forward_ad=True)
 
 
-def test_library_op():
+def test_library_ops():
     x, weight, bias = (t.requires_grad_() for t in inputs(2, 5, 8).values())
+    ops, y_bar = torch.ops.mfmjt, randn(2, 5, 6)
+    torch.library.opcheck(ops.conv1d_fwd.default, (x, weight, bias, 2))
+    torch.library.opcheck(ops.conv1d_bwd_x.default, (y_bar, weight.detach(), 2))
+    torch.library.opcheck(ops.conv1d_bwd_weight.default, (y_bar, x.detach(), 3, 2))
     torch.library.opcheck(
-        torch.ops.mfmjt.conv1d_jvp.default,
+        ops.conv1d_jvp.default,
         (x, x.detach(), weight, bias, 1),
         test_utils=oracle.OPCHECKS_OF_A_DUAL,
     )
+
+
+def test_two_runs_are_equal_to_the_bit():
+    values = {name: x.float() for name, x in inputs(3, 40, 32, out=24).items()}
+    args = (conv1d, values, ("x",), {"x": torch.randn(3, 40, 32)}, [torch.randn(3, 40, 24)])
+    first, second = oracle.run(*args), oracle.run(*args)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_weight_alone_gets_its_gradient():
+    x, weight = torch.randn(2, 5, 8), torch.randn(4, 8, 3, requires_grad=True)
+    conv1d(x, weight).sum().backward()  # a cotangent without memory of its own
+    truth = torch.autograd.grad(conv1d_ref(x.double(), w := weight.double()).sum(), w)[0]
+    assert oracle.error(weight.grad, truth) <= oracle.allowance(truth, x.dtype, terms=10)
+    assert x.grad is None
+
+
+def test_padding_is_zero_whatever_lies_beside_the_samples():
+    around = torch.full((3, 9, 16), torch.inf)
+    around[1] = torch.randn(9, 16)
+    y = conv1d(around[1:2], torch.randn(5, 16, 3), dilation=4)
+    assert y.isfinite().all()
 
 
 def test_result_is_channels_last_in_memory():
@@ -87,14 +134,18 @@ def test_tape_keeps_no_tangent():
 
 
 def test_autocast():
+    dtype = oracle.DTYPES[-1]
     x, weight, bias = (t.float() for t in inputs(2, 5, 16).values())
-    with torch.autocast("cpu", torch.bfloat16):
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype):
         plain = conv1d(x, weight, bias)
         y, y_dot = torch.func.jvp(lambda x: conv1d(x, weight, bias), (x,), (x,))
-    assert plain.dtype == y.dtype == y_dot.dtype == torch.bfloat16
+    assert plain.dtype == y.dtype == y_dot.dtype == dtype
+    y.float().sum().backward()
+    assert weight.grad.dtype == torch.float32
     truth = conv1d_ref(x, weight, bias)
     for result in (plain, y, y_dot + bias):
-        assert oracle.error(result, truth) <= oracle.allowance(truth, torch.bfloat16, terms=48)
+        assert oracle.error(result, truth) <= oracle.allowance(truth, dtype, terms=48)
 
 
 def test_refuses_what_does_not_fit():
@@ -102,6 +153,13 @@ def test_refuses_what_does_not_fit():
         conv1d(torch.zeros(2, 5, 8), torch.zeros(6, 8, 4))
     with pytest.raises(ValueError, match="weight"):
         conv1d(torch.zeros(2, 5, 8), torch.zeros(6, 7, 3))
+    with pytest.raises(ValueError, match=r"bias \(5,\)"):
+        conv1d(torch.zeros(2, 5, 8), torch.zeros(6, 8, 3), torch.zeros(5))
+    with pytest.raises(ValueError, match="dilation 0 >= 1"):
+        conv1d(torch.zeros(2, 5, 8), torch.zeros(6, 8, 3), dilation=0)
+    x = torch.zeros(2, 5, 8)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        torch.func.jvp(lambda x: conv1d(x, torch.zeros(6, 8, 3).double()), (x,), (x,))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

@@ -135,7 +135,7 @@ def test_channels_first_convolution(way, size, dilation, taps):
     values["bias"] = randn(outs)
     ref = reference_of("conv1d")
     oracle.check_op(
-        lambda x, weight, bias: torch.ops.mfmjt.conv1d_fwd(x, weight, bias, dilation),
+        lambda x, weight, bias: torch.ops.mfmjt.conv1d_channels_first(x, weight, bias, dilation),
         lambda x, **v: ref(x.transpose(1, 2), dilation=dilation, **v).transpose(1, 2),
         values,
         (),
