@@ -363,7 +363,9 @@ class _Run:
         noise = torch.empty_like(x).normal_(generator=generator)
         with self._averaged():
             made = meanflow.OneStep(self.net, guidance=1.5)(noise, **cond)
-            pair = [self.net.unnormalize(latent).cpu() for latent in (x, made)]
+        # The network has the same statistics, but in shards where it is sharded.
+        mean, std = self.store.latent_mean, self.store.latent_std
+        pair = [(latent * std + mean).cpu() for latent in (x, made)]
         if not self.processes.first:
             return
         real, fake = (self.codec.decode(latent) for latent in pair)

@@ -84,10 +84,14 @@ class CheckpointFolder:
         # The same on all processes, because a failure anywhere is raised everywhere.
         self._previous = name
         tensors = {key: tensor.detach() for key, tensor in tensors.items()}
-        if self.group is None:
-            self._pending = dcp.async_save(tensors, storage_writer=writer, no_dist=True)
-        else:
-            self._pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        saving = dcp.async_save(
+            tensors,
+            storage_writer=writer,
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        assert isinstance(saving, Future)  # our writer copies before it returns
+        self._pending = saving
 
     def wait(self) -> None:
         """Return when the last save is on disk.
