@@ -31,7 +31,7 @@ from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.cache import entry, identity
 from mfmjt.pipeline.features import Encoders, VideoFeatures, lengths
 from mfmjt.pipeline.published import mode_of, mode_there, networks_there, root_of
-from mfmjt.pipeline.windows import OVERLAP, Noise, Window, decoded, joined, plan
+from mfmjt.pipeline.windows import OVERLAP, Noise, Window, decoded, expected, joined, plan
 
 __all__ = ["MAX_DURATION", "Pipeline"]
 
@@ -288,7 +288,9 @@ class Pipeline:
                     with clock.stage("encode"):
                         text = self._text(prompt)
                 if not window.last:
-                    clock.windows = number, self._expected(source, duration, number)
+                    known = duration if source is None else source.declared
+                    of = 0 if known is None else expected(self.window, known)
+                    clock.windows = number, max(of, number + 2)
                 start = round(window.start * config.latent_rate)
                 length, _, _ = lengths(self.encoders, config, window.duration)
                 if window.last:
@@ -350,14 +352,6 @@ class Pipeline:
             self.device,
             cached,
         )
-
-    def _expected(self, source: VideoFeatures | None, duration: float | None, number: int) -> int:
-        """How many windows there will be, of which `number` are done and more come."""
-        whole = duration if source is None else source.declared
-        if whole is None:
-            return number + 2
-        stride = self.window - OVERLAP
-        return max(number + 2, 1 + math.ceil((whole - self.window) / stride))
 
     def _text(self, prompt: str | None) -> dict[str, Tensor]:
         """Features `(1, tokens, dim)` of the prompt, where there is one."""

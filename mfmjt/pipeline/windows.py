@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["OVERLAP", "Noise", "Window", "decoded", "joined", "plan"]
+__all__ = ["OVERLAP", "Noise", "Window", "decoded", "expected", "joined", "plan"]
 
 OVERLAP = 1
 """Seconds that a window shares with the one before it, and over which the two are faded."""
 STRETCH = 1.25
-"""What is at most so much longer than a window is made in one go: networks have no absolute
-positions, and one trained on 8 s is tested on 10 (arXiv 2509.06389)."""
+"""The last window may be so much longer than the others, and what is no longer is made in one go:
+networks have no absolute positions, and one trained on 8 s is tested on 10 (arXiv 2509.06389)."""
 CHUNK = 509
 """Latents from one chunk of the codec to the next: its noise repeats after as many frames, so that
 every chunk continues it."""
@@ -63,14 +63,19 @@ def plan(length: int, total: Callable[[float], float | None]) -> Iterator[Window
         total: Asked with some seconds, tells the sound's whole duration if it is no more than
             that, else None.
     """
-    start, reach = 0, STRETCH * length
-    while (end := total(reach)) is None:
+    start = 0
+    while (end := total(start + STRETCH * length)) is None:
         yield Window(start, length, last=False)
         start += length - OVERLAP
-        reach = start + length
-    if start:  # the last one is as long as the others, and overlaps more
-        start = math.ceil(end - length - _ROUNDING)
+    # A short rest becomes a whole window that overlaps more.
+    start = max(0, min(start, math.ceil(end - length - _ROUNDING)))
     yield Window(start, end - start, last=True)
+
+
+def expected(length: int, duration: float) -> int:
+    """How many windows `plan` gives for a duration in seconds."""
+    beyond = duration - STRETCH * length
+    return 1 + max(0, math.ceil(beyond / (length - OVERLAP)))
 
 
 class Noise:
