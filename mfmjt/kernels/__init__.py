@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mfmjt.kernels import _flops
+from mfmjt.kernels._accelerate import accelerate_jvp
 from mfmjt.kernels._op import reference
 from mfmjt.kernels.adaln import adaln
 from mfmjt.kernels.conv1d import conv1d
@@ -13,6 +15,7 @@ from mfmjt.kernels.snake import snake
 from mfmjt.kernels.swiglu import swiglu
 
 __all__ = [
+    "accelerate_jvp",
     "adaln",
     "conv1d",
     "gated_residual_adaln",
@@ -23,3 +26,5 @@ __all__ = [
     "snake",
     "swiglu",
 ]
+
+_flops.install()
