@@ -104,7 +104,7 @@ def modulate_bar(
     A library op must not return its input, and a copy would be a pass over memory: whoever called
     the op puts y_bar there (`whole_shift_bar`).
     """
-    n = torch.addcmul(-mean * rstd, x, rstd)
+    n = (x - mean).mul_(rstd)  # in this order, for rows that are constant or far from zero
     scale_bar = n.mul_(y_bar).sum_to_size(scale.shape).contiguous()
     shift_bar = y_bar.new_empty(0) if shift_shape == x.shape else y_bar.sum_to_size(shift_shape)
     x_bar, _, _ = _normalise_bar(
@@ -274,6 +274,8 @@ class Layout:
         width: C.
         work: Dtype of statistics and sums.
         blocks: Launch configuration, see `_tuning.norm`.
+        chunks: Programs of a backward kernel for each sample.
+        chunk: Rows of one of them.
     """
 
     def __init__(self, x: Tensor, *modulations: Tensor) -> None:
@@ -294,24 +296,27 @@ class Layout:
             self.samples, self.tokens = 1, self.samples
         self.work = _op.work_dtype(x)
         self.blocks = _tuning.norm(self.width, self.tokens, x.element_size())
+        block_rows = self.blocks[1]
+        most = _tuning.norm_chunk(self.samples * self.tokens) if smaller else block_rows
+        self.chunks = cdiv(self.tokens, max(block_rows, most))
+        self.chunk = cdiv(self.tokens, self.chunks * block_rows) * block_rows
 
-    def rows(self, x: Tensor | None) -> Rows | None:
-        """What has the shape of x, or None, for a kernel."""
-        if x is None:
-            return None
-        view = self._view(x if x.stride(-1) == 1 or self.width == 1 else x.contiguous())
-        return Rows(view, view.stride(0), view.stride(1), 1)
-
-    def modulation(self, m: Tensor | None) -> Rows | None:
+    def rows(self, t: Tensor | None) -> Rows | None:
         """What broadcasts to x, or None, for a kernel."""
-        if m is None:
+        if t is None:
             return None
-        shared = m.ndim == 0 or m.shape[-1] < self.width
-        view = self._view(m if shared or m.stride(-1) == 1 or self.width == 1 else m.contiguous())
-        return Rows(view, view.stride(0), view.stride(1) or None, None if shared else 1)
+        if t.ndim != 3 or len(self._shape) != 3:
+            t = t.expand(self._shape).reshape(self._view_shape)
+        if t.shape[2] > 1 and t.stride(2) > 1:
+            t = t.contiguous()
+        strides = zip(t.shape, t.stride(), strict=True)
+        sample, token, channel = (0 if size == 1 else stride for size, stride in strides)
+        if self._swapped:
+            sample, token = token, sample
+        return Rows(t, sample, token or None, channel or None)
 
-    def cotangent(self, m: Tensor, chunks: int, known: bool = False) -> Cotangent:
-        """Memory for the cotangent of a modulation, which `chunks` programs a sample compute.
+    def cotangent(self, m: Tensor, known: bool = False) -> Cotangent:
+        """Memory for the cotangent of a modulation.
 
         None, as `modulate_bar` has it, for one of the shape of x that is `known` without a kernel.
         """
@@ -319,7 +324,7 @@ class Layout:
         if m.shape == self._shape:
             return Cotangent(m, None if known else m.new_empty(m.shape))
         if padded[-1] == self.width and all(n == 1 for n in padded[len(self._lead) : -1]):
-            sums = m.new_empty((self.samples, chunks, self.width), dtype=self.work)
+            sums = m.new_empty((self.samples, self.chunks, self.width), dtype=self.work)
             axes = len(self._shape) - 1 - len(self._lead)
             result = m.new_empty(
                 (*self._lead, *(1,) * axes, self.width),
@@ -330,10 +335,6 @@ class Layout:
 
     def _padded(self, m: Tensor) -> tuple[int, ...]:
         return (1,) * (len(self._shape) - m.ndim) + tuple(m.shape)
-
-    def _view(self, t: Tensor) -> Tensor:
-        view = t.expand(self._shape).reshape(self._view_shape)
-        return view.transpose(0, 1) if self._swapped else view
 
 
 class Cotangent(NamedTuple):
@@ -352,7 +353,7 @@ class Cotangent(NamedTuple):
     result: Tensor | None = None
 
 
-def finish(*cotangents: Cotangent) -> list[Tensor]:
+def finish(*cotangents: Cotangent) -> tuple[Tensor, ...]:
     """Run the second step of all sums, in one launch; returns the cotangents."""
     pairs = tuple((c.sums, c.result) for c in cotangents if c.sums is not None)
     if pairs:
@@ -366,7 +367,7 @@ def finish(*cotangents: Cotangent) -> list[Tensor]:
             BLOCK_COLS=block_cols,
             num_warps=num_warps,
         )
-    return [_finished(*c) for c in cotangents]
+    return tuple(_finished(*c) for c in cotangents)
 
 
 def _finished(

@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm, _op, _tuning
+from mfmjt.kernels import _norm, _op
 from mfmjt.kernels._norm import backward_norm, columns, forward_norm, load_rows, store_sum
 from mfmjt.kernels._triton import cdiv, jit, tl
 
@@ -141,7 +141,7 @@ def _adaln_bwd_kernel(
         scale_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
     if shift_sum is not None:
         shift_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    for start in range(0, chunk, BLOCK_ROWS):
+    for start in range(0, tl.minimum(chunk, tokens - first_row), BLOCK_ROWS):
         row = first_row + start + tl.arange(0, BLOCK_ROWS)
         inside = (row[None, :, None] < tokens) & (col < width)
         wide_x = load_rows(x, sample, row, col, tokens, width, work)
@@ -181,9 +181,9 @@ def _launch_fwd(
     segments, block_rows, block_cols, num_warps = layout.blocks
     _adaln_fwd_kernel[(layout.samples * cdiv(layout.tokens, block_rows),)](
         layout.rows(x),
-        *map(layout.modulation, modulations),
+        *map(layout.rows, modulations),
         layout.rows(x_dot),
-        *map(layout.modulation, dots),
+        *map(layout.rows, dots),
         y,
         y_dot,
         mean,
@@ -230,31 +230,29 @@ def _bwd_triton(
         return _bwd(y_bar, x, shift, scale, mean, rstd)
     layout = _norm.Layout(x, shift, scale)
     segments, block_rows, block_cols, num_warps = layout.blocks
-    chunk = _tuning.norm_chunk(layout.samples, layout.tokens, block_rows)
-    chunks = cdiv(layout.tokens, chunk)
     x_bar = x.new_empty(x.shape)
-    shift_bar = layout.cotangent(shift, chunks, known=True)
-    scale_bar = layout.cotangent(scale, chunks)
-    _adaln_bwd_kernel[(layout.samples * chunks,)](
+    shift_memory, scale_memory = layout.cotangent(shift, known=True), layout.cotangent(scale)
+    _adaln_bwd_kernel[(layout.samples * layout.chunks,)](
         layout.rows(y_bar),
         layout.rows(x),
-        layout.modulation(scale),
+        layout.rows(scale),
         mean.contiguous(),
         rstd.contiguous(),
         x_bar,
-        scale_bar.whole,
-        scale_bar.sums,
-        shift_bar.whole,
-        shift_bar.sums,
+        scale_memory.whole,
+        scale_memory.sums,
+        shift_memory.whole,
+        shift_memory.sums,
         layout.tokens,
         layout.width,
-        chunk,
+        layout.chunk,
         SEGMENTS=segments,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=num_warps,
     )
-    return (x_bar, *_norm.finish(shift_bar, scale_bar))
+    shift_bar, scale_bar = _norm.finish(shift_memory, scale_memory)
+    return x_bar, shift_bar, scale_bar
 
 
 _fwd_op = _op.define(

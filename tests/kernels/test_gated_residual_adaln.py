@@ -21,6 +21,7 @@ CASES = {
     "strided": (lambda: inputs(2, 5, 16, 5, strided), ALL),
     "one token": (lambda: inputs(2, 1, 16, 1), ALL),
     "no sample": (lambda: inputs(0, 4, 16, 1), ALL),
+    "no token": (lambda: inputs(2, 0, 16, 1), ALL),
     "only x moves": (lambda: inputs(2, 4, 16, 1), ("x",)),
     "only h moves": (lambda: inputs(2, 4, 16, 1), ("h",)),
     "only gate moves": (lambda: inputs(2, 4, 16, 4), ("gate",)),
@@ -36,6 +37,82 @@ def test_all_modes(case, dtype):
     terms = max(values["x"].shape[1:])
     op, ref = gated_residual_adaln, gated_residual_adaln_ref
     oracle.check_op(op, ref, values, moving, dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "width", "modulated"),
+    [(1, 449, 1), (17, 7, 17), (17, 448, 1), (77, 63, 77), (250, 7, 1), (391, 63, 1)],
+)
+def test_lengths_and_widths(tokens, width, modulated, dtype):
+    values = inputs(1, tokens, width, modulated)
+    op, ref = gated_residual_adaln, gated_residual_adaln_ref
+    oracle.check_op(op, ref, values, ALL, dtype, terms=max(tokens, width))
+
+
+@pytest.mark.parametrize("width", [1, 1500, 8192, 8200])
+def test_one_channel_and_many(width):
+    op, ref = gated_residual_adaln, gated_residual_adaln_ref
+    oracle.check_op(op, ref, inputs(1, 2, width, 1), ALL, torch.float32, terms=width)
+
+
+@pytest.mark.parametrize("modulated", [1, 5], ids=["per sample", "per token"])
+def test_views_of_larger_tensors(modulated):
+    """The network's way: some tokens of a stream, and a few of many modulations side by side."""
+
+    def of_views(op):
+        def run(x, h, modulations):
+            gate, _, shift, scale = modulations.chunk(4, -1)
+            return op(x[:, 2:], h[:, :5], gate, shift, scale)
+
+        return run
+
+    values = {"x": randn(2, 7, 24), "h": randn(2, 6, 24), "modulations": randn(2, modulated, 96)}
+    op, ref = of_views(gated_residual_adaln), of_views(gated_residual_adaln_ref)
+    oracle.check_op(op, ref, values, tuple(values), torch.float32, terms=24)
+
+
+SHAPES = {  # of x, gate, shift and scale
+    "sequence": ((5, 8), (8,), (5, 8), ()),
+    "one for all": ((2, 5, 8), (8,), (1, 1, 8), (5, 8)),
+    "a number for each token": ((2, 5, 8), (2, 5, 1), (2, 1, 8), (2, 5, 8)),
+    "single tokens": ((3, 1, 8), (3, 1, 8), (3, 1, 8), (3, 1, 8)),
+    "four axes": ((2, 3, 4, 8), (2, 1, 1, 8), (2, 3, 1, 8), (4, 8)),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_whatever_broadcasts(case):
+    x, *modulations = SHAPES[case]
+    values = {"x": randn(*x), "h": randn(*x)}
+    for name, shape in zip(("gate", "shift", "scale"), modulations, strict=True):
+        values[name] = torch.randn(shape, dtype=torch.float64)
+    op, ref = gated_residual_adaln, gated_residual_adaln_ref
+    oracle.check_op(op, ref, values, ALL, torch.float32, terms=192)
+
+
+def test_constant_rows_and_large_offsets():
+    values = inputs(1, 5, 16, 1)
+    x, h, gate = values["x"], values["h"], values["gate"]
+    x[:, 0] += 1e4
+    x[:, 1:4] = torch.tensor([300, 0, 1e-20])[:, None]
+    h[:, 1:4] = torch.tensor([4, 0, 1e-20])[:, None]
+    gate[:] = 2
+    op, ref = gated_residual_adaln, gated_residual_adaln_ref
+    oracle.check_op(op, ref, values, ALL, torch.float32, terms=16)
+
+
+@pytest.mark.parametrize("modulated", [1, 77], ids=["per sample", "per token"])
+def test_same_bits_twice(modulated):
+    def everything():
+        leaves = {name: t.float().requires_grad_() for name, t in values.items()}
+        results = gated_residual_adaln(**leaves)
+        bars = [y.detach().cos() for y in results]
+        return (*results, *torch.autograd.grad(results, list(leaves.values()), bars))
+
+    values = inputs(2, 77, 33, modulated)
+    for once, again in zip(everything(), everything(), strict=True):
+        assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize("used", [0, 1])
