@@ -8,7 +8,10 @@ that the rows with r < t, which come first, are dealt out evenly and shapes stay
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, RunError
 
 __all__ = [
     "Processes",
@@ -34,6 +37,8 @@ __all__ = [
 T = TypeVar("T")
 STATE_BYTES = 20
 """Of a trained parameter in fp32: weight, gradient, two moments, one average."""
+PATIENCE_S = 600
+"""How long processes wait for one another at the start."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -100,7 +105,10 @@ class Processes:
             torch.cuda.set_device(self.device)
         if self.launched and not dist.is_initialized():
             backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-            dist.init_process_group(backends.get(self.device.type))
+            store, rank, world = _meet()
+            dist.init_process_group(
+                backends.get(self.device.type), store=store, rank=rank, world_size=world
+            )
             self.owns_group = True
         if dist.is_initialized():
             # Checkpoints are written by a thread, whose messages must not mix with the training's.
@@ -164,6 +172,44 @@ class Processes:
                     f"without, in all of them or in none; {intervals} of {rows} do not go round "
                     f"in {parts} passes. Give a larger batch, another ratio, or parallel=ddp."
                 )
+
+
+def _meet() -> tuple[Any, int, int]:
+    """Wait for the other processes of this attempt; a store of theirs alone, rank and world.
+
+    torchrun keeps one store for all attempts. Processes that it has started again would find there
+    the addresses of those that died. So the first one names the group anew, and who is in it is
+    known by what each has made up.
+
+    Raises:
+        RunError: Some did not come in time.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(rendezvous("env://"))
+    mine, end = uuid.uuid4().hex, time.monotonic() + PATIENCE_S
+    name, others = mine, range(1, world)
+    if rank:
+        store.set(f"mfmjt/{rank}", mine)
+    missing = {rank} if rank else set(others)
+    while missing:
+        if rank and store.check(["mfmjt/group"]):
+            name, members = json.loads(store.get("mfmjt/group"))
+            if members.get(str(rank)) == mine:
+                store.set(f"mfmjt/{name}/{rank}", "")
+                break
+        if not rank:
+            known = {n: store.get(f"mfmjt/{n}") for n in others if store.check([f"mfmjt/{n}"])}
+            members = {n: value.decode() for n, value in known.items()}
+            store.set("mfmjt/group", json.dumps([mine, members]))
+            missing = {n for n in missing if not store.check([f"mfmjt/{mine}/{n}"])}
+        if time.monotonic() > end:
+            raise RunError(
+                f"Process {rank} waited {PATIENCE_S} s in vain for the others. Look at what they "
+                "wrote, and whether all reach MASTER_ADDR."
+            )
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store), rank, world
 
 
 def choose_parallel(how: str, processes: Processes, net: nn.Module) -> str:
