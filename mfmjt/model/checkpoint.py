@@ -112,7 +112,9 @@ def load_mmaudio(
             # (heads, head_dim, 3, ...) to (3, heads, head_dim, ...)
             parts = value.unflatten(0, (sizes.num_heads, sizes.head_dim, 3))
             state[key] = parts.movedim(2, 0).flatten(0, 2)
-    fresh = r_embedding(sizes.hidden_dim).state_dict()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # the same file always gives the same network
+        fresh = r_embedding(sizes.hidden_dim).state_dict()
     return _build(sizes, state | {f"{_OURS}{key}": value for key, value in fresh.items()})
 
 

@@ -155,7 +155,9 @@ def test_a_jump_in_time_is_damage(pipe: Pipeline, tmp_path: Path) -> None:
 def pictures_alive() -> int:
     """Bytes of uint8 tensors that are held anywhere."""
     tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == torch.uint8]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def test_pictures_do_not_pile_up(pipe: Pipeline, tmp_path: Path) -> None:

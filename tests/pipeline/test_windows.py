@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_windows_cover_all_and_overlap(length, duration):
     assert [w.last for w in windows] == [False] * (len(windows) - 1) + [True]
     assert windows[0].start == 0
     assert math.isclose(windows[-1].end, duration)
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in pairwise(windows):
         assert before.duration == length
         assert before.start + OVERLAP <= after.start <= before.end - OVERLAP
     if len(windows) > 1:
