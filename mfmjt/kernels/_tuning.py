@@ -66,9 +66,12 @@ def _product(element_size: int) -> tuple[dict[Tile, float], int]:
 def conv1d(rows: int, outs: int, element_size: int) -> Tile:
     """Blocks of rows, outputs and channels, warps and stages of a convolution of (rows, outs).
 
-    The tile with the least time by the area that its full waves of programs cover.
+    The tile with the least time by the area that its full waves of programs cover. Results whose
+    rows are no whole vectors are stored one by one, and large tiles have no registers for that.
     """
     tiles, processors = _product(element_size)
+    if outs % 16:
+        return list(tiles)[-1]
 
     def time(tile: Tile) -> float:
         block_rows, block_outs, _ = tile[0]
@@ -158,9 +161,13 @@ def snake() -> tuple[int, int]:
     return 64, 1 if target()[0] == "hip" else 2
 
 
-def attention(part: str, width: int, element_size: int) -> tuple[int, int, int, int]:
-    """Blocks of queries and of keys, warps and pipeline stages of an attention kernel.
+def attention(
+    part: str, tokens: int, width: int, element_size: int
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Blocks, warps and pipeline stages of an attention kernel.
 
-    `part` is "value", "tangent", "bwd_q" or "bwd_kv".
+    The blocks are of queries, of keys, and of the head's columns: those that go into the scores at
+    a time, and those of the result in one program.
     """
-    return 64, 64, 4, 2
+    columns = max(16, power_of_2(width))
+    return (64, 64, columns, columns), 4, 2

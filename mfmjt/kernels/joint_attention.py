@@ -16,13 +16,15 @@ rows, so that no (N, M) matrix grows with N.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _op
+from mfmjt.kernels import _op, _tuning
+from mfmjt.kernels._triton import INTERPRETED, cdiv, jit, target, tl
 
 __all__ = ["joint_attention", "joint_attention_ref"]
 
@@ -96,6 +98,29 @@ def _bias(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill_(~valid, torch.finfo(dtype).min)[:, None, None]
 
 
+def _join(streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
+    """One tensor of all tokens, padding zero."""
+    return _without_padding(streams[0] if len(streams) == 1 else torch.cat(streams, dim=1), valid)
+
+
+def _join_dots(
+    dots: Sequence[Tensor | None], streams: Sequence[Tensor], valid: Tensor | None = None
+) -> Tensor | None:
+    """One tangent of all tokens; None where no stream has one."""
+    if all(dot is None for dot in dots):
+        return None
+    whole = [torch.zeros_like(s) if d is None else d for s, d in zip(streams, dots, strict=True)]
+    return _join(whole, valid)
+
+
+def _part(x: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
+    """The streams of a tensor of all tokens, each in memory of its own."""
+    if len(streams) == 1:
+        return [x.contiguous()]
+    parts = x.split([s.shape[1] for s in streams], dim=1)
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
 class _Heads:
     """(B, tokens, H, D) tensors as the (B H, tokens, D) batches that bmm wants, and back."""
 
@@ -122,31 +147,35 @@ class _Heads:
         return [slice(start, start + step) for start in range(0, queries, step)]
 
 
-def _dual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    valid: Tensor | None,
+def _jvp(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_dots: list[Tensor | None],
+    k_dots: list[Tensor | None],
+    v_dots: list[Tensor | None],
+    lengths: list[Tensor | None],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = _Heads(q)
-    o, o_dot = q.new_empty(q.shape), q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=heads.dtype)
-    keys, values, bias = heads.take(k).transpose(1, 2), heads.take(v), heads.rows(valid)
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    valid = _valid_keys(k, lengths)
+    q_dot, k_dot = _join_dots(q_dots, q), _join_dots(k_dots, k, valid)
+    v_dot = _join_dots(v_dots, v, valid)
+    all_q, all_k, all_v = _join(q), _join(k, valid), _join(v, valid)
+    heads = _Heads(all_q)
+    o, o_dot = all_q.new_empty(all_q.shape), all_q.new_empty(all_q.shape)
+    lse = _new_lse(q)
+    keys, values, bias = heads.take(all_k).transpose(1, 2), heads.take(all_v), heads.rows(valid)
     keys_dot = None if k_dot is None else heads.take(k_dot).transpose(1, 2)
     values_dot = None if v_dot is None else heads.take(v_dot)
-    for block in heads.blocks(q.shape[1], k.shape[1]):
-        query = heads.take(q[:, block]) * scale
+    for block in heads.blocks(all_q.shape[1], all_k.shape[1]):
+        query = heads.take(all_q[:, block]) * scale
         p = torch.bmm(query, keys)
         if bias is not None:
             p.add_(bias)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
         p.div_(total)
-        lse[:, block] = heads.give(total.log_().add_(top)).squeeze(-1)
+        lse[:, :, block] = heads.give(total.log_().add_(top))[..., 0].transpose(1, 2)
         o[:, block] = heads.give(torch.bmm(p, values))
 
         s_dot = None
@@ -163,37 +192,41 @@ def _dual(
                 torch.bmm(p, values_dot) if out_dot is None else out_dot.baddbmm_(p, values_dot)
             )
         o_dot[:, block] = 0 if out_dot is None else heads.give(out_dot)
-    return o, o_dot, lse
+    return _part(o, q), _part(o_dot, q), lse
 
 
 def _fwd(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    o, _, lse = _dual(q, k, v, None, None, None, valid, scale)
+    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
+) -> tuple[list[Tensor], Tensor]:
+    no_q, no_k = [None] * len(q), [None] * len(k)
+    o, _, lse = _jvp(q, k, v, no_q, no_k, no_k, lengths, scale)
     return o, lse
 
 
 def _bwd(
-    o_bar: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
+    o_bar: list[Tensor],
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    o: list[Tensor],
     lse: Tensor,
-    valid: Tensor | None,
+    lengths: list[Tensor | None],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = _Heads(q)
-    q_bar, k_bar, v_bar = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    keys, values, bias = heads.take(k), heads.take(v), heads.rows(valid)
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    valid = _valid_keys(k, lengths)
+    all_q, all_k, all_v = _join(q), _join(k, valid), _join(v, valid)
+    all_o, all_o_bar = _join(o), _join(o_bar)
+    heads = _Heads(all_q)
+    q_bar, k_bar, v_bar = (t.new_empty(t.shape) for t in (all_q, all_k, all_v))
+    keys, values, bias = heads.take(all_k), heads.take(all_v), heads.rows(valid)
     keys_bar, values_bar = torch.zeros_like(keys), torch.zeros_like(values)
-    for block in heads.blocks(q.shape[1], k.shape[1]):
-        query, out, out_bar = (heads.take(t[:, block]) for t in (q, o, o_bar))
+    for block in heads.blocks(all_q.shape[1], all_k.shape[1]):
+        query, out, out_bar = (heads.take(t[:, block]) for t in (all_q, all_o, all_o_bar))
         query = query * scale
         p = torch.bmm(query, keys.transpose(1, 2))
         if bias is not None:
             p.add_(bias)
-        p.sub_(heads.take(lse[:, block, :, None])).exp_()
+        p.sub_(lse[:, :, block].reshape(*p.shape[:2], 1)).exp_()
         values_bar.baddbmm_(p.transpose(1, 2), out_bar)
         centre = (out_bar * out).sum(-1, keepdim=True)
         s_bar = torch.bmm(out_bar, values.transpose(1, 2)).sub_(centre).mul_(p)
@@ -201,107 +234,725 @@ def _bwd(
         keys_bar.baddbmm_(s_bar.transpose(1, 2), query)
     k_bar.copy_(heads.give(keys_bar))
     v_bar.copy_(heads.give(values_bar))
-    return q_bar, k_bar, v_bar
+    k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
+    return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
 
 
 def _fwd_cpu(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
+) -> tuple[list[Tensor], Tensor]:
+    valid = _valid_keys(k, lengths)
     o, lse = _flash(
-        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=_bias(valid, q.dtype), scale=scale
+        *(t.transpose(1, 2) for t in (_join(q), _join(k, valid), _join(v, valid))),
+        attn_mask=_bias(valid, q[0].dtype),
+        scale=scale,
     )
-    return o.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+    return _part(o.transpose(1, 2), q), lse.contiguous()
 
 
 def _bwd_cpu(
-    o_bar: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
+    o_bar: list[Tensor],
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    o: list[Tensor],
     lse: Tensor,
-    valid: Tensor | None,
+    lengths: list[Tensor | None],
     scale: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    valid = _valid_keys(k, lengths)
+    joined = (_join(o_bar), _join(q), _join(k, valid), _join(v, valid), _join(o))
     bars = _flash_bar(
-        *(t.transpose(1, 2) for t in (o_bar, q, k, v, o, lse)),
+        *(t.transpose(1, 2) for t in joined),
+        lse,
         0.0,
         False,
-        attn_mask=_bias(valid, q.dtype),
+        attn_mask=_bias(valid, lse.dtype if lse.dtype == torch.float64 else q[0].dtype),
         scale=scale,
     )
-    return tuple(bar.transpose(1, 2).contiguous() for bar in bars)
+    q_bar, k_bar, v_bar = (bar.transpose(1, 2) for bar in bars)
+    k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
+    return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
 
 
-def _fwd_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_op.work_dtype(q))
+@jit
+def _locate(tokens, tile, BLOCK: tl.constexpr):
+    """The stream that a tile lies in, where it starts there, and how many tokens there are."""
+    stream, local, count = 0, tile, tokens[0]
+    passed = tl.cdiv(tokens[0], BLOCK)
+    for s in tl.static_range(1, len(tokens)):
+        here = tile >= passed
+        stream = tl.where(here, s, stream)
+        local = tl.where(here, tile - passed, local)
+        count = tl.where(here, tokens[s], count)
+        passed += tl.cdiv(tokens[s], BLOCK)
+    return stream, local * BLOCK, count
 
 
-def _jvp_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), *_fwd_fake(q)
+@jit
+def _choose(streams, stream):
+    """One of a tuple of streams by a number that only the running kernel knows."""
+    pointer, batch_stride, token_stride, head_stride = streams[0]
+    for s in tl.static_range(1, len(streams)):
+        pointer = tl.where(stream == s, streams[s][0], pointer)
+        batch_stride = tl.where(stream == s, streams[s][1], batch_stride)
+        token_stride = tl.where(stream == s, streams[s][2], token_stride)
+        head_stride = tl.where(stream == s, streams[s][3], head_stride)
+    return pointer, batch_stride, token_stride, head_stride
 
 
-def _bwd_fake(_: Tensor, *qkv: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in qkv[:3])
+@jit
+def _choose_pointer(pointers, stream):
+    pointer = pointers[0]
+    for s in tl.static_range(1, len(pointers)):
+        pointer = tl.where(stream == s, pointers[s], pointer)
+    return pointer
+
+
+@jit
+def _load(
+    stream,
+    sample,
+    head,
+    start,
+    limit,
+    first_column,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile (BLOCK, COLUMNS) of one head from token `start` on, zeros where there is nothing."""
+    pointer, batch_stride, token_stride, head_stride = stream
+    token = tl.arange(0, BLOCK)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    inside = token < limit - start
+    if WIDTH % COLUMNS != 0:
+        inside = inside & (column < WIDTH)
+    # 64 bits for where the tile is, 32 within it
+    pointer += (sample * batch_stride + head * head_stride) * UNIT
+    pointer += tl.cast(start, tl.int64) * (token_stride * UNIT)
+    return tl.load(pointer + (token * (token_stride * UNIT) + column), inside, 0.0)
+
+
+@jit
+def _store(
+    pointer,
+    tile,
+    sample,
+    head,
+    heads,
+    start,
+    count,
+    first_column,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write a tile of one head into a dense (B, count, H, WIDTH) result."""
+    token = tl.arange(0, BLOCK)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    inside = token < count - start
+    if WIDTH % COLUMNS != 0:
+        inside = inside & (column < WIDTH)
+    pointer += ((sample * count + start) * heads + head) * WIDTH
+    tl.store(pointer + (token * (heads * WIDTH) + column), tile, inside)
+
+
+@jit
+def _products(
+    a,
+    b,
+    sample,
+    head,
+    a_start,
+    a_limit,
+    b_start,
+    b_limit,
+    total,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    B_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Add the products of rows of two streams, some columns at a time."""
+    for column in range(0, WIDTH, COLUMNS):
+        x = _load(a, sample, head, a_start, a_limit, column, UNIT, WIDTH, A_BLOCK, COLUMNS)
+        y = _load(b, sample, head, b_start, b_limit, column, UNIT, WIDTH, B_BLOCK, COLUMNS)
+        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
+
+
+@jit
+def _limit(lengths, stream, tokens, sample):
+    """How many keys of a sample count; they are the first of the stream."""
+    limit = tokens
+    if lengths[stream] is not None:
+        limit = tl.minimum(tl.load(lengths[stream] + sample), limit).to(tl.int32)
+    return limit
+
+
+@jit
+def _attention_fwd_kernel(
+    q,  # a stream is (pointer, batch stride, token stride, head stride), strides in units
+    k,
+    v,
+    q_dot,  # None where no query moves
+    k_dot,  # None in place of a stream that does not move
+    v_dot,
+    o,  # pointers, one for each stream of queries
+    o_dot,  # None where no tangent is wanted
+    lse,
+    queries,  # tokens of each stream
+    keys,
+    lengths,  # pointers to the number of keys that count, or None
+    all_queries,
+    heads,
+    scale,
+    scale_2,  # for exp2, the exponential that GPUs have
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
+    BLOCK_OUT: tl.constexpr,  # columns of v and o in one program: likewise
+):
+    WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
+    STORED: tl.constexpr = q[0][0].dtype.element_ty
+    TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
+    tiles = 0
+    for s in tl.static_range(len(q)):
+        tiles += tl.cdiv(queries[s], BLOCK_N)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    sample, head = pair // heads, pair % heads
+    column = tl.program_id(1) * BLOCK_OUT
+    stream, first, count = _locate(queries, tl.program_id(0) % tiles, BLOCK_N)
+    own = _choose(q, stream)
+    if q_dot is not None:
+        own_dot = _choose(q_dot, stream)
+    if WHOLE:
+        query = _load(own, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        if q_dot is not None:
+            query_dot = _load(
+                own_dot, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN
+            )
+
+    key = tl.arange(0, BLOCK_M)
+    top = tl.full([BLOCK_N], float("-inf"), TYPE)
+    total = tl.zeros([BLOCK_N], TYPE)  # sum of p; and of p as rounded for the matrix product
+    total_rounded = total
+    total_w = total
+    centre = total
+    out = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
+    dot = out
+    for s in tl.static_range(len(k)):
+        MOVES: tl.constexpr = q_dot is not None or k_dot[s] is not None
+        limit = _limit(lengths, s, keys[s], sample)
+        if o_dot is not None and not MOVES:  # S_dot is zero: W is, if the centre is too
+            dot += centre[:, None] * out
+            total_w += centre * total_rounded
+            centre = tl.zeros([BLOCK_N], TYPE)
+        for start in range(0, limit, BLOCK_M):
+            score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
+            score_dot = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
+            if WHOLE:
+                a = _load(k[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                a = tl.trans(a)
+                score = tl.dot(query, a, score, input_precision=PRECISION, out_dtype=TYPE)
+                if q_dot is not None:
+                    score_dot = tl.dot(
+                        query_dot, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
+                    )
+                if k_dot[s] is not None:
+                    a = _load(
+                        k_dot[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN
+                    )
+                    a = tl.trans(a)
+                    score_dot = tl.dot(
+                        query, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
+                    )
+            else:
+                score = _products(
+                    own, k[s], sample, head, first, count, start, limit, score,
+                    UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                )  # fmt: skip
+                if q_dot is not None:
+                    score_dot = _products(
+                        own_dot, k[s], sample, head, first, count, start, limit, score_dot,
+                        UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                    )  # fmt: skip
+                if k_dot[s] is not None:
+                    score_dot = _products(
+                        own, k_dot[s], sample, head, first, count, start, limit, score_dot,
+                        UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                    )  # fmt: skip
+            score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            top = new_top
+            sum_p = tl.sum(p, 1)
+            p_rounded = p.to(STORED)
+            total_rounded *= shrink
+            total_w *= shrink
+            b = _load(v[s], sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT)
+            if MOVES:
+                # The centre is the mean of S_dot so far: it takes a common offset off before W is
+                # rounded. What was summed with another centre moves along.
+                score_dot *= scale
+                new = total_w + centre * total_rounded + tl.sum(p * score_dot, 1)
+                new = new / (total_rounded + sum_p)
+                shift = centre - new
+                centre = new
+                w = (p * (score_dot - centre[:, None])).to(STORED)
+                total_w += shift * total_rounded + tl.sum(w.to(TYPE), 1)
+                dot = dot * shrink[:, None] + out * (shift * shrink)[:, None]
+                dot = tl.dot(w, b, dot, input_precision=PRECISION, out_dtype=TYPE)
+            elif o_dot is not None:
+                dot *= shrink[:, None]
+            out *= shrink[:, None]
+            out = tl.dot(p_rounded, b, out, input_precision=PRECISION, out_dtype=TYPE)
+            if v_dot[s] is not None:
+                b = _load(
+                    v_dot[s], sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT
+                )
+                dot = tl.dot(p_rounded, b, dot, input_precision=PRECISION, out_dtype=TYPE)
+            total = total * shrink + sum_p
+            # The sums that divide are those of the very numbers that were multiplied
+            if STORED != TYPE:
+                sum_p = tl.sum(p_rounded.to(TYPE), 1)
+            total_rounded += sum_p
+
+    nothing = total == 0
+    share = tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, total_rounded))[:, None]
+    out *= share
+    pointer = _choose_pointer(o, stream)
+    _store(pointer, out, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
+    if o_dot is not None:
+        dot = (dot - total_w[:, None] * out) * share
+        pointer = _choose_pointer(o_dot, stream)
+        _store(pointer, dot, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
+    token = tl.arange(0, BLOCK_N)
+    sums = (top + tl.log2(tl.where(nothing, 1.0, total))) * 0.6931471805599453
+    pointer = _choose_pointer(lse, stream) + pair * all_queries + first
+    here = (token < count - first) & (tl.program_id(1) == 0)
+    tl.store(pointer + token, tl.where(nothing, 0.0, sums), here)
+
+
+@jit
+def _attention_bwd_q_kernel(
+    o_bar,
+    q,
+    k,
+    v,
+    o,
+    q_bar,
+    delta,  # receives rowsum(o_bar o)
+    lse,
+    queries,
+    keys,
+    lengths,
+    all_queries,
+    heads,
+    scale,
+    scale_2,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
+    STORED: tl.constexpr = q[0][0].dtype.element_ty
+    TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
+    tiles = 0
+    for s in tl.static_range(len(q)):
+        tiles += tl.cdiv(queries[s], BLOCK_N)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    sample, head = pair // heads, pair % heads
+    column = tl.program_id(1) * BLOCK_OUT
+    stream, first, count = _locate(queries, tl.program_id(0) % tiles, BLOCK_N)
+    own, own_o, own_o_bar = _choose(q, stream), _choose(o, stream), _choose(o_bar, stream)
+    centre = tl.zeros([BLOCK_N], TYPE)
+    for part in range(0, WIDTH, BLOCK_IN):
+        a = _load(own_o, sample, head, first, count, part, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        b = _load(own_o_bar, sample, head, first, count, part, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        centre += tl.sum(a.to(TYPE) * b.to(TYPE), 1)
+    token = tl.arange(0, BLOCK_N)
+    row = pair * all_queries + first
+    here = token < count - first
+    tl.store(_choose_pointer(delta, stream) + row + token, centre, here & (tl.program_id(1) == 0))
+    sums = tl.load(_choose_pointer(lse, stream) + row + token, here, 0.0) * 1.4426950408889634
+    if WHOLE:
+        query = _load(own, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        out_bar = _load(own_o_bar, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+
+    key = tl.arange(0, BLOCK_M)
+    query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
+    for s in tl.static_range(len(k)):
+        limit = _limit(lengths, s, keys[s], sample)
+        for start in range(0, limit, BLOCK_M):
+            score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
+            p_bar = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
+            if WHOLE:
+                a = _load(k[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                score = tl.dot(query, tl.trans(a), score, input_precision=PRECISION, out_dtype=TYPE)
+                b = _load(v[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                p_bar = tl.dot(
+                    out_bar, tl.trans(b), p_bar, input_precision=PRECISION, out_dtype=TYPE
+                )
+            else:
+                score = _products(
+                    own, k[s], sample, head, first, count, start, limit, score,
+                    UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                )  # fmt: skip
+                p_bar = _products(
+                    own_o_bar, v[s], sample, head, first, count, start, limit, p_bar,
+                    UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                )  # fmt: skip
+            score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
+            p = tl.exp2(score - sums[:, None])
+            score_bar = (p * (p_bar - centre[:, None])).to(STORED)
+            if BLOCK_OUT != BLOCK_IN or not WHOLE:
+                a = _load(k[s], sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT)
+            query_bar = tl.dot(score_bar, a, query_bar, input_precision=PRECISION, out_dtype=TYPE)
+    query_bar *= scale
+    pointer = _choose_pointer(q_bar, stream)
+    _store(pointer, query_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
+
+
+@jit
+def _attention_bwd_kv_kernel(
+    o_bar,
+    q,
+    k,
+    v,
+    k_bar,
+    v_bar,
+    delta,
+    lse,
+    queries,
+    keys,
+    lengths,
+    all_queries,
+    heads,
+    scale,
+    scale_2,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
+    STORED: tl.constexpr = q[0][0].dtype.element_ty
+    TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
+    tiles = 0
+    for s in tl.static_range(len(k)):
+        tiles += tl.cdiv(keys[s], BLOCK_M)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    sample, head = pair // heads, pair % heads
+    column = tl.program_id(1) * BLOCK_OUT
+    stream, first, count = _locate(keys, tl.program_id(0) % tiles, BLOCK_M)
+    limit = count
+    for s in tl.static_range(len(k)):
+        if lengths[s] is not None:
+            limit = tl.where(stream == s, _limit(lengths, s, keys[s], sample), limit)
+    own, own_v = _choose(k, stream), _choose(v, stream)
+    if WHOLE:
+        key = _load(own, sample, head, first, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+        value = _load(own_v, sample, head, first, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+
+    key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
+    value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
+    token = tl.arange(0, BLOCK_N)
+    for s in tl.static_range(len(q)):
+        stop = tl.where(first < limit, queries[s], 0)  # padding alone: nothing to do
+        for start in range(0, stop, BLOCK_N):
+            score = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
+            p_bar = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
+            if WHOLE:
+                a = _load(q[s], sample, head, start, stop, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+                score = tl.dot(key, tl.trans(a), score, input_precision=PRECISION, out_dtype=TYPE)
+                b = _load(o_bar[s], sample, head, start, stop, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+                p_bar = tl.dot(value, tl.trans(b), p_bar, input_precision=PRECISION, out_dtype=TYPE)
+            else:
+                score = _products(
+                    own, q[s], sample, head, first, limit, start, stop, score,
+                    UNIT, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
+                )  # fmt: skip
+                p_bar = _products(
+                    own_v, o_bar[s], sample, head, first, limit, start, stop, p_bar,
+                    UNIT, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
+                )  # fmt: skip
+            if BLOCK_OUT != BLOCK_IN or not WHOLE:
+                a = _load(q[s], sample, head, start, stop, column, UNIT, WIDTH, BLOCK_N, BLOCK_OUT)
+                b = _load(
+                    o_bar[s], sample, head, start, stop, column, UNIT, WIDTH, BLOCK_N, BLOCK_OUT
+                )
+            row = pair * all_queries + start
+            here = token < stop - start
+            sums = tl.load(lse[s] + row + token, here, float("inf")) * 1.4426950408889634
+            centre = tl.load(delta[s] + row + token, here, 0.0)
+            p = tl.exp2(score * scale_2 - sums[None, :])
+            value_bar = tl.dot(
+                p.to(STORED), b, value_bar, input_precision=PRECISION, out_dtype=TYPE
+            )
+            score_bar = (p * (p_bar - centre[None, :])).to(STORED)
+            key_bar = tl.dot(score_bar, a, key_bar, input_precision=PRECISION, out_dtype=TYPE)
+    counts = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
+    key_bar = tl.where(counts, key_bar * scale, 0.0)
+    value_bar = tl.where(counts, value_bar, 0.0)
+    pointer = _choose_pointer(k_bar, stream)
+    _store(pointer, key_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_M, BLOCK_OUT)
+    pointer = _choose_pointer(v_bar, stream)
+    _store(pointer, value_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_M, BLOCK_OUT)
+
+
+def _dense(streams: Sequence[Any]) -> list[Any]:
+    """Dense heads, and token strides that 32 bits hold within a tile."""
+    return [
+        t if t is None or (t.stride(3) == 1 and t.stride(1) < 2**22) else t.contiguous()
+        for t in streams
+    ]
+
+
+def _launch(
+    kernel: Any,
+    part: str,
+    operands: Sequence[Sequence[Tensor | None] | None],
+    results: Sequence[Sequence[Tensor] | None],
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    lengths: Sequence[Tensor | None],
+    lse: Tensor,
+    scale: float,
+) -> None:
+    """Run one kernel over all blocks of queries, or of keys for the gradients of keys."""
+    batch, _, heads, width = queries[0].shape
+    device, dtype = queries[0].device, queries[0].dtype
+    _op.check(width <= 256, "joint_attention", "a head width up to 256 on a GPU", q=queries[0])
+    longest = max(stream.shape[1] for stream in queries)
+    blocks, warps, stages = _tuning.attention(part, longest, width, dtype.itemsize)
+    block_n, block_m, block_in, block_out = blocks
+    tiled, block = (keys, block_m) if part == "bwd_kv" else (queries, block_n)
+    tiles = sum(cdiv(stream.shape[1], block) for stream in tiled)
+    if batch * heads * tiles == 0:
+        return
+    dense = [None if streams is None else _dense(streams) for streams in operands]
+    strides = [d for streams in dense for t in streams or () if t is not None for d in t.stride()]
+    unit = 8 if all(d % 8 == 0 or d == 1 for d in strides) else 1
+    packed = (
+        None
+        if streams is None
+        else tuple(
+            None if t is None else (t, *(d // unit for d in t.stride()[:3])) for t in streams
+        )
+        for streams in dense
+    )
+    kernel[(batch * heads * tiles, cdiv(width, block_out))](
+        *packed,
+        *(None if streams is None else tuple(streams) for streams in results),
+        tuple(stream.shape[1] for stream in queries),
+        tuple(stream.shape[1] for stream in keys),
+        tuple(None if n is None else n.to(device).contiguous() for n in lengths),
+        lse.shape[2],
+        heads,
+        scale,
+        scale * math.log2(math.e),
+        UNIT=unit,
+        WIDTH=width,
+        PRECISION="tf32x3" if dtype == torch.float32 and target()[0] == "cuda" else "ieee",
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        BLOCK_IN=block_in,
+        BLOCK_OUT=block_out,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _left_to_pytorch(q: Sequence[Tensor]) -> bool:
+    """GPUs' matrix units that Triton knows have no float64."""
+    return q[0].dtype == torch.float64 and not INTERPRETED
+
+
+def _fwd_triton(
+    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
+) -> tuple[list[Tensor], Tensor]:
+    if _left_to_pytorch(q):
+        return _fwd(q, k, v, lengths, scale)
+    o, lse = _empty(q), _new_lse(q)
+    sums = lse.split([stream.shape[1] for stream in q], dim=2)
+    still = [None] * len(k)
+    operands = (q, k, v, None, still, still)
+    _launch(_attention_fwd_kernel, "value", operands, (o, None, sums), q, k, lengths, lse, scale)
+    return o, lse
+
+
+def _jvp_triton(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_dot: list[Tensor | None],
+    k_dot: list[Tensor | None],
+    v_dot: list[Tensor | None],
+    lengths: list[Tensor | None],
+    scale: float,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    if _left_to_pytorch(q):
+        return _jvp(q, k, v, q_dot, k_dot, v_dot, lengths, scale)
+    o, o_dot, lse = _empty(q), _empty(q), _new_lse(q)
+    sums = lse.split([stream.shape[1] for stream in q], dim=2)
+    # One launch, or two where some streams of queries move and some do not
+    for moves in (True, False):
+        group = [i for i, dot in enumerate(q_dot) if (dot is not None) == moves]
+        if not group:
+            continue
+        queries, outs, dots, rows = ([x[i] for i in group] for x in (q, o, o_dot, sums))
+        if moves or any(dot is not None for dot in (*k_dot, *v_dot)):
+            part, results = "tangent", (outs, dots, rows)
+        else:
+            part, results = "value", (outs, None, rows)
+            for dot in dots:
+                dot.zero_()
+        own_dots = [q_dot[i] for i in group] if moves else None
+        operands = (queries, k, v, own_dots, k_dot, v_dot)
+        _launch(_attention_fwd_kernel, part, operands, results, queries, k, lengths, lse, scale)
+    return o, o_dot, lse
+
+
+def _bwd_triton(
+    o_bar: list[Tensor],
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    o: list[Tensor],
+    lse: Tensor,
+    lengths: list[Tensor | None],
+    scale: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    if _left_to_pytorch(q):
+        return _bwd(o_bar, q, k, v, o, lse, lengths, scale)
+    q_bar, k_bar, v_bar = _empty(q), _empty(k), _empty(v)
+    tokens = [stream.shape[1] for stream in q]
+    delta = torch.empty_like(lse)
+    sums, centres = lse.split(tokens, dim=2), delta.split(tokens, dim=2)
+    _launch(
+        _attention_bwd_q_kernel,
+        "bwd_q",
+        (o_bar, q, k, v, o),
+        (q_bar, centres, sums),
+        q,
+        k,
+        lengths,
+        lse,
+        scale,
+    )
+    _launch(
+        _attention_bwd_kv_kernel,
+        "bwd_kv",
+        (o_bar, q, k, v),
+        (k_bar, v_bar, centres, sums),
+        q,
+        k,
+        lengths,
+        lse,
+        scale,
+    )
+    return q_bar, k_bar, v_bar
+
+
+def _new_lse(q: Sequence[Tensor]) -> Tensor:
+    batch, _, heads, _ = q[0].shape
+    tokens = sum(stream.shape[1] for stream in q)
+    return q[0].new_empty((batch, heads, tokens), dtype=_op.work_dtype(q[0]))
+
+
+def _empty(streams: Sequence[Tensor]) -> list[Tensor]:
+    return [s.new_empty(s.shape) for s in streams]
+
+
+def _fwd_fake(q: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor]:
+    return _empty(q), _new_lse(q)
+
+
+def _jvp_fake(q: list[Tensor], *_: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    return _empty(q), *_fwd_fake(q)
+
+
+def _bwd_fake(
+    _: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], *__: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return _empty(q), _empty(k), _empty(v)
 
 
 _fwd_op = _op.define(
-    "joint_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? valid, float scale) "
-    "-> (Tensor, Tensor)",
+    "joint_attention_fwd(Tensor[] q, Tensor[] k, Tensor[] v, Tensor?[] lengths, float scale) "
+    "-> (Tensor[], Tensor)",
     _fwd,
     _fwd_fake,
     cpu=_fwd_cpu,
+    triton=_fwd_triton,
 )
 _jvp_op = _op.define(
-    "joint_attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, "
-    "Tensor? v_dot, Tensor? valid, float scale) -> (Tensor, Tensor, Tensor)",
-    _dual,
+    "joint_attention_jvp(Tensor[] q, Tensor[] k, Tensor[] v, Tensor?[] q_dot, Tensor?[] k_dot, "
+    "Tensor?[] v_dot, Tensor?[] lengths, float scale) -> (Tensor[], Tensor[], Tensor)",
+    _jvp,
     _jvp_fake,
+    triton=_jvp_triton,
 )
 _bwd_op = _op.define(
-    "joint_attention_bwd(Tensor o_bar, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    "Tensor? valid, float scale) -> (Tensor, Tensor, Tensor)",
+    "joint_attention_bwd(Tensor[] o_bar, Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] o, "
+    "Tensor lse, Tensor?[] lengths, float scale) -> (Tensor[], Tensor[], Tensor[])",
     _bwd,
     _bwd_fake,
     cpu=_bwd_cpu,
+    triton=_bwd_triton,
 )
 
 
-def _fwd_backward(ctx: Any, o_bar: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return (*_bwd_op(o_bar, *ctx.saved_tensors, ctx.constants), None, None)
+def _saves(inputs: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    q, k, v, *_, lengths, _scale = inputs
+    return (*q, *k, *v, *results[0], results[-1], *lengths)
+
+
+def _constants(inputs: tuple[Any, ...]) -> tuple[int, int, float, list[Any]]:
+    # PyTorch wants a None for each tensor of a list, and one for a list that holds no tensors only
+    rest = [
+        [None] * len(given) if all(isinstance(x, Tensor) for x in given) else None
+        for given in inputs[3:-1]
+    ]
+    return len(inputs[0]), len(inputs[1]), inputs[-1], rest
+
+
+def _backward(ctx: Any, o_bars: list[Tensor | None] | None) -> tuple[Any, ...]:
+    queries, keys, scale, rest = ctx.constants
+    saved = list(ctx.saved_tensors)
+    q, k, v, o = ([saved.pop(0) for _ in range(count)] for count in (queries, keys, keys, queries))
+    o_bars = [None] * queries if o_bars is None else o_bars
+    o_bar = [torch.zeros_like(y) if bar is None else bar for y, bar in zip(o, o_bars, strict=True)]
+    return (*_bwd_op(o_bar, q, k, v, o, saved[0], saved[1:], scale), *rest, None)
 
 
 def _jvp_backward(
-    ctx: Any, o_bar: Tensor | None, o_dot_bar: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
-    o_bar = _op.refuse_gradient(o_bar, o_dot_bar)
-    return (*_bwd_op(o_bar, *ctx.saved_tensors, ctx.constants), *(None,) * 5)
+    ctx: Any, o_bars: list[Tensor | None], o_dot_bars: list[Tensor | None], _: None
+) -> tuple[Any, ...]:
+    pairs = zip(o_bars, o_dot_bars, strict=True)
+    return _backward(ctx, [_op.refuse_gradient(*pair) for pair in pairs])
 
 
 _op.backward_of(
-    _fwd_op,
-    _fwd_backward,
-    saves=lambda inputs, outputs: (*inputs[:3], *outputs, inputs[3]),
-    outputs=1,
-    constants=lambda inputs: inputs[4],
+    _fwd_op, lambda ctx, o_bars, _: _backward(ctx, o_bars), _saves, outputs=1, constants=_constants
 )
-_op.backward_of(
-    _jvp_op,
-    _jvp_backward,
-    saves=lambda inputs, outputs: (*inputs[:3], outputs[0], outputs[2], inputs[6]),
-    outputs=2,
-    constants=lambda inputs: inputs[7],
-)
-
-
-def _concatenate(streams: tuple[Tensor, ...], valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One tensor of all values and one of all tangents, None where no stream has one."""
-    values, dots = zip(*(_op.split(s) for s in streams), strict=True)
-    value = _without_padding(values[0] if len(values) == 1 else torch.cat(values, dim=1), valid)
-    if all(dot is None for dot in dots):
-        return value, None
-    whole = [torch.zeros_like(x) if d is None else d for x, d in zip(values, dots, strict=True)]
-    return value, _without_padding(whole[0] if len(whole) == 1 else torch.cat(whole, dim=1), valid)
+_op.backward_of(_jvp_op, _jvp_backward, _saves, outputs=2, constants=_constants)
 
 
 @overload
@@ -353,17 +1004,19 @@ def joint_attention(
         _op.check(False, "joint_attention", needs, **named)
     if _op.use_reference():
         return joint_attention_ref(q, k, v, scale, lengths)
-    valid = _valid_keys(keys, lengths)
-    all_q, q_dot = _concatenate(queries, None)
-    all_k, k_dot = _concatenate(keys, valid)
-    all_v, v_dot = _concatenate(values, valid)
-    all_q, all_k, all_v = _op.autocast(all_q, all_k, all_v)
-    scale = all_q.shape[-1] ** -0.5 if scale is None else scale
-    if q_dot is None and k_dot is None and v_dot is None:
-        out = _fwd_op(all_q, all_k, all_v, valid, scale)[0]
+    count, streams = len(keys), (*queries, *keys, *values)
+    given = [lengths] if lengths is None or isinstance(lengths, Tensor) else list(lengths)
+    given = [None] * count if lengths is None else given
+    parts, dots = zip(*(_op.split(s) for s in streams), strict=True)
+    parts = _op.autocast(*parts)
+    first, second = len(queries), len(queries) + count
+    arguments = [list(x) for x in (parts[:first], parts[first:second], parts[second:])]
+    scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
+    if all(dot is None for dot in dots):
+        out = _fwd_op(*arguments, given, scale)[0]
     else:
-        dots = _op.autocast(q_dot, k_dot, v_dot)
-        out = _op.join(*_jvp_op(all_q, all_k, all_v, *dots, valid, scale)[:2])
-    if isinstance(q, Tensor):
-        return out
-    return (out,) if len(queries) == 1 else out.split([s.shape[1] for s in queries], dim=1)
+        dots = _op.autocast(*dots)
+        moving = [list(x) for x in (dots[:first], dots[first:second], dots[second:])]
+        outs, out_dots, _ = _jvp_op(*arguments, *moving, given, scale)
+        out = [_op.join(*pair) for pair in zip(outs, out_dots, strict=True)]
+    return out[0] if isinstance(q, Tensor) else tuple(out)
