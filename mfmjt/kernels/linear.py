@@ -6,7 +6,11 @@
 
 x (..., C), W (O, C), b (O). PyTorch's own forward mode does a third product, of x with a zero
 tangent of W that it makes up, and keeps x_dot for backward. Here the dual op multiplies the rows of
-x and those of x_dot by W and keeps x and W alone. The products are the vendor's.
+x and those of x_dot by W and keeps x and W alone.
+
+The products are the vendor's, and there are two of them. One over [x; x_dot] would need both in one
+piece of memory: then the tape, which holds x, holds x_dot too and doubles what training keeps, or
+both are copied first. All there is to win is a launch and W read once more, from the L2 cache.
 """
 
 from __future__ import annotations

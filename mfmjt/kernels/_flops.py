@@ -1,0 +1,131 @@
+"""What PyTorch's `FlopCounterMode` counts for library ops that hold matrix products.
+
+It counts ATen's products by their shapes and takes any other op for free, so without these formulas
+a network on our kernels would seem to do next to nothing. Counted as PyTorch counts its own: two
+operations a multiplication, element-wise work none, a gradient of attention five products although
+kernels without atomics do seven. Products that a tangent does not need are not counted, as they are
+not done.
+
+`torch.utils.flop_counter` loads Triton wherever that is installed, so it is not imported for this:
+the formulas join its table at once if it is there, else when somebody imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from math import prod
+from typing import Any
+
+import torch
+
+__all__ = ["install"]
+
+_COUNTER = "torch.utils.flop_counter"
+Shape = Sequence[int]
+Dots = Sequence[Shape | None]
+
+
+def _linear_jvp(x: Shape, x_dot: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    return 2 * 2 * prod(x[:-1]) * prod(weight)
+
+
+def _conv1d_fwd(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    return 2 * x[0] * x[1] * prod(weight)
+
+
+def _conv1d_jvp(x: Shape, x_dot: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    return 2 * _conv1d_fwd(x, weight, out_shape=out_shape)
+
+
+def _conv1d_bwd_weight(y_bar: Shape, x: Shape, taps: int, *_: Any, out_shape: Any) -> int:
+    return _conv1d_fwd(x, (y_bar[2], x[2], taps), out_shape=out_shape)
+
+
+def _conv1d_channels_first(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    return 2 * x[0] * x[2] * prod(weight)
+
+
+def _product(q: Shape, k: Shape) -> int:
+    """One of attention's products, of the queries of one stream and the keys of another."""
+    batch, queries, heads, width = q
+    return 2 * batch * heads * queries * k[1] * width
+
+
+def _attention_fwd(q: Sequence[Shape], k: Sequence[Shape], *_: Any, out_shape: Any) -> int:
+    return 2 * sum(_product(i, j) for i in q for j in k)
+
+
+def _attention_jvp(
+    q: Sequence[Shape],
+    k: Sequence[Shape],
+    v: Sequence[Shape],
+    q_dot: Dots,
+    k_dot: Dots,
+    v_dot: Dots,
+    *_: Any,
+    out_shape: Any,
+) -> int:
+    total = 0
+    for queries, i_dot in zip(q, q_dot, strict=True):
+        for keys, j_dot, value_dot in zip(k, k_dot, v_dot, strict=True):
+            of_scores = (i_dot is not None) + (j_dot is not None)
+            # S and P v; S_dot and, where that is not zero, W v; P v_dot.
+            products = 2 + of_scores + (of_scores > 0) + (value_dot is not None)
+            total += products * _product(queries, keys)
+    return total
+
+
+def _attention_bwd(
+    o_bar: Any, q: Sequence[Shape], k: Sequence[Shape], *_: Any, out_shape: Any
+) -> int:
+    return 5 * sum(_product(i, j) for i in q for j in k)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "linear_jvp": _linear_jvp,
+    "conv1d_fwd": _conv1d_fwd,
+    "conv1d_jvp": _conv1d_jvp,
+    "conv1d_bwd_x": _conv1d_fwd,  # the same product of y_bar, whatever the order of the weight
+    "conv1d_bwd_weight": _conv1d_bwd_weight,
+    "conv1d_channels_first": _conv1d_channels_first,
+    "joint_attention_fwd": _attention_fwd,
+    "joint_attention_jvp": _attention_jvp,
+    "joint_attention_bwd": _attention_bwd,
+}
+
+
+def _register() -> None:
+    register = sys.modules[_COUNTER].register_flop_formula
+    for name, formula in _FORMULAS.items():
+        register(getattr(torch.ops.mfmjt, name))(formula)
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds nothing itself: lets the others find the counter, and adds to it once it is loaded."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def load(module: Any) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = load  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Let `FlopCounterMode` count inside our library ops, now or when it is imported."""
+    if _COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())
