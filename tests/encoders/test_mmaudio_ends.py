@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,41 @@ def test_encoders_run_in_bfloat16(encoders):
     for result, truth in zip(found, exact, strict=True):
         assert result.dtype == torch.float32
         assert error(result, truth) <= allowance(truth, torch.bfloat16, 100)
+
+
+ENDS = {
+    "autoencoder": lambda e: (e[0].vae, e[0].vae.decode, torch.randn(1, e[0].latent_dim, 6)),
+    "vocoder": lambda e: (e[0].vocoder, e[0].vocoder, torch.randn(1, e[0].vae.config.bands, 3)),
+    "clip frames": lambda e: (e[1].clip, e[1].clip.encode_image, torch.randn(2, 3, 44, 44)),
+    "clip text": lambda e: (e[1].clip, e[1].clip.encode_text, torch.randint(0, 99, (1, 77))),
+    "synchformer": lambda e: (e[1].synchformer, e[1].sync, torch.randn(1, 2, 16, 3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("aot_eager", torch.float32),
+        pytest.param("inductor", torch.float32, marks=pytest.mark.slow),
+        pytest.param("inductor", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=["traced", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize("end", ENDS)
+def test_every_end_compiles_without_a_break(merges, end, backend, dtype):  # noqa: F811
+    mode = "16k"
+    vae = VAE.from_mmaudio(draw_all(test_vae.published_shapes(VAES[mode])), VAES[mode])
+    small = BigVGANConfig(80, 8, (2,), (4,), tanh=True, bias=True)
+    vocoder = BigVGAN.from_state_dict(draw_all(test_bigvgan.published_shapes(small)), small)
+    codec = SimpleNamespace(vae=vae, vocoder=vocoder, latent_dim=VAES[mode].latent_dim)
+    parts = CLIP(CLIP_CONFIG), Synchformer(SYNC_CONFIG), Tokenizer(merges)
+    module, forward, x = ENDS[end]((codec, MMAudioEncoders(*parts, frame_size=(44, 32))))
+    module.to(dtype).eval().requires_grad_(False)
+    truth = forward(x)
+    torch.compiler.reset()
+    result = torch.compile(forward, fullgraph=True, backend=backend)(x)
+    assert result.dtype == truth.dtype
+    assert error(result, truth) <= allowance(truth, dtype, 100)
 
 
 def test_missing_files_are_named_with_their_publisher(tmp_path):

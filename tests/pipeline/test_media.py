@@ -14,6 +14,7 @@ from mfmjt.errors import InputError, RunError
 from mfmjt.media import (
     AUDIO_SUFFIXES,
     VIDEO_SUFFIXES,
+    VideoStream,
     check_output,
     mux,
     read_video,
@@ -205,6 +206,78 @@ def test_a_name_that_looks_like_a_protocol(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "plain.mp4", frames=5).rename(tmp_path / "http:clip %20?.mp4")
     assert len(read_video("http:clip %20?.mp4", rates=(25,)).frames[0]) == 5
+
+
+# --- reading block by block --------------------------------------------------------------------
+
+
+def test_blocks_are_the_whole(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=55, rate=17)
+    stream = VideoStream(path, (8, 25), (16, 32))
+    blocks = list(stream)
+    whole = read_video(path, (8, 25), (16, 32))
+    for i, frames in enumerate(whole.frames):
+        assert np.array_equal(np.concatenate([p for block in blocks for p in block[i]]), frames)
+        assert max(sum(map(len, block[i])) for block in blocks) <= (8, 25)[i] + 2
+    assert len(blocks) == 4
+    assert stream.duration == whole.duration == pytest.approx(55 / 17)
+    assert stream.declared == pytest.approx(55 / 17, abs=0.01)
+
+
+@pytest.mark.parametrize("duration", [None, 1.55])
+def test_the_next_frame_is_that_of_mmaudio(tmp_path: Path, duration: float | None) -> None:
+    times = [0, 30, 50, 400, 410, 440, 900, 1300, 1310, 1600]
+    path = write_video(tmp_path / "vfr.mkv", frames=len(times), times_ms=times)
+    stream = VideoStream(path, (20, 3), duration=duration, pick="next")
+    found: tuple[list, list] = ([], [])
+    for block in stream:
+        for kept, pieces in zip(found, block, strict=True):
+            kept += pieces
+    for rate, pieces in zip((20, 3), found, strict=True):
+        count = round((duration or stream.duration) * rate)
+        # The first frame whose time has come, the last one held.
+        expected = [
+            next((i for i, t in enumerate(times) if t >= 1000 * k / rate), len(times) - 1)
+            for k in range(count)
+        ]
+        assert frame_index(np.concatenate(pieces)) == expected
+    with pytest.raises(InputError, match="No pick 'both'"):
+        VideoStream(path, pick="both")  # type: ignore[arg-type]
+
+
+def test_only_frames_that_are_picked_are_converted_and_fitted_once(tmp_path: Path) -> None:
+    path = rotate(write_video(tmp_path / "a.mp4", frames=50, rate=50), 1)
+    given: list[np.ndarray] = []
+
+    def fit(pictures: np.ndarray) -> torch.Tensor:
+        given.append(pictures)
+        return torch.from_numpy(pictures[:, ::2, ::2]).clone()
+
+    (pieces,) = zip(*VideoStream(path, (8,), fit=[fit]), strict=True)
+    assert {p.shape[1:] for p in given} == {(64, 48, 3)}  # full size, turned as shown
+    assert frame_index(np.concatenate(given)) == [50 * k // 8 for k in range(8)]
+    fitted = torch.cat([piece for part in pieces for piece in part])
+    assert fitted.shape == (8, 32, 24, 3)
+    # A slow video's pictures are held, and still fitted once.
+    given.clear()
+    slow = write_video(tmp_path / "slow.mp4", frames=4, rate=2)
+    (pieces,) = zip(*VideoStream(slow, (25,), fit=[fit]), strict=True)
+    fitted = torch.cat([piece for part in pieces for piece in part])
+    assert frame_index(fitted.numpy()) == [min(i * 2 // 25, 3) for i in range(50)]
+    assert sum(map(len, given)) <= 4 + 1  # once more where a block ends
+
+
+def test_large_pictures_do_not_wait_to_be_fitted(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "4k.mp4", frames=12, size=(2160, 3840))
+    waiting: list[int] = []
+
+    def fit(pictures: np.ndarray) -> np.ndarray:
+        waiting.append(pictures.nbytes)
+        return pictures[:, ::60, ::60]
+
+    (pieces,) = zip(*VideoStream(path, (25,), fit=[fit]), strict=True)
+    assert sum(len(piece) for part in pieces for piece in part) == 12
+    assert max(waiting) < 4 * 2160 * 3840 * 3
 
 
 # --- writing -----------------------------------------------------------------------------------
