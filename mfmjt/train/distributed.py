@@ -101,7 +101,7 @@ class Processes:
         self.owns_group = False
 
     def __enter__(self) -> Processes:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.launched and not dist.is_initialized():
             backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}

@@ -38,7 +38,7 @@ from mfmjt.data import foley
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
 from mfmjt.train.config import FeatureExtraction
-from mfmjt.train.distributed import share
+from mfmjt.train.distributed import rank_and_world, share
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
 
@@ -98,7 +98,8 @@ def extract(
     missing = [shard for shard in mine if not _is_done(shard, source)]
     total = sum(count for _, _, count in mine)
     done = total - sum(count for _, _, count in missing)
-    with Progress(f"features {split}", total, done, "clips") as progress:
+    quiet = rank_and_world()[0] > 0
+    with Progress(f"features {split}", total, done, "clips", quiet) as progress:
         for count in _work(missing, source, encoders, codec, workers):
             done += count
             progress.update(done)
