@@ -28,6 +28,12 @@ def with_rope(op, rope):
     return lambda **values: op(**values, rope=rope)
 
 
+def zeros_among(values):
+    """Heads of zeros, whose inverse norm is as large as eps allows."""
+    values["qkv"][:, 1::2] = 0
+    return values
+
+
 CASES = {
     "rotated": (lambda: inputs(2, 5, 3, 8), True),
     "not rotated": (lambda: inputs(2, 5, 3, 8), False),
@@ -35,6 +41,11 @@ CASES = {
     "strided": (lambda: inputs(2, 5, 3, 8, strided), True),
     "one token": (lambda: inputs(2, 1, 3, 8), True),
     "no sample": (lambda: inputs(0, 5, 3, 8), True),
+    "no token": (lambda: inputs(2, 0, 3, 8), True),
+    "narrow head": (lambda: inputs(2, 3, 2, 3), False),
+    "wide head": (lambda: inputs(1, 3, 2, 80), True),
+    "widest head": (lambda: inputs(1, 3, 1, 256), True),
+    "zeros": (lambda: zeros_among(inputs(2, 5, 3, 8)), True),
 }
 
 
@@ -56,6 +67,65 @@ def test_any_shape(batch, tokens, heads, half, packed):
     rope = angles(tokens, 2 * half)
     op, ref = with_rope(qk_norm_rope, rope), with_rope(qk_norm_rope_ref, rope)
     oracle.check_op(op, ref, values, ("qkv",), torch.float32, terms=63)
+
+
+@pytest.mark.parametrize("length", [1, 17, 77, 250, 391])
+def test_lengths(length):
+    rope = angles(length, 10)
+    op, ref = with_rope(qk_norm_rope, rope), with_rope(qk_norm_rope_ref, rope)
+    oracle.check_op(op, ref, inputs(1, length, 2, 10), ("qkv",), torch.float32, terms=2 * length)
+
+
+def everything(qkv, weights, rope, bars, eps=1e-6):
+    """Values, tangents and gradients, in direction ones."""
+    leaves = [t.detach().requires_grad_() for t in (qkv, *weights)]
+    direction = torch.ones_like(qkv, memory_format=torch.preserve_format)
+    ys, y_dots = torch.func.jvp(
+        lambda x: qk_norm_rope(x, *leaves[1:], rope, eps), (leaves[0],), (direction,)
+    )
+    found = torch.autograd.grad(ys, leaves, bars)
+    return [*(y.detach() for y in (*ys, *y_dots)), *found]
+
+
+def layouts():
+    wide = torch.randn(2, 9, 3, 4, 12)
+    yield wide[:, 1:8, :, 1:, 2:10]  # a part of every axis
+    yield torch.randn(2, 3, 3, 7, 8).permute(0, 3, 2, 1, 4)  # (B, 3, H, N, D) in memory
+    yield torch.randn(7, 2, 3, 3, 8).transpose(0, 1)
+
+
+def test_views_and_two_runs_give_what_a_copy_gives():
+    weights, rope, bars = (torch.randn(8), torch.randn(8)), angles(7, 8), list(layouts())
+    bars = [bars[i][:, :, 0] for i in (0, 1, 2)]
+    for qkv in layouts():
+        known = everything(qkv.contiguous(), weights, rope, [bar.contiguous() for bar in bars])
+        found = everything(qkv, weights, rope, bars)
+        for one, other in zip(found, known, strict=True):
+            assert oracle.error(one, other) <= oracle.allowance(other, one.dtype, terms=16)
+        again = everything(qkv, weights, rope, bars)
+        assert all(map(torch.equal, found, again))  # to the bit: no order of sums is left to chance
+
+
+def test_cotangents_without_strides():
+    values = [t.float().requires_grad_() for t in inputs(2, 4, 2, 6).values()]
+    ys = qk_norm_rope(*values, angles(4, 6))
+    found = torch.autograd.grad(sum(y.sum() for y in ys), values, retain_graph=True)
+    known = torch.autograd.grad(ys, values, [torch.ones(2, 4, 2, 6)] * 3)
+    assert all(map(torch.equal, found, known))
+
+
+@pytest.mark.parametrize("power", [-40, 40])
+def test_the_scale_of_a_head_does_not_matter(power):
+    """Without eps, powers of two pass exactly: nothing overflows or is lost on the way."""
+    values = [t.float() for t in inputs(2, 3, 2, 8).values()]
+    bars, rope, scale = [torch.randn(2, 3, 2, 8) for _ in range(3)], angles(3, 8), 2.0**power
+    known = everything(values[0], values[1:], rope, bars, eps=0.0)
+    found = everything(scale * values[0], values[1:], rope, bars, eps=0.0)
+    for i in (0, 1):
+        assert torch.equal(found[i], known[i])  # q and k
+        assert torch.equal(found[3 + i] * scale, known[3 + i])  # their tangents
+        assert torch.equal(found[7 + i], known[7 + i])  # gradients of their weights
+    assert torch.equal(found[6][:, :, :2] * scale, known[6][:, :, :2])
 
 
 def test_rotates_adjacent_pairs_and_leaves_v_alone():

@@ -47,6 +47,34 @@ def test_any_shape(batch, channels, samples):
     oracle.check_op(snake, snake_ref, values, ("x",), torch.float32, terms=210)
 
 
+@pytest.mark.parametrize("samples", [1, 17, 77, 250, 391, 1203])
+def test_lengths(samples):
+    """1203: a stretch in the middle is out of reach of both ends."""
+    values = inputs(1, 1 if samples > 1000 else 3, samples)
+    oracle.check_op(snake, snake_ref, values, (), torch.float32, terms=74 + samples)
+
+
+def test_views_and_two_runs_are_bit_equal():
+    values = [t.float() for t in inputs(1, 3, 1).values()]
+    wide = torch.randn(2, 6, 60)
+    for x in (
+        wide[:, ::2, 3:-1],
+        wide[..., :9].permute(0, 2, 1)[:, :3],
+        wide[:1, :3].expand(2, -1, -1),
+    ):
+        known = snake(x.contiguous(), *values[1:])
+        assert torch.equal(snake(x, *values[1:]), known)
+        assert torch.equal(snake(x, *values[1:]), known)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e12, 1e30])
+def test_loud_input_stays_bounded(size):
+    """Far beyond what a sine resolves; the activation adds at most its height."""
+    x, alpha = torch.full((1, 2, 40), size), torch.tensor([0.0, 6.0])
+    y = snake(x, alpha, torch.zeros(2))
+    assert oracle.error(y, x) <= 1 + oracle.allowance(x, x.dtype, terms=24)
+
+
 def test_chunks_make_no_difference(monkeypatch):
     values = inputs(2, 3, 20)
     whole = snake(**values)

@@ -23,6 +23,10 @@ CASES = {
     "one token": (lambda: inputs(2, 1, 16), BOTH),
     "no sample": (lambda: inputs(0, 4, 16), BOTH),
     "one axis": (lambda: inputs(9), BOTH),
+    "no axis": (lambda: {name: x[0] for name, x in inputs(1).items()}, BOTH),
+    "no width": (lambda: inputs(2, 0), BOTH),
+    "one channel": (lambda: inputs(2, 5, 1), BOTH),
+    "wider than a block": (lambda: inputs(3, 1100), BOTH),
     "only gate moves": (lambda: inputs(2, 4, 16), ("gate",)),
     "only up moves": (lambda: inputs(2, 4, 16), ("up",)),
 }
@@ -40,6 +44,42 @@ def test_all_modes(case, dtype):
 def test_any_shape(shape, packed):
     values = inputs(*shape, layout=(lambda x: x) if packed else strided)
     oracle.check_op(swiglu, swiglu_ref, values, BOTH, torch.float32, terms=1)
+
+
+@pytest.mark.parametrize("length", [1, 17, 77, 250, 391])
+def test_lengths(length):
+    oracle.check_op(swiglu, swiglu_ref, inputs(2, length, 13), BOTH, torch.float32, terms=1)
+
+
+def everything(gate, up):
+    """Value, tangent and gradients, of fixed tangents and cotangents."""
+    leaves = [t.requires_grad_() for t in (gate, up)]
+    y, y_dot = torch.func.jvp(swiglu, tuple(leaves), (up.detach(), gate.detach()))
+    return [y.detach(), y_dot.detach(), *torch.autograd.grad(y, leaves, 2 * y.detach())]
+
+
+def test_halves_of_one_tensor_and_two_runs_are_bit_equal():
+    """As the network passes them: halves of one projection, rows apart by twice their width."""
+    whole = torch.randn(2, 77, 2 * 53)
+    apart = everything(*(half.contiguous() for half in whole.chunk(2, dim=-1)))
+    for _ in range(2):
+        gate, up = (half.detach() for half in whole.chunk(2, dim=-1))
+        assert not gate.is_contiguous()
+        for found, known in zip(everything(gate, up), apart, strict=True):
+            assert torch.equal(found, known)
+
+
+def test_expanded_inputs_and_cotangents():
+    gate, up = torch.randn(1, 9), torch.randn(4, 1)
+    leaves = [gate.expand(4, 9).requires_grad_(), up.expand(4, 9).requires_grad_()]
+    assert leaves[1].stride() == (1, 0)
+    y = swiglu(*leaves)
+    packed = [leaf.detach().contiguous().requires_grad_() for leaf in leaves]
+    y_packed = swiglu(*packed)
+    assert torch.equal(y, y_packed)
+    found = torch.autograd.grad(y.sum(), leaves)
+    known = torch.autograd.grad(y_packed, packed, torch.ones(4, 9))
+    assert all(map(torch.equal, found, known))
 
 
 def test_extreme_gates_stay_finite():
