@@ -1,11 +1,11 @@
-"""`python -m bench gpu --out DIR`: check, time and train on a GPU, within a time limit."""
+"""Time what this project is made of, compare two runs, and make plots and tables of them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import gpu
+from bench import compare, cpu, gpu, report
 from mfmjt.errors import MfmjtError
 
 
@@ -13,21 +13,25 @@ def main() -> int:
     """Parse the command line and run; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "gpu", description=gpu.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.add_argument("--out", required=True, help="folder of the results, small files only")
-    command.add_argument("--work", help="folder of features and training states [OUT/work]")
-    command.add_argument("--part", choices=(*gpu.PARTS, "all"), default="all")
-    command.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
-    command.add_argument("--device", default="cuda")
-    command.add_argument("--smoke", action="store_true", help="everything tiny")
-    command.add_argument("override", nargs="*", help="settings of the training, such as lr=1e-3")
+    for module in (gpu, cpu, report, compare):
+        name = module.__name__.rpartition(".")[2]
+        about, _, examples = (module.__doc__ or "").partition("Examples:")
+        command = commands.add_parser(
+            name,
+            help=about.partition("\n")[0],
+            description=about,
+            epilog=f"examples:{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    given = parser.parse_args()
     try:
-        return gpu.main(parser.parse_args())
+        status: int = given.run(given)
     except MfmjtError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code
+    return status
 
 
 if __name__ == "__main__":

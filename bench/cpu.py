@@ -1,205 +1,256 @@
-"""Time every op on a CPU: ours, its PyTorch formula, and the reference, eager and compiled.
+"""Time every op on a CPU, against plain PyTorch and torch.compile.
 
-`python -m bench.cpu --out DIR` appends to `DIR/cpu.jsonl`; rows that are there are not made again.
-Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not counted as work. Memory
-that eager PyTorch gives back between operations costs page faults, half its time at some sizes: run
-also with MALLOC_TOP_PAD_ and MALLOC_MMAP_THRESHOLD_ at 1073741824, and judge by both.
+Every result is verified before it is timed. Rows go to DIR/kernels.jsonl, what they were taken on
+to DIR/environment.json; rows that are in the file already are not made again, so that a run that
+was cut short goes on.
+
+Two processes do the work and take turns, call by call: one with glibc's allocator as it is, one
+with raised thresholds (MALLOC_MMAP_THRESHOLD_ and MALLOC_TOP_PAD_ of 1 GiB), in which eager PyTorch
+keeps the memory that it would otherwise hand back and fault in again at every operation. Both have
+pinned threads (OMP_NUM_THREADS, OMP_PROC_BIND) that do not spin while idle (GOMP_SPINCOUNT=100), so
+that CPU time is work. Judge by `cpu_ms`: another program on the machine stretches wall time more.
+
+Examples:
+  python -m bench cpu --out bench/results/mine               all, some ten minutes on two cores
+  python -m bench cpu --out /tmp/look --ops swiglu,adaln --quick
+  python -m bench report bench/results/mine                  plots and tables of it
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.cases import SHAPES, SMOKE, Case, op_cases
-from bench.harness import Rows, environment, measure
-from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
+from bench.cases import JVP_BACKWARD, Case, cases, named_ops, operands
+from bench.harness import (
+    Ceilings,
+    Rows,
+    Sampler,
+    dtype_name,
+    environment,
+    on_cpu,
+    prepare,
+    row_of,
+    take_turns,
+)
+from bench.judge import Truth
+from bench.providers import OURS, REFERENCE, providers
 from mfmjt.kernels import _ext
-from mfmjt.kernels.conv1d import conv1d, conv1d_ref
-from mfmjt.kernels.snake import snake, snake_ref
 
-__all__ = ["main", "vocoder_cases"]
+__all__ = ["add_arguments", "run"]
 
-MODES = ("value", "value_bwd", "jvp")
-MEMORY = "MALLOC_MMAP_THRESHOLD_"
-KEY = ("op", "shape", "dtype", "mode", "memory", "threads", "provider")
-
-
-def vocoder_cases(frames: int) -> Iterator[Case]:
-    """Activations and dilated convolutions of BigVGAN-16k, channels-first, for `frames` of mel."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, dtype=torch.float64, generator=generator)
-
-    config = BIGVGAN_CONFIGS["16k"]
-    channels, samples = config.width, frames
-    for rate in config.rates:
-        channels, samples = channels // 2, samples * rate
-        shape = f"bigvgan_16k {channels}x{samples}"
-        x = randn(1, channels, samples)
-        log = {"alpha": 0.1 * randn(channels), "beta": 0.1 * randn(channels)}
-        yield Case("snake", shape, snake, snake_ref, {"x": x, **log}, (), 24)
-        if channels > 96:
-            continue
-        for taps, dilation in ((3, 1), (3, 5), (7, 3), (11, 1), (11, 5)):
-            function, reference = (_turned(op, dilation) for op in (conv1d, conv1d_ref))
-            weight = randn(channels, channels, taps) / (channels * taps) ** 0.5
-            inputs = {"x": x, "weight": weight, "bias": randn(channels)}
-            name = f"{shape} k{taps} d{dilation}"
-            yield Case("conv1d", name, function, reference, inputs, (), channels * taps)
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**30)}
+IN_RAISED = (REFERENCE, OURS)
+"""Who runs with raised thresholds too; it matters to those who allocate much."""
 
 
-def _turned(op: Callable[..., Tensor], dilation: int) -> Callable[..., Tensor]:
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench cpu`."""
+    command.add_argument("--out", required=True, type=Path, help="folder of the results")
+    command.add_argument("--ops", help="only these, separated by commas")
+    command.add_argument("--quick", action="store_true", help="the headline case of each op only")
+    command.add_argument("--seconds", type=float, default=0.5, help="for each comparison [0.5]")
+    command.add_argument("--minutes", type=float, default=12.0, help="stop after so long [12]")
+    command.add_argument("--threads", type=int, help="[all cores this process may use]")
+    command.add_argument("--tiny", action="store_true", help="no real sizes: to see that it runs")
 
-    return function
 
-
-def main() -> None:
-    """Parse the command line, check and time."""
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each comparison [1]")
-    parser.add_argument("--frames", type=int, default=500, help="of mel for the vocoder [500: 8 s]")
-    parser.add_argument("--op", action="append", help="only this one; may be repeated")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
-    parser.add_argument("--smoke", action="store_true", help="everything tiny")
-    given = parser.parse_args()
+def run(given: argparse.Namespace) -> int:
+    """Run `python -m bench cpu`; return the exit status."""
+    end = time.monotonic() + 60 * given.minutes
+    ops = named_ops(given.ops)
     given.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(given.out / "cpu.jsonl", KEY)
-    stamp = environment(torch.device("cpu")) | {"extension": _ext.status()}
-    print(stamp)
-    cases = [case for shape in (SMOKE if given.smoke else SHAPES) for case in op_cases(shape)]
-    cases = [case for case in cases if case.op != "snake"]  # no network but a vocoder has it
-    cases += vocoder_cases(2 if given.smoke else given.frames)
-    for case in cases:
-        if given.op and case.op not in given.op:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            _check(case, dtype)
-            for mode in MODES if case.moving else ("value",):
-                _time(case, dtype, mode, rows, given.seconds, given.compile, stamp)
+    rows = Rows(given.out / "kernels.jsonl")
+    threads = given.threads or len(os.sched_getaffinity(0))
+    scale = "tiny" if given.tiny else "cpu"
+    jobs = list(_jobs(ops, scale, given.quick))
+    with contextlib.ExitStack() as stack:
+        workers = {
+            "default": stack.enter_context(_worker(threads, {})),
+            "raised": stack.enter_context(_worker(threads, RAISED)),
+        }
+        stamp, ceilings = workers["default"].ask("environment", given.tiny)
+        stamp["cores"] = len(os.sched_getaffinity(0))  # a bound thread sees its own only
+        path = given.out / "environment.json"
+        path.write_text(json.dumps(stamp, indent=2) + "\n")
+        print(json.dumps(stamp, indent=2))
+        for number, (case, dtype, mode) in enumerate(jobs, 1):
+            shared = {**row_of(case, dtype, mode, ceilings), "threads": threads}
+            names = [p.name for p in providers(case, CPU)]
+            if all(rows.has(**shared, provider=n, malloc="default") for n in names):
+                continue
+            if time.monotonic() > end:
+                print(f"The time is up at {number} of {len(jobs)}; the same command goes on.")
+                return 1
+            found = _compare(workers, case, dtype, mode, scale, given.seconds)
+            for provider, malloc, fields, timing in found:
+                about = {"commit": stamp["commit"], "utc": stamp["utc"]}
+                key = {**shared, "provider": provider, "malloc": malloc}
+                if not rows.has(**key):
+                    rows.add({**key, **fields, **about}, timing)
+            left = max(0, end - time.monotonic())
+            print(f"[{number}/{len(jobs)}, {left:.0f} s left] {_line(shared, found)}", flush=True)
+    return 0
 
 
-def _tuple(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (y,) if isinstance(y, Tensor) else tuple(y)
+def _jobs(ops: tuple[str, ...], scale: str, quick: bool) -> Iterator[tuple[Case, torch.dtype, str]]:
+    """What to compare: headline cases first, then what is quickest."""
+    found = [case for op in ops for case in cases(op, scale)]
+    found.sort(key=lambda c: (not c.headline, 0 if c.headline else c.flops.of(JVP_BACKWARD)))
+    for case in found:
+        if case.headline or not quick:
+            for dtype in DTYPES.values():
+                for mode in case.modes:
+                    yield case, dtype, mode
 
 
-def _check(case: Case, dtype: torch.dtype) -> None:
-    """No time is taken of a wrong result: twice the reference's error and a few roundings."""
-    inputs = {name: x.to(dtype) for name, x in case.inputs.items()}
-    with torch.no_grad():
-        truth = _tuple(case.reference(**{name: x.double() for name, x in inputs.items()}))
-        theirs, ours = _tuple(case.reference(**inputs)), _tuple(case.function(**inputs))
-    for exact, their, our in zip(truth, theirs, ours, strict=True):
-        error, reference = (float((y.double() - exact).abs().max()) for y in (our, their))
-        rounding = (4 + case.terms**0.5) * torch.finfo(dtype).eps * float(exact.abs().max())
-        if not error <= 2 * reference + rounding:
-            raise AssertionError(f"{case.op} {case.shape} {dtype} is wrong: error {error:.3g}")
+Found = list[tuple[str, str, dict[str, Any], Any]]
 
 
-def _time(
-    case: Case,
-    dtype: torch.dtype,
-    mode: str,
-    rows: Rows,
-    seconds: float,
-    compiled: bool,
-    stamp: dict[str, object],
-) -> None:
-    fields = {
-        "op": case.op,
-        "shape": case.shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "mode": mode,
-        "memory": os.environ.get(MEMORY, "default"),
-        "threads": torch.get_num_threads(),
+def _compare(
+    workers: dict[str, _Worker], case: Case, dtype: torch.dtype, mode: str, scale: str, s: float
+) -> Found:
+    """(provider, malloc, fields, timing or None) of everyone on one case."""
+    about = (case.op, case.name, scale, dtype_name(dtype), mode)
+    good, bad = workers["default"].ask("prepare", *about, None)
+    again = [name for name in IN_RAISED if name in good]
+    workers["raised"].ask("prepare", *about, again)
+    samplers: dict[str, Sampler] = {
+        f"{name} default": workers["default"].sampler(name) for name in good
     }
-    if rows.has(**fields, provider="ours"):
-        return
-    leaves = {k: x.to(dtype).requires_grad_(mode == "value_bwd") for k, x in case.inputs.items()}
-    ours = _call(case.function, leaves, case.moving, mode)
+    samplers |= {f"{name} raised": workers["raised"].sampler(name) for name in again}
+    found: Found = [(name, "default", fields, None) for name, fields in bad.items()]
+    for key, timing in take_turns(samplers, s).items():
+        name, malloc = key.split()
+        found.append((name, malloc, {"status": "ok", "error_of_limit": good[name]}, timing))
+    return found
 
-    def formula() -> object:
-        with _ext.formulas():
-            return ours()
 
-    calls: dict[str, Callable[[], object]] = {
-        "ours": ours,
-        "formula": formula,
-        "eager": _call(case.reference, leaves, case.moving, mode),
+def _line(shared: dict[str, Any], found: Found) -> str:
+    what = f"{shared['op']} {shared['case']} {shared['dtype']} {shared['mode']}:"
+    times = {
+        name if malloc == "default" else f"{name} ({malloc})": timing.cpu_ms_p50
+        for name, malloc, _, timing in found
+        if timing
     }
-    if compiled:
-        torch.compiler.reset()
-        calls["compile"] = _compiled(case.reference, leaves, case.moving, mode)
-    taken = measure(calls, torch.device("cpu"), seconds)
-    for provider, timing in taken.items():
-        rows.add(timing, **fields, provider=provider, commit=stamp["commit"], utc=stamp["utc"])
-    own = taken["ours"].cpu_ms_p50
-    ratios = ", ".join(f"{k} x{v.cpu_ms_p50 / own:.2f}" for k, v in taken.items() if k != "ours")
-    print(" ".join(map(str, fields.values())), f"{own:.3f} ms of CPU;", ratios, flush=True)
+    own = times.pop(OURS, None)
+    failed = [f"{name} {fields['status']}" for name, _, fields, timing in found if not timing]
+    if own is None:
+        return " ".join([what, *failed])
+    ratios = [f"{name} x{ms / own:.2f}" for name, ms in times.items()]
+    return f"{what} {own:.3f} ms of CPU; {', '.join([*ratios, *failed])}"
 
 
-def _call(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    leaves: dict[str, Tensor],
-    moving: tuple[str, ...],
-    mode: str,
-) -> Callable[[], object]:
-    xs = tuple(leaves[name] for name in moving)
-    dots = tuple(torch.ones_like(x) for x in xs)
+class _Worker:
+    """A process that prepares calls, and runs one when told to."""
 
-    def moved(*at: Tensor) -> tuple[Tensor, ...]:
-        return _tuple(function(**(leaves | dict(zip(moving, at, strict=True)))))
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
 
-    def call() -> object:
-        if mode == "value_bwd":
-            ys = _tuple(function(**leaves))
-            bars = [torch.ones_like(y) for y in ys]
-            return torch.autograd.grad(ys, list(leaves.values()), bars)
-        with torch.no_grad():
-            if mode == "jvp":
-                return torch.func.jvp(moved, xs, dots)
-            return function(**leaves)
+    def ask(self, *message: Any) -> Any:
+        """Send a request; wait for the answer.
 
-    return call
+        Raises:
+            RuntimeError: The process failed.
+        """
+        self.connection.send(message)
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            raise RuntimeError(f"The benchmark process died at {message}.") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
-
-def _compiled(
-    reference: Callable[..., Tensor | tuple[Tensor, ...]],
-    leaves: dict[str, Tensor],
-    moving: tuple[str, ...],
-    mode: str,
-) -> Callable[[], object]:
-    if mode == "jvp":  # forward mode inside the graph, as in training; tangents are not constants
-
-        def both(
-            inputs: dict[str, Tensor], xs: tuple[Tensor, ...], dots: tuple[Tensor, ...]
-        ) -> Any:
-            def moved(*at: Tensor) -> tuple[Tensor, ...]:
-                return _tuple(reference(**(inputs | dict(zip(moving, at, strict=True)))))
-
-            return torch.func.jvp(moved, xs, dots)
-
-        graph = torch.compile(both, fullgraph=True, dynamic=False)
-        moved_inputs = tuple(leaves[name] for name in moving)
-        tangents = tuple(torch.ones_like(x) for x in moved_inputs)
-
-        def call() -> object:
-            with torch.no_grad():
-                return graph(leaves, moved_inputs, tangents)
-
-        return call
-    return _call(torch.compile(reference, dynamic=False), leaves, moving, mode)
+    def sampler(self, name: str) -> Sampler:
+        """Milliseconds of wall and CPU time of one call of a provider."""
+        return functools.partial(self.ask, "call", name)
 
 
-if __name__ == "__main__":
-    main()
+@contextlib.contextmanager
+def _worker(threads: int, malloc: dict[str, str]) -> Iterator[_Worker]:
+    """Start a process whose allocator and threads are set from its first moment on."""
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_PROC_BIND": "true",
+        "OMP_PLACES": "threads",
+        "GOMP_SPINCOUNT": "100",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        **malloc,
+    }
+    before = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    theirs.close()
+    try:
+        yield _Worker(ours)
+    finally:
+        ours.close()
+        process.join(timeout=30)
+        process.kill()
+
+
+def _serve(connection: Connection) -> None:
+    """What the process does until its owner hangs up."""
+    samplers: dict[str, Sampler] = {}
+    truths = _Truths()
+
+    def answer(request: str, *given: Any) -> Any:
+        if request == "call":
+            return samplers[given[0]]()
+        samplers.clear()
+        if request == "environment":
+            stamp = environment(CPU) | {"extension": _ext.status()}
+            ceilings = Ceilings.measure(CPU, DTYPES.values(), *given)
+            return stamp | {"ceilings": vars(ceilings)}, ceilings
+        op, name, scale, dtype, mode, only = given
+        case = next(c for c in cases(op, scale) if c.name == name)
+        wanted = [p for p in providers(case, CPU) if only is None or p.name in only]
+        truth = truths.of(case, DTYPES[dtype]) if only is None else None
+        good, bad = prepare(case, DTYPES[dtype], mode, wanted, CPU, truth)
+        drawn = operands(case, DTYPES[dtype], CPU)
+        for provider, (call, _) in good.items():
+            samplers[provider] = on_cpu(functools.partial(call, drawn))
+        return {provider: error for provider, (_, error) in good.items()}, bad
+
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            message = connection.recv()
+            try:
+                connection.send(answer(*message))
+            except Exception as error:
+                connection.send(RuntimeError(f"{message}: {type(error).__name__}: {error}"))
+
+
+class _Truths:
+    """The truth of the last case, which serves all its modes."""
+
+    def __init__(self) -> None:
+        self.key: tuple[str, str, torch.dtype] | None = None
+        self.truth: Truth | None = None
+
+    def of(self, case: Case, dtype: torch.dtype) -> Truth:
+        key = (case.op, case.name, dtype)
+        if self.truth is None or self.key != key:
+            self.truth, self.key = Truth(case, operands(case, dtype, CPU)), key
+        return self.truth

@@ -1,33 +1,72 @@
 """All that needs a GPU, in parts that stop before a time limit and go on at the next call.
 
-check   every op and the network on the device against float64 on the CPU: value, tangent, gradient
-time    the same ops, a training step and one-step generation: ours, the reference, and, without
-        tangents, the compiled reference; generation also as one CUDA graph
-train   nano: clips are made, encoded and trained on until the time is up, then on the next call
+check    every op and the network on the device against float64 on the CPU: value, tangent, gradient
+kernels  every op against plain PyTorch, torch.compile and other people's kernels
+network  training steps and one-step generation of whole networks
+train    nano: clips are made, encoded and trained on until the time is up, then on the next call
 
-Needs torch, NumPy and safetensors, and Triton where a part compiles. DIR receives small files only:
-`environment.json`, `check.jsonl`, `time.jsonl`, `train.jsonl` and `network.safetensors`. Features
-and training states, some hundreds of MB, go to the work folder.
+Needs torch, NumPy and safetensors, and Triton where a part compiles; jvp-flash-attention,
+liger-kernel, flash-attn, xformers and rCM are timed where they can be imported. DIR receives small
+files only: `environment.json`, `check.jsonl`, `kernels.jsonl`, `network.jsonl`, `train.jsonl` and
+`network.safetensors`. Features and training states, some hundreds of MB, go to the work folder.
+
+Examples:
+  python -m bench gpu --out output/gpu                        all parts; call it again to go on
+  python -m bench gpu --out output/gpu --part check --minutes 3
+  python -m bench gpu --out /tmp/look --device cpu --smoke    no GPU: to see that it runs
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
+import gc
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.cases import SHAPES, SMOKE, Case, op_cases
-from bench.harness import Rows, environment, measure, peak_mib
-from mfmjt import kernels, meanflow
+from bench.cases import (
+    BACKWARD,
+    JVP_BACKWARD,
+    MODES,
+    Case,
+    Cost,
+    Input,
+    Operands,
+    cases,
+    named_ops,
+    operands,
+)
+from bench.harness import (
+    MAX_SETS,
+    Ceilings,
+    DeviceLost,
+    Rows,
+    Sampler,
+    cuda_events,
+    dtype_name,
+    environment,
+    l2_bytes,
+    on_cpu,
+    peak_mib,
+    prepare,
+    replayed,
+    row_of,
+    take_turns,
+)
+from bench.judge import Truth
+from bench.network import KEY, TINY, time_networks
+from bench.providers import OURS, Provider, providers, step
+from mfmjt import kernels
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
@@ -36,12 +75,13 @@ from mfmjt.train.config import FeatureExtraction, NetworkTraining, load_config
 from mfmjt.train.features import extract_all
 from mfmjt.train.loop import train
 
-__all__ = ["PARTS", "Job", "run"]
+__all__ = ["PARTS", "Job", "add_arguments", "run", "run_parts"]
 
-PARTS = ("check", "time", "train")
+PARTS = ("check", "kernels", "network", "train")
 PRETRAINED = Path(__file__).parent.parent / "mfmjt" / "pretrained" / "nano"
-TINY = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1}
-GRADIENT = "gradient"
+CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TIMED = (torch.bfloat16, torch.float32)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -54,6 +94,7 @@ class Job:
         device: Device to measure.
         deadline: `time.monotonic()` at which to stop.
         smoke: Everything tiny, to see that it runs.
+        ops: Ops to check and time.
         overrides: Settings of the stage `network`, `key=value` each.
     """
 
@@ -62,6 +103,7 @@ class Job:
     device: torch.device
     deadline: float
     smoke: bool = False
+    ops: tuple[str, ...] = ()
     overrides: Sequence[str] = ()
 
     def seconds_left(self) -> float:
@@ -69,14 +111,20 @@ class Job:
         return self.deadline - time.monotonic()
 
 
-def run(job: Job, parts: Sequence[str]) -> bool:
+def run_parts(job: Job, parts: Sequence[str]) -> bool:
     """Run `parts` in order; return whether all was right and nothing is left to do."""
     job.out.mkdir(parents=True, exist_ok=True)
     job.work.mkdir(parents=True, exist_ok=True)
-    stamp = json.dumps(environment(job.device), indent=2)
-    (job.out / "environment.json").write_text(stamp + "\n")
-    print(stamp)
-    functions = {"check": check, "time": time_all, "train": train_nano}
+    # TF32 would be PyTorch's error in the reference's place.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    stamp = environment(job.device)
+    path = job.out / "environment.json"
+    if path.exists():  # ceilings stay those of the rows that are there
+        stamp |= {k: v for k, v in json.loads(path.read_text()).items() if k == "ceilings"}
+    path.write_text(json.dumps(stamp, indent=2) + "\n")
+    print(json.dumps(stamp, indent=2))
+    functions = {"check": check, "kernels": time_kernels, "network": network, "train": train_nano}
     good = True
     for part in parts:
         print(f"== {part}", flush=True)
@@ -89,108 +137,39 @@ def run(job: Job, parts: Sequence[str]) -> bool:
 
 def check(job: Job) -> bool:
     """Compare with float64 on the CPU; an op may err twice as much as its reference does there."""
-    # TF32 would be PyTorch's error in the reference's place.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     path = job.out / "check.jsonl"
     path.unlink(missing_ok=True)  # seconds of work, and the code may have changed
-    rows, good = Rows(path, ()), True
+    rows, good = Rows(path, ("op", "case", "dtype", "kind")), True
     for case, dtype in _checks(job):
         if job.seconds_left() < 0:
             print("The time is up; the rest of the checks is left out.")
             return False
-        truth = _results(case, case.reference, torch.float64, torch.device("cpu"), dtype)
-        theirs = _results(case, case.reference, dtype, job.device, dtype)
-        try:
-            ours = _results(case, case.function, dtype, job.device, dtype)
-        except Exception as error:  # a broken kernel shall not hide the others
-            ours = {}
-            print(f"FAILED {case.op} {case.shape} {dtype}: {type(error).__name__}: {error}")
-        for kind in truth:
-            row = _judge(truth[kind], ours.get(kind), theirs[kind], dtype, case.terms)
-            name = str(dtype).removeprefix("torch.")
-            rows.add(op=case.op, shape=case.shape, dtype=name, kind=kind, **row)
-            good &= bool(row["ok"])
-            if not row["ok"]:
-                print(f"WRONG {case.op} {case.shape} {name} {kind}: {row}")
+        given = operands(case, dtype, CPU).to(dtype, job.device)
+        truth = Truth(case, given, CPU)
+        for mode, where in ((BACKWARD, ""), (JVP_BACKWARD, " under jvp")):
+            try:
+                found = step(Provider(OURS, case.function), case, mode)(given)
+                errors = truth.judge(found).errors
+            except Exception as error:  # a broken kernel shall not hide the others
+                reason = f"{type(error).__name__}: {error}"
+                errors = {"all": {"ok": False, "reason": reason}}  # type: ignore[dict-item]
+            for kind, row in errors.items():
+                what = {"op": case.op, "case": case.name, "dtype": dtype_name(dtype)}
+                rows.add({**what, "kind": kind + where, **row})
+                good &= bool(row["ok"])
+                if not row["ok"]:
+                    print("WRONG", *what.values(), kind + where, row)
     right = sum(bool(row["ok"]) for row in rows.rows)
     print(f"{right} of {len(rows.rows)} checks passed.")
     return good
 
 
 def _checks(job: Job) -> Iterator[tuple[Case, torch.dtype]]:
-    for shape in SMOKE if job.smoke else SHAPES:
-        for case in op_cases(shape):
-            for dtype in (torch.float32, torch.bfloat16):
-                yield case, dtype
+    for op in job.ops:
+        for case in cases(op, "tiny" if job.smoke else "check"):
+            for dtype in CHECKED:
+                yield replace(case, modes=MODES), dtype
     yield _network_case(job), torch.float32
-
-
-Results = dict[str, list[Tensor]]
-
-
-def _results(
-    case: Case,
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-    rounded: torch.dtype,
-) -> Results:
-    """Values, tangents and gradients of `case` computed in `dtype`, from inputs in `rounded`."""
-    generator = torch.Generator().manual_seed(1)
-
-    def place(x: Tensor) -> Tensor:
-        return x.to(rounded).to(device, dtype)
-
-    def draw(like: Tensor) -> Tensor:
-        return place(torch.randn(like.shape, generator=generator, dtype=torch.float64))
-
-    leaves = {name: place(x).requires_grad_() for name, x in case.inputs.items()}
-    dots = tuple(draw(leaves[name]) for name in case.moving)
-
-    def moved(*xs: Tensor) -> tuple[Tensor, ...]:
-        return _tuple(function(**(leaves | dict(zip(case.moving, xs, strict=True)))))
-
-    plain = _tuple(function(**leaves))
-    bars = [draw(y) for y in plain]
-    loss = sum(((y * bar).sum() for y, bar in zip(plain, bars, strict=True)), torch.zeros(()))
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    xs = tuple(leaves[name] for name in case.moving)
-    values, tangents, *_ = torch.func.jvp(moved, xs, dots)
-    results = {
-        "value": list(plain),
-        "value under jvp": list(values),
-        "tangent": list(tangents),
-        GRADIENT: list(gradients),
-    }
-    return {kind: [x.detach().double().cpu() for x in found] for kind, found in results.items()}
-
-
-def _tuple(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (y,) if isinstance(y, Tensor) else tuple(y)
-
-
-def _judge(
-    truth: list[Tensor],
-    ours: list[Tensor] | None,
-    theirs: list[Tensor],
-    dtype: torch.dtype,
-    terms: int,
-) -> dict[str, Any]:
-    """Largest errors over the results of a kind, and whether ours is within what is allowed.
-
-    Allowed is twice the reference's error in the same dtype on the same device, and as many
-    roundings of the result as a sum of `terms` numbers may gather.
-    """
-    scale = max(float(x.abs().max()) for x in truth)
-    error, reference = (
-        max(float((x - y).abs().max()) for x, y in zip(found, truth, strict=True))
-        if found
-        else float("nan")
-        for found in (ours, theirs)
-    )
-    limit = 2 * reference + (4 + terms**0.5) * torch.finfo(dtype).eps * scale
-    return {"ok": error <= limit, "error": error, "reference": reference, "scale": scale}
 
 
 def _network_case(job: Job) -> Case:
@@ -203,216 +182,161 @@ def _network_case(job: Job) -> Case:
                 p.add_(torch.randn_like(p) * 0.02)
     config, length = net.config, 20 if job.smoke else 80
     video, sync = config.lengths(length)
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
     inputs = {
-        "z": randn(4, length, config.latent_dim),
-        "t": torch.tensor([1.0, 0.75, 0.5, 0.125], dtype=torch.float64),
-        "video": randn(4, video, config.video_dim),
-        "sync": randn(4, sync, config.sync_dim),
-        "text": randn(4, config.text_length, config.text_dim),
+        "z": Input((4, length, config.latent_dim)),
+        "t": Input((4,), scale=0.5),
+        "video": Input((4, video, config.video_dim), moves=False),
+        "sync": Input((4, sync, config.sync_dim), moves=False),
+        "text": Input((4, config.text_length, config.text_dim), moves=False),
+    }
+    # Placed ahead: under forward mode parameters cannot be moved.
+    placed = {
+        (device.type, dtype): copy.deepcopy(net).to(device, dtype)
+        for device, dtype in ((CPU, torch.float64), (job.device, torch.float32))
     }
 
-    placed: dict[tuple[torch.device, torch.dtype], MFMJT] = {}
-
     def function(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        # The first call with new inputs is a plain one: under jvp parameters cannot be moved.
-        where = (z.device, z.dtype)
-        if where not in placed:
-            placed[where] = copy.deepcopy(net).to(*where)
-        result: Tensor = placed[where](z, torch.zeros_like(t), t, **cond)
-        return result
+        u: Tensor = placed[z.device.type, z.dtype](z, torch.zeros_like(t), t, **cond)
+        return u
 
     def reference(**given: Tensor) -> Tensor:
+        if isinstance(given["z"], torch._subclasses.FakeTensor):  # its shape is asked for
+            return given["z"]
         with kernels.reference():
             return function(**given)
 
-    terms = config.depth * 4 * length * config.mlp_hidden
-    return Case("network", "nano", function, reference, inputs, ("z", "t"), terms)
+    return Case(
+        op="network",
+        name=config.name,
+        model=config.name,
+        batch=4,
+        length=length,
+        inputs=inputs,
+        function=function,
+        reference=reference,
+        flops=Cost(0),
+        elements=Cost(0),
+        terms=config.depth * 4 * length * config.mlp_hidden,
+    )
 
 
-# time
+# kernels
 
 
-def time_all(job: Job) -> bool:
-    """Time what exists; cases that are in the file already are left out."""
-    rows = Rows(job.out / "time.jsonl", ("what", "shape", "dtype", "mode"))
-    dtypes = (torch.float32,) if job.smoke else (torch.bfloat16, torch.float32)
-    works: list[Callable[[], bool]] = [lambda: _time_network(job, rows)]
-    for shape in SMOKE if job.smoke else SHAPES:
-        for case in op_cases(shape):
-            works += [
-                lambda case=case, dtype=dtype: _time_op(job, rows, case, dtype)  # type: ignore[misc]
-                for dtype in dtypes
-            ]
-    for work in works:
-        if (job.seconds_left() < 60 and not job.smoke) or not work():
-            print("The time is up; the same command goes on from here.")
+def time_kernels(job: Job) -> bool:
+    """Verify and time every op's providers; rows that are in the file already are left out."""
+    rows = Rows(job.out / "kernels.jsonl")
+    path = job.out / "environment.json"
+    stamp = json.loads(path.read_text())
+    if "ceilings" not in stamp:
+        stamp["ceilings"] = vars(Ceilings.measure(job.device, TIMED, job.smoke))
+        path.write_text(json.dumps(stamp, indent=2) + "\n")
+    ceilings = Ceilings(**stamp["ceilings"])
+    found = [case for op in job.ops for case in cases(op, "tiny" if job.smoke else "gpu")]
+    jobs = [
+        (case, dtype)
+        for dtype in (TIMED[1:] if job.smoke else TIMED)
+        for headline in (True, False)
+        for case in found
+        if case.headline == headline
+    ]
+    for number, (case, dtype) in enumerate(jobs, 1):
+        shared = {"threads": torch.get_num_threads(), "malloc": job.device.type}
+        about = {"commit": stamp["commit"], "utc": stamp["utc"]}
+        if not _time_case(job, rows, case, dtype, ceilings, shared, about):
+            print(f"The time is up at {number} of {len(jobs)}; the same command goes on from here.")
             return False
+        print(f"[{number}/{len(jobs)}, {job.seconds_left():.0f} s left]", flush=True)
     return True
 
 
-def _time_op(job: Job, rows: Rows, case: Case, dtype: torch.dtype) -> bool:
-    name = str(dtype).removeprefix("torch.")
-    leaves = {k: x.to(job.device, dtype).requires_grad_() for k, x in case.inputs.items()}
-    for mode in ("value", "value_bwd", "jvp", "jvp_bwd"):
-        if rows.has(what=case.op, shape=case.shape, dtype=name, mode=mode):
+def _time_case(
+    job: Job,
+    rows: Rows,
+    case: Case,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    shared: dict[str, object],
+    about: dict[str, object],
+) -> bool:
+    truth: Truth | None = None
+    sets: list[Operands] = []
+    for mode in case.modes:
+        fields = {**row_of(case, dtype, mode, ceilings), **shared}
+        wanted = [p for p in providers(case, job.device) if not rows.has(**fields, provider=p.name)]
+        if not wanted:
             continue
-        functions = {"mfmjt": case.function, "reference": case.reference}
-        if job.device.type == "cuda" and mode.startswith("value"):
-            torch.compiler.reset()
-            functions["compile"] = torch.compile(case.reference)
-        calls = {k: _op_call(f, leaves, case.moving, mode) for k, f in functions.items()}
-        _compare(job, rows, calls, what=case.op, shape=case.shape, dtype=name, mode=mode)
-    return True
-
-
-def _op_call(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    leaves: dict[str, Tensor],
-    moving: tuple[str, ...],
-    mode: str,
-) -> Callable[[], object]:
-    xs = tuple(leaves[name] for name in moving)
-    dots = tuple(torch.ones_like(x) for x in xs)
-
-    def forward() -> tuple[Tensor, ...]:
-        if not mode.startswith("jvp"):
-            return _tuple(function(**leaves))
-        values, *_ = torch.func.jvp(
-            lambda *at: _tuple(function(**(leaves | dict(zip(moving, at, strict=True))))), xs, dots
-        )
-        return values
-
-    def call() -> object:
-        if not mode.endswith("bwd"):
-            with torch.no_grad():
-                return forward()
-        ys = forward()
-        return torch.autograd.grad(ys, list(leaves.values()), [torch.ones_like(y) for y in ys])
-
-    return call
-
-
-def _time_network(job: Job, rows: Rows) -> bool:
-    """Training steps and one-step generation of whole networks."""
-    names = ("nano",) if job.smoke else ("nano", "small_16k")
-    for name in names:
-        overrides = TINY if job.smoke else {}
-        net = MFMJT.from_config(name, **overrides).to(job.device)
-        half = "float32" if job.smoke else "bfloat16"
-        batch, length = (2, 20) if job.smoke else (64, net.config.latent_length)
-        for ratio in (0.0, 0.1, 0.25):
-            if job.seconds_left() < 60 and not job.smoke:
-                return False
-            mode = f"train_ratio_{ratio}"
-            if not rows.has(what="network", shape=name, dtype=half, mode=mode):
-                calls = _train_calls(net, batch, length, ratio, half)
-                fields = {"what": "network", "shape": name, "dtype": half, "mode": mode}
-                _compare(job, rows, calls, **fields, batch=batch, length=length)
-        if not rows.has(what="network", shape=name, dtype=half, mode="generate"):
-            net = net.eval().requires_grad_(False).to(dtype=getattr(torch, half))
-            calls = _generate_calls(net, length)
-            fields = {"what": "network", "shape": name, "dtype": half, "mode": "generate"}
-            _compare(job, rows, calls, **fields, batch=1, length=length)
-    return True
-
-
-def _batch(net: MFMJT, batch: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
-    config, weight = net.config, net.sync_pos_emb
-    video, sync = config.lengths(length)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, device=weight.device, dtype=weight.dtype)
-
-    cond = {
-        "video": randn(batch, video, config.video_dim),
-        "sync": randn(batch, sync, config.sync_dim),
-        "text": randn(batch, config.text_length, config.text_dim),
-    }
-    return randn(batch, length, config.latent_dim), cond
-
-
-def _train_calls(
-    net: MFMJT, batch: int, length: int, ratio: float, dtype: str
-) -> dict[str, Callable[[], object]]:
-    x, cond = _batch(net, batch, length)
-
-    def ours() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = meanflow.loss(net, x, cond, ratio=ratio)
-        loss.backward()
-        net.zero_grad(set_to_none=True)
-
-    def reference() -> None:
-        with kernels.reference():
-            ours()
-
-    return {"mfmjt": ours, "reference": reference}
-
-
-def _generate_calls(net: MFMJT, length: int) -> dict[str, Callable[[], object]]:
-    z, cond = _batch(net, 1, length)
-    step = meanflow.OneStep(net)
-
-    def reference() -> Tensor:
-        with kernels.reference():
-            return step(z, **cond)
-
-    calls: dict[str, Callable[[], object]] = {
-        "mfmjt": lambda: step(z, **cond),
-        "reference": reference,
-    }
-    if z.device.type == "cuda":
-        compiled = meanflow.OneStep(torch.compile(net))
-        calls["compile"] = lambda: compiled(z, **cond)
-        calls["graph"] = _captured(lambda: step(z, **cond))
-    return calls
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Replay `call` as one CUDA graph, captured at its first use."""
-    graphs: list[torch.cuda.CUDAGraph] = []
-
-    def capture() -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph
-
-    def replay() -> None:
-        if not graphs:
-            graphs.append(capture())
-        graphs[0].replay()
-
-    return replay
-
-
-def _compare(job: Job, rows: Rows, calls: dict[str, Callable[[], object]], **fields: Any) -> None:
-    """Time providers against one another and write a row for each; what fails says so."""
-    able: dict[str, Callable[[], object]] = {}
-    peaks: dict[str, float | None] = {}
-    for provider, call in calls.items():
+        if job.seconds_left() < 60 and not job.smoke:
+            return False
         try:
-            call()
-            peaks[provider] = peak_mib(call, job.device)
-            able[provider] = call
-        except (RuntimeError, NotImplementedError) as error:
-            rows.add(provider=provider, error=str(error).splitlines()[0], **fields)
-    seconds = 0.0 if job.smoke else 1.0
-    for provider, timing in measure(able, job.device, seconds).items() if able else ():
-        row = rows.add(timing, provider=provider, peak_mib=peaks[provider], **fields)
-        about = " ".join(str(v) for v in fields.values())
-        print(f"{about} {provider}: {row['ms_p50']} ms (launches {row['cpu_ms_p50']} ms)")
+            truth = truth or Truth(case, operands(case, dtype, job.device))
+        except torch.OutOfMemoryError:
+            reason = {"status": "unsupported", "reason": "no memory for the truth in float64"}
+            for provider in wanted:
+                rows.add({**fields, "provider": provider.name, **reason, **about})
+            continue
+        sets = sets or _operand_sets(case, dtype, job.device)
+        try:
+            good, bad = prepare(case, dtype, mode, wanted, job.device, truth)
+        except DeviceLost as lost:
+            reason = {"status": "unsupported", "reason": lost.reason}
+            rows.add({**fields, "provider": lost.provider, **reason, **about})
+            raise
+        for name, reason in bad.items():
+            rows.add({**fields, "provider": name, **reason, **about})
+        samplers: dict[str, Sampler] = {}
+        more: dict[str, dict[str, object]] = {}
+        for name, (call, error) in good.items():
+            one = functools.partial(call, sets[0])
+            peak = peak_mib(one, job.device)
+            samplers[name], timer = _sampler(call, one, sets, job.device)
+            more[name] = {"error_of_limit": error, "peak_mib": peak, "timer": timer}
+        for name, timing in take_turns(samplers, 0.0 if job.smoke else 0.4).items():
+            extra = {"provider": name, "status": "ok", **more[name], **about}
+            row = rows.add({**fields, **extra}, timing)
+            what = f"{case.op} {case.name} {fields['dtype']} {mode} {name}"
+            share = 100 * row["floor_ms"] / row["ms_p50"]
+            print(f"{what}: {row['ms_p50']} ms, {share:.0f} % of the roofline", flush=True)
+        del samplers, good
+        gc.collect()
+    return True
+
+
+def _operand_sets(case: Case, dtype: torch.dtype, device: torch.device) -> list[Operands]:
+    """Operands that together exceed the L2 cache three times."""
+    sets = [operands(case, dtype, device)]
+    if device.type == "cuda":
+        count = min(MAX_SETS, -(-3 * l2_bytes(device) // max(1, sets[0].bytes)))
+        sets += [operands(case, dtype, device, seed) for seed in range(1, count)]
+    return sets
+
+
+def _sampler(
+    call: Callable[[Operands], object],
+    one: Callable[[], object],
+    sets: list[Operands],
+    device: torch.device,
+) -> tuple[Sampler, str]:
+    """How to time a call, and the name of that."""
+    if device.type != "cuda":
+        return on_cpu(one), "cpu"
+    try:
+        return replayed(call, sets), "graph"
+    except Exception as error:  # it waits for the device, or allocates where a graph may not
+        torch.cuda.synchronize()
+        print(f"No graph ({str(error).partition(chr(10))[0]}); timed between events.")
+        return cuda_events(one, device), "events"
+
+
+# network
+
+
+def network(job: Job) -> bool:
+    """Training steps and generation; see `bench.network`."""
+    done = time_networks(Rows(job.out / "network.jsonl", KEY), job.device, job.deadline, job.smoke)
+    if not done:
+        print("The time is up; the same command goes on from here.")
+    return done
 
 
 # train
@@ -422,7 +346,7 @@ def train_nano(job: Job) -> bool:
     """Go on with the training of nano until the deadline; return whether it is finished."""
     features = job.work / "features"
     ends = _ends(job)
-    workers = 0 if job.smoke else max(1, (environment(job.device)["cores"] or 2) - 1)
+    workers = 0 if job.smoke else max(1, len(os.sched_getaffinity(0)) - 1)
     extract_all(
         FeatureExtraction(
             out=str(features),
@@ -479,16 +403,31 @@ def _ends(job: Job) -> Path:
     return job.work
 
 
-def main(arguments: Any) -> int:
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench gpu`."""
+    command.add_argument("--out", required=True, help="folder of the results, small files only")
+    command.add_argument("--work", help="folder of features and training states [OUT/work]")
+    command.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    command.add_argument("--ops", help="check and time only these, separated by commas")
+    command.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
+    command.add_argument("--device", default="cuda")
+    command.add_argument("--smoke", action="store_true", help="everything tiny")
+    command.add_argument("override", nargs="*", help="settings of the training, such as lr=1e-3")
+
+
+def run(given: argparse.Namespace) -> int:
     """Run `python -m bench gpu` and return the exit status."""
-    device = torch.device(arguments.device)
+    device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(
             "No CUDA GPU here: nothing was measured. Run this on a machine with one, or try "
             "`--device cpu --smoke` to see that it runs.\n"
         )
         return 2
-    deadline = time.monotonic() + 60 * arguments.minutes
-    work = Path(arguments.work or f"{arguments.out}/work")
-    job = Job(Path(arguments.out), work, device, deadline, arguments.smoke, arguments.override)
-    return 0 if run(job, PARTS if arguments.part == "all" else (arguments.part,)) else 1
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    deadline = time.monotonic() + 60 * given.minutes
+    work = Path(given.work or f"{given.out}/work")
+    ops = named_ops(given.ops)
+    job = Job(Path(given.out), work, device, deadline, given.smoke, ops, given.override)
+    return 0 if run_parts(job, PARTS if given.part == "all" else (given.part,)) else 1

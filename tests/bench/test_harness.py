@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from bench.harness import MIN_CALLS, Rows, environment, measure, peak_mib
+from bench.harness import MIN_CALLS, Ceilings, Rows, environment, on_cpu, peak_mib, take_turns
 
 CPU = torch.device("cpu")
 
@@ -17,24 +17,40 @@ def test_providers_take_turns_and_are_told_apart():
             calls.append(name)
             time.sleep(seconds)
 
-        return call
+        return on_cpu(call)
 
-    timings = measure({"short": sleeper("short", 0.001), "long": sleeper("long", 0.01)}, CPU, 0.0)
-    assert calls[:6] == ["short", "long", "short", "long", "long", "short"]
+    timings = take_turns({"short": sleeper("short", 0.001), "long": sleeper("long", 0.01)}, 0.0)
+    assert calls[:6] == ["short", "long", "long", "short", "short", "long"]
     short, long = timings["short"], timings["long"]
     assert short.n == long.n == MIN_CALLS
     # A sleep lasts at least as long as asked, and asks no CPU time.
     assert short.ms_p20 >= 1
     assert long.ms_p20 >= 10
     assert short.ms_p20 <= short.ms_p50 <= short.ms_p80
-    assert long.cpu_ms_p50 < long.ms_p50
+    assert long.cpu_ms_p80 < long.ms_p20
+
+
+def test_quantiles_are_those_of_the_samples():
+    samples = iter([(5.0, 50.0), (1.0, 10.0), (4.0, 40.0), (2.0, 20.0), (3.0, 30.0)])
+    timing = take_turns({"a": lambda: next(samples)}, 0.0)["a"]
+    assert (timing.ms_p50, timing.cpu_ms_p50, timing.n) == (3.0, 30.0, 5)
+    assert 1 < timing.ms_p20 < 2 < 4 < timing.ms_p80 < 5
+    assert timing.cpu_ms_p80 == 10 * timing.ms_p80
+
+
+def test_time_is_spent_as_told():
+    start = time.monotonic()
+    timing = take_turns({"a": on_cpu(lambda: time.sleep(0.001))}, 0.1)["a"]
+    assert time.monotonic() - start >= 0.1
+    assert timing.n > MIN_CALLS
+    assert take_turns({}, 1.0) == {}
 
 
 def test_rows_are_kept_and_found(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = Rows(path, ("op", "mode"))
-    (timing,) = measure({"a": lambda: None}, CPU, 0.0).values()
-    rows.add(timing, op="linear", mode="jvp", provider="a")
+    timing = take_turns({"a": on_cpu(lambda: None)}, 0.0)["a"]
+    rows.add({"op": "linear", "mode": "jvp", "provider": "a"}, timing)
     again = Rows(path, ("op", "mode"))
     assert again.has(op="linear", mode="jvp", provider="another")
     assert not again.has(op="linear", mode="value")
@@ -49,3 +65,10 @@ def test_environment_says_where():
     assert stamp["cpu"]
     assert "gpu" not in stamp
     assert peak_mib(lambda: None, CPU) is None
+
+
+def test_ceilings_are_measured():
+    ceilings = Ceilings.measure(CPU, (torch.float32,), tiny=True)
+    assert ceilings.copy_gbps > 0
+    assert ceilings.gemm_tflops.keys() == {"float32"}
+    assert ceilings.gemm_tflops["float32"] > 0

@@ -1,0 +1,177 @@
+"""`joint_attention` of the latent alone, of three streams, and on the peers' own shapes.
+
+Whoever takes one tensor concatenates the streams first, as a network must; that is timed. The
+peers' shapes are those of their published tables, in the memory order that they want. FLOPs are
+those of the matrix products: two for the value, four more for the tangent, five for the gradients,
+one of them a second time, as PyTorch counts them too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.cases import Case, Cost, Input, Shape, shapes
+from bench.providers import Provider, Unsupported
+from mfmjt.kernels.joint_attention import joint_attention, joint_attention_ref
+
+__all__ = ["cases", "providers"]
+
+One = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+PEERS = (
+    *((2, 12, 64, length) for length in (512, 256, 1024, 2048)),  # jvp_flash_attention's table
+    (1, 16, 64, 8192),  # flash-attention's thread on forward mode, and TVM's widths
+    (1, 16, 128, 8192),
+)
+"""(B, H, D, N)."""
+
+
+def _streams(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
+    return [x for key, x in tensors.items() if key[0] == name]
+
+
+def _apply(op: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(op(*(_streams(tensors, name) for name in "qkv")))
+
+
+def _joined(one: One) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of several streams from one of a single (B, N, H, D) each."""
+
+    def function(**tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (_streams(tensors, name) for name in "qkv")
+        out = one(*(s[0] if len(s) == 1 else torch.cat(s, dim=1) for s in (q, k, v)))
+        return tuple(out.split([x.shape[1] for x in q], dim=1))
+
+    return function
+
+
+def _case(
+    name: str,
+    model: str,
+    batch: int,
+    heads: int,
+    width: int,
+    lengths: Sequence[int],
+    headline: bool,
+    heads_first: bool = False,
+) -> Case:
+    length = sum(lengths)
+    product = 2 * batch * heads * length**2 * width
+    n = batch * length * heads * width
+    return Case(
+        op="joint_attention",
+        name=name,
+        model=model,
+        batch=batch,
+        length=length,
+        inputs={
+            f"{kind}{i}": Input((batch, tokens, heads, width), heads_first=heads_first)
+            for kind in "qkv"
+            for i, tokens in enumerate(lengths)
+        },
+        function=lambda **tensors: _apply(joint_attention, **tensors),
+        reference=lambda **tensors: _apply(joint_attention_ref, **tensors),
+        flops=Cost(2 * product, 4 * product, 5 * product),
+        elements=Cost(4 * n, 4 * n, 8 * n),
+        terms=length,
+        headline=headline,
+    )
+
+
+def _network(s: Shape, streams: Sequence[int], kind: str, headline: bool) -> Case:
+    name = f"{s.name} {kind}"
+    return _case(name, s.model, s.batch, s.heads, s.dim // s.heads, streams, headline)
+
+
+def cases(scale: str) -> list[Case]:
+    """Cases of a scale."""
+    found = []
+    for s in shapes(scale):
+        found.append(_network(s, s.streams, "joint", s.headline))
+        found.append(_network(s, (s.length,), "self", s.headline and scale == "gpu"))
+    if scale == "gpu":
+        peers = [
+            _case(f"B={b} H={h} d={d} N={n}", "peers", b, h, d, (n,), n == 512, heads_first=True)
+            for b, h, d, n in PEERS
+        ]
+        found = [*found[:4], *peers, *found[4:]]
+    return found
+
+
+def providers(case: Case) -> list[Provider]:
+    """PyTorch's own four ways, compiled forward mode over one of them, and the packages."""
+    gpu = ("cuda",)
+    found = [
+        Provider("sdpa_math", _joined(_math)),
+        Provider("compile_sdpa_math", _joined(_math), compiled=True),
+        Provider("sdpa_flash", _joined(_sdpa(SDPBackend.FLASH_ATTENTION))),
+        Provider("sdpa_cudnn", _joined(_sdpa(SDPBackend.CUDNN_ATTENTION)), devices=gpu),
+        Provider("sdpa_efficient", _joined(_sdpa(SDPBackend.EFFICIENT_ATTENTION)), devices=gpu),
+    ]
+    packages = {
+        "jvp_flash_attention": _jvp_flash_attention,
+        "rcm": _rcm,
+        "flash_attn": _flash_attn,
+        "xformers": _xformers,
+    }
+    return found + [Provider(name, _joined(one), devices=gpu) for name, one in packages.items()]
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0].transpose(1, 2)
+
+
+def _sdpa(backend: SDPBackend) -> One:
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2)
+
+    return one
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # packages fail to load in many ways
+        raise Unsupported(f"{name} does not load: {error}") from error
+
+
+def _jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attention = _import("jvp_flash_attention.jvp_attention").JVPAttn
+    if q.shape[1] % 32:  # it asserts less, and then reads and writes past the end
+        raise Unsupported(f"{q.shape[1]} tokens are no multiple of 32")
+    dual = forward_ad._current_level >= 0
+    function = attention.fwd_dual if dual else attention.fwd
+    out: Tensor = function(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2)
+
+
+def _rcm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attention = _import("rcm.utils.flash_attention_jvp_triton")._attention
+    duals = [forward_ad.unpack_dual(x.transpose(1, 2)) for x in (q, k, v)]
+    if any(dual.tangent is None for dual in duals):
+        raise Unsupported("it computes a value only together with a tangent")
+    tangents = [dual.tangent.detach() for dual in duals]
+    out, out_dot = attention.apply(*(dual.primal for dual in duals), *tangents)
+    return forward_ad.make_dual(out, out_dot).transpose(1, 2)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = _import("flash_attn").flash_attn_func(q, k, v)
+    return out
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = _import("xformers.ops").memory_efficient_attention(q, k, v)
+    return out

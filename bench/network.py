@@ -1,0 +1,155 @@
+"""Training steps and one-step generation of whole networks: ours, the reference, and compiled.
+
+A training step is loss and gradients at three shares of rows with r != t; generation is one guided
+step at batch 1, also as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import Rows, Sampler, cuda_events, on_cpu, peak_mib, take_turns
+from bench.providers import OURS, REFERENCE
+from mfmjt import kernels, meanflow
+from mfmjt.model import MFMJT
+
+__all__ = ["KEY", "TINY", "time_networks"]
+
+TINY = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1}
+KEY = ("model", "mode", "dtype", "provider")
+RATIOS = (0.0, 0.1, 0.25)
+
+
+def time_networks(rows: Rows, device: torch.device, end: float, tiny: bool = False) -> bool:
+    """Time what is not in `rows` yet; return whether all is there.
+
+    Args:
+        rows: Identified by `KEY`.
+        device: Where.
+        end: `time.monotonic()` a minute before which to stop.
+        tiny: Nothing of real size.
+    """
+    for name in ("nano",) if tiny else ("nano", "small_16k"):
+        net = MFMJT.from_config(name, **(TINY if tiny else {})).to(device)
+        dtype = "float32" if tiny else "bfloat16"
+        batch, length = (2, 20) if tiny else (64, net.config.latent_length)
+        for ratio in (*RATIOS, None):
+            mode = "generate" if ratio is None else f"train ratio={ratio}"
+            fields = {"model": name, "mode": mode, "dtype": dtype, "length": length}
+            if rows.has(**fields, provider=OURS):
+                continue
+            if time.monotonic() > end - 60 and not tiny:
+                return False
+            if ratio is None:
+                net = net.eval().requires_grad_(False).to(dtype=getattr(torch, dtype))
+                calls = _generate_calls(net, length)
+            else:
+                calls = _train_calls(net, batch, length, ratio, dtype)
+            fields["batch"] = 1 if ratio is None else batch
+            _compare(rows, calls, device, 0.0 if tiny else 1.0, fields)
+    return True
+
+
+def _batch(net: MFMJT, batch: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    config, weight = net.config, net.sync_pos_emb
+    video, sync = config.lengths(length)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, device=weight.device, dtype=weight.dtype)
+
+    cond = {
+        "video": randn(batch, video, config.video_dim),
+        "sync": randn(batch, sync, config.sync_dim),
+        "text": randn(batch, config.text_length, config.text_dim),
+    }
+    return randn(batch, length, config.latent_dim), cond
+
+
+def _train_calls(
+    net: MFMJT, batch: int, length: int, ratio: float, dtype: str
+) -> dict[str, Callable[[], object]]:
+    x, cond = _batch(net, batch, length)
+
+    def ours() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = meanflow.loss(net, x, cond, ratio=ratio)
+        loss.backward()
+        net.zero_grad(set_to_none=True)
+
+    def reference() -> None:
+        with kernels.reference():
+            ours()
+
+    return {OURS: ours, REFERENCE: reference}
+
+
+def _generate_calls(net: MFMJT, length: int) -> dict[str, Callable[[], object]]:
+    z, cond = _batch(net, 1, length)
+    step = meanflow.OneStep(net)
+
+    def reference() -> Tensor:
+        with kernels.reference():
+            return step(z, **cond)
+
+    calls: dict[str, Callable[[], object]] = {OURS: lambda: step(z, **cond), REFERENCE: reference}
+    if z.device.type == "cuda":
+        compiled = meanflow.OneStep(torch.compile(net))
+        calls["compile"] = lambda: compiled(z, **cond)
+        calls["graph"] = _captured(lambda: step(z, **cond))
+    return calls
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Replay `call` as one CUDA graph, captured at its first use."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def capture() -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph
+
+    def replay() -> None:
+        if not graphs:
+            graphs.append(capture())
+        graphs[0].replay()
+
+    return replay
+
+
+def _compare(
+    rows: Rows,
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    fields: dict[str, Any],
+) -> None:
+    """Time providers against one another and write a row for each; what fails says so."""
+    samplers: dict[str, Sampler] = {}
+    peaks: dict[str, float | None] = {}
+    for provider, call in calls.items():
+        try:
+            call()
+            peaks[provider] = peak_mib(call, device)
+            samplers[provider] = (
+                cuda_events(call, device) if device.type == "cuda" else on_cpu(call)
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            rows.add({**fields, "provider": provider, "status": "unsupported", "reason": reason})
+    for provider, timing in take_turns(samplers, seconds).items():
+        extra = {"provider": provider, "status": "ok", "peak_mib": peaks[provider]}
+        row = rows.add({**fields, **extra}, timing)
+        about = " ".join(str(v) for v in fields.values())
+        print(f"{about} {provider}: {row['ms_p50']} ms (host {row['cpu_ms_p50']} ms)", flush=True)
