@@ -399,7 +399,7 @@ def _attention_fwd_kernel(
     q,  # a stream is (pointer, batch stride, token stride, head stride), strides in units
     k,
     v,
-    q_dot,  # None where no query moves
+    q_dot,  # None where no query moves, or pointers: strides are those of q
     k_dot,  # None in place of a stream that does not move
     v_dot,
     o,  # pointers, one for each stream of queries
@@ -432,7 +432,7 @@ def _attention_fwd_kernel(
     stream, first, count = _locate(queries, tl.program_id(0) % tiles, BLOCK_N)
     own = _choose(q, stream)
     if q_dot is not None:
-        own_dot = _choose(q_dot, stream)
+        own_dot = (_choose_pointer(q_dot, stream), own[1], own[2], own[3])
     if WHOLE:
         query = _load(own, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
         if q_dot is not None:
@@ -451,6 +451,8 @@ def _attention_fwd_kernel(
     for s in tl.static_range(len(k)):
         MOVES: tl.constexpr = q_dot is not None or k_dot[s] is not None
         limit = _limit(lengths, s, keys[s], sample)
+        k_dots = (k_dot[s], k[s][1], k[s][2], k[s][3])
+        v_dots = (v_dot[s], v[s][1], v[s][2], v[s][3])
         if o_dot is not None and not MOVES:  # S_dot is zero: W is, if the centre is too
             dot += centre[:, None] * out
             total_w += centre * total_rounded
@@ -467,9 +469,7 @@ def _attention_fwd_kernel(
                         query_dot, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
                     )
                 if k_dot[s] is not None:
-                    a = _load(
-                        k_dot[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN
-                    )
+                    a = _load(k_dots, sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
                     a = tl.trans(a)
                     score_dot = tl.dot(
                         query, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
@@ -486,7 +486,7 @@ def _attention_fwd_kernel(
                     )  # fmt: skip
                 if k_dot[s] is not None:
                     score_dot = _products(
-                        own, k_dot[s], sample, head, first, count, start, limit, score_dot,
+                        own, k_dots, sample, head, first, count, start, limit, score_dot,
                         UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                     )  # fmt: skip
             score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
@@ -517,7 +517,7 @@ def _attention_fwd_kernel(
             out = tl.dot(p_rounded, b, out, input_precision=PRECISION, out_dtype=TYPE)
             if v_dot[s] is not None:
                 b = _load(
-                    v_dot[s], sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT
+                    v_dots, sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT
                 )
                 dot = tl.dot(p_rounded, b, dot, input_precision=PRECISION, out_dtype=TYPE)
             total = total * shrink + sum_p
@@ -544,10 +544,10 @@ def _attention_fwd_kernel(
 
 @jit
 def _attention_bwd_q_kernel(
-    o_bar,
     q,
     k,
     v,
+    o_bar,
     o,
     q_bar,
     delta,  # receives rowsum(o_bar o)
@@ -628,10 +628,10 @@ def _attention_bwd_q_kernel(
 
 @jit
 def _attention_bwd_kv_kernel(
-    o_bar,
     q,
     k,
     v,
+    o_bar,
     k_bar,
     v_bar,
     delta,
@@ -716,60 +716,73 @@ def _attention_bwd_kv_kernel(
     _store(pointer, value_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_M, BLOCK_OUT)
 
 
-def _dense(streams: Sequence[Any]) -> list[Any]:
-    """Dense heads, and token strides that 32 bits hold within a tile."""
-    return [
-        t if t is None or (t.stride(3) == 1 and t.stride(1) < 2**22) else t.contiguous()
-        for t in streams
+def _dense(x: Tensor, *others: Tensor | None) -> bool:
+    """Dense heads, token strides that 32 bits hold within a tile, the others' strides the same."""
+    same = all(y is None or y.stride() == x.stride() for y in others)
+    return same and x.stride(3) == 1 and x.stride(1) < 2**22
+
+
+def _pairs(streams: Sequence[Tensor], dots: Sequence[Tensor | None]) -> tuple[Any, Any]:
+    """Streams and their tangents, as they are where kernels can take them, else packed."""
+    kept = [
+        (x, dot) if _dense(x, dot) else (x.contiguous(), dot if dot is None else dot.contiguous())
+        for x, dot in zip(streams, dots, strict=True)
     ]
+    return tuple(x for x, _ in kept), tuple(dot for _, dot in kept)
 
 
 def _launch(
     kernel: Any,
     part: str,
-    operands: Sequence[Sequence[Tensor | None] | None],
-    results: Sequence[Sequence[Tensor] | None],
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
+    streams: Sequence[Sequence[Tensor]],
+    pointers: Sequence[Sequence[Tensor | None] | None],
     lengths: Sequence[Tensor | None],
     lse: Tensor,
     scale: float,
 ) -> None:
-    """Run one kernel over all blocks of queries, or of keys for the gradients of keys."""
-    batch, _, heads, width = queries[0].shape
-    device, dtype = queries[0].device, queries[0].dtype
-    _op.check(width <= 256, "joint_attention", "a head width up to 256 on a GPU", q=queries[0])
-    longest = max(stream.shape[1] for stream in queries)
-    blocks, warps, stages = _tuning.attention(part, longest, width, dtype.itemsize)
+    """Run one kernel over all blocks of queries, or of keys for the gradients of keys.
+
+    `streams` go with their strides, q first and then k; `pointers` without, lse last.
+    """
+    first, keys = streams[0][0], streams[1]
+    batch, _, heads, width = first.shape
+    _op.check(width <= 256, "joint_attention", "a head width up to 256 on a GPU", q=first)
+    tokens = tuple(x.shape[1] for x in streams[0])
+    blocks, warps, stages = _tuning.attention(part, max(tokens), width, first.element_size())
     block_n, block_m, block_in, block_out = blocks
-    tiled, block = (keys, block_m) if part == "bwd_kv" else (queries, block_n)
-    tiles = sum(cdiv(stream.shape[1], block) for stream in tiled)
+    sizes = (
+        [(x.shape[1], block_m) for x in keys]
+        if part == "bwd_kv"
+        else [(n, block_n) for n in tokens]
+    )
+    tiles = sum(cdiv(*size) for size in sizes)
     if batch * heads * tiles == 0:
         return
-    dense = [None if streams is None else _dense(streams) for streams in operands]
-    strides = [d for streams in dense for t in streams or () if t is not None for d in t.stride()]
-    unit = 8 if all(d % 8 == 0 or d == 1 for d in strides) else 1
-    packed = (
-        None
-        if streams is None
-        else tuple(
-            None if t is None else (t, *(d // unit for d in t.stride()[:3])) for t in streams
-        )
-        for streams in dense
-    )
+    strides = [
+        [
+            tuple(d if n > 1 else 0 for d, n in zip(x.stride()[:3], x.shape[:3], strict=True))
+            for x in group
+        ]
+        for group in streams
+    ]
+    # In units of 16 bytes, where all are such, so that Triton may load as much at a time
+    unit = 8 if all(d % 8 == 0 for group in strides for row in group for d in row) else 1
     kernel[(batch * heads * tiles, cdiv(width, block_out))](
-        *packed,
-        *(None if streams is None else tuple(streams) for streams in results),
-        tuple(stream.shape[1] for stream in queries),
-        tuple(stream.shape[1] for stream in keys),
-        tuple(None if n is None else n.to(device).contiguous() for n in lengths),
+        *(
+            tuple((x, *(d // unit for d in row)) for x, row in zip(group, rows, strict=True))
+            for group, rows in zip(streams, strides, strict=True)
+        ),
+        *(None if group is None else tuple(group) for group in pointers),
+        tokens,
+        tuple(x.shape[1] for x in keys),
+        tuple(None if n is None else n.to(first.device).contiguous() for n in lengths),
         lse.shape[2],
         heads,
         scale,
         scale * math.log2(math.e),
         UNIT=unit,
         WIDTH=width,
-        PRECISION="tf32x3" if dtype == torch.float32 and target()[0] == "cuda" else "ieee",
+        PRECISION="tf32x3" if first.dtype == torch.float32 and target()[0] == "cuda" else "ieee",
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         BLOCK_IN=block_in,
@@ -777,6 +790,11 @@ def _launch(
         num_warps=warps,
         num_stages=stages,
     )
+
+
+def _of_streams(sums: Tensor, q: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parts (B, H, N) of one number per row, (B, H, all N); views."""
+    return sums.split([x.shape[1] for x in q], dim=2)
 
 
 def _left_to_pytorch(q: Sequence[Tensor]) -> bool:
@@ -790,10 +808,10 @@ def _fwd_triton(
     if _left_to_pytorch(q):
         return _fwd(q, k, v, lengths, scale)
     o, lse = _empty(q), _new_lse(q)
-    sums = lse.split([stream.shape[1] for stream in q], dim=2)
-    still = [None] * len(k)
-    operands = (q, k, v, None, still, still)
-    _launch(_attention_fwd_kernel, "value", operands, (o, None, sums), q, k, lengths, lse, scale)
+    streams = [_pairs(x, [None] * len(x))[0] for x in (q, k, v)]
+    none = [None] * len(k)
+    pointers = (None, none, none, o, None, _of_streams(lse, q))
+    _launch(_attention_fwd_kernel, "value", streams, pointers, lengths, lse, scale)
     return o, lse
 
 
@@ -810,22 +828,26 @@ def _jvp_triton(
     if _left_to_pytorch(q):
         return _jvp(q, k, v, q_dot, k_dot, v_dot, lengths, scale)
     o, o_dot, lse = _empty(q), _empty(q), _new_lse(q)
-    sums = lse.split([stream.shape[1] for stream in q], dim=2)
+    (packed_q, q_dots), (packed_k, k_dots), (packed_v, v_dots) = (
+        _pairs(x, dots) for x, dots in ((q, q_dot), (k, k_dot), (v, v_dot))
+    )
+    keys_move = any(dot is not None for dot in (*k_dot, *v_dot))
     # One launch, or two where some streams of queries move and some do not
-    for moves in (True, False):
-        group = [i for i, dot in enumerate(q_dot) if (dot is not None) == moves]
+    for queries_move in (True, False):
+        group = [i for i, dot in enumerate(q_dot) if (dot is not None) == queries_move]
         if not group:
             continue
-        queries, outs, dots, rows = ([x[i] for i in group] for x in (q, o, o_dot, sums))
-        if moves or any(dot is not None for dot in (*k_dot, *v_dot)):
-            part, results = "tangent", (outs, dots, rows)
-        else:
-            part, results = "value", (outs, None, rows)
-            for dot in dots:
-                dot.zero_()
-        own_dots = [q_dot[i] for i in group] if moves else None
-        operands = (queries, k, v, own_dots, k_dot, v_dot)
-        _launch(_attention_fwd_kernel, part, operands, results, queries, k, lengths, lse, scale)
+        own, own_dot, out, dot, sums = (
+            [x[i] for i in group] for x in (packed_q, q_dots, o, o_dot, _of_streams(lse, q))
+        )
+        moves = queries_move or keys_move
+        part, dot_or_none = ("tangent", dot) if moves else ("value", None)
+        for zero in () if moves else dot:
+            zero.zero_()
+        own_dot_or_none = own_dot if queries_move else None
+        streams = (own, packed_k, packed_v)
+        pointers = (own_dot_or_none, k_dots, v_dots, out, dot_or_none, sums)
+        _launch(_attention_fwd_kernel, part, streams, pointers, lengths, lse, scale)
     return o, o_dot, lse
 
 
@@ -842,31 +864,12 @@ def _bwd_triton(
     if _left_to_pytorch(q):
         return _bwd(o_bar, q, k, v, o, lse, lengths, scale)
     q_bar, k_bar, v_bar = _empty(q), _empty(k), _empty(v)
-    tokens = [stream.shape[1] for stream in q]
-    delta = torch.empty_like(lse)
-    sums, centres = lse.split(tokens, dim=2), delta.split(tokens, dim=2)
-    _launch(
-        _attention_bwd_q_kernel,
-        "bwd_q",
-        (o_bar, q, k, v, o),
-        (q_bar, centres, sums),
-        q,
-        k,
-        lengths,
-        lse,
-        scale,
-    )
-    _launch(
-        _attention_bwd_kv_kernel,
-        "bwd_kv",
-        (o_bar, q, k, v),
-        (k_bar, v_bar, centres, sums),
-        q,
-        k,
-        lengths,
-        lse,
-        scale,
-    )
+    streams = [_pairs(x, [None] * len(x))[0] for x in (q, k, v, o_bar, o)]
+    sums, delta = _of_streams(lse, q), _of_streams(torch.empty_like(lse), q)
+    pointers: tuple[Any, ...] = (q_bar, delta, sums)  # delta is what the second kernel reads
+    _launch(_attention_bwd_q_kernel, "bwd_q", streams, pointers, lengths, lse, scale)
+    pointers = (k_bar, v_bar, delta, sums)
+    _launch(_attention_bwd_kv_kernel, "bwd_kv", streams[:4], pointers, lengths, lse, scale)
     return q_bar, k_bar, v_bar
 
 
