@@ -96,7 +96,7 @@ def test_arrows_have_no_circle() -> None:
     "path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda path: path.stem
 )
 def test_kernels_do_not_know_one_another(path: Path) -> None:
-    if path.stem == "__init__":
+    if path.stem in ("__init__", "_accelerate"):  # which hand out the ops; no op knows them
         return
     known = {n for n in imported(ast.parse(path.read_text())) if n.startswith("mfmjt.kernels.")}
     assert {name.split(".")[2] for name in known if not name.split(".")[2].startswith("_")} == set()

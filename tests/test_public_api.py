@@ -14,7 +14,7 @@ NAMES = {
     "MFMJT": "from_config load save conditions forward",
     "Pipeline": "from_pretrained __call__",
     "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu linear conv1d snake "
-    "reference",
+    "reference accelerate_jvp",
     "meanflow": "loss sample guide OneStep",
     "model": "MFMJT ModelConfig load_mmaudio",
     "codec": "MelSpectrogram NanoCodec",

@@ -45,6 +45,8 @@ __all__ = ["AcceleratedJvp", "accelerate_jvp"]
 Outcome = Any
 Route = Callable[..., Outcome]
 
+_WIDEST_HEAD = 256  # that our attention takes on every device
+
 _layer_norm_bar = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -170,12 +172,6 @@ def _rms_norm_dot(
     return y_dot if weight is None else y_dot * weight
 
 
-def _unfit_head(width: int, device: torch.device) -> str | None:
-    """Why heads of this width are not for our attention."""
-    fits = device.type == "cpu" or (width % 8 == 0 and width <= 256)
-    return None if fits else f"heads of width {width}"
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -202,9 +198,8 @@ def _attention(
         return "values of a width of their own"
     if key.shape[2] == 0:
         return "no key"
-    unfit = _unfit_head(query.shape[3], query.device)
-    if unfit is not None:
-        return unfit
+    if query.shape[3] > _WIDEST_HEAD:
+        return f"heads wider than {_WIDEST_HEAD}"
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return joint_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -252,9 +247,8 @@ def _multi_head_attention(
         return "keys beyond those given"
     if query.ndim != 3:
         return "not (N, B, C)"
-    unfit = _unfit_head(query.shape[2] // num_heads, query.device)
-    if unfit is not None:
-        return unfit
+    if query.shape[2] // num_heads > _WIDEST_HEAD:
+        return f"heads wider than {_WIDEST_HEAD}"
     inputs = (query, key, value)
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
     if in_proj_weight is None:
