@@ -43,7 +43,7 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 # Tiles of a matrix product that do not spill: rows x columns x contraction, warps, stages; by the
 # side, how fast they are assumed to be against the first. None: what any other GPU gets.
 _PRODUCTS: dict[Any, dict[Tile, float]] = {
-    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 8, 4): 0.85, ((64, 64, 64), 4, 4): 0.5},
+    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 8, 4): 0.85, ((64, 64, 64), 8, 4): 0.5},
     90: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.6},
     None: {((128, 256, 32), 8, 3): 1.0, ((128, 128, 32), 4, 4): 0.95, ((64, 64, 64), 4, 3): 0.7},
     "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7},
