@@ -183,15 +183,6 @@ def _turned(x, cos, sin):
 
 
 @jit
-def _angles(rope, at, inside, like):
-    """Cosines and sines in the dtype of `like`, (rows, D/2) each."""
-    cos, sin = None, None
-    if rope is not None:
-        cos, sin = _pairs(tl.load(rope + at, inside, 0.0).to(like.dtype))
-    return cos, sin
-
-
-@jit
 def _normalise(
     x,  # pointers to the head's elements in qkv and, or None, its tangent
     x_dot,
@@ -265,7 +256,9 @@ def _qk_norm_rope_fwd_kernel(
     tl.store(v + out, tl.load(x_v, inside), inside)
     w_q = wide(tl.load(q_weight + col, col < width, 0.0))
     w_k = wide(tl.load(k_weight + col, col < width, 0.0))
-    cos, sin = _angles(rope, token * width + col, inside, w_q)
+    cos, sin = None, None
+    if rope is not None:
+        cos, sin = _pairs(tl.load(rope + token * width + col, inside, 0.0).to(w_q.dtype))
     _normalise(x, dot, w_q, cos, sin, q + out, y_q_dot, q_rstd + row, exists, inside, width, eps)
     _normalise(
         x_k, dot_k, w_k, cos, sin, k + out, y_k_dot, k_rstd + row, exists, inside, width, eps
@@ -347,7 +340,9 @@ def _qk_norm_rope_bwd_kernel(
         x = qkv + sample * sample_stride + token * token_stride + head * head_stride + col
         x_bar = qkv_bar + (row // n_heads * 3 * n_heads + head) * width + col
         k_x_bar = x_bar + n_heads * width
-        cos, sin = _angles(rope, token * width + col, inside, w_q)
+        cos, sin = None, None
+        if rope is not None:
+            cos, sin = _pairs(tl.load(rope + token * width + col, inside, 0.0).to(w_q.dtype))
         y_q, y_k = None, None
         if q_bar is not None:
             y_q = q_bar + sample * q_bar_sample_stride + token * q_bar_token_stride
