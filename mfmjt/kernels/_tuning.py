@@ -13,6 +13,7 @@ from mfmjt.kernels._triton import cdiv, power_of_2, target
 
 __all__ = [
     "REDUCING_PROGRAMS",
+    "attention",
     "conv1d",
     "conv1d_weight",
     "elementwise",
@@ -121,31 +122,39 @@ def sum_of_rows(n: int) -> tuple[int, int, int]:
     return min(128, max(16, power_of_2(n))), 16, 4
 
 
-def norm(width: int, tokens: int, element_size: int) -> tuple[int, int, int, int]:
-    """Launch configuration of a kernel that holds whole rows in registers.
+def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, int, int, int]:
+    """Blocks and warps of a kernel that holds whole rows in registers.
 
-    A block is (K, R, V): R rows of K segments of V columns. V is what one warp reads in one go, 16
-    bytes a thread, and as many warps share a row as 16 of its elements a thread ask for: rows up to
-    512 wide stay within a warp (1024 on AMD), whose sums need no barrier.
+    A block is (K, R, V): R rows of K segments of V columns. V is what a team of warps reads in one
+    go, 16 bytes a thread; a team is as many as 16 elements a thread ask for. Rows up to 512 wide
+    (1024 on AMD) stay within a warp, whose sums need neither barrier nor shared memory.
+
+    Args:
+        width: Columns.
+        tokens: Rows of a sample.
+        element_size: Bytes of an element.
+        teams: Of a program, with rows of their own: 1 where they have nothing to share.
 
     Returns:
         K, R, V and warps.
     """
     lanes = 64 if target()[0] == "hip" else 32
     cols = power_of_2(width)
-    row_warps = max(1, cols // (16 * lanes))
-    block_cols = min(cols, row_warps * lanes * 16 // element_size)
-    rows = min(power_of_2(tokens), max(1, 4 * 16 * lanes // cols))
+    team = max(1, cols // (16 * lanes))
+    teams = min(teams, max(1, 16 // team))
+    block_cols = min(cols, team * lanes * 16 // element_size)
+    rows = min(power_of_2(tokens), max(1, teams * team * 16 * lanes // cols))
     return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
 
 
-def norm_chunk(rows: int) -> int:
-    """Most rows of which one program of a backward kernel sums the cotangents of modulations.
+def norm_chunk(rows: int, summed: bool) -> int:
+    """Most rows of one program, of all `rows` there are.
 
-    Enough programs to fill a GPU several times over, and no more than 128 rows each, which bounds
-    the rounding of their sums.
+    Where it sums cotangents of modulations: enough programs to fill a GPU several times over, and
+    no more than 128 rows each, which bounds the rounding. Elsewhere a few, for which it reads and
+    converts once what tokens share.
     """
-    return min(128, power_of_2(rows // 2048))
+    return min(128, power_of_2(rows // 1024)) if summed else min(4, power_of_2(rows // 16384))
 
 
 def sums(chunks: int, width: int) -> tuple[int, int, int]:
@@ -161,13 +170,78 @@ def snake() -> tuple[int, int]:
     return 64, 1 if target()[0] == "hip" else 2
 
 
+# Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the
+# same where many rows of a block would be idle or few blocks would run, and for heads up to 128.
+_ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    100: {
+        "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
+    },
+    90: {
+        "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
+    },
+    None: {
+        "value": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 8, 2)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    "hip": {
+        "value": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        "tangent": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "bwd_q": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        "bwd_kv": ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+    },
+}
+# What registers do not hold as a whole goes by some columns at a time, on every GPU: of those that
+# go into the scores, and of the result of one program.
+_ATTENTION_WIDE = {
+    "value": ((64, 64, 64, 128), 4, 2),
+    "tangent": ((64, 32, 64, 64), 4, 2),
+    "bwd_q": ((64, 64, 64, 128), 4, 2),
+    "bwd_kv": ((32, 64, 64, 64), 4, 2),
+}
+_ATTENTION_FLOAT32 = {
+    "value": ((64, 32, 32, 64), 4, 2),
+    "tangent": ((64, 16, 32, 32), 4, 2),
+    "bwd_q": ((64, 32, 32, 32), 4, 2),
+    "bwd_kv": ((16, 64, 32, 32), 4, 2),
+}
+
+
 def attention(
-    part: str, tokens: int, width: int, element_size: int
+    part: str, pairs: int, tokens: tuple[int, ...], width: int, element_size: int
 ) -> tuple[tuple[int, int, int, int], int, int]:
     """Blocks, warps and pipeline stages of an attention kernel.
 
-    The blocks are of queries, of keys, and of the head's columns: those that go into the scores at
-    a time, and those of the result in one program.
+    Args:
+        part: "value", "tangent", "bwd_q" or "bwd_kv".
+        pairs: Samples times heads.
+        tokens: Of each stream that is cut into blocks: queries, or keys for "bwd_kv".
+        width: Of a head.
+        element_size: Bytes.
+
+    Returns:
+        Blocks of queries, of keys, of the columns that go into the scores and of those of the
+        result in one program; warps; stages.
     """
     columns = max(16, power_of_2(width))
-    return (64, 64, columns, columns), 4, 2
+    if element_size > 2 or columns > 128:
+        table = _ATTENTION_FLOAT32 if element_size > 2 else _ATTENTION_WIDE
+        (queries, keys, ins, outs), warps, stages = table[part]
+        return (queries, keys, min(ins, columns), min(outs, columns)), warps, stages
+    backend, arch = target()
+    kind = "hip" if backend == "hip" else {9: 90, 10: 100}.get(arch // 10)
+    large, small, wide = _ATTENTION[kind][part]
+    block = large[1] if part == "bwd_kv" else large[0]
+    large_blocks = sum(cdiv(n, block) for n in tokens)
+    small_blocks = sum(cdiv(n, 64) for n in tokens)
+    idle = large_blocks * block > 1.125 * small_blocks * 64
+    few = large_blocks * pairs < _MULTIPROCESSORS.get(kind, 108)
+    queries, keys, warps, stages = wide if columns > 64 else small if idle or few else large
+    return (queries, keys, columns, columns), warps, stages

@@ -744,20 +744,19 @@ def _launch(
 
     `streams` go with their strides, q first and then k; `pointers` without, lse last.
     """
-    first, keys = streams[0][0], streams[1]
+    first = streams[0][0]
     batch, _, heads, width = first.shape
     _op.check(width <= 256, "joint_attention", "a head width up to 256 on a GPU", q=first)
-    tokens = tuple(x.shape[1] for x in streams[0])
-    blocks, warps, stages = _tuning.attention(part, max(tokens), width, first.element_size())
-    block_n, block_m, block_in, block_out = blocks
-    sizes = (
-        [(x.shape[1], block_m) for x in keys]
-        if part == "bwd_kv"
-        else [(n, block_n) for n in tokens]
-    )
-    tiles = sum(cdiv(*size) for size in sizes)
-    if batch * heads * tiles == 0:
+    queries, keys = (tuple(x.shape[1] for x in group) for group in streams[:2])
+    tokens = keys if part == "bwd_kv" else queries
+    if batch * heads * sum(tokens) == 0:
         return
+    blocks, warps, stages = _tuning.attention(
+        part, batch * heads, tokens, width, first.element_size()
+    )
+    block_n, block_m, block_in, block_out = blocks
+    block = block_m if part == "bwd_kv" else block_n
+    tiles = sum(cdiv(n, block) for n in tokens)
     strides = [
         [
             tuple(d if n > 1 else 0 for d, n in zip(x.stride()[:3], x.shape[:3], strict=True))
@@ -773,8 +772,8 @@ def _launch(
             for group, rows in zip(streams, strides, strict=True)
         ),
         *(None if group is None else tuple(group) for group in pointers),
-        tokens,
-        tuple(x.shape[1] for x in keys),
+        queries,
+        keys,
         tuple(None if n is None else n.to(first.device).contiguous() for n in lengths),
         lse.shape[2],
         heads,
