@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,6 +113,19 @@ def test_a_weight_alone_gets_its_gradient():
     truth = torch.autograd.grad(conv1d_ref(x.double(), w := weight.double()).sum(), w)[0]
     assert oracle.error(weight.grad, truth) <= oracle.allowance(truth, x.dtype, terms=10)
     assert x.grad is None
+
+
+def test_tokens_past_2_to_the_31_elements():
+    """Pages that nobody touches take no memory."""
+    apart = 2**30 + 16
+    memory = torch.from_numpy(np.zeros(2 * apart + 16, dtype=np.float16))
+    x = memory.as_strided((1, 3, 16), (0, apart, 1))
+    x.copy_(torch.randn(1, 3, 16))
+    weight, dtype = torch.randn(5, 16, 3).half(), torch.float16
+    truth = conv1d_ref(x.double(), weight.double())
+    found = torch.func.jvp(lambda x: conv1d(x, weight), (x,), (x,))
+    for y in (conv1d(x, weight), *found):
+        assert oracle.error(y, truth) <= oracle.allowance(truth, dtype, terms=48)
 
 
 def test_padding_is_zero_whatever_lies_beside_the_samples():

@@ -27,6 +27,8 @@ CASES = {
     "vectors": lambda: inputs(4, 16),
     "one vector": lambda: inputs(16),
     "rank 4": lambda: inputs(2, 3, 4, 8),
+    "17 tokens": lambda: inputs(3, 17, 33, out=19),
+    "391 tokens": lambda: inputs(1, 391, 20, out=35),
 }
 
 
@@ -47,6 +49,13 @@ def test_any_shape(shape, out, packed, bias):
     layout = (lambda x: x) if packed else strided
     values = inputs(*shape, out=out, layout=layout, bias=bias)
     oracle.check_op(linear, linear_ref, values, ("x",), torch.float32, terms=36)
+
+
+def test_two_runs_are_equal_to_the_bit():
+    values = {name: x.float() for name, x in inputs(3, 40, 32, out=24).items()}
+    args = (linear, values, ("x",), {"x": torch.randn(3, 40, 32)}, [torch.randn(3, 40, 24)])
+    first, second = oracle.run(*args), oracle.run(*args)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_compiled():
