@@ -26,6 +26,11 @@ __all__ = [
 ]
 
 
+def _warps(threads: int) -> int:
+    """How many warps (wavefronts on AMD) have that many threads."""
+    return threads // (64 if target()[0] == "hip" else 32)
+
+
 def elementwise(rows: int, width: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of an element-wise kernel over (rows, width).
 
@@ -35,7 +40,7 @@ def elementwise(rows: int, width: int) -> tuple[int, int, int]:
     widest = min(1024, power_of_2(width))
     blocks = [b for b in (1024, 512, 256, 128) if b <= widest] or [widest]
     block_cols = min(blocks, key=lambda b: cdiv(width, b) * b)
-    return min(power_of_2(rows), 1024 // block_cols), block_cols, 4
+    return min(power_of_2(rows), 1024 // block_cols), block_cols, _warps(128)
 
 
 Tile = tuple[tuple[int, int, int], int, int]
@@ -106,10 +111,10 @@ def conv1d_weight(
 def heads(width: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of a kernel over heads of that width.
 
-    A thread has 8 elements of every tensor, and a warp whole heads.
+    A thread has 8 elements of every tensor, and a warp whole heads (of float32 up to 128 wide).
     """
     block_width = max(16, power_of_2(width))
-    return max(1, 1024 // block_width), block_width, 4
+    return max(1, 1024 // block_width), block_width, _warps(128)
 
 
 REDUCING_PROGRAMS = 1024
@@ -167,7 +172,7 @@ def snake() -> tuple[int, int]:
 
     Few, because a program at an end of a row does more work.
     """
-    return 64, 1 if target()[0] == "hip" else 2
+    return 64, _warps(64)
 
 
 # Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the
@@ -231,8 +236,8 @@ def attention(
         result in one program; warps; stages.
     """
     columns = max(16, power_of_2(width))
-    if element_size > 2 or columns > 128:
-        table = _ATTENTION_FLOAT32 if element_size > 2 else _ATTENTION_WIDE
+    if element_size == 4 or columns > 128:
+        table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
         (queries, keys, ins, outs), warps, stages = table[part]
         return (queries, keys, min(ins, columns), min(outs, columns)), warps, stages
     backend, arch = target()

@@ -146,8 +146,8 @@ def _bwd(
             qkv_bar[:, :, i].zero_()
             weight_bars.append(torch.zeros_like(weight))
             continue
-        x, wide = qkv[:, :, i].to(work), weight.to(work)
-        weight_bar = _cotangent_(qkv_bar[:, :, i], y_bar.to(work), x, wide, turns, rstd)
+        x, w = qkv[:, :, i].to(work), weight.to(work)
+        weight_bar = _cotangent_(qkv_bar[:, :, i], y_bar.to(work), x, w, turns, rstd)
         weight_bars.append(weight_bar.to(weight.dtype))
     if v_bar is None:
         qkv_bar[:, :, 2].zero_()
@@ -338,7 +338,7 @@ def _qk_norm_rope_bwd_kernel(
         )
         inside = exists & (col < width)
         x = qkv + sample * sample_stride + token * token_stride + head * head_stride + col
-        x_bar = qkv_bar + (row // n_heads * 3 * n_heads + head) * width + col
+        x_bar = qkv_bar + ((sample * n_tokens + token) * 3 * n_heads + head) * width + col
         k_x_bar = x_bar + n_heads * width
         cos, sin = None, None
         if rope is not None:

@@ -235,7 +235,7 @@ def _filtered(
     EDGE: tl.constexpr,  # whether a lane may reach beyond the row
 ):
     """8 outputs of each lane, (lanes, 8)."""
-    w = ()  # x from first - 5 on
+    w = ()  # type: Any  # x from first - 5 on
     for i in tl.static_range(18):
         at = first + (i - 5)
         if EDGE:
@@ -247,7 +247,8 @@ def _filtered(
         left = _activated((a, a, a, a, b, c), 0, frequency, height, TAPS, 1)
         a, b, c = wide(tl.load(last)), wide(tl.load(last - one)), wide(tl.load(last - two))
         right = _activated((c, b, a, a, a, a), 0, frequency, height, TAPS, 0)
-    even, odd = (), ()  # from first - 2 and from first - 3 on
+    even = ()  # type: Any  # from first - 2 on
+    odd = ()  # type: Any  # from first - 3 on
     for i in tl.static_range(13):
         e = _activated(w, i, frequency, height, TAPS, 1)
         o = _activated(w, i, frequency, height, TAPS, 0)
@@ -260,7 +261,7 @@ def _filtered(
                 o = tl.where(first + (i - 3) < 0, left, o)
         even += (e,)
         odd += (o,)
-    y = ()
+    y = ()  # type: Any
     for i in tl.static_range(8):
         total = even[i] * TAPS[1] + odd[i] * TAPS[0]
         for j in tl.static_range(1, 6):
