@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import weakref
 from pathlib import Path
 
 import pytest
@@ -10,41 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mfmjt import kernels
 from mfmjt.kernels import accelerate_jvp
 from tests import oracle
+from tests.kernels.accelerated import by_pytorch, by_us, kept_bytes, math_attention, products
 from tests.oracle import randn
 
 GUIDE = Path(__file__).parents[2] / "docs" / "accelerate.md"
-
-
-def math_attention():
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def by_pytorch(function):
-    def op_ref(**inputs):
-        with math_attention():
-            return function(**inputs)
-
-    return op_ref
-
-
-def by_us(function, functions=None):
-    """The function inside the block; `functions` is what the block must then have taken."""
-
-    def op(**inputs):
-        with accelerate_jvp() as report:
-            y = function(**inputs)
-        if functions is not None and forward_ad._current_level >= 0:
-            assert report.taken == functions
-            assert report.left == {}
-        return y
-
-    return op
 
 
 def layer(function, *shape, **others):
@@ -394,28 +366,6 @@ def jvp_in_double(net, z, v):
         return jvp_of(exact, z.double(), v.double())
 
 
-def kept_bytes(function):
-    """Bytes that the results' tapes hold when the function has returned, parameters apart."""
-    kept = weakref.WeakSet()
-
-    class Box:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-    def pack(tensor):
-        box = Box(tensor)
-        kept.add(box)
-        return box
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-        results, net = function()
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    storages = [b.tensor.untyped_storage() for b in kept if not b.tensor._is_zerotensor()]
-    sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}
-    assert all(y.requires_grad for y in results)
-    return sum(sizes.values())
-
-
 def test_the_tape_keeps_no_tangent():
     net, z, v = Block(), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
 
@@ -435,11 +385,6 @@ def test_a_layer_costs_two_products():
     net = nn.Sequential(nn.Conv1d(3, 6, 3), nn.SiLU(), nn.Linear(5, 4))
     x = torch.randn(2, 3, 7)
 
-    def flops(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
-
     def dual():
         return torch.func.jvp(net, (x,), (x,))
 
@@ -447,9 +392,9 @@ def test_a_layer_costs_two_products():
         with accelerate_jvp():
             return dual()
 
-    plain = flops(lambda: net(x))
-    assert flops(accelerated) == 2 * plain
-    assert flops(dual) == 3 * plain
+    plain = products(lambda: net(x))
+    assert products(accelerated) == 2 * plain
+    assert products(dual) == 3 * plain
 
 
 TOUCHED = {

@@ -1,0 +1,181 @@
+"""Networks from PyPI, unchanged: diffusers' DiT, and timm's two ViTs (timm has no DiT)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+
+import pytest
+import torch
+
+from mfmjt.kernels import accelerate_jvp
+from tests import oracle
+from tests.kernels.accelerated import by_pytorch, by_us, kept_bytes, math_attention, products
+from tests.oracle import randn
+
+LAYERS = 2
+
+
+@functools.cache
+def load_torchvision():
+    """Let others import torchvision beside a CPU build of PyTorch.
+
+    PyPI's torchvision is built for CUDA and fails there for want of two operators that nobody calls
+    here: it gets their names.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return None
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+        return library  # its names last as long as it does
+    return None
+
+
+def dit():
+    load_torchvision()  # which diffusers and timm import
+    pytest.importorskip("diffusers")
+    from diffusers import DiTTransformer2DModel
+
+    options = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+    options |= {"in_channels": 3, "out_channels": 3, "num_embeds_ada_norm": 4}
+    net = DiTTransformer2DModel(num_layers=LAYERS, patch_size=2, **options).eval()
+    labels = torch.tensor([1, 2])
+
+    def call(net, z, t):
+        return net(z, timestep=t, class_labels=labels, return_dict=False)[0]
+
+    return net, call, {"z": randn(2, 3, 8, 8), "t": torch.rand(2).double()}
+
+
+def vit():
+    load_torchvision()
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    options = {"img_size": 8, "embed_dim": 16, "depth": LAYERS, "num_heads": 2, "num_classes": 5}
+    net = VisionTransformer(patch_size=2, qk_norm=True, init_values=1.0, **options)
+    return net, lambda net, z: net(z), {"z": randn(2, 3, 8, 8)}
+
+
+def naflexvit():
+    load_torchvision()
+    pytest.importorskip("timm")
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    options = {"embed_dim": 16, "depth": LAYERS, "num_heads": 2, "pos_embed_grid_size": (4, 4)}
+    net = NaFlexVit(NaFlexVitCfg(patch_size=2, **options), num_classes=5)
+    return net, lambda net, z: net(z), {"z": randn(2, 3, 8, 8)}
+
+
+NETWORKS = {"DiT": dit, "ViT": vit, "NaFlexViT": naflexvit}
+everywhere = pytest.mark.parametrize("name", NETWORKS)
+
+# Of each layer's calls: two norms (four with qk-norm), qkv in one product or three, out, two of the
+# MLP. DiT adds a time embedding to every layer, and modulates the last norm.
+TAKEN = {
+    "DiT": {
+        "conv2d": 1,
+        "gelu": LAYERS,
+        "layer_norm": 2 * LAYERS + 1,
+        "linear": 9 * LAYERS + 4,
+        "scaled_dot_product_attention": LAYERS,
+        "silu": 2 * LAYERS + 2,
+    },
+    "ViT": {
+        "conv2d": 1,
+        "gelu": LAYERS,
+        "layer_norm": 4 * LAYERS + 1,
+        "linear": 4 * LAYERS + 1,
+        "scaled_dot_product_attention": LAYERS,
+    },
+    "NaFlexViT": {
+        "gelu": LAYERS + 1,
+        "layer_norm": 2 * LAYERS + 2,
+        "linear": 4 * LAYERS + 6,
+        "scaled_dot_product_attention": LAYERS + 1,
+    },
+}
+
+
+def network(name):
+    """A network with weights that let everything through, its call, and its moving inputs."""
+    torch.manual_seed(0)
+    net, call, inputs = NETWORKS[name]()
+    for parameter in net.parameters():  # what starts at zero would hide what comes before it
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return net, call, inputs
+
+
+def as_function(name):
+    """The network as a function of tensors by name, those that its output depends on."""
+    net, call, moving = network(name)
+    y = call(net, **{n: x.float() for n, x in moving.items()})
+    named = dict(net.named_parameters())
+    found = torch.autograd.grad(y.sum(), list(named.values()), allow_unused=True)
+    used = {
+        n: p.detach().double()
+        for (n, p), g in zip(named.items(), found, strict=True)
+        if g is not None
+    }
+
+    class Call(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, *inputs):
+            return call(self.net, *inputs)
+
+    whole = Call()
+
+    def function(**given):
+        inputs = tuple(given.pop(n) for n in moving)
+        parameters = {f"net.{n}": p for n, p in given.items()}
+        return torch.func.functional_call(whole, parameters, inputs)
+
+    return function, {**moving, **used}, tuple(moving)
+
+
+@everywhere
+def test_value_tangent_and_gradients(name):
+    function, inputs, moving = as_function(name)
+    op = by_us(function, TAKEN[name])
+    oracle.check_op(op, by_pytorch(function), inputs, moving, torch.float32, terms=2500)
+
+
+@pytest.mark.slow
+@everywhere
+def test_compiled(name):
+    function, inputs, moving = as_function(name)
+    oracle.check_compiled(by_us(function), inputs, moving, terms=2500, backend="aot_eager")
+
+
+@everywhere
+def test_costs(name):
+    """Two products for each of a plain forward; of tapes, nothing that plain training has not."""
+    net, call, moving = network(name)
+    inputs = tuple(x.float() for x in moving.values())
+
+    def plain():
+        return (call(net, *inputs),), net
+
+    def pytorchs():
+        with math_attention():
+            return torch.func.jvp(lambda *x: call(net, *x), inputs, inputs), net
+
+    def ours():
+        with accelerate_jvp():
+            return torch.func.jvp(lambda *x: call(net, *x), inputs, inputs), net
+
+    forward = products(plain)
+    assert forward < products(ours) <= 2 * forward < products(pytorchs)
+    assert kept_bytes(ours) <= kept_bytes(plain)
+    assert kept_bytes(pytorchs) > kept_bytes(plain)
