@@ -59,7 +59,6 @@ _BIT_RATE_PER_CHANNEL = 96_000
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _MAX_PIXELS = 8192 * 8192
 _MAX_JUMP = 10  # seconds of time stamps beyond the stated end: more is damage
-_FIT_BYTES = 2**26  # of pictures in full size that wait to be fitted
 _BLOCK = 1  # seconds
 _DECODER_THREADS = 4  # each holds a frame: enough for 4K in real time, small in memory
 
@@ -88,7 +87,7 @@ class Video:
 Pick = Literal["shown", "next"]
 """Which picture stands for a time: the one on the screen then, or the next that comes."""
 Fit = Callable[[np.ndarray], Any]
-"""Makes uint8 `(n, H, W, 3)` pictures, as they are decoded, what a network is given."""
+"""Makes a uint8 `(1, H, W, 3)` picture, as it is decoded, what a network is given."""
 
 
 def read_video(
@@ -133,7 +132,7 @@ def read_video(
 class VideoStream:
     """A video's pictures at uniform rates, a second at a time: memory does not grow with it.
 
-    Iterating, once, gives for each block one list per rate of uint8 arrays `(n, H, W, 3)`, the
+    Iterating, once, gives for each block one list per rate of uint8 arrays `(1, H, W, 3)`, the
     pictures in order of time; the lists together hold round(duration x rate) of them. Frames that
     no time picks are decoded, because others are predicted from them, and never converted.
 
@@ -144,8 +143,8 @@ class VideoStream:
             all rates or one for each; for where no `fit` is given.
         duration: Read only so many seconds from the start; None reads the whole video.
         limit: Refuse a video longer than so many seconds when `duration` is None.
-        fit: One function for each rate, called with whole pictures (rotated as shown) in full size,
-            whose results are what the lists hold; they may be tensors on a device.
+        fit: One function for each rate, called with each picked picture (rotated as shown) in full
+            size, whose results are what the lists hold; they may be tensors on a device.
         pick: Which picture stands for a time.
 
     Attributes:
@@ -438,11 +437,8 @@ class _Sampler:
         self._size, self._fit, self._pick = size, fit, pick
         self._reformatter = VideoReformatter()
         self._held: _Picture | None = None
-        # What was picked since the last block: fitted pieces, then pictures and which of them.
-        self._pieces: list[Any] = []
-        self._pictures: list[np.ndarray] = []
-        self._rows: list[int] = []
-        self._last: _Picture | None = None
+        self._pieces: list[Any] = []  # since the last block
+        self._last: tuple[_Picture, Any] | None = None
 
     def push(self, time: Fraction, picture: _Picture) -> None:
         if self._pick == "next":
@@ -454,8 +450,7 @@ class _Sampler:
         self._held = picture
 
     def take(self) -> list[Any]:
-        """What was picked since the last call, as pieces `(n, H, W, 3)`."""
-        self._flush()
+        """What was picked since the last call, as pieces `(1, H, W, 3)`."""
         pieces, self._pieces = self._pieces, []
         return pieces
 
@@ -465,30 +460,17 @@ class _Sampler:
         while self.count < count:
             self._keep(self._held)
         pieces = self.take()
-        for _ in range(count, self.count):
-            pieces[-1] = pieces[-1][:-1]
-            if not len(pieces[-1]):
-                pieces.pop()
-        return pieces
+        return pieces[: len(pieces) - (self.count - count)]
 
     def _keep(self, picture: _Picture) -> None:
         self.count += 1
-        if picture is not self._last or not self._pictures:
-            side = self._size if self._fit is None else None
-            self._pictures.append(picture.rgb(self._reformatter, side))
-            self._last = picture
-        self._rows.append(len(self._pictures) - 1)
-        if self._fit is not None and len(self._pictures) * self._pictures[0].nbytes >= _FIT_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        pictures = np.stack(self._pictures)
-        fitted = pictures if self._fit is None else self._fit(pictures)
-        # Most often each picture once, which needs no copy.
-        self._pieces.append(fitted if len(self._rows) == len(fitted) else fitted[self._rows])
-        self._pictures, self._rows = [], []
+        if self._last is None or self._last[0] is not picture:
+            if self._fit is None:
+                piece = picture.rgb(self._reformatter, self._size)[None]
+            else:
+                piece = self._fit(picture.rgb(self._reformatter, None)[None])
+            self._last = picture, piece
+        self._pieces.append(self._last[1])
 
 
 def _add_pictures(target: Any, stream: Any, suffix: str) -> Any:

@@ -157,8 +157,10 @@ class MMAudioEncoders(nn.Module):
         _check(frames)
         found = []
         for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE):
-            x = self.fit_frames(part).permute(0, 3, 1, 2).float() / 255
-            found.append(self.clip.encode_image((x - self.pixel_mean) / self.pixel_std))
+            x = self.fit_frames(part).permute(0, 3, 1, 2).float()
+            # In place: fresh memory would cost more than the arithmetic.
+            x.div_(255).sub_(self.pixel_mean).div_(self.pixel_std)
+            found.append(self.clip.encode_image(x))
         return torch.cat(found).unflatten(0, frames.shape[:2])
 
     def encode_sync(self, frames: Tensor) -> Tensor:
@@ -176,14 +178,22 @@ class MMAudioEncoders(nn.Module):
         """
         _check(frames)
         length = self.synchformer.config.frames
-        x = self.fit_sync(frames.flatten(0, 1)).permute(0, 3, 1, 2)
-        x = x.unflatten(0, frames.shape[:2])
-        if x.shape[1] < length:
-            x = torch.cat([x, x[:, -1:].expand(-1, length - x.shape[1], -1, -1, -1)], dim=1)
-        windows = x.unfold(1, length, _STRIDE).movedim(-1, 2)  # (B, S, 16, 3, H, W), still uint8
-        segments = windows.flatten(0, 1).split(_SEGMENTS_AT_ONCE)
-        found = [self.synchformer(part[:, None].float() / 127.5 - 1) for part in segments]
-        return torch.cat(found).flatten(1, 2).unflatten(0, windows.shape[:2]).flatten(1, 2)
+        return torch.stack([self._segments(self.fit_sync(sample), length) for sample in frames])
+
+    def _segments(self, frames: Tensor, length: int) -> Tensor:
+        """uint8 `(T, side, side, 3)` -> `(8 S, D)`."""
+        if len(frames) < length:
+            held = frames[-1:].expand(length - len(frames), -1, -1, -1)
+            frames = torch.cat([frames, held])
+        count = (len(frames) - length) // _STRIDE + 1
+        found = []
+        for start in range(0, count, _SEGMENTS_AT_ONCE):
+            stop = min(count, start + _SEGMENTS_AT_ONCE)
+            part = frames[_STRIDE * start : _STRIDE * (stop - 1) + length]
+            x = part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            segments = x.unfold(0, length, _STRIDE).movedim(-1, 1)  # (s, 16, 3, side, side)
+            found.append(self.synchformer(segments[None])[0])
+        return torch.cat(found).flatten(0, 1)
 
     def sync(self, frames: Tensor) -> Tensor:
         """Synchformer itself: `(B, S, 16, 3, 224, 224)` in [-1, 1] -> `(B, S, 8, 768)`."""
