@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,21 +234,27 @@ def time_kernels(job: Job) -> bool:
         path.write_text(json.dumps(stamp, indent=2) + "\n")
     ceilings = Ceilings(**stamp["ceilings"])
     found = [case for op in job.ops for case in cases(op, "tiny" if job.smoke else "gpu")]
-    jobs = [
-        (case, dtype)
-        for dtype in (TIMED[1:] if job.smoke else TIMED)
-        for headline in (True, False)
-        for case in found
-        if case.headline == headline
-    ]
-    for number, (case, dtype) in enumerate(jobs, 1):
+    jobs = list(_jobs(found, job.smoke))
+    for number, (case, dtype, compiled) in enumerate(jobs, 1):
         shared = {"threads": torch.get_num_threads(), "malloc": job.device.type}
         about = {"commit": stamp["commit"], "utc": stamp["utc"]}
-        if not _time_case(job, rows, case, dtype, ceilings, shared, about):
+        if not _time_case(job, rows, case, dtype, compiled, ceilings, shared, about):
             print(f"The time is up at {number} of {len(jobs)}; the same command goes on from here.")
             return False
         print(f"[{number}/{len(jobs)}, {job.seconds_left():.0f} s left]", flush=True)
     return True
+
+
+def _jobs(found: list[Case], smoke: bool) -> Iterator[tuple[Case, torch.dtype, bool]]:
+    """(case, dtype, whether compiled providers or the others), those that matter most first.
+
+    Compiling takes longer than all the rest, so that it waits until every op has been timed once.
+    """
+    for dtype in TIMED[1:] if smoke else TIMED:
+        for headline, compiled in ((True, False), (True, True), (False, False)):
+            for case in found:
+                if case.headline == headline:
+                    yield case, dtype, compiled
 
 
 def _time_case(
@@ -255,6 +262,7 @@ def _time_case(
     rows: Rows,
     case: Case,
     dtype: torch.dtype,
+    compiled: bool,
     ceilings: Ceilings,
     shared: dict[str, object],
     about: dict[str, object],
@@ -263,33 +271,43 @@ def _time_case(
     sets: list[Operands] = []
     for mode in case.modes:
         fields = {**row_of(case, dtype, mode, ceilings), **shared}
-        wanted = [p for p in providers(case, job.device) if not rows.has(**fields, provider=p.name)]
+        wanted = [
+            p
+            for p in providers(case, job.device)
+            if p.compiled == compiled and not rows.has(**fields, provider=p.name)
+        ]
         if not wanted:
             continue
         if job.seconds_left() < 60 and not job.smoke:
             return False
-        try:
-            truth = truth or Truth(case, operands(case, dtype, job.device))
-        except torch.OutOfMemoryError:
-            reason = {"status": "unsupported", "reason": "no memory for the truth in float64"}
-            for provider in wanted:
-                rows.add({**fields, "provider": provider.name, **reason, **about})
-            continue
+
+        def refuse(name: str, reason: dict[str, str], fields: dict[str, Any] = fields) -> None:
+            rows.add({**fields, "provider": name, **reason, **about})
+            print(case.op, case.name, fields["dtype"], fields["mode"], name, reason, flush=True)
+
         sets = sets or _operand_sets(case, dtype, job.device)
         try:
+            truth = truth or _truth(case, sets[0])
             good, bad = prepare(case, dtype, mode, wanted, job.device, truth)
+        except torch.OutOfMemoryError:
+            for provider in wanted:
+                refuse(provider.name, _unsupported("no memory for the truth in float32"))
+            continue
         except DeviceLost as lost:
-            reason = {"status": "unsupported", "reason": lost.reason}
-            rows.add({**fields, "provider": lost.provider, **reason, **about})
+            refuse(lost.provider, _unsupported(lost.reason))
             raise
         for name, reason in bad.items():
-            rows.add({**fields, "provider": name, **reason, **about})
+            refuse(name, reason)
         samplers: dict[str, Sampler] = {}
         more: dict[str, dict[str, object]] = {}
         for name, (call, error) in good.items():
             one = functools.partial(call, sets[0])
-            peak = peak_mib(one, job.device)
-            samplers[name], timer = _sampler(call, one, sets, job.device)
+            try:
+                peak = peak_mib(one, job.device)
+                samplers[name], timer = _sampler(call, one, sets, job.device)
+            except torch.OutOfMemoryError:
+                refuse(name, _unsupported("no memory beside the others"))
+                continue
             more[name] = {"error_of_limit": error, "peak_mib": peak, "timer": timer}
         for name, timing in take_turns(samplers, 0.0 if job.smoke else 0.4).items():
             extra = {"provider": name, "status": "ok", **more[name], **about}
@@ -300,6 +318,20 @@ def _time_case(
         del samplers, good
         gc.collect()
     return True
+
+
+def _unsupported(reason: str) -> dict[str, str]:
+    return {"status": "unsupported", "reason": reason}
+
+
+def _truth(case: Case, given: Operands) -> Truth:
+    """In float64, or in float32 where that needs more memory than there is."""
+    try:
+        return Truth(case, given)
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return Truth(case, given, exact=torch.float32)
 
 
 def _operand_sets(case: Case, dtype: torch.dtype, device: torch.device) -> list[Operands]:
@@ -323,9 +355,12 @@ def _sampler(
     try:
         return replayed(call, sets), "graph"
     except Exception as error:  # it waits for the device, or allocates where a graph may not
-        torch.cuda.synchronize()
         print(f"No graph ({str(error).partition(chr(10))[0]}); timed between events.")
-        return cuda_events(one, device), "events"
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    sampler = cuda_events(one, device)
+    sampler()  # if there is no memory for it, this says so
+    return sampler, "events"
 
 
 # network

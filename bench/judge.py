@@ -41,16 +41,23 @@ class Truth:
     Args:
         case: What is computed.
         given: Rounded operands; all runs start from the same numbers.
-        device: Where the float64 run takes place; the operands' by default.
+        device: Where the exact run takes place; the operands' by default.
+        exact: In which it computes.
     """
 
-    def __init__(self, case: Case, given: Operands, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        given: Operands,
+        device: torch.device | None = None,
+        exact: torch.dtype = torch.float64,
+    ) -> None:
         self.case = case
         self.dtype = given.dots[0].dtype if given.dots else given.bars[0].dtype
         here = given.bars[0].device
         mode = JVP_BACKWARD if JVP_BACKWARD in case.modes else case.modes[0]
         reference = step(Provider(REFERENCE, case.reference), case, mode)
-        wide = given.to(torch.float64, device or here)
+        wide = given.to(exact, device or here)
         self.exact = {kind: _detach(ys) for kind, ys in reference(wide).items()}
         self.theirs = self._errors(reference(given))
 
@@ -59,7 +66,7 @@ class Truth:
         errors = {}
         for kind, ys in found.items():
             pairs = [
-                (y.detach().to(exact.device, torch.float64), exact)
+                (y.detach().to(exact.device, exact.dtype), exact)
                 for y, exact in zip(ys, self.exact[kind], strict=True)
                 if y.shape == exact.shape and exact.numel()
             ]

@@ -111,7 +111,7 @@ def providers(case: Case) -> list[Provider]:
     gpu = ("cuda",)
     found = [
         Provider("sdpa_math", _joined(_math)),
-        Provider("compile_sdpa_math", _joined(_math), compiled=True),
+        Provider("compile_sdpa_math", _joined(_math), compiled=True, devices=gpu),
         Provider("sdpa_flash", _joined(_sdpa(SDPBackend.FLASH_ATTENTION))),
         Provider("sdpa_cudnn", _joined(_sdpa(SDPBackend.CUDNN_ATTENTION)), devices=gpu),
         Provider("sdpa_efficient", _joined(_sdpa(SDPBackend.EFFICIENT_ATTENTION)), devices=gpu),

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 from bench.cases import (
     BACKWARD,
     JVP,
-    JVP_BACKWARD,
     MODES,
     SCALES,
     VALUE,
@@ -188,7 +187,7 @@ def test_the_compiled_call_is_verified_too():
     case = tiny("swiglu")
     truth = Truth(case, operands(case, torch.float32, CPU))
     compiled = [Provider("compile", case.reference, compiled=True)]
-    good, bad = prepare(case, torch.float32, JVP_BACKWARD, compiled, CPU, truth)
+    good, bad = prepare(case, torch.float32, JVP, compiled, CPU, truth)
     assert good.keys() == {"compile"}
     assert not bad
 
