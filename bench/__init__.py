@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench gpu --out DIR`."""
+"""Benchmarks: `python -m bench --help`."""

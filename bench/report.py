@@ -317,14 +317,15 @@ def _finish(pyplot: Any, figure: Any, axes: list[Any], path: Path) -> Path:
     return path
 
 
-def _draw(axis: Any, rows: list[Row], x: str) -> None:
+def _draw(axis: Any, rows: list[Row], x: str, line: str) -> None:
     names = sorted({name_of(row) for row in rows}, key=lambda n: (n != OURS, n != REFERENCE, n))
     for index, name in enumerate(names):
         points = sorted((row[x], row["ms_p50"]) for row in rows if name_of(row) == name)
         style = {
             "marker": "os^vD<>PX*ph"[index % 12],
-            "markersize": 3,
+            "markersize": 5 if name == OURS else 4,
             "color": f"C{index % 10}",
+            "linestyle": line,
             "linewidth": 2.0 if name == OURS else 1.0,
             "zorder": 3 if name == OURS else 2,
         }
@@ -345,8 +346,9 @@ def _roofline(path: Path, op: str, dtype: str, modes: list[str], rows: list[Row]
             linewidth=1,
             label="roofline",
         )
-        _draw(axis, here, "floor_ms")
+        _draw(axis, here, "floor_ms", "none")
         axis.set(xscale="log", yscale="log", title=f"{op}, {mode}", xlabel="roofline, ms")
+        axis.xaxis.set_minor_formatter("")  # digits of minor ticks would overlap
     axes[0].set_ylabel(f"time of one call, ms ({dtype})")
     return _finish(pyplot, figure, axes, path)
 
@@ -360,7 +362,7 @@ def _lengths(path: Path, dtype: str, rows: list[Row]) -> Path:
         here = [row for row in rows if row["mode"] == mode]
         floor = sorted({(row["length"], row["floor_ms"]) for row in here})
         axis.plot(*zip(*floor, strict=True), color="black", linestyle="--", label="roofline")
-        _draw(axis, here, "length")
+        _draw(axis, here, "length", "-")
         axis.set(xscale="log", yscale="log", title=mode, xlabel="tokens")
     axes[0].set_ylabel(f"B=2, H=12, d=64: ms ({dtype})")
     return _finish(pyplot, figure, axes, path)
