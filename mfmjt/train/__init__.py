@@ -2,4 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["checkpoint", "codec", "config", "ema", "encoders", "features", "loop", "store"]
+__all__ = [
+    "checkpoint",
+    "codec",
+    "config",
+    "distributed",
+    "ema",
+    "encoders",
+    "features",
+    "log",
+    "loop",
+    "sharded",
+    "step",
+    "store",
+]

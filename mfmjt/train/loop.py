@@ -388,9 +388,9 @@ class _Run:
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         for name, p in zip(self.names, self.params, strict=True):
             for slot in ("exp_avg", "exp_avg_sq"):
-                tensors[f"optimizer.{slot}.{name}"] = self.optimizer.state[p][slot]
+                tensors[f"{slot}.{name}"] = self.optimizer.state[p][slot]
         for k, average in enumerate(self.ema.averages):
-            tensors |= {f"ema.{k}.{n}": a for n, a in zip(self.names, average, strict=True)}
+            tensors |= {f"ema{k}.{n}": a for n, a in zip(self.names, average, strict=True)}
         return tensors
 
     def _save(self) -> None:

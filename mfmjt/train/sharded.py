@@ -1,6 +1,6 @@
 """Training states in shards: every process writes its part while training goes on.
 
-    checkpoints/step-000000500/shard-00001-….safetensors   one file a process
+    checkpoints/step-000000500/shard-00001-….safetensors   one file a process and kind of tensor
                                state.json                  the rest, and every file's size
     checkpoints/latest                                     the name of the newest one
 
@@ -71,7 +71,8 @@ class CheckpointFolder:
 
         Args:
             step: Optimiser step, which names it.
-            tensors: Every tensor of the state, or this process's shards of it (DTensors).
+            tensors: Every tensor of the state, or this process's shards of it (DTensors). Those
+                whose names begin alike, up to a dot, share a file.
             state: All else, as JSON values, the same on every process.
 
         Raises:
@@ -80,7 +81,8 @@ class CheckpointFolder:
         self.wait()
         self.step = step
         name = f"step-{step:09d}"
-        writer = _Writer(self.folder, name, self._previous, state)
+        kinds = {key: key.split(".")[0] for key in tensors}
+        writer = _Writer(self.folder, name, self._previous, kinds, state)
         # The same on all processes, because a failure anywhere is raised everywhere.
         self._previous = name
         tensors = {key: tensor.detach() for key, tensor in tensors.items()}
@@ -181,14 +183,25 @@ class CheckpointFolder:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes one file a process, and publishes the folder when all have finished."""
+    """Writes the files of one process, and publishes the folder when all have finished."""
 
     def __init__(
-        self, folder: Path, name: str, previous: str | None, state: dict[str, Any]
+        self,
+        folder: Path,
+        name: str,
+        previous: str | None,
+        kinds: dict[str, str],
+        state: dict[str, Any],
     ) -> None:
         self.folder, self.name, self.previous, self.state = folder, name, previous, state
         self.partial = folder / f"{name}{PARTIAL}"
-        super().__init__(str(self.partial), save_distributed=True)
+        # A file is put together in memory, so there is not one for everything.
+        files = {kind: i for i, kind in enumerate(sorted(set(kinds.values())), 1)}
+        super().__init__(
+            str(self.partial),
+            {key: files[kind] for key, kind in kinds.items()},
+            save_distributed=True,
+        )
 
     def finish(self, metadata: Any, results: Any) -> None:
         """Called on the first process, when the files of all of them are on disk."""

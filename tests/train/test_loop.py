@@ -153,7 +153,7 @@ def test_training_learns_and_writes_everything(recipe, store):
     net = MFMJT.load(result.network)
     tensors, _ = load_state(config.out)
     name = "final_layer.conv.weight"
-    assert torch.equal(net.state_dict()[name], tensors[f"ema.0.{name}"].half().float())
+    assert torch.equal(net.state_dict()[name], tensors[f"ema0.{name}"].half().float())
     index = json.loads((store / "train" / "index.json").read_text())
     half = torch.finfo(torch.float16).eps
     torch.testing.assert_close(
