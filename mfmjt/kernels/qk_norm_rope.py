@@ -228,7 +228,6 @@ def _qk_norm_rope_fwd_kernel(
     n_tokens,
     n_heads,
     width,
-    eps,
     sample_stride,
     token_stride,
     part_stride,
@@ -237,6 +236,7 @@ def _qk_norm_rope_fwd_kernel(
     token_dot_stride,
     part_dot_stride,
     head_dot_stride,
+    EPS: tl.constexpr,  # a number passed at run time would be rounded to float32
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
@@ -259,9 +259,9 @@ def _qk_norm_rope_fwd_kernel(
     cos, sin = None, None
     if rope is not None:
         cos, sin = _pairs(tl.load(rope + token * width + col, inside, 0.0).to(w_q.dtype))
-    _normalise(x, dot, w_q, cos, sin, q + out, y_q_dot, q_rstd + row, exists, inside, width, eps)
+    _normalise(x, dot, w_q, cos, sin, q + out, y_q_dot, q_rstd + row, exists, inside, width, EPS)
     _normalise(
-        x_k, dot_k, w_k, cos, sin, k + out, y_k_dot, k_rstd + row, exists, inside, width, eps
+        x_k, dot_k, w_k, cos, sin, k + out, y_k_dot, k_rstd + row, exists, inside, width, EPS
     )
 
 
@@ -432,9 +432,9 @@ def _launch_fwd(
         tokens,
         heads,
         width,
-        eps,
         *qkv.stride()[:4],
         *((0,) * 4 if qkv_dot is None else qkv_dot.stride()[:4]),
+        EPS=eps,
         BLOCK_ROWS=block_rows,
         BLOCK_WIDTH=block_width,
         num_warps=num_warps,
