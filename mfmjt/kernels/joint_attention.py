@@ -41,7 +41,7 @@ def _tuple(streams: Streams) -> tuple[Tensor, ...]:
     return (streams,) if isinstance(streams, Tensor) else tuple(streams)
 
 
-def _valid_keys(keys: tuple[Tensor, ...], lengths: Lengths) -> Tensor | None:
+def _valid_keys(keys: Sequence[Tensor], lengths: Lengths) -> Tensor | None:
     """True where a key counts, (B, M); None where every key does."""
     if lengths is None or isinstance(lengths, Tensor):
         given: tuple[Tensor | None, ...] = (lengths,)
@@ -100,7 +100,9 @@ def _bias(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _join(streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
     """One tensor of all tokens, padding zero."""
-    return _without_padding(streams[0] if len(streams) == 1 else torch.cat(streams, dim=1), valid)
+    return _without_padding(
+        streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1), valid
+    )
 
 
 def _join_dots(
@@ -198,7 +200,8 @@ def _jvp(
 def _fwd(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[list[Tensor], Tensor]:
-    no_q, no_k = [None] * len(q), [None] * len(k)
+    no_q: list[Tensor | None] = [None] * len(q)
+    no_k: list[Tensor | None] = [None] * len(k)
     o, _, lse = _jvp(q, k, v, no_q, no_k, no_k, lengths, scale)
     return o, lse
 
@@ -318,6 +321,7 @@ def _load(
     limit,
     first_column,
     UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -329,9 +333,9 @@ def _load(
     inside = token < limit - start
     if WIDTH % COLUMNS != 0:
         inside = inside & (column < WIDTH)
-    # 64 bits for where the tile is, 32 within it
+    # 64 bits for where a sample is, 32 within it, unless that is longer
     pointer += (sample * batch_stride + head * head_stride) * UNIT
-    pointer += tl.cast(start, tl.int64) * (token_stride * UNIT)
+    pointer += (tl.cast(start, tl.int64) if FAR else start) * (token_stride * UNIT)
     return tl.load(pointer + (token * (token_stride * UNIT) + column), inside, 0.0)
 
 
@@ -371,6 +375,7 @@ def _products(
     b_limit,
     total,
     UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     A_BLOCK: tl.constexpr,
@@ -379,8 +384,8 @@ def _products(
 ):
     """Add the products of rows of two streams, some columns at a time."""
     for column in range(0, WIDTH, COLUMNS):
-        x = _load(a, sample, head, a_start, a_limit, column, UNIT, WIDTH, A_BLOCK, COLUMNS)
-        y = _load(b, sample, head, b_start, b_limit, column, UNIT, WIDTH, B_BLOCK, COLUMNS)
+        x = _load(a, sample, head, a_start, a_limit, column, UNIT, FAR, WIDTH, A_BLOCK, COLUMNS)
+        y = _load(b, sample, head, b_start, b_limit, column, UNIT, FAR, WIDTH, B_BLOCK, COLUMNS)
         total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
@@ -413,6 +418,7 @@ def _attention_fwd_kernel(
     scale,
     scale_2,  # for exp2, the exponential that GPUs have
     UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -434,10 +440,10 @@ def _attention_fwd_kernel(
     if q_dot is not None:
         own_dot = (_choose_pointer(q_dot, stream), own[1], own[2], own[3])
     if WHOLE:
-        query = _load(own, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        query = _load(own, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
         if q_dot is not None:
             query_dot = _load(
-                own_dot, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN
+                own_dot, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN
             )
 
     key = tl.arange(0, BLOCK_M)
@@ -461,7 +467,7 @@ def _attention_fwd_kernel(
             score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             score_dot = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             if WHOLE:
-                a = _load(k[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                a = _load(k[s], sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
                 a = tl.trans(a)
                 score = tl.dot(query, a, score, input_precision=PRECISION, out_dtype=TYPE)
                 if q_dot is not None:
@@ -469,7 +475,9 @@ def _attention_fwd_kernel(
                         query_dot, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
                     )
                 if k_dot[s] is not None:
-                    a = _load(k_dots, sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                    a = _load(
+                        k_dots, sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN
+                    )
                     a = tl.trans(a)
                     score_dot = tl.dot(
                         query, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
@@ -477,17 +485,17 @@ def _attention_fwd_kernel(
             else:
                 score = _products(
                     own, k[s], sample, head, first, count, start, limit, score,
-                    UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                    UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                 )  # fmt: skip
                 if q_dot is not None:
                     score_dot = _products(
                         own_dot, k[s], sample, head, first, count, start, limit, score_dot,
-                        UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                        UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                     )  # fmt: skip
                 if k_dot[s] is not None:
                     score_dot = _products(
                         own, k_dots, sample, head, first, count, start, limit, score_dot,
-                        UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                        UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                     )  # fmt: skip
             score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
@@ -498,7 +506,9 @@ def _attention_fwd_kernel(
             p_rounded = p.to(STORED)
             total_rounded *= shrink
             total_w *= shrink
-            b = _load(v[s], sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT)
+            b = _load(
+                v[s], sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
+            )
             if MOVES:
                 # The centre is the mean of S_dot so far: it takes a common offset off before W is
                 # rounded. What was summed with another centre moves along.
@@ -517,7 +527,7 @@ def _attention_fwd_kernel(
             out = tl.dot(p_rounded, b, out, input_precision=PRECISION, out_dtype=TYPE)
             if v_dot[s] is not None:
                 b = _load(
-                    v_dots, sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT
+                    v_dots, sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
                 )
                 dot = tl.dot(p_rounded, b, dot, input_precision=PRECISION, out_dtype=TYPE)
             total = total * shrink + sum_p
@@ -560,6 +570,7 @@ def _attention_bwd_q_kernel(
     scale,
     scale_2,
     UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -580,8 +591,8 @@ def _attention_bwd_q_kernel(
     own, own_o, own_o_bar = _choose(q, stream), _choose(o, stream), _choose(o_bar, stream)
     centre = tl.zeros([BLOCK_N], TYPE)
     for part in range(0, WIDTH, BLOCK_IN):
-        a = _load(own_o, sample, head, first, count, part, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
-        b = _load(own_o_bar, sample, head, first, count, part, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        a = _load(own_o, sample, head, first, count, part, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
+        b = _load(own_o_bar, sample, head, first, count, part, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
         centre += tl.sum(a.to(TYPE) * b.to(TYPE), 1)
     token = tl.arange(0, BLOCK_N)
     row = pair * all_queries + first
@@ -589,8 +600,10 @@ def _attention_bwd_q_kernel(
     tl.store(_choose_pointer(delta, stream) + row + token, centre, here & (tl.program_id(1) == 0))
     sums = tl.load(_choose_pointer(lse, stream) + row + token, here, 0.0) * 1.4426950408889634
     if WHOLE:
-        query = _load(own, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
-        out_bar = _load(own_o_bar, sample, head, first, count, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+        query = _load(own, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
+        out_bar = _load(
+            own_o_bar, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN
+        )
 
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
@@ -600,26 +613,28 @@ def _attention_bwd_q_kernel(
             score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             p_bar = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             if WHOLE:
-                a = _load(k[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                a = _load(k[s], sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
                 score = tl.dot(query, tl.trans(a), score, input_precision=PRECISION, out_dtype=TYPE)
-                b = _load(v[s], sample, head, start, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+                b = _load(v[s], sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
                 p_bar = tl.dot(
                     out_bar, tl.trans(b), p_bar, input_precision=PRECISION, out_dtype=TYPE
                 )
             else:
                 score = _products(
                     own, k[s], sample, head, first, count, start, limit, score,
-                    UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                    UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                 )  # fmt: skip
                 p_bar = _products(
                     own_o_bar, v[s], sample, head, first, count, start, limit, p_bar,
-                    UNIT, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
+                    UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                 )  # fmt: skip
             score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
             p = tl.exp2(score - sums[:, None])
             score_bar = (p * (p_bar - centre[:, None])).to(STORED)
             if BLOCK_OUT != BLOCK_IN or not WHOLE:
-                a = _load(k[s], sample, head, start, limit, column, UNIT, WIDTH, BLOCK_M, BLOCK_OUT)
+                a = _load(
+                    k[s], sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
+                )
             query_bar = tl.dot(score_bar, a, query_bar, input_precision=PRECISION, out_dtype=TYPE)
     query_bar *= scale
     pointer = _choose_pointer(q_bar, stream)
@@ -644,6 +659,7 @@ def _attention_bwd_kv_kernel(
     scale,
     scale_2,
     UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -667,8 +683,8 @@ def _attention_bwd_kv_kernel(
             limit = tl.where(stream == s, _limit(lengths, s, keys[s], sample), limit)
     own, own_v = _choose(k, stream), _choose(v, stream)
     if WHOLE:
-        key = _load(own, sample, head, first, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
-        value = _load(own_v, sample, head, first, limit, 0, UNIT, WIDTH, BLOCK_M, BLOCK_IN)
+        key = _load(own, sample, head, first, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
+        value = _load(own_v, sample, head, first, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
 
     key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
@@ -679,23 +695,37 @@ def _attention_bwd_kv_kernel(
             score = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
             p_bar = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
             if WHOLE:
-                a = _load(q[s], sample, head, start, stop, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+                a = _load(q[s], sample, head, start, stop, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
                 score = tl.dot(key, tl.trans(a), score, input_precision=PRECISION, out_dtype=TYPE)
-                b = _load(o_bar[s], sample, head, start, stop, 0, UNIT, WIDTH, BLOCK_N, BLOCK_IN)
+                b = _load(
+                    o_bar[s], sample, head, start, stop, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN
+                )
                 p_bar = tl.dot(value, tl.trans(b), p_bar, input_precision=PRECISION, out_dtype=TYPE)
             else:
                 score = _products(
                     own, q[s], sample, head, first, limit, start, stop, score,
-                    UNIT, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
+                    UNIT, FAR, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
                 )  # fmt: skip
                 p_bar = _products(
                     own_v, o_bar[s], sample, head, first, limit, start, stop, p_bar,
-                    UNIT, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
+                    UNIT, FAR, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
                 )  # fmt: skip
             if BLOCK_OUT != BLOCK_IN or not WHOLE:
-                a = _load(q[s], sample, head, start, stop, column, UNIT, WIDTH, BLOCK_N, BLOCK_OUT)
+                a = _load(
+                    q[s], sample, head, start, stop, column, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_OUT
+                )
                 b = _load(
-                    o_bar[s], sample, head, start, stop, column, UNIT, WIDTH, BLOCK_N, BLOCK_OUT
+                    o_bar[s],
+                    sample,
+                    head,
+                    start,
+                    stop,
+                    column,
+                    UNIT,
+                    FAR,
+                    WIDTH,
+                    BLOCK_N,
+                    BLOCK_OUT,
                 )
             row = pair * all_queries + start
             here = token < stop - start
@@ -766,6 +796,7 @@ def _launch(
     ]
     # In units of 16 bytes, where all are such, so that Triton may load as much at a time
     unit = 8 if all(d % 8 == 0 for group in strides for row in group for d in row) else 1
+    far = any(x.shape[1] * x.stride(1) >= 2**31 for group in streams for x in group)
     kernel[(batch * heads * tiles, cdiv(width, block_out))](
         *(
             tuple((x, *(d // unit for d in row)) for x, row in zip(group, rows, strict=True))
@@ -780,6 +811,7 @@ def _launch(
         scale,
         scale * math.log2(math.e),
         UNIT=unit,
+        FAR=far,
         WIDTH=width,
         PRECISION="tf32x3" if first.dtype == torch.float32 and target()[0] == "cuda" else "ieee",
         BLOCK_N=block_n,
@@ -1006,19 +1038,21 @@ def joint_attention(
         _op.check(False, "joint_attention", needs, **named)
     if _op.use_reference():
         return joint_attention_ref(q, k, v, scale, lengths)
-    count, streams = len(keys), (*queries, *keys, *values)
-    given = [lengths] if lengths is None or isinstance(lengths, Tensor) else list(lengths)
-    given = [None] * count if lengths is None else given
-    parts, dots = zip(*(_op.split(s) for s in streams), strict=True)
+    limits: list[Tensor | None] = [None] * len(keys)
+    if lengths is not None:
+        limits = [lengths] if isinstance(lengths, Tensor) else list(lengths)
+    parts, dots = zip(*(_op.split(s) for s in (*queries, *keys, *values)), strict=True)
     parts = _op.autocast(*parts)
-    first, second = len(queries), len(queries) + count
+    same = all(x.dtype == parts[0].dtype for x in parts)
+    _op.check(same, "joint_attention", "q, k, v of one dtype", q=parts[0], k=keys[0], v=values[0])
+    first, second = len(queries), len(queries) + len(keys)
     arguments = [list(x) for x in (parts[:first], parts[first:second], parts[second:])]
     scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
     if all(dot is None for dot in dots):
-        out = _fwd_op(*arguments, given, scale)[0]
+        out = _fwd_op(*arguments, limits, scale)[0]
     else:
         dots = _op.autocast(*dots)
         moving = [list(x) for x in (dots[:first], dots[first:second], dots[second:])]
-        outs, out_dots, _ = _jvp_op(*arguments, *moving, given, scale)
+        outs, out_dots, _ = _jvp_op(*arguments, *moving, limits, scale)
         out = [_op.join(*pair) for pair in zip(outs, out_dots, strict=True)]
     return out[0] if isinstance(q, Tensor) else tuple(out)
