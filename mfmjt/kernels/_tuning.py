@@ -55,7 +55,7 @@ _PRODUCTS: dict[Any, dict[Tile, float]] = {
     "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7},
 }
 _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
-    100: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 8, 3): 0.7},
+    100: {((128, 128, 32), 8, 3): 1.0, ((128, 64, 16), 8, 3): 0.7},
     90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 3): 0.7},
     None: {((64, 64, 32), 4, 3): 1.0},
     "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7},
@@ -108,13 +108,14 @@ def conv1d_weight(
     return blocks, warps, stages, max(1, splits)
 
 
-def heads(width: int) -> tuple[int, int, int]:
+def heads(width: int, element_size: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of a kernel over heads of that width.
 
-    A thread has 8 elements of every tensor, and a warp whole heads (of float32 up to 128 wide).
+    A thread has 16 bytes of every tensor (with 32 the gradient in float32 spills on sm_90), and a
+    warp whole heads (of float32 up to 128 wide).
     """
     block_width = max(16, power_of_2(width))
-    return max(1, 1024 // block_width), block_width, _warps(128)
+    return max(1, (1024 if element_size <= 2 else 512) // block_width), block_width, _warps(128)
 
 
 REDUCING_PROGRAMS = 1024
