@@ -418,7 +418,7 @@ def _launch_fwd(
     rstds = [qkv.new_empty((*shape[:3], 1), dtype=_op.work_dtype(qkv)) for _ in range(2)]
     qkv, qkv_dot = _dense(qkv), None if qkv_dot is None else _dense(qkv_dot)
     n_rows = batch * tokens * heads
-    block_rows, block_width, num_warps = _tuning.heads(width)
+    block_rows, block_width, num_warps = _tuning.heads(width, qkv.element_size())
     _qk_norm_rope_fwd_kernel[(cdiv(n_rows, block_rows),)](
         qkv,
         qkv_dot,
@@ -477,7 +477,7 @@ def _bwd_triton(
     batch, tokens, _, heads, width = qkv.shape
     qkv_bar = qkv.new_empty(qkv.shape)
     n_rows = batch * tokens * heads
-    block_rows, block_width, num_warps = _tuning.heads(width)
+    block_rows, block_width, num_warps = _tuning.heads(width, qkv.element_size())
     programs = min(cdiv(n_rows, block_rows), _tuning.REDUCING_PROGRAMS)
     partial = q_rstd.new_empty((programs, 2, width))
     qkv = _dense(qkv)
