@@ -189,11 +189,11 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
         "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)),
         "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
-        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
     },
     None: {
         "value": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 8, 2)),
+        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 8, 3)),
         "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         "bwd_kv": ((64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
     },
@@ -237,12 +237,13 @@ def attention(
         result in one program; warps; stages.
     """
     columns = max(16, power_of_2(width))
-    if element_size == 4 or columns > 128:
+    backend, arch = target()
+    kind = "hip" if backend == "hip" else {9: 90, 10: 100}.get(arch // 10)
+    crowded = kind is None and arch != 80 and part == "tangent" and columns > 64  # 99 KiB shared
+    if element_size == 4 or columns > 128 or crowded:
         table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
         (queries, keys, ins, outs), warps, stages = table[part]
         return (queries, keys, min(ins, columns), min(outs, columns)), warps, stages
-    backend, arch = target()
-    kind = "hip" if backend == "hip" else {9: 90, 10: 100}.get(arch // 10)
     large, small, wide = _ATTENTION[kind][part]
     block = large[1] if part == "bwd_kv" else large[0]
     large_blocks = sum(cdiv(n, block) for n in tokens)
