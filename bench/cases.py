@@ -99,7 +99,7 @@ def shapes(scale: str) -> list[Shape]:
         others = ("small_44k", "medium_44k")
         return big + [_shape(model, b) for model in others for b in (256, 2, 26, 1, 64)]
     if scale == "cpu":
-        rest = (("small_16k", 1), ("small_16k", 8), ("medium_44k", 2), ("nano", 16))
+        rest = (("small_16k", 8), ("medium_44k", 2), ("nano", 16))
         return [_shape("small_16k", 2, headline=True), *(_shape(*pair) for pair in rest)]
     if scale == "check":
         return [_shape("nano", 16), _shape("small_16k", 4)]

@@ -89,7 +89,7 @@ def run(given: argparse.Namespace) -> int:
         print(json.dumps(stamp, indent=2))
         for number, (case, dtype, mode) in enumerate(jobs, 1):
             shared = {**row_of(case, dtype, mode, ceilings), "threads": threads}
-            names = [p.name for p in providers(case, CPU)]
+            names = [p.name for p in providers(case, CPU, mode)]
             if all(rows.has(**shared, provider=n, malloc="default") for n in names):
                 continue
             if time.monotonic() > end:
@@ -225,7 +225,7 @@ def _serve(connection: Connection) -> None:
             return stamp | {"ceilings": vars(ceilings)}, ceilings
         op, name, scale, dtype, mode, only = given
         case = next(c for c in cases(op, scale) if c.name == name)
-        wanted = [p for p in providers(case, CPU) if only is None or p.name in only]
+        wanted = [p for p in providers(case, CPU, mode) if only is None or p.name in only]
         truth = truths.of(case, DTYPES[dtype]) if only is None else None
         good, bad = prepare(case, DTYPES[dtype], mode, wanted, CPU, truth)
         drawn = operands(case, DTYPES[dtype], CPU)

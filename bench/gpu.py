@@ -273,7 +273,7 @@ def _time_case(
         fields = {**row_of(case, dtype, mode, ceilings), **shared}
         wanted = [
             p
-            for p in providers(case, job.device)
+            for p in providers(case, job.device, mode)
             if p.compiled == compiled and not rows.has(**fields, provider=p.name)
         ]
         if not wanted:

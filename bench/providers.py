@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import BACKWARD, Case, Function, Operands, module
+from bench.cases import BACKWARD, JVP, JVP_BACKWARD, MODES, Case, Function, Operands, module
 from mfmjt.kernels import _ext
 
 __all__ = ["OURS", "REFERENCE", "Provider", "Results", "Unsupported", "liger", "providers", "step"]
@@ -38,6 +38,7 @@ class Provider:
         compiled: The whole call goes through torch.compile; headline cases only.
         formulas: With the C++ kernels off.
         devices: Where it is of use.
+        modes: When it is of use.
     """
 
     name: str
@@ -45,20 +46,34 @@ class Provider:
     compiled: bool = False
     formulas: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    modes: tuple[str, ...] = MODES
 
 
-def providers(case: Case, device: torch.device) -> list[Provider]:
-    """Everyone who may be timed on a case: plain PyTorch first, then us."""
+def providers(case: Case, device: torch.device, mode: str) -> list[Provider]:
+    """Everyone who may be timed on a case in a mode: plain PyTorch first, then us."""
     found = [
         Provider(REFERENCE, case.reference),
         Provider(OURS, case.function),
         Provider("compile", case.reference, compiled=True),
+        # Calling torch.func.jvp takes some 0.2 ms, which a network pays once and not for each op;
+        # the compiler takes it out of both. Device time has none of it.
+        Provider(
+            f"{OURS}_compile",
+            case.function,
+            compiled=True,
+            devices=("cpu",),
+            modes=(JVP, JVP_BACKWARD),
+        ),
     ]
     served = _ext.status().get("ops", "").split()
     if case.headline and any(name.rpartition("_")[0] == case.op for name in served):
         found.append(Provider("formula", case.function, formulas=True, devices=("cpu",)))
     found += getattr(module(case.op), "providers", lambda case: [])(case)
-    return [p for p in found if device.type in p.devices and (case.headline or not p.compiled)]
+    return [
+        p
+        for p in found
+        if device.type in p.devices and mode in p.modes and (case.headline or not p.compiled)
+    ]
 
 
 def liger(file: str, name: str) -> Any:

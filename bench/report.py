@@ -194,7 +194,7 @@ def _cell(row: Row | None, ours: float | None) -> str:
     if not ours:
         return f"{time:.4g} ms"
     ratio = f"{time / ours:.2f}x"
-    return f"**{ratio}**" if time / ours < 0.995 and row["provider"] != OURS else ratio
+    return f"**{ratio}**" if time / ours < 0.995 and not row["provider"].startswith(OURS) else ratio
 
 
 def _line(cells: Sequence[str]) -> str:

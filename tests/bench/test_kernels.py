@@ -117,7 +117,7 @@ def test_every_provider_is_right_or_says_why(op):
     case = tiny(op)
     truth = Truth(case, operands(case, torch.float32, CPU))
     for mode in case.modes:
-        found = providers(case, CPU)
+        found = providers(case, CPU, mode)
         good, bad = prepare(case, torch.float32, mode, found, CPU, truth)
         assert good.keys() | bad.keys() == {p.name for p in found}
         assert {REFERENCE, OURS} <= good.keys()
@@ -129,7 +129,7 @@ def test_every_provider_is_right_or_says_why(op):
 def test_peers_that_are_not_here_say_so():
     """As on a GPU without them; where they are installed, they refuse the CPU."""
     case = tiny("joint_attention")
-    peers = [p for p in providers(case, torch.device("cuda")) if p.devices == ("cuda",)]
+    peers = [p for p in providers(case, torch.device("cuda"), VALUE) if p.devices == ("cuda",)]
     assert {"jvp_flash_attention", "rcm", "flash_attn", "xformers"} <= {p.name for p in peers}
     good, bad = prepare(case, torch.float32, VALUE, peers, CPU, None)
     assert not good
