@@ -9,7 +9,8 @@
 q (B, N, H, D), k and v (B, M, H, D), each a tensor or a tuple of streams along the tokens. Stored
 in the dtype of q, computed in float32 (float64 for float64). Taking the row's mean off S_dot before
 W is formed changes nothing in exact arithmetic and keeps the digits where S_dot has a common
-offset. Kept for backward: q, k, v, o, and the log of each row's sum, from which P is made again.
+offset. Kept for backward: q, k, v, o, and the log of each row's sum (B, H, N), from which P is made
+again; in the Triton kernels to the base 2, whose power GPUs compute.
 The CPU takes PyTorch's flash kernels for value and gradient; the tangent goes by blocks of query
 rows, so that no (N, M) matrix grows with N.
 """
@@ -546,7 +547,7 @@ def _attention_fwd_kernel(
         pointer = _choose_pointer(o_dot, stream)
         _store(pointer, dot, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
-    sums = (top + tl.log2(tl.where(nothing, 1.0, total))) * 0.6931471805599453
+    sums = top + tl.log2(tl.where(nothing, 1.0, total))
     pointer = _choose_pointer(lse, stream) + pair * all_queries + first
     here = (token < count - first) & (tl.program_id(1) == 0)
     tl.store(pointer + token, tl.where(nothing, 0.0, sums), here)
@@ -598,7 +599,7 @@ def _attention_bwd_q_kernel(
     row = pair * all_queries + first
     here = token < count - first
     tl.store(_choose_pointer(delta, stream) + row + token, centre, here & (tl.program_id(1) == 0))
-    sums = tl.load(_choose_pointer(lse, stream) + row + token, here, 0.0) * 1.4426950408889634
+    sums = tl.load(_choose_pointer(lse, stream) + row + token, here, 0.0)
     if WHOLE:
         query = _load(own, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
         out_bar = _load(
@@ -729,7 +730,7 @@ def _attention_bwd_kv_kernel(
                 )
             row = pair * all_queries + start
             here = token < stop - start
-            sums = tl.load(lse[s] + row + token, here, float("inf")) * 1.4426950408889634
+            sums = tl.load(lse[s] + row + token, here, float("inf"))
             centre = tl.load(delta[s] + row + token, here, 0.0)
             p = tl.exp2(score * scale_2 - sums[None, :])
             value_bar = tl.dot(
