@@ -110,6 +110,12 @@ class MMAudioCodec(nn.Module):
             ),
         ).eval()
 
+    def cast(self, dtype: torch.dtype) -> MMAudioCodec:
+        """Make autoencoder and vocoder calculate in `dtype`; the mels' statistics stay float32."""
+        for part in (self.vae.encoder, self.vae.decoder, self.vocoder):
+            part.to(dtype)
+        return self
+
     def encode(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of the latents.
 

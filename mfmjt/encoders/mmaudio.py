@@ -114,6 +114,12 @@ class MMAudioEncoders(nn.Module):
             (clip_side, (synchformer or SynchformerConfig()).size),
         ).eval()
 
+    def cast(self, dtype: torch.dtype) -> MMAudioEncoders:
+        """Make CLIP and Synchformer calculate in `dtype`; features come as float32 all the same."""
+        for part in (self.clip, self.synchformer):
+            part.to(dtype)
+        return self
+
     def fit_frames(self, frames: Tensor) -> Tensor:
         """Pictures as CLIP is given them: squashed to a square by bicubic interpolation.
 

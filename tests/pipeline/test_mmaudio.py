@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mfmjt import cli
 from mfmjt.codec import MMAudioCodec
 from mfmjt.convert import from_mmaudio
 from mfmjt.encoders import CLIP, CLIPConfig, MMAudioEncoders, Synchformer, SynchformerConfig
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, RunError
 from mfmjt.media import VideoStream
 from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.checkpoint import NETWORK_FILES
@@ -164,11 +165,25 @@ def test_a_long_prompt_is_cut_with_a_note(pipe: Pipeline) -> None:
     assert "'lost words'" in note
 
 
-def test_bfloat16_stays_close(pipe: Pipeline, folder: Path, short_clip: Path) -> None:
-    half = Pipeline.from_mmaudio(folder, "small_16k", "cpu", torch.bfloat16, check="name", **SIZES)
+@pytest.mark.parametrize("part", ["network", "ends"])
+def test_bfloat16_stays_close(pipe: Pipeline, folder: Path, short_clip: Path, part: str) -> None:
+    way = {"dtype" if part == "network" else "ends_dtype": torch.bfloat16}
+    half = Pipeline.from_mmaudio(folder, "small_16k", "cpu", check="name", **way, **SIZES)
+    assert half.codec.vae.data_std.dtype == torch.float32
     rough, exact = (one(p(short_clip, steps=2)).waveform for p in (half, pipe))
     assert float((rough - exact).square().mean() / exact.square().mean()) < 0.5
     assert not torch.equal(rough, exact)
+
+
+def test_an_error_leaves_no_thread_behind(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = write_video(tmp_path / "long.mp4", frames=1000, size=(16, 16), picture=moving)
+    monkeypatch.setattr(pipe.codec, "decode", lambda latent: latent[..., 0] / 0.0)
+    with pytest.raises(RunError, match="not finite") as caught:
+        pipe(clip, steps=1)
+    assert caught.tb is not None  # what an interpreter keeps of an error keeps nothing running
+    assert "mfmjt-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_converted_network_runs_on_the_same_ends(
