@@ -26,15 +26,19 @@ from mfmjt.kernels._triton import cdiv, jit, tl
 __all__ = [
     "MAX_WIDTH",
     "Cotangent",
+    "Launch",
     "Layout",
     "Rows",
     "backward_norm",
     "check_modulation",
     "columns",
     "finish",
+    "first_row",
     "fits_kernel",
     "forward_norm",
     "load_rows",
+    "load_shared",
+    "load_unless",
     "modulate",
     "modulate_bar",
     "modulate_dot",
@@ -147,6 +151,14 @@ class Rows(NamedTuple):
 
 
 @jit
+def first_row(tokens, chunk):
+    """Sample and first row of this program."""
+    chunks = tl.cdiv(tokens, chunk)
+    program = tl.program_id(0)
+    return (program // chunks).to(tl.int64), (program % chunks).to(tl.int64) * chunk
+
+
+@jit
 def columns(SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
     """Columns of a block, (K, 1, V): see `_tuning.norm`."""
     segment = tl.arange(0, SEGMENTS)[:, None, None] * BLOCK
@@ -155,16 +167,34 @@ def columns(SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def load_rows(source, sample, row, col, tokens, width, WORK: tl.constexpr):
-    """A block (K, R, V) of a `Rows` in the dtype of sums, zero outside.
-
-    What rows or channels share is read for each: it is in the first-level cache, and blocks of one
-    shape need no exchange between threads.
-    """
+    """A block (K, R, V) of a `Rows` in the dtype of sums, zero outside."""
     row = row[None, :, None]
     at = source.pointer + sample * source.sample
     at += row * 0 if source.token is None else row * source.token
     at += col * 0 if source.channel is None else col * source.channel
-    return tl.load(at, (row < tokens) & (col < width), 0.0).to(WORK)
+    # What tokens share is read for rows outside too: they may be those of the program's first turn.
+    inside = row * 0 + col < width if source.token is None else (row < tokens) & (col < width)
+    return tl.load(at, inside, 0.0).to(WORK)
+
+
+@jit
+def load_shared(source, sample, row, col, tokens, width, WORK: tl.constexpr):
+    """The same, of what all tokens of a sample share; None for anything else."""
+    if source is None:
+        block = None
+    elif source.token is None:
+        block = load_rows(source, sample, row, col, tokens, width, WORK)
+    else:
+        block = None
+    return block
+
+
+@jit
+def load_unless(shared, source, sample, row, col, tokens, width, WORK: tl.constexpr):
+    """What `load_shared` returned, or else what `load_rows` does."""
+    if shared is not None:
+        return shared
+    return load_rows(source, sample, row, col, tokens, width, WORK)
 
 
 @jit
@@ -181,6 +211,10 @@ def forward_norm(
     scale,
     shift_dot,
     scale_dot,
+    shared_shift,  # this and the next three are `load_shared` of these four
+    shared_scale,
+    shared_shift_dot,
+    shared_scale_dot,
     y,
     y_dot,  # None where no tangent is wanted
     mean,
@@ -203,21 +237,23 @@ def forward_norm(
     token = sample * tokens + row
     tl.store(mean + token, tl.reshape(centre + rest, row.shape), row < tokens)
     tl.store(rstd + token, tl.reshape(over_std, row.shape), row < tokens)
-    n = tl.where(inside, (x - rest) * over_std, 0.0)
-    factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
+    n = x * over_std - rest * over_std
+    factor = 1 + load_unless(shared_scale, scale, sample, row, col, tokens, width, work)
     out = token[None, :, None] * width + col
-    value = n * factor + load_rows(shift, sample, row, col, tokens, width, work)
+    value = n * factor + load_unless(shared_shift, shift, sample, row, col, tokens, width, work)
     tl.store(y + out, value, inside)
     if y_dot is not None:
         dot = tl.zeros_like(n)
         if x_dot is not None:
-            x_dot = tl.where(inside, x_dot - _mean_of_rows(x_dot, width), 0.0)
-            share = _mean_of_rows(n * x_dot, width)
-            dot += over_std * (x_dot - n * share) * factor
+            x_dot -= _mean_of_rows(x_dot, width)
+            share = over_std * _mean_of_rows(x * x_dot, width)  # x, unlike n, is zero outside
+            dot += (x_dot - n * share) * (over_std * factor)
         if scale_dot is not None:
-            dot += n * load_rows(scale_dot, sample, row, col, tokens, width, work)
+            dot += n * load_unless(
+                shared_scale_dot, scale_dot, sample, row, col, tokens, width, work
+            )
         if shift_dot is not None:
-            dot += load_rows(shift_dot, sample, row, col, tokens, width, work)
+            dot += load_unless(shared_shift_dot, shift_dot, sample, row, col, tokens, width, work)
         tl.store(y_dot + out, dot, inside)
 
 
@@ -233,13 +269,14 @@ def backward_norm(y_bar, x, mean, rstd, factor, sample, row, col, tokens, width)
     n_bar = y_bar * factor
     mean_bar = _mean_of_rows(n_bar, width)
     share = over_std * (_mean_of_rows(n_bar * x, width) - rest * mean_bar)
-    n = tl.where(inside, (x - rest) * over_std, 0.0)
+    n = x * over_std - rest * over_std
     return n, over_std * (n_bar - mean_bar - n * share)
 
 
 @jit
-def store_sum(sums, block, program, col, width):
+def store_sum(sums, block, col, width):
     """Put the sum over the rows of a block (K, R, V) where the second step finds it."""
+    program = tl.program_id(0).to(tl.int64)
     tl.store(sums + program * width + col, tl.sum(block, 1, keep_dims=True), col < width)
 
 
@@ -262,6 +299,20 @@ def _sum_kernel(pairs, chunks, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.c
 # --- Triton: what launchers share
 
 
+class Launch(NamedTuple):
+    """How a kernel over all rows is launched.
+
+    Attributes:
+        chunk: Rows of a program, which takes a block of them at a time.
+        chunks: Programs of each sample.
+        meta: Sizes of a block, see `_tuning.norm`, and warps.
+    """
+
+    chunk: int
+    chunks: int
+    meta: dict[str, int]
+
+
 class Layout:
     """How x (..., C) and what broadcasts to it are seen as (B, N, C), without copies in rank 3.
 
@@ -273,9 +324,6 @@ class Layout:
         tokens: N.
         width: C.
         work: Dtype of statistics and sums.
-        blocks: Launch configuration, see `_tuning.norm`.
-        chunks: Programs of a backward kernel for each sample.
-        chunk: Rows of one of them.
     """
 
     def __init__(self, x: Tensor, *modulations: Tensor) -> None:
@@ -295,11 +343,19 @@ class Layout:
         if self._swapped:
             self.samples, self.tokens = 1, self.samples
         self.work = _op.work_dtype(x)
-        self.blocks = _tuning.norm(self.width, self.tokens, x.element_size())
-        block_rows = self.blocks[1]
-        most = _tuning.norm_chunk(self.samples * self.tokens) if smaller else block_rows
-        self.chunks = cdiv(self.tokens, max(block_rows, most))
-        self.chunk = cdiv(self.tokens, self.chunks * block_rows) * block_rows
+        self._summed = bool(smaller)
+        self._element_size = x.element_size()
+
+    def launch(self, backward: bool = False) -> Launch:
+        """How a kernel over all rows is launched."""
+        blocks = _tuning.norm(self.width, self.tokens, self._element_size, 4 if backward else 1)
+        segments, block_rows, block_cols, num_warps = blocks
+        rows = self.samples * self.tokens
+        most = _tuning.norm_chunk(rows, block_rows, backward and self._summed)
+        chunks = cdiv(self.tokens, most)
+        chunk = cdiv(self.tokens, chunks * block_rows) * block_rows
+        meta = {"SEGMENTS": segments, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+        return Launch(chunk, chunks, {**meta, "num_warps": num_warps})
 
     def rows(self, t: Tensor | None) -> Rows | None:
         """What broadcasts to x, or None, for a kernel."""
@@ -315,8 +371,8 @@ class Layout:
             sample, token = token, sample
         return Rows(t, sample, token or None, channel or None)
 
-    def cotangent(self, m: Tensor, known: bool = False) -> Cotangent:
-        """Memory for the cotangent of a modulation.
+    def cotangent(self, m: Tensor, chunks: int, known: bool = False) -> Cotangent:
+        """Memory for the cotangent of a modulation that `chunks` programs a sample compute.
 
         None, as `modulate_bar` has it, for one of the shape of x that is `known` without a kernel.
         """
@@ -324,7 +380,7 @@ class Layout:
         if m.shape == self._shape:
             return Cotangent(m, None if known else m.new_empty(m.shape))
         if padded[-1] == self.width and all(n == 1 for n in padded[len(self._lead) : -1]):
-            sums = m.new_empty((self.samples, self.chunks, self.width), dtype=self.work)
+            sums = m.new_empty((self.samples, chunks, self.width), dtype=self.work)
             axes = len(self._shape) - 1 - len(self._lead)
             result = m.new_empty(
                 (*self._lead, *(1,) * axes, self.width),

@@ -147,20 +147,22 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
     lanes = 64 if target()[0] == "hip" else 32
     cols = power_of_2(width)
     team = max(1, cols // (16 * lanes))
-    teams = min(teams, max(1, 16 // team))
+    teams = min(teams, max(1, 4 // team))
     block_cols = min(cols, team * lanes * 16 // element_size)
     rows = min(power_of_2(tokens), max(1, teams * team * 16 * lanes // cols))
     return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
 
 
-def norm_chunk(rows: int, summed: bool) -> int:
+def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:
     """Most rows of one program, of all `rows` there are.
 
     Where it sums cotangents of modulations: enough programs to fill a GPU several times over, and
-    no more than 128 rows each, which bounds the rounding. Elsewhere a few, for which it reads and
-    converts once what tokens share.
+    no more than 128 rows each, which bounds the rounding. Elsewhere a few blocks, for which it
+    reads and converts once what tokens share.
     """
-    return min(128, power_of_2(rows // 1024)) if summed else min(4, power_of_2(rows // 16384))
+    if summed:
+        return max(block_rows, min(128, power_of_2(rows // 1024)))
+    return block_rows * min(4, power_of_2(rows // (16384 * block_rows)))
 
 
 def sums(chunks: int, width: int) -> tuple[int, int, int]:

@@ -19,8 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, _op
-from mfmjt.kernels._norm import backward_norm, columns, forward_norm, load_rows, store_sum
-from mfmjt.kernels._triton import cdiv, jit, tl
+from mfmjt.kernels._norm import (
+    backward_norm,
+    columns,
+    first_row,
+    forward_norm,
+    load_rows,
+    load_shared,
+    store_sum,
+)
+from mfmjt.kernels._triton import jit, tl
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -78,39 +86,48 @@ def _adaln_fwd_kernel(
     rstd,
     tokens,
     width,
+    chunk,  # rows of one program
     EPS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     work: tl.constexpr = mean.dtype.element_ty
-    blocks = tl.cdiv(tokens, BLOCK_ROWS)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    row = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    sample, first = first_row(tokens, chunk)
+    row = first + tl.arange(0, BLOCK_ROWS)
     col = columns(SEGMENTS, BLOCK_COLS)
-    wide_x = load_rows(x, sample, row, col, tokens, width, work)
-    wide_dot = None
-    if x_dot is not None:
-        wide_dot = load_rows(x_dot, sample, row, col, tokens, width, work)
-    forward_norm(
-        wide_x,
-        wide_dot,
-        shift,
-        scale,
-        shift_dot,
-        scale_dot,
-        y,
-        y_dot,
-        mean,
-        rstd,
-        sample,
-        row,
-        col,
-        tokens,
-        width,
-        EPS,
-    )
+    shared_shift = load_shared(shift, sample, row, col, tokens, width, work)
+    shared_scale = load_shared(scale, sample, row, col, tokens, width, work)
+    shared_shift_dot = load_shared(shift_dot, sample, row, col, tokens, width, work)
+    shared_scale_dot = load_shared(scale_dot, sample, row, col, tokens, width, work)
+    for start in range(0, tl.minimum(chunk, tokens - first), BLOCK_ROWS):
+        row = first + start + tl.arange(0, BLOCK_ROWS)
+        wide_x = load_rows(x, sample, row, col, tokens, width, work)
+        wide_dot = None
+        if x_dot is not None:
+            wide_dot = load_rows(x_dot, sample, row, col, tokens, width, work)
+        forward_norm(
+            wide_x,
+            wide_dot,
+            shift,
+            scale,
+            shift_dot,
+            scale_dot,
+            shared_shift,
+            shared_scale,
+            shared_shift_dot,
+            shared_scale_dot,
+            y,
+            y_dot,
+            mean,
+            rstd,
+            sample,
+            row,
+            col,
+            tokens,
+            width,
+            EPS,
+        )
 
 
 @jit
@@ -133,16 +150,14 @@ def _adaln_bwd_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     work: tl.constexpr = mean.dtype.element_ty
-    chunks = tl.cdiv(tokens, chunk)
-    program = tl.program_id(0).to(tl.int64)
-    sample, first_row = program // chunks, program % chunks * chunk
+    sample, first = first_row(tokens, chunk)
     col = columns(SEGMENTS, BLOCK_COLS)
     if scale_sum is not None:
         scale_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
     if shift_sum is not None:
         shift_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    for start in range(0, tl.minimum(chunk, tokens - first_row), BLOCK_ROWS):
-        row = first_row + start + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, tl.minimum(chunk, tokens - first), BLOCK_ROWS):
+        row = first + start + tl.arange(0, BLOCK_ROWS)
         inside = (row[None, :, None] < tokens) & (col < width)
         wide_x = load_rows(x, sample, row, col, tokens, width, work)
         bar = load_rows(y_bar, sample, row, col, tokens, width, work)
@@ -161,9 +176,9 @@ def _adaln_bwd_kernel(
         if shift_sum is not None:
             shift_total += bar
     if scale_sum is not None:
-        store_sum(scale_sum, scale_total, program, col, width)
+        store_sum(scale_sum, scale_total, col, width)
     if shift_sum is not None:
-        store_sum(shift_sum, shift_total, program, col, width)
+        store_sum(shift_sum, shift_total, col, width)
 
 
 def _launch_fwd(
@@ -178,8 +193,8 @@ def _launch_fwd(
     y = x.new_empty(x.shape)
     mean = x.new_empty((*x.shape[:-1], 1), dtype=layout.work)
     rstd = mean.new_empty(mean.shape)
-    segments, block_rows, block_cols, num_warps = layout.blocks
-    _adaln_fwd_kernel[(layout.samples * cdiv(layout.tokens, block_rows),)](
+    chunk, chunks, meta = layout.launch()
+    _adaln_fwd_kernel[(layout.samples * chunks,)](
         layout.rows(x),
         *map(layout.rows, modulations),
         layout.rows(x_dot),
@@ -190,11 +205,9 @@ def _launch_fwd(
         rstd,
         layout.tokens,
         layout.width,
+        chunk,
         EPS=eps,
-        SEGMENTS=segments,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
+        **meta,
     )
     return y, mean, rstd
 
@@ -229,10 +242,11 @@ def _bwd_triton(
     if not _norm.fits_kernel(x):
         return _bwd(y_bar, x, shift, scale, mean, rstd)
     layout = _norm.Layout(x, shift, scale)
-    segments, block_rows, block_cols, num_warps = layout.blocks
+    chunk, chunks, meta = layout.launch(backward=True)
     x_bar = x.new_empty(x.shape)
-    shift_memory, scale_memory = layout.cotangent(shift, known=True), layout.cotangent(scale)
-    _adaln_bwd_kernel[(layout.samples * layout.chunks,)](
+    shift_memory = layout.cotangent(shift, chunks, known=True)
+    scale_memory = layout.cotangent(scale, chunks)
+    _adaln_bwd_kernel[(layout.samples * chunks,)](
         layout.rows(y_bar),
         layout.rows(x),
         layout.rows(scale),
@@ -245,11 +259,8 @@ def _bwd_triton(
         shift_memory.sums,
         layout.tokens,
         layout.width,
-        layout.chunk,
-        SEGMENTS=segments,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
+        chunk,
+        **meta,
     )
     shift_bar, scale_bar = _norm.finish(shift_memory, scale_memory)
     return x_bar, shift_bar, scale_bar

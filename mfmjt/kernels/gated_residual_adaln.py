@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, _op
-from mfmjt.kernels._norm import backward_norm, columns, forward_norm, load_rows, store_sum
+from mfmjt.kernels._norm import (
+    backward_norm,
+    columns,
+    first_row,
+    forward_norm,
+    load_rows,
+    store_sum,
+)
 from mfmjt.kernels._triton import cdiv, jit, tl
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
@@ -139,10 +146,8 @@ def _gated_residual_adaln_fwd_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     work: tl.constexpr = mean.dtype.element_ty
-    blocks = tl.cdiv(tokens, BLOCK_ROWS)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    row = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    sample, first = first_row(tokens, BLOCK_ROWS)
+    row = first + tl.arange(0, BLOCK_ROWS)
     col = columns(SEGMENTS, BLOCK_COLS)
     inside = (row[None, :, None] < tokens) & (col < width)
     out = (sample * tokens + row)[None, :, None] * width + col
@@ -168,6 +173,10 @@ def _gated_residual_adaln_fwd_kernel(
         scale,
         shift_dot,
         scale_dot,
+        None,
+        None,
+        None,
+        None,
         y,
         y_dot,
         mean,
@@ -207,9 +216,7 @@ def _gated_residual_adaln_bwd_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     work: tl.constexpr = mean.dtype.element_ty
-    chunks = tl.cdiv(tokens, chunk)
-    program = tl.program_id(0).to(tl.int64)
-    sample, first_row = program // chunks, program % chunks * chunk
+    sample, first = first_row(tokens, chunk)
     col = columns(SEGMENTS, BLOCK_COLS)
     if gate_sum is not None:
         gate_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
@@ -217,8 +224,8 @@ def _gated_residual_adaln_bwd_kernel(
         shift_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
     if scale_sum is not None:
         scale_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    for start in range(0, tl.minimum(chunk, tokens - first_row), BLOCK_ROWS):
-        row = first_row + start + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, tl.minimum(chunk, tokens - first), BLOCK_ROWS):
+        row = first + start + tl.arange(0, BLOCK_ROWS)
         inside = (row[None, :, None] < tokens) & (col < width)
         out = (sample * tokens + row)[None, :, None] * width + col
         s_bar = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
@@ -246,11 +253,11 @@ def _gated_residual_adaln_bwd_kernel(
         if gate_sum is not None:
             gate_total += bar_of_gate
     if gate_sum is not None:
-        store_sum(gate_sum, gate_total, program, col, width)
+        store_sum(gate_sum, gate_total, col, width)
     if shift_sum is not None:
-        store_sum(shift_sum, shift_total, program, col, width)
+        store_sum(shift_sum, shift_total, col, width)
     if scale_sum is not None:
-        store_sum(scale_sum, scale_total, program, col, width)
+        store_sum(scale_sum, scale_total, col, width)
 
 
 def _launch_fwd(
@@ -268,8 +275,9 @@ def _launch_fwd(
     total, y = x.new_empty(x.shape), x.new_empty(x.shape)
     mean = x.new_empty((*x.shape[:-1], 1), dtype=layout.work)
     rstd = mean.new_empty(mean.shape)
-    segments, block_rows, block_cols, num_warps = layout.blocks
-    _gated_residual_adaln_fwd_kernel[(layout.samples * cdiv(layout.tokens, block_rows),)](
+    meta = layout.launch().meta
+    blocks = cdiv(layout.tokens, meta["BLOCK_ROWS"])
+    _gated_residual_adaln_fwd_kernel[(layout.samples * blocks,)](
         layout.rows(x),
         layout.rows(h),
         *map(layout.rows, modulations),
@@ -285,10 +293,7 @@ def _launch_fwd(
         layout.tokens,
         layout.width,
         EPS=eps,
-        SEGMENTS=segments,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
+        **meta,
     )
     return total, y, mean, rstd
 
@@ -339,13 +344,13 @@ def _bwd_triton(
     if not _norm.fits_kernel(total):
         return _bwd(total_bar, y_bar, total, h, gate, shift, scale, mean, rstd)
     layout = _norm.Layout(total, gate, shift, scale)
-    segments, block_rows, block_cols, num_warps = layout.blocks
+    chunk, chunks, meta = layout.launch(backward=True)
     x_bar, h_bar = total.new_empty(total.shape), h.new_empty(h.shape)
-    bars = [layout.cotangent(gate)]
+    bars = [layout.cotangent(gate, chunks)]
     if y_bar is not None:
-        bars += [layout.cotangent(shift, known=True), layout.cotangent(scale)]
+        bars += [layout.cotangent(shift, chunks, known=True), layout.cotangent(scale, chunks)]
     memory = [part for bar in bars for part in (bar.whole, bar.sums)]
-    _gated_residual_adaln_bwd_kernel[(layout.samples * layout.chunks,)](
+    _gated_residual_adaln_bwd_kernel[(layout.samples * chunks,)](
         layout.rows(total_bar),
         layout.rows(y_bar),
         layout.rows(total),
@@ -360,11 +365,8 @@ def _bwd_triton(
         *(None,) * (6 - len(memory)),
         layout.tokens,
         layout.width,
-        layout.chunk,
-        SEGMENTS=segments,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
+        chunk,
+        **meta,
     )
     gate_bar, *rest = _norm.finish(*bars)
     shift_bar, scale_bar = rest or (shift.new_zeros(shift.shape), scale.new_zeros(scale.shape))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfmjt.kernels import gated_residual_adaln
+from mfmjt.kernels import _tuning, gated_residual_adaln
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from tests import oracle
 from tests.oracle import randn, strided
@@ -39,10 +39,16 @@ def test_all_modes(case, dtype):
     oracle.check_op(op, ref, values, moving, dtype, terms)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("tokens", "width", "modulated"),
-    [(1, 449, 1), (17, 7, 17), (17, 448, 1), (77, 63, 77), (250, 7, 1), (391, 63, 1)],
+    ("tokens", "width", "modulated", "dtype"),
+    [
+        (1, 449, 1, torch.float16),
+        (17, 7, 17, torch.float32),
+        (17, 448, 1, torch.float32),
+        (77, 63, 77, torch.float16),
+        (250, 7, 1, torch.float32),
+        (391, 31, 1, torch.float16),
+    ],
 )
 def test_lengths_and_widths(tokens, width, modulated, dtype):
     values = inputs(1, tokens, width, modulated)
@@ -50,7 +56,16 @@ def test_lengths_and_widths(tokens, width, modulated, dtype):
     oracle.check_op(op, ref, values, ALL, dtype, terms=max(tokens, width))
 
 
-@pytest.mark.parametrize("width", [1, 1500, 8192, 8200])
+@pytest.mark.parametrize("modulated", [1, 19], ids=["per sample", "per token"])
+def test_programs_of_several_blocks_of_rows(modulated, monkeypatch):
+    """As for far more rows than a test can have."""
+    monkeypatch.setattr(_tuning, "norm_chunk", lambda rows, block_rows, summed: 4 * block_rows)
+    values = inputs(1, 19, 300, modulated)
+    op, ref = gated_residual_adaln, gated_residual_adaln_ref
+    oracle.check_op(op, ref, values, ALL, torch.float32, terms=300)
+
+
+@pytest.mark.parametrize("width", [1, 1500, 8200])
 def test_one_channel_and_many(width):
     op, ref = gated_residual_adaln, gated_residual_adaln_ref
     oracle.check_op(op, ref, inputs(1, 2, width, 1), ALL, torch.float32, terms=width)
