@@ -6,11 +6,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mfmjt.errors import RunError
 from mfmjt.files import atomic_path
 
 __all__ = ["TrainingLog"]
@@ -34,9 +37,10 @@ class TrainingLog:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             # A killed run may have cut its last line short.
             whole = [line for line in lines if step and line.endswith("\n")]
-            with atomic_path(path) as temporary:
+            with self._written(path), atomic_path(path) as temporary:
                 temporary.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
-        self.file = path.open("a", buffering=1)
+        self.path = path
+        self.file = path.open("ab", buffering=0)  # a record is in the file when it is written
         self.board: Any = None
         if tensorboard and first:
             try:
@@ -62,8 +66,24 @@ class TrainingLog:
         self.clips, self.since = 0, time.monotonic()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Write a record as it is."""
-        self.file.write(json.dumps(record) + "\n")
+        """Write a record as it is.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        with self._written(self.path):
+            self.file.write(f"{json.dumps(record)}\n".encode())
+
+    @staticmethod
+    @contextmanager
+    def _written(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"Cannot write {path}: {error.strerror}. Make room, and the same command goes on "
+                "from the last state."
+            ) from error
 
     def collect(self, figures: dict[str, float], rows: int, good: bool) -> None:
         """Take up a step's figures; those of skipped steps would spoil the means."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mfmjt import meanflow
@@ -438,7 +439,13 @@ class _Run:
                 with torch.device("meta"):
                     net = MFMJT(self.net.config)
                 net.load_state_dict(state, assign=True)
-                net.save(path, torch.float16)
+                try:
+                    net.save(path, torch.float16)
+                except (OSError, SafetensorError) as error:
+                    raise RunError(
+                        f"Cannot write {path}: {error}. The training state is saved: make room, "
+                        "and the same command writes it."
+                    ) from error
         self.progress.message(f"Wrote {path}.")
 
 

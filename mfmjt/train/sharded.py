@@ -111,8 +111,8 @@ class CheckpointFolder:
                 for path in self.folder.glob(f"*{PARTIAL}"):
                     shutil.rmtree(path, ignore_errors=True)
             raise RunError(
-                f"Cannot save the training state in {self.folder}: {_reason(error)}. The state "
-                "before it is whole: make room, and the same command goes on from there."
+                f"Cannot save the training state in {self.folder}: {_reason(error)}. What "
+                "was saved before is whole: make room, and the same command goes on from there."
             ) from error
 
     # Reading

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.train.config import NetworkTraining
 from mfmjt.train.features import extract
+from tests.train.ranks import Ranks
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
 
@@ -19,6 +21,13 @@ class Ends(NamedTuple):
     encoders: NanoEncoders
     codec_path: Path
     encoders_path: Path
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    server = Ranks()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

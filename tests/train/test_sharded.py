@@ -132,3 +132,19 @@ def test_a_run_goes_on_from_an_earlier_state_only_when_told(recipe):
     names = {path.name for path in (Path(config.out) / CHECKPOINTS).iterdir()}
     assert names == {"latest", "step-000000001", "step-000000002"}
     train(config)
+
+
+@pytest.mark.slow
+def test_a_disk_with_no_room_for_network_or_log(recipe, ranks):
+    """In a process of its own, whose files may be no longer than a part of the state."""
+    config = recipe(steps=1, ema=(0.0,))
+    assert ranks.run(1, config).statuses == [0]
+    largest = max(p.stat().st_size for p in newest(config.out).iterdir())
+    (Path(config.out) / "network.safetensors").unlink()
+    for limit, words in ((largest // 4, "network.safetensors"), (100, "log.jsonl")):
+        statuses, messages = ranks.run(1, config, limit)
+        assert statuses == [1]
+        assert words in messages[0]
+        assert "make room" in messages[0].lower()
+    assert ranks.run(1, config).statuses == [0]
+    assert (Path(config.out) / "network.safetensors").exists()
