@@ -122,7 +122,7 @@ def test_tangent_keeps_its_digits_when_scores_share_an_offset():
     assert oracle.error(tangent(joint_attention, *rounded), truth) <= reference
 
 
-@settings(max_examples=3 if _triton.INTERPRETED else 15, deadline=None, derandomize=True)
+@settings(max_examples=2 if _triton.INTERPRETED else 15, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3),
     st.lists(st.integers(1, 6), min_size=2, max_size=2),
@@ -253,13 +253,12 @@ def test_streams_of_networks(queries, keys, moving):
     oracle.check_op(op, ref, values, moving, LOW, terms=sum(keys))
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES[1:])  # in float64 the truth is no better
+@pytest.mark.parametrize("dtype", oracle.DTYPES[1:])  # float64 has no better truth
 def test_huge_logits(dtype):
-    values = inputs(1, (9,), (9,), heads=1)
-    for name in ("q0", "k0"):
-        values[name] *= 100 / values[name].norm(dim=-1, keepdim=True)
-    values["k0"][:, 0] = values["q0"][:, 0]  # a logit, a sum, of 10^4, and one of -10^4
-    values["k0"][:, 1] = -values["q0"][:, 0]
+    """Half the keys at 10^4, half at -10^4, and the softmax decided by what lies behind."""
+    values = inputs(1, (9,), (10,), heads=1)
+    values["q0"][..., 0] = 100
+    values["k0"][..., 0] = torch.tensor([100.0, -100.0]).repeat(5)[:, None]
     op, ref = (streams(f, scale=1.0) for f in (joint_attention, joint_attention_ref))
     oracle.check_op(op, ref, values, ("q0", "k0", "v0"), dtype, terms=10**4)
 
