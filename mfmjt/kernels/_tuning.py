@@ -203,7 +203,7 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "value": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         "tangent": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
         "bwd_q": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        "bwd_kv": ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+        "bwd_kv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     },
 }
 # What registers do not hold as a whole goes by some columns at a time, on every GPU: of those that
