@@ -214,7 +214,7 @@ def _video(calls: int, smoke: bool) -> Measured:
     }
 
 
-def _write_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
+def _write_video(path: Path, frames: int, size: tuple[int, int], preset: str = "fast") -> Path:
     """H.264 of coarse noise that moves over a slope: motion, texture and some detail."""
     height, width = size
     noise = np.random.default_rng(0).integers(0, 120, (height // 8, width // 8 + 40, 3), np.uint8)
@@ -222,7 +222,7 @@ def _write_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"preset": "fast"}
+        stream.options = {"preset": preset}
         for i in range(frames):
             part = noise[:, i % 40 : i % 40 + width // 8]
             picture = part.repeat(8, 0).repeat(8, 1) + slope
@@ -249,7 +249,7 @@ def _memory(calls: int, smoke: bool) -> Measured:
     with tempfile.TemporaryDirectory() as name:
         for minutes in (1, 10):
             seconds = minutes * (12 if smoke else 60)
-            clip = _write_video(Path(name) / f"{minutes}.mp4", seconds * 25, (48, 64))
+            clip = _write_video(Path(name) / f"{minutes}.mp4", seconds * 25, (48, 64), "ultrafast")
             threads = str(torch.get_num_threads())
             command = [sys.executable, "-c", PEAK, str(clip), f"{name}/out.mp4", threads]
             done = subprocess.run(
