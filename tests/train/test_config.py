@@ -57,6 +57,8 @@ def test_nested_settings():
         ("schedule=step", "cosine, linear, constant"),
         ("dtype=float16", "float32, bfloat16"),
         ("ema=[]", "at least one decay"),
+        ("accumulate=0", "at least 1"),
+        ("parallel=dp", "auto, none, ddp, fsdp"),
     ],
 )
 def test_wrong_overrides_say_what_to_do(override, words):
