@@ -456,11 +456,11 @@ def _attention_fwd_kernel(
     out = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
     dot = out
     for s in tl.static_range(len(k)):
-        MOVES: tl.constexpr = q_dot is not None or k_dot[s] is not None
         limit = _limit(lengths, s, keys[s], sample)
         k_dots = (k_dot[s], k[s][1], k[s][2], k[s][3])
         v_dots = (v_dot[s], v[s][1], v[s][2], v[s][3])
-        if o_dot is not None and not MOVES:  # S_dot is zero: W is, if the centre is too
+        if o_dot is not None and q_dot is None and k_dot[s] is None:
+            # S_dot is zero, and so is W, if the centre is
             dot += centre[:, None] * out
             total_w += centre * total_rounded
             centre = tl.zeros([BLOCK_N], TYPE)
@@ -510,7 +510,7 @@ def _attention_fwd_kernel(
             b = _load(
                 v[s], sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
             )
-            if MOVES:
+            if q_dot is not None or k_dot[s] is not None:
                 # The centre is the mean of S_dot so far: it takes a common offset off before W is
                 # rounded. What was summed with another centre moves along.
                 score_dot *= scale
