@@ -124,6 +124,10 @@ def _with_weight(function: Callable[..., Tensor]) -> Route:
 _linear = _with_weight(F.linear)
 
 
+def _any_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(input, weight, bias) if _moves(input) else F.linear(input, weight, bias)
+
+
 def _gelu_dot(x: Tensor, x_dot: Tensor, approximate: str = "none") -> Tensor:
     return torch.ops.aten.gelu_backward(x_dot, x, approximate=approximate)
 
@@ -136,7 +140,11 @@ _silu_apart = _apart(F.silu, _silu_dot)
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Outcome:
-    return "in place" if inplace and _moves(input) else _silu_apart(input)
+    if not _moves(input):
+        return None
+    if inplace:
+        return "in place"
+    return "complex numbers" if input.is_complex() else _silu_apart(input)
 
 
 def _layer_norm_dot(
@@ -249,15 +257,12 @@ def _multi_head_attention(
         return "not (N, B, C)"
     if query.shape[2] // num_heads > _WIDEST_HEAD:
         return f"heads wider than {_WIDEST_HEAD}"
-    inputs = (query, key, value)
-    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    if in_proj_weight is None:
-        qkv = [_linear(x, w, b) for x, w, b in zip(inputs, separate, biases, strict=True)]
-    elif query is key is value:
-        qkv = list(_linear(query, in_proj_weight, in_proj_bias).chunk(3, -1))
+    if query is key is value and in_proj_weight is not None:
+        qkv = _linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
     else:
-        weights = in_proj_weight.chunk(3)
-        qkv = [_linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+        weights: Any = separate if in_proj_weight is None else in_proj_weight.chunk(3)
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        qkv = tuple(map(_any_linear, (query, key, value), weights, biases))
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(0, 1) for t in qkv)
     o = joint_attention(q, k, v).transpose(0, 1).flatten(2)
     return _linear(o, out_proj_weight, out_proj_bias), None
@@ -299,7 +304,8 @@ _KEEP_TANGENTS = {
 class AcceleratedJvp(TorchFunctionMode):
     """The block that `accelerate_jvp` opens, and the report of what happened in it.
 
-    Only calls with a tangent count. Under `torch.compile` they count when they are traced.
+    Only calls with a tangent count (all calls, where forward mode is nested in another derivative).
+    Under `torch.compile` they count when they are traced.
 
     Attributes:
         taken: Calls that were ours, by name of the function.

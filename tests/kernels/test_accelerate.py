@@ -165,6 +165,7 @@ HEADS = {
     "self": (Heads(batch_first=True), {}),
     "self, tokens first, no bias": (Heads(bias=False), {}),
     "cross": (Heads(batch_first=True), {"y": randn(2, 3, 8)}),
+    "cross to what does not move": (Heads(batch_first=True), {"still": randn(2, 3, 8)}),
     "cross of another width": (Heads(batch_first=True, kdim=6, vdim=6), {"y": randn(2, 3, 6)}),
     "need_weights=True": (Heads(batch_first=True), {"need_weights": True}),
     "attn_mask": (Heads(batch_first=True), {"attn_mask": MASK}),
@@ -180,12 +181,13 @@ def test_multi_head_attention(case):
     given = {"need_weights": False, **given}
     tensors = {"x": randn(5, 8) if given.pop("one", False) else randn(2, 5, 8)}
     tensors |= {"y": given.pop("y")} if "y" in given else {}
+    still = {"y": given.pop("still")} if "still" in given else {}
     reports = []
 
     def function(**inputs):
-        moving = {name: inputs.pop(name) for name in tensors}
+        xy = {name: inputs.pop(name) for name in (*tensors, *still)}
         torch.manual_seed(0)
-        return torch.func.functional_call(net, inputs, tuple(moving.values()), given)
+        return torch.func.functional_call(net, inputs, tuple(xy.values()), given)
 
     def op(**inputs):
         with accelerate_jvp() as report:
@@ -193,7 +195,7 @@ def test_multi_head_attention(case):
         reports.append(report)
         return y
 
-    inputs = {**tensors, **{n: p.detach() for n, p in net.named_parameters()}}
+    inputs = {**tensors, **still, **{n: p.detach() for n, p in net.named_parameters()}}
     oracle.check_op(op, by_pytorch(function), inputs, tuple(tensors), torch.float64, terms=60)
     name = "multi_head_attention_forward"
     ours = case.startswith(("self", "cross"))
@@ -495,6 +497,15 @@ UNCOMMON = {
     "inside torch.func.grad, vjp or vmap": gradient_by_func,
     "inside torch.func.grad, vjp or vmap ": per_sample,
 }
+
+
+def test_complex_numbers_are_pytorchs():
+    x = torch.randn(5, dtype=torch.complex128)
+    expected = torch.func.jvp(F.silu, (x,), (x.flip(0),))
+    with accelerate_jvp() as report:
+        found = torch.func.jvp(F.silu, (x,), (x.flip(0),))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert report.left == {("silu", "complex numbers"): 1}
 
 
 @pytest.mark.parametrize("why", UNCOMMON)
