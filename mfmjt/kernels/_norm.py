@@ -9,7 +9,8 @@ The Triton kernels keep a block of whole rows in registers and centre them twice
 in the mean goes with the second, so that a large offset costs no digits and a constant row is
 normalised to zeros. Tensors are seen as (B, N, C), "samples" and "tokens", by strides (`Layout`): a
 modulation that is the same for all tokens of a sample is read once per block of rows. Its cotangent
-is summed in two steps, over the rows of a program and then over programs in a fixed order.
+is summed in two steps, over the rows of a program and then over programs in a fixed order. Rows of
+more than 8192 channels run the formulas.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 
 Means run over the C channels. x (B, N, C); shift and scale (B, 1, C) or (B, N, C). Stored in the
 dtype of x, computed in float32 (float64 for float64). Kept for backward: x, scale, and the mean and
-rstd of each token. A fused kernel moves 2 B N C elements, 4 B N C with a tangent.
+rstd of each token. The fused kernels move 2 B N C elements, 4 B N C with a tangent and 3 B N C
+backward, besides the modulations; x may have any rank, and modulations any shape that broadcasts.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 
 x, h (B, N, C); gate, shift, scale (B, 1, C) or (B, N, C). Stored in the dtype of x, computed in
 float32 (float64 for float64). Kept for backward: s, h, gate, scale, and the mean and rstd of each
-token. A fused kernel moves 4 B N C elements, 8 B N C with tangents.
+token. The fused kernels move 4 B N C elements, 8 B N C with tangents and 6 B N C backward, besides
+the modulations; x may have any rank, and modulations any shape that broadcasts.
 """
 
 from __future__ import annotations
