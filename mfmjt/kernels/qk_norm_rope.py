@@ -328,8 +328,6 @@ def _qk_norm_rope_bwd_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     col = tl.arange(0, BLOCK_WIDTH)[None, :]
-    w_q = wide(tl.load(q_weight + col, col < width, 0.0)).to(q_rstd.dtype.element_ty)
-    w_k = wide(tl.load(k_weight + col, col < width, 0.0)).to(q_rstd.dtype.element_ty)
     total_q = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), q_rstd.dtype.element_ty)
     total_k = total_q
     for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
@@ -340,6 +338,9 @@ def _qk_norm_rope_bwd_kernel(
         x = qkv + sample * sample_stride + token * token_stride + head * head_stride + col
         x_bar = qkv_bar + ((sample * n_tokens + token) * 3 * n_heads + head) * width + col
         k_x_bar = x_bar + n_heads * width
+        # In the loop, because there are no registers to keep them in
+        w_q = tl.load(q_weight + col, col < width, 0.0).to(total_q.dtype)
+        w_k = tl.load(k_weight + col, col < width, 0.0).to(total_q.dtype)
         cos, sin = None, None
         if rope is not None:
             cos, sin = _pairs(tl.load(rope + token * width + col, inside, 0.0).to(w_q.dtype))
