@@ -11,11 +11,12 @@ from torch import Tensor
 from mfmjt.errors import InputError
 from mfmjt.evaluate.onsets import detect_onsets
 from mfmjt.files import atomic_path
-from mfmjt.media import read_video
+from mfmjt.media import VideoStream
 
 __all__ = ["check_plot", "save_plot"]
 
 THUMBNAILS = 12
+RATE = 25
 WIDTH = 12.0  # inches
 
 
@@ -61,11 +62,8 @@ def save_plot(
     heights = [1.0, 1.5, 2.0] if video is not None else [1.5, 2.0]
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     if video is not None:
-        frames = read_video(video, (25,), 96, duration=seconds).frames[0]
-        shown = frames[np.linspace(0, len(frames) - 1, 2 * THUMBNAILS + 1).astype(int)[1::2]]
-        axes[0].imshow(
-            np.concatenate(list(shown), axis=1), extent=(0, seconds, 0, 1), aspect="auto"
-        )
+        shown, end = _thumbnails(video, seconds)
+        axes[0].imshow(np.concatenate(shown, axis=1), extent=(0, end, 0, 1), aspect="auto")
         axes[0].set_yticks([])
     wave, spectrum = axes[-2:]
     wave.plot(np.arange(len(samples)) / sample_rate, samples, linewidth=0.4)
@@ -89,3 +87,17 @@ def save_plot(
             axis.axvline(onset, color="crimson", linewidth=0.7, alpha=0.8)
     with atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, dpi=110)
+
+
+def _thumbnails(video: str | os.PathLike[str], seconds: float) -> tuple[list[np.ndarray], float]:
+    """Pictures from the middles of equal parts of a video, and the second at which they end."""
+    stream = VideoStream(video, (RATE,), 96, duration=seconds)
+    part = max(1.0, seconds * RATE / THUMBNAILS)
+    shown: list[np.ndarray] = []
+    place = 0
+    for (pictures,) in stream:
+        for picture in pictures:
+            if place >= int((len(shown) + 0.5) * part):
+                shown.append(np.asarray(picture)[0])
+            place += 1
+    return shown[:THUMBNAILS], min(seconds, len(shown[:THUMBNAILS]) * part / RATE)

@@ -12,10 +12,11 @@ from mfmjt.errors import InputError, MfmjtError, RunError
 
 NAMES = {
     "MFMJT": "from_config load save conditions forward",
-    "Pipeline": "from_pretrained __call__",
+    "Pipeline": "from_pretrained from_mmaudio __call__",
     "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu linear conv1d snake "
     "reference accelerate_jvp",
-    "meanflow": "loss sample guide OneStep",
+    "meanflow": "loss sample guide OneStep mean_velocity improved_mean_velocity alpha_flow "
+    "finite_difference guided_velocity",
     "model": "MFMJT ModelConfig load_mmaudio",
     "codec": "MelSpectrogram NanoCodec",
     "encoders": "NanoEncoders",
@@ -28,7 +29,7 @@ PARAMETERS = {
     "meanflow.sample": "f noise steps cond null guidance mode",
     "meanflow.OneStep": "net guidance mode",
     "meanflow.OneStep.__call__": "z video sync text",
-    "Pipeline.__call__": "video prompt steps guidance mode seed duration count progress",
+    "Pipeline.__call__": "video prompt steps guidance mode seed duration count progress cache",
     "kernels.adaln": "x shift scale eps",
     "kernels.gated_residual_adaln": "x h gate shift scale eps",
     "kernels.qk_norm_rope": "qkv q_weight k_weight rope eps",
