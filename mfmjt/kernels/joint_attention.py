@@ -11,6 +11,13 @@ in the dtype of q, computed in float32 (float64 for float64). Taking the row's m
 W is formed changes nothing in exact arithmetic and keeps the digits where S_dot has a common
 offset. Kept for backward: q, k, v, o, and the log of each row's sum (B, H, N), from which P is made
 again; in the Triton kernels to the base 2, whose power GPUs compute.
+A GPU takes one launch for value and tangent over all streams of queries, whose programs walk along
+the streams of keys where they lie; what does not move costs no matrix product. With p = 2^(S - top)
+and w = p (S_dot - c) it sums l = sum p, r = sum w, o~ = p v and T~ = w v + p v_dot, and in the end
+o = o~ / l, o_dot = (T~ - r o) / l. The centre c is the mean of S_dot so far, and l and r are sums
+of p and w as rounded for the products: without both, bfloat16 loses ten times the digits. Gradients
+take two launches and no atomics. 4 B H N M D operations, 12 with all tangents, 14 for gradients.
+float32 goes through three TF32 products, float64 through the formulas.
 The CPU takes PyTorch's flash kernels for value and gradient; the tangent goes by blocks of query
 rows, so that no (N, M) matrix grows with N.
 """
@@ -549,7 +556,7 @@ def _attention_fwd_kernel(
     token = tl.arange(0, BLOCK_N)
     sums = top + tl.log2(tl.where(nothing, 1.0, total))
     pointer = _choose_pointer(lse, stream) + pair * all_queries + first
-    here = (token < count - first) & (tl.program_id(1) == 0)
+    here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
     tl.store(pointer + token, tl.where(nothing, 0.0, sums), here)
 
 
@@ -598,7 +605,8 @@ def _attention_bwd_q_kernel(
     token = tl.arange(0, BLOCK_N)
     row = pair * all_queries + first
     here = token < count - first
-    tl.store(_choose_pointer(delta, stream) + row + token, centre, here & (tl.program_id(1) == 0))
+    once = token < tl.where(tl.program_id(1) == 0, count - first, 0)
+    tl.store(_choose_pointer(delta, stream) + row + token, centre, once)
     sums = tl.load(_choose_pointer(lse, stream) + row + token, here, 0.0)
     if WHOLE:
         query = _load(own, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
@@ -1005,7 +1013,8 @@ def joint_attention(
 
     Args:
         q: `(B, N, H, D)`, or a tuple of such streams, each with its own N. There may be fewer
-            streams of queries than of keys, where the rest of the answer is not wanted.
+            streams of queries than of keys, where the rest of the answer is not wanted. On a GPU
+            D goes up to 256 and is best a multiple of 8.
         k: `(B, M, H, D)`, or a tuple of such streams, each with its own M.
         v: As k.
         scale: Factor of the scores; D ** -0.5 by default.
@@ -1017,7 +1026,7 @@ def joint_attention(
         The answers, of q's shape and dtype: a tensor, or a tuple of streams.
 
     Raises:
-        ValueError: Streams do not fit together.
+        ValueError: Streams do not fit together, or a head is too wide for a GPU's kernels.
     """
     queries, keys, values = _tuple(q), _tuple(k), _tuple(v)
     given = len(keys) if lengths is None else 1 if isinstance(lengths, Tensor) else len(lengths)
