@@ -95,7 +95,7 @@ def _ops() -> list[str]:
     import torch
 
     from mfmjt import kernels
-    from mfmjt.kernels import _ext
+    from mfmjt.kernels import _ext, _triton
 
     status = _ext.status()
     if "missing" in status:
@@ -106,11 +106,13 @@ def _ops() -> list[str]:
     served = {name.rsplit("_", 1)[0] for name in status.get("ops", "").split()}
     registered = torch._C._dispatch_get_all_op_names()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in (name for name in kernels.__all__ if name != "reference"):
+    for op in (name for name in kernels.__all__ if name not in ("accelerate_jvp", "reference")):
         parts = [name for name in registered if name.rsplit("_", 1)[0] == f"mfmjt::{op}"]
         cpu = "C++" if op in served else "PyTorch"
-        cuda = "Triton" if any(has_kernel(name, "CUDA") for name in parts) else "PyTorch"
+        triton = any(has_kernel(name, "CUDA") for name in parts)
+        cuda = "Triton" if triton else "PyTorch" if _triton.AVAILABLE else "-"
         lines.append(f"  {op:<22}{cpu:<9}{cuda}")
+    lines.append("  accelerate_jvp        any network; print its report to see what was taken")
     return lines
 
 

@@ -85,6 +85,23 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def _levels() -> int:
+    """How many levels of forward mode are open.
+
+    A compiler that traces a call of this must run it instead. It remembers what it has once read
+    from a global variable, so that an op called before `torch.func.jvp` in a compiled function
+    would make all later ones believe that no tangent is alive: tangents of zero, and no error.
+    """
+    if forward_ad._current_level < 0:
+        return 0
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return max(1, sum(s.key() == _JVP for s in stack))
+
+
+# What torch.compiler.assume_constant_result sets; it would import the compiler.
+_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def split(x: Tensor | None) -> tuple[Any, Tensor | None]:
     """Take a dual number apart.
 
@@ -94,16 +111,15 @@ def split(x: Tensor | None) -> tuple[Any, Tensor | None]:
     Raises:
         NotImplementedError: Forward mode is nested in forward mode.
     """
-    if forward_ad._current_level < 0 or x is None:
+    levels = _levels()
+    if levels == 0 or x is None:
         return x, None
-    if not torch.compiler.is_compiling():
-        stack = torch._C._functorch.get_interpreter_stack()
-        if stack is not None and sum(s.key() == _JVP for s in stack) > 1:
-            raise NotImplementedError(
-                "mfmjt.kernels: nested forward-mode differentiation would lose the outer tangent. "
-                "Use `with mfmjt.kernels.reference():` for second derivatives."
-            )
-    value, tangent = forward_ad.unpack_dual(x)
+    if levels > 1:
+        raise NotImplementedError(
+            "mfmjt.kernels: nested forward-mode differentiation would lose the outer tangent. "
+            "Use `with mfmjt.kernels.reference():` for second derivatives."
+        )
+    value, tangent = forward_ad.unpack_dual(x, level=0)
     return value, None if tangent is None else tangent.detach()
 
 
@@ -112,7 +128,7 @@ _JVP = torch._C._functorch.TransformType.Jvp
 
 def join(y: Tensor, y_dot: Tensor | None) -> Tensor:
     """Make the dual number y + y_dot; y itself where there is no tangent."""
-    return y if y_dot is None else forward_ad.make_dual(y, y_dot)
+    return y if y_dot is None else forward_ad.make_dual(y, y_dot, level=0)
 
 
 def refuse_tangent(op: str, **tensors: Tensor | None) -> None:
@@ -121,7 +137,7 @@ def refuse_tangent(op: str, **tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError: Names the op and the input.
     """
-    if forward_ad._current_level < 0:
+    if _levels() == 0:
         return
     for name, tensor in tensors.items():
         if split(tensor)[1] is not None:

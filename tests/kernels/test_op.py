@@ -111,3 +111,18 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare
     )
     assert done.stdout.strip() == "[] False"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_after_a_call_without_a_tangent(backend):
+    """Dynamo keeps what it once read of a global: here, that no forward mode was on."""
+    a, b, v = (torch.randn(2, 4) for _ in range(3))
+
+    def step(a, b, v):
+        return kernels.swiglu(a, b), *torch.func.jvp(lambda a: kernels.swiglu(a, b), (a,), (v,))
+
+    torch.compiler.reset()
+    for found, truth in zip(
+        torch.compile(step, fullgraph=True, backend=backend)(a, b, v), step(a, b, v), strict=True
+    ):
+        assert oracle.error(found, truth) <= oracle.allowance(truth, a.dtype, terms=1)
