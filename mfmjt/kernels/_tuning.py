@@ -111,11 +111,12 @@ def conv1d_weight(
 def heads(width: int, element_size: int) -> tuple[int, int, int]:
     """Block of rows, block of columns and warps of a kernel over heads of that width.
 
-    A thread has 16 bytes of every tensor (with 32 the gradient in float32 spills on sm_90), and a
-    warp whole heads (of float32 up to 128 wide).
+    A thread has 16 bytes of every tensor, 32 in heads of 256 in float32: what the gradient's
+    registers hold without spills on every GPU with every Triton.
     """
     block_width = max(16, power_of_2(width))
-    return max(1, (1024 if element_size <= 2 else 512) // block_width), block_width, _warps(128)
+    elements = 1024 if element_size <= 2 or block_width == 256 else 512
+    return max(1, elements // block_width), block_width, _warps(128)
 
 
 REDUCING_PROGRAMS = 1024
