@@ -47,6 +47,9 @@ class FeatureExtraction:
     workers: int = 2
 
 
+TARGETS = ("mean_velocity", "improved_mean_velocity", "alpha_flow", "finite_difference")
+
+
 @dataclass(frozen=True)
 class NetworkTraining:
     """How a network is trained; the defaults are nano's recipe, less its length.
@@ -95,6 +98,12 @@ class NetworkTraining:
             does; the sampler of times seldom draws that.
         time_mean: Mean of the logit-normal distribution of times.
         time_std: Its standard deviation.
+        target: What rows with r != t are regressed to, a function of `mfmjt.meanflow.targets`:
+            `mean_velocity`, `improved_mean_velocity`, `alpha_flow` or `finite_difference`.
+        alpha: Of `alpha_flow`.
+        omega: Guidance inside the target: the share of the clip's own velocity; 1 with kappa=0 for
+            none.
+        kappa: Its share of the conditional prediction; the scale is omega / (1 - kappa).
         p: Exponent of the adaptive weight; 0 for the plain mean square.
         c: Its offset.
         log_every: Steps between records in the log.
@@ -141,6 +150,10 @@ class NetworkTraining:
     one_step: float = 0.0
     time_mean: float = -2.0
     time_std: float = 2.0
+    target: str = "mean_velocity"
+    alpha: float = 0.1
+    omega: float = 1.0
+    kappa: float = 0.0
     p: float = 1.0
     c: float = 1e-2
     log_every: int = 20
@@ -167,6 +180,7 @@ class NetworkTraining:
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("target", self.target, TARGETS)
         if not self.ema:
             raise InputError("ema=[]: give at least one decay, such as ema=[0.999].")
 

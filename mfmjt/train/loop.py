@@ -123,7 +123,7 @@ class _Run:
                 processes.check_rows(rows, round(ratio * rows), config.accumulate, how)
         if how == "fsdp":
             distributed.shard(self.net, processes, bf16=config.dtype == "bfloat16")
-        step = Step(self.net, config.p, config.c)
+        step = Step(self.net, config)
         self.model = distributed.replicate(step) if how == "ddp" else step
 
         self.names = [n for n, p in self.net.named_parameters() if p.requires_grad]

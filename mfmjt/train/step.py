@@ -7,12 +7,13 @@ depend on the number of processes, nor on the number of passes that accumulate a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mfmjt import meanflow
+from mfmjt.meanflow.targets import Target, Velocity
 from mfmjt.train.config import NetworkTraining
 from mfmjt.train.store import FeatureStore
 
@@ -87,13 +88,14 @@ class Step(nn.Module):
 
     Args:
         net: The network.
-        p: Exponent of the adaptive weight.
-        c: Its offset.
+        config: Target, guidance and weight of the loss.
     """
 
-    def __init__(self, net: nn.Module, p: float, c: float) -> None:
+    def __init__(self, net: nn.Module, config: NetworkTraining) -> None:
         super().__init__()
-        self.net, self.p, self.c = net, p, c
+        self.net, self.p, self.c = net, config.p, config.c
+        self.target = _target(config)
+        self.velocity = _velocity(config)
 
     def forward(
         self, features: dict[str, Tensor], draws: Draws, intervals: int
@@ -117,5 +119,35 @@ class Step(nn.Module):
             p=self.p,
             c=self.c,
             intervals=intervals,
+            target=self.target,
+            velocity=self.velocity,
             return_stats=True,
         )
+
+
+def _target(config: NetworkTraining) -> Target:
+    if config.target == "alpha_flow":
+        return meanflow.alpha_flow(config.alpha)
+    if config.target == "finite_difference":
+        return meanflow.finite_difference()
+    return {
+        "mean_velocity": meanflow.mean_velocity,
+        "improved_mean_velocity": meanflow.improved_mean_velocity,
+    }[config.target]
+
+
+def _velocity(config: NetworkTraining) -> Velocity | None:
+    """Guidance in the target; rows that have lost all conditions keep the clip's own velocity."""
+    if config.omega == 1 and config.kappa == 0:
+        return None
+    return meanflow.guided_velocity(config.omega, config.kappa, _null, _has_none)
+
+
+def _null(cond: dict[str, Any]) -> dict[str, Any]:
+    masks = ("video_mask", "text_mask")
+    return cond | {mask: torch.zeros_like(cond[mask]) for mask in masks}
+
+
+def _has_none(cond: dict[str, Any]) -> Tensor:
+    lost: Tensor = ~(cond["video_mask"] | cond["text_mask"])
+    return lost
