@@ -77,6 +77,7 @@ SHAPES = {
     "nano": (16, 250, 346, 128, 2, 256),
 }
 QUICK = {"small_16k"}
+TENSOR_MEMORY = 512  # columns, on sm_100
 MATRIX_OPS = ("joint_attention", "conv1d")
 
 
@@ -142,6 +143,7 @@ def resources(kernel: Any) -> dict[str, Any]:
         "warps": meta.num_warps,
         **row,
         "shared": meta.shared,
+        "tensor_memory": getattr(meta, "tmem_size", None) or 0,
         "matrix": " ".join(sorted(found)),
     }
 
@@ -282,6 +284,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['spills']}")
     if int(row["shared"]) > chip.shared:
         found.append(f"needs {row['shared']} bytes of shared memory; the GPU has {chip.shared}")
+    if int(row["tensor_memory"]) > TENSOR_MEMORY:  # Triton then gives an empty kernel, silently
+        found.append(f"needs {row['tensor_memory']} of {TENSOR_MEMORY} columns of tensor memory")
     product = row["op"] in MATRIX_OPS and re.search(r"_(fwd|jvp|bwd\w*)_kernel", row["kernel"])
     if product and row["dtype"] == "bfloat16" and not row["matrix"]:
         found.append("no matrix instruction")

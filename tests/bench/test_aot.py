@@ -57,5 +57,8 @@ for name, n in (("sm_90", 128), ("gfx942", 256)):  # gfx942 has four times the r
     assert any(fault.startswith("spills") for fault in aot.faults(row)), row
     bare = row | {"spills": 0, "matrix": "", "kernel": "_conv1d_fwd_kernel", "shared": 0}
     assert aot.faults(bare) == ["no matrix instruction"]
+    assert aot.faults(bare | {"tensor_memory": 640, "matrix": "tcgen05.mma"}) == [
+        "needs 640 of 512 columns of tensor memory"
+    ]
     assert aot.faults(bare | {"shared": 2**20, "matrix": "mma.sync"})[0].startswith("needs 1048576")
 """
