@@ -1,0 +1,571 @@
+"""What a MeanFlow training step costs over one of flow matching, and over PyTorch's ways to it.
+
+A step is loss and gradients, without the optimiser. The providers:
+
+    flow               flow matching with our ops: what everything is held against
+    flow_pytorch       the same in plain PyTorch
+    mfmjt              `meanflow.loss`: tangents in the rows with r < t, none of them on the tape
+    jvp                `func.jvp` over all rows in plain PyTorch, tangents on the tape
+    jvp_compiled       that through torch.compile, with --compile only: it compiles for minutes
+    mfmjt_compiled     ours through it, likewise
+    jvp_no_grad        `func.jvp` over all rows without a graph beside a forward with one, PyTorch
+    finite_difference  two more evaluations in place of a tangent, ours; not exact
+    improved           improved MeanFlow, ours: another objective, for information
+    alpha_flow         alpha-Flow, ours: likewise
+
+flow, mfmjt and the three jvp are the same loss and gradients; in float32 they must be, before they
+are timed. Counted on tensors without memory, at full length: FLOPs, and bytes that are saved for
+backward, each memory once. Timed, in turns: wall and CPU time on a CPU, time between events on a
+GPU (in bfloat16 by autocast, with the allocator's peak); x flow is the median over turns. `of GEMM`
+is a provider's counted FLOPs a second over what a large matrix product reaches in the same run.
+
+A CPU has no peak here: saved bytes stand for it. A small_16k step at its full length and batch 10
+takes 7 s on two cores, so that is timed at ratio 0.1 only; at 1.0 latents are 2 s long instead of
+8, and the rest is nano. What --minutes does not reach is said to be skipped.
+
+DIR/train_step.jsonl is written anew. The exit status is 1 if a bar is missed, or a provider wrong.
+Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not taken for work.
+
+    python -m bench.model.bench_train_step --out /tmp/step
+    python -m bench.model.bench_train_step --out /tmp/step --compile --minutes 15
+    python -m bench.model.bench_train_step --out /tmp/step --smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.harness import (
+    MIN_CALLS,
+    Ceilings,
+    Rows,
+    Sampler,
+    cuda_events,
+    dtype_name,
+    environment,
+    on_cpu,
+    peak_mib,
+    take_turns,
+)
+from bench.model.bench_dual import Given, given
+from bench.network import TINY
+from mfmjt import kernels, meanflow
+from mfmjt.kernels import _ext
+from mfmjt.meanflow.targets import Network, Target
+from mfmjt.model.config import CONFIGS
+from mfmjt.train.memory import keep_memory
+
+__all__ = ["BARS", "PROVIDERS", "Provider", "Work", "counted", "judged", "main", "verdicts"]
+
+RATIOS = (0.0, 0.1, 0.25, 0.75, 1.0)
+BARS: dict[str, tuple[str, float]] = {
+    "FLOPs at 0.1, over flow": ("<=", 1.04),
+    "saved bytes at 0.1, over flow": ("<=", 1.05),
+    "saved bytes at 1.0, over flow": ("<=", 1.3),
+    "CPU wall at 0.1, over flow": ("<=", 1.08),
+    "CPU wall at 1.0, best exact PyTorch over mfmjt": (">=", 1.4),
+    "GPU time at 0.1, over flow": ("<=", 1.06),
+    "GPU ms, small_16k at 0.1, batch 256": ("<=", 105.0),
+    "GPU of GEMM at 0.1, medium_44k": (">=", 0.45),
+}
+BARRED = "small_16k"
+LEAST_BATCH = 10
+SHORT = 63
+"""Latents of 2 s."""
+VERIFIED_ROWS = 4
+
+Row = dict[str, Any]
+
+
+def _without_graph(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """MeanFlow's target, the derivative taken apart from the prediction."""
+    with torch.no_grad():
+        target = meanflow.mean_velocity(f, z, r, t, v, cond)[1]
+    return f(z, r, t, **cond), target
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to a training step.
+
+    Attributes:
+        target: What rows with r < t are regressed to; None for flow matching.
+        whole: All rows are treated as if they had r < t.
+        pytorch: PyTorch's own ops, not ours.
+        exact: The loss is MeanFlow's, and the gradient its.
+        compiled: Through torch.compile.
+    """
+
+    target: Target | None = meanflow.mean_velocity
+    whole: bool = False
+    pytorch: bool = False
+    exact: bool = True
+    compiled: bool = False
+
+
+PROVIDERS = {
+    "flow": Provider(None, exact=False),
+    "flow_pytorch": Provider(None, pytorch=True, exact=False),
+    "mfmjt": Provider(),
+    "jvp": Provider(whole=True, pytorch=True),
+    "jvp_compiled": Provider(whole=True, pytorch=True, compiled=True),
+    "mfmjt_compiled": Provider(compiled=True),
+    "jvp_no_grad": Provider(_without_graph, whole=True, pytorch=True),
+    "finite_difference": Provider(meanflow.finite_difference(), exact=False),
+    "improved": Provider(meanflow.improved_mean_velocity, exact=False),
+    "alpha_flow": Provider(meanflow.alpha_flow(0.1), exact=False),
+}
+FLOW, OURS, TRUTH = "flow", "mfmjt", "jvp"
+FEW = (FLOW, OURS)
+OF_PYTORCH = (FLOW, OURS, "jvp", "jvp_no_grad")
+
+
+class Plan(NamedTuple):
+    """What to time: a network at a batch and a length, at some ratios.
+
+    Attributes:
+        network: A named configuration.
+        batch: Rows.
+        length: Latents.
+        ratios: Shares of rows with r < t.
+        providers: Who; those that are compiled only where that is asked for.
+    """
+
+    network: str
+    batch: int
+    length: int
+    ratios: tuple[float, ...] = RATIOS
+    providers: tuple[str, ...] = tuple(PROVIDERS)
+
+
+def plans(device: torch.device, smoke: bool) -> list[Plan]:
+    """What is timed by default, what has a bar first."""
+    if smoke:
+        return [Plan("nano", 10, 16, (0.1, 1.0))]
+    if device.type == "cpu":
+        compiled = ("jvp_compiled", "mfmjt_compiled")
+        return [
+            Plan(BARRED, LEAST_BATCH, 250, (0.1,), FEW),
+            Plan(BARRED, LEAST_BATCH, SHORT, (1.0,), OF_PYTORCH + compiled),
+            Plan("nano", 10, 250, (0.1, 1.0, 0.25, 0.75, 0.0)),
+            Plan("nano", 40, 250, (0.1, 1.0), FEW),
+        ]
+    sizes = (("nano", 64), (BARRED, 64), (BARRED, 256), ("medium_44k", 64))
+    return [Plan(name, batch, CONFIGS[name].latent_length) for name, batch in sizes]
+
+
+class Work:
+    """A network, its data, and the steps on them.
+
+    Args:
+        plan: Sizes.
+        device: Where.
+        dtype: float32, or what autocast casts to.
+        tiny: Two blocks of 16 channels.
+    """
+
+    def __init__(
+        self, plan: Plan, device: torch.device, dtype: torch.dtype, tiny: bool = False
+    ) -> None:
+        video, sync = CONFIGS[plan.network].lengths(plan.length)
+        lengths = {"latent_length": plan.length, "video_length": video, "sync_length": sync}
+        with torch.device(device):
+            self.case: Given = given(plan.network, plan.batch, **lengths, **(TINY if tiny else {}))
+            self.noise = torch.randn_like(self.case.x)
+        self.plan, self.device, self.dtype = plan, device, dtype
+
+    def step(
+        self, provider: Provider, ratio: float, rows: int | None = None, exact: bool = False
+    ) -> Callable[[], Tensor]:
+        """A function that gives the loss and leaves the gradients.
+
+        Args:
+            provider: Who.
+            ratio: Share of rows with r < t, the first ones.
+            rows: Only these first rows of the batch.
+            exact: Without autocast.
+        """
+        case, rows = self.case, rows or self.plan.batch
+        moving = 0 if provider.target is None else round(ratio * rows)
+        t = case.t[:rows]
+        r = torch.where(torch.arange(rows, device=self.device) < moving, case.r[:rows], t)
+        x, noise = case.x[:rows], self.noise[:rows]
+        cond = {name: value[:rows] for name, value in case.cond.items()}
+        low = self.dtype != torch.float32 and not exact
+
+        def loss() -> Tensor:
+            return meanflow.loss(
+                case.net,
+                x,
+                cond,
+                noise=noise,
+                r=r,
+                t=t,
+                intervals=rows if provider.whole else moving,
+                target=provider.target or meanflow.mean_velocity,
+            )
+
+        forward = torch.compile(loss, dynamic=False) if provider.compiled else loss
+
+        def step() -> Tensor:
+            case.net.zero_grad(set_to_none=True)
+            ops = kernels.reference() if provider.pytorch else contextlib.nullcontext()
+            with ops:
+                with torch.autocast(self.device.type, self.dtype, enabled=low):
+                    found = forward()
+                found.backward()
+            return found.detach()
+
+        return step
+
+
+def counted(work: Work, ratio: float, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """FLOPs of a step and bytes it saves for backward beside weights and data, by provider.
+
+    Args:
+        work: On tensors without memory; call this inside the same FakeTensorMode.
+        ratio: Share of rows with r < t.
+        names: Providers; those that are compiled cannot be counted and are left out.
+    """
+    case, found = work.case, {}
+    free = [*case.net.parameters(), *case.cond.values(), case.x, work.noise]
+    known = {tensor.untyped_storage()._cdata for tensor in free}
+    for name in names:
+        if PROVIDERS[name].compiled:
+            continue
+        kept: dict[int, Any] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, Any] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                kept[storage._cdata] = storage  # held, or another would get its address
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with FlopCounterMode(display=False) as counter, hooks:
+            work.step(PROVIDERS[name], ratio)()
+        found[name] = counter.get_total_flops(), sum(s.nbytes() for s in kept.values())
+    return found
+
+
+def judged(work: Work, providers: dict[str, Provider]) -> dict[str, tuple[float, str]]:
+    """Relative distance of gradients from those of `jvp`, and what is wrong with it or nothing.
+
+    In float32, on a few rows half of which have r < t. Half the digits must agree, of the loss and
+    of all gradients together.
+    """
+    rows = min(VERIFIED_ROWS, work.plan.batch)
+
+    def run(provider: Provider) -> tuple[Tensor, Tensor]:
+        loss = work.step(provider, 0.5, rows, exact=True)()
+        given = [p.grad.flatten() for p in work.case.net.parameters() if p.grad is not None]
+        return loss.double(), torch.cat(given)
+
+    loss, gradient = run(PROVIDERS[TRUTH])
+    norm = gradient.norm()
+    allowed = torch.finfo(torch.float32).eps ** 0.5
+    found = {}
+    for name, provider in providers.items():
+        other_loss, other = run(provider)
+        of_loss = float((other_loss - loss).abs() / loss)
+        error = float((other - gradient).norm() / norm) if other.shape == gradient.shape else 1.0
+        wrong = not (error <= allowed and of_loss <= allowed)
+        why = f"loss {of_loss:.1e} and gradients {error:.1e} off; {allowed:.1e} is allowed"
+        found[name] = error, why if provider.exact and wrong else ""
+    work.case.net.zero_grad(set_to_none=True)
+    return found
+
+
+def _recorded(sampler: Sampler, into: list[tuple[float, float]]) -> Sampler:
+    def sample() -> tuple[float, float]:
+        into.append(sampler())
+        return into[-1]
+
+    return sample
+
+
+def _over(samples: list[tuple[float, float]], base: list[tuple[float, float]], which: int) -> float:
+    """Median over turns of one's time over another's."""
+    return statistics.median(a[which] / b[which] for a, b in zip(samples, base, strict=True))
+
+
+class Bench:
+    """A run: rows as they are made.
+
+    Args:
+        rows: Where they go.
+        device: Where to time.
+        compiled: Compile, too.
+        smoke: Everything tiny.
+        end: `time.monotonic()` at which to stop.
+    """
+
+    def __init__(
+        self, rows: Rows, device: torch.device, compiled: bool, smoke: bool, end: float
+    ) -> None:
+        self.rows, self.device, self.compiled = rows, device, compiled
+        self.smoke, self.end = smoke, end
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtypes = (self.dtype,)
+        self.gemm = Ceilings.measure(device, dtypes, smoke).gemm_tflops[dtype_name(self.dtype)]
+
+    def count(self, plan: Plan) -> None:
+        """Rows of what is counted."""
+        with FakeTensorMode():
+            work = Work(plan, torch.device("cpu"), self.dtype, self.smoke)
+            for ratio in plan.ratios:
+                found = counted(work, ratio, plan.providers)
+                flow = found[FLOW]
+                for name, (flops, saved) in found.items():
+                    self.rows.add(
+                        {
+                            **self._about("counted", plan, ratio, name),
+                            "flops": flops,
+                            "saved_mib": round(saved / 2**20, 2),
+                            "flops_over_flow": round(flops / flow[0], 4),
+                            "saved_over_flow": round(saved / flow[1], 4),
+                        }
+                    )
+
+    def time(self, plan: Plan) -> None:
+        """Rows of what is verified and timed."""
+        if time.monotonic() > self.end:
+            for ratio in plan.ratios:
+                self._refuse(plan, ratio, plan.providers, "skipped", "out of time")
+            return
+        wanted = [n for n in plan.providers if self.compiled or not PROVIDERS[n].compiled]
+        work = Work(plan, self.device, self.dtype, self.smoke)
+        verdicts = judged(work, {name: PROVIDERS[name] for name in wanted})
+        for ratio in plan.ratios:
+            torch.compiler.reset()  # what was compiled before counts against a limit
+            self._turns(work, ratio, wanted, verdicts)
+
+    def _turns(
+        self,
+        work: Work,
+        ratio: float,
+        wanted: list[str],
+        verdicts: dict[str, tuple[float, str]],
+    ) -> None:
+        plan, began = work.plan, time.monotonic()
+        cuda = self.device.type == "cuda"
+        samplers: dict[str, Sampler] = {}
+        taken: dict[str, list[tuple[float, float]]] = {}
+        peaks = {}
+        spent = 0.0
+        for name in wanted:
+            if verdicts[name][1]:
+                self._refuse(plan, ratio, [name], "wrong", verdicts[name][1])
+                continue
+            call = work.step(PROVIDERS[name], ratio)
+            try:
+                if PROVIDERS[name].compiled:
+                    call()
+                began = time.monotonic()
+                peaks[name] = peak_mib(call, self.device)
+                if not cuda:
+                    call()
+            except torch.OutOfMemoryError as error:
+                self._refuse(plan, ratio, [name], "unsupported", str(error).partition("\n")[0])
+                continue
+            spent += time.monotonic() - began
+            taken[name] = []
+            sampler = cuda_events(call, self.device) if cuda else on_cpu(call)
+            samplers[name] = _recorded(sampler, taken[name])
+        needed = MIN_CALLS * spent
+        if time.monotonic() + needed > self.end and not self.smoke:
+            reason = f"out of time: needs {needed:.0f} s"
+            self._refuse(plan, ratio, samplers, "skipped", reason)
+            return
+        for name, timing in take_turns(samplers, 0.0 if self.smoke else min(needed, 5.0)).items():
+            fields = {
+                **self._about("timed", plan, ratio, name),
+                "status": "ok",
+                "gradient_error": float(f"{verdicts[name][0]:.3g}"),
+                "peak_mib": peaks[name],
+                "over_flow": round(_over(taken[name], taken[FLOW], 0), 4),
+                "cpu_over_flow": round(_over(taken[name], taken[FLOW], 1), 4),
+                "over_mfmjt": round(_over(taken[name], taken[OURS], 0), 4),
+            }
+            flops = self._flops(plan, ratio, name)
+            if flops:
+                tflops = flops / timing.ms_p50 / 1e9
+                fields |= {
+                    "tflops": float(f"{tflops:.4g}"),
+                    "of_gemm": round(tflops / self.gemm, 4),
+                }
+            self.rows.add(fields, timing)
+
+    def _flops(self, plan: Plan, ratio: float, name: str) -> int | None:
+        about = self._about("counted", plan, ratio, name)
+        found = [row["flops"] for row in self.rows.rows if about.items() <= row.items()]
+        return found[0] if found else None
+
+    def _about(self, what: str, plan: Plan, ratio: float, name: str) -> Row:
+        return {
+            "what": what,
+            "device": self.device.type,
+            "network": "tiny" if self.smoke else plan.network,
+            "batch": plan.batch,
+            "length": plan.length,
+            "dtype": dtype_name(self.dtype),
+            "ratio": ratio,
+            "provider": name,
+        }
+
+    def _refuse(
+        self, plan: Plan, ratio: float, names: Iterable[str], status: str, reason: str
+    ) -> None:
+        for name in names:
+            about = self._about("timed", plan, ratio, name)
+            self.rows.add({**about, "status": status, "reason": reason})
+
+
+def verdicts(rows: list[Row]) -> list[Row]:
+    """Every bar with the worst value it is held to; None where nothing was measured."""
+    timed = [row for row in rows if row.get("status") == "ok"]
+    flops, saved, wall, speed, gpu, gpu_ms, mfu = ([] for _ in range(7))  # type: ignore[var-annotated]
+    saved_all: list[float] = []
+    for row in rows:
+        if row["what"] == "counted" and (row["network"], row["provider"]) == (BARRED, OURS):
+            if row["length"] < CONFIGS[BARRED].latent_length:
+                continue
+            if row["ratio"] == 0.1:
+                flops.append(row["flops_over_flow"])
+                saved.append(row["saved_over_flow"])
+            if row["ratio"] == 1.0:
+                saved_all.append(row["saved_over_flow"])
+    for row in timed:
+        cuda, ours = row["device"] == "cuda", row["provider"] == OURS
+        if row["network"] == BARRED and row["batch"] >= LEAST_BATCH:
+            if ours and row["ratio"] == 0.1:
+                (gpu if cuda else wall).append(row["over_flow"])
+                if cuda and row["batch"] == 256:
+                    gpu_ms.append(row["ms_p50"])
+            provider = PROVIDERS[row["provider"]]
+            if not cuda and row["ratio"] == 1.0 and provider.pytorch and provider.exact:
+                speed.append(row["over_mfmjt"])
+        if cuda and ours and row["network"] == "medium_44k" and row["ratio"] == 0.1:
+            mfu.append(row["of_gemm"])
+    found = []
+    measured = (flops, saved, saved_all, wall, speed, gpu, gpu_ms, mfu)
+    for (name, (sense, bar)), values in zip(BARS.items(), measured, strict=True):
+        value = max(values) if sense == "<=" and values else min(values, default=None)
+        met = None if value is None else value <= bar if sense == "<=" else value >= bar
+        found.append(
+            {"what": "bar", "bar": name, "value": value, "limit": f"{sense} {bar}", "met": met}
+        )
+    return found
+
+
+def _table(rows: list[Row]) -> str:
+    """The rows by plan and ratio, counts and times of a provider in one line."""
+    lines, last = [], None
+    merged: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row["what"] in ("counted", "timed"):
+            of = ("network", "batch", "length", "ratio", "provider")
+            merged.setdefault(tuple(row[k] for k in of), {}).update(row)
+    head = f"{'':20}{'GFLOP':>9}{'x flow':>8}{'saved MiB':>11}{'x flow':>8}"
+    head += f"{'ms':>9}{'x flow':>8}{'CPU x':>8}{'of GEMM':>9}{'peak MiB':>10}{'gradient':>10}"
+    for (network, batch, length, ratio, provider), row in merged.items():
+        if last != (network, batch, length, ratio):
+            last = (network, batch, length, ratio)
+            title = f"{network}, batch {batch}, {length} latents, {row['dtype']}, ratio {ratio}"
+            lines += ["", title, head]
+        if "flops" not in row and "status" not in row:
+            continue
+        columns = (
+            (row.get("flops", 0) / 1e9 or None, 9, 1),
+            (row.get("flops_over_flow"), 8, 3),
+            (row.get("saved_mib"), 11, 1),
+            (row.get("saved_over_flow"), 8, 3),
+            (row.get("ms_p50"), 9, 1),
+            (row.get("over_flow"), 8, 3),
+            (row.get("cpu_over_flow"), 8, 3),
+            (row.get("of_gemm"), 9, 3),
+            (row.get("peak_mib"), 10, 0),
+        )
+        line = f"{provider:20}"
+        line += "".join(
+            f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+            for value, width, digits in columns
+        )
+        error = row.get("gradient_error")
+        line += f"{'-':>10}" if error is None else f"{error:10.1e}"
+        if row.get("status", "ok") != "ok":
+            line += f"  {row['status']}: {row['reason']}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Parse the command line, count, verify and time; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.model.bench_train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=3.0, help="start nothing later [3]")
+    parser.add_argument("--network", action="append", help="only this one of those timed [all]")
+    parser.add_argument("--compile", action="store_true", help="also the compiled providers")
+    parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = plans(device, options.smoke)
+    known = sorted({plan.network for plan in chosen})
+    if options.network is not None and not set(options.network) <= set(known):
+        parser.error(f"--network {' '.join(options.network)}: of {', '.join(known)}")
+    chosen = [p for p in chosen if options.network is None or p.network in options.network]
+    torch.manual_seed(0)
+    keep_memory()  # as training does
+    end = time.monotonic() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "train_step.jsonl"
+    path.unlink(missing_ok=True)
+    rows = Rows(path)
+    bench = Bench(rows, device, options.compile, options.smoke, end)
+    stamp = environment(device) | {"extension": _ext.status(), "gemm_tflops": bench.gemm}
+    rows.add({"what": "environment", "smoke": options.smoke, **stamp})
+    whole = Plan(BARRED, LEAST_BATCH, CONFIGS[BARRED].latent_length)
+    if options.smoke or BARRED not in known or options.network not in (None, [BARRED]):
+        counts = list(chosen)
+    else:  # counts cost no time, so all ratios and providers, at the full length
+        counts = [whole, *(p for p in chosen if (p.network, p.length) != (BARRED, whole.length))]
+        if device.type == "cuda":
+            counts = [whole, *chosen]
+    for plan in counts:
+        bench.count(plan)
+    for plan in chosen:
+        print(f"Timing {plan.network}, batch {plan.batch}, {plan.length} latents", flush=True)
+        bench.time(plan)
+    print(_table(rows.rows))
+    found = verdicts(rows.rows)
+    print()
+    for row in found:
+        rows.add(row)
+        word = {None: "not measured", True: "pass", False: "MISS"}[row["met"]]
+        value = "" if row["value"] is None else f"{row['value']:.3f} "
+        print(f"{word:12}  {row['bar']}: {value}({row['limit']})")
+    wrong = any(row.get("status") == "wrong" for row in rows.rows)
+    return int(wrong or any(row["met"] is False for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
