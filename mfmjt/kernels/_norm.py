@@ -139,7 +139,7 @@ class Rows(NamedTuple):
     """A tensor seen as (B, N, C), as kernels take it.
 
     Attributes:
-        pointer: The tensor.
+        pointer: The tensor; None for a tangent or cotangent that is zero.
         sample: Elements from one sample to the next.
         token: Elements from one token to the next; None where all tokens of a sample share a row.
         channel: 1; None where all channels share a number.
@@ -181,7 +181,7 @@ def load_rows(source, sample, row, col, tokens, width, WORK: tl.constexpr):
 @jit
 def load_shared(source, sample, row, col, tokens, width, WORK: tl.constexpr):
     """The same, of what all tokens of a sample share; None for anything else."""
-    if source is None:
+    if source.pointer is None:
         block = None
     elif source.token is None:
         block = load_rows(source, sample, row, col, tokens, width, WORK)
@@ -208,7 +208,7 @@ def _mean_of_rows(block, width):
 def forward_norm(
     x,  # (K, R, V)
     x_dot,  # None where it is zero
-    shift,  # this and the next three are `Rows`; tangents None where they are zero
+    shift,  # this and the next three are `Rows`
     scale,
     shift_dot,
     scale_dot,
@@ -249,11 +249,11 @@ def forward_norm(
             x_dot -= _mean_of_rows(x_dot, width)
             share = over_std * _mean_of_rows(x * x_dot, width)  # x, unlike n, is zero outside
             dot += (x_dot - n * share) * (over_std * factor)
-        if scale_dot is not None:
+        if scale_dot.pointer is not None:
             dot += n * load_unless(
                 shared_scale_dot, scale_dot, sample, row, col, tokens, width, work
             )
-        if shift_dot is not None:
+        if shift_dot.pointer is not None:
             dot += load_unless(shared_shift_dot, shift_dot, sample, row, col, tokens, width, work)
         tl.store(y_dot + out, dot, inside)
 
@@ -358,10 +358,10 @@ class Layout:
         meta = {"SEGMENTS": segments, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
         return Launch(chunk, chunks, {**meta, "num_warps": num_warps})
 
-    def rows(self, t: Tensor | None) -> Rows | None:
+    def rows(self, t: Tensor | None) -> Rows:
         """What broadcasts to x, or None, for a kernel."""
         if t is None:
-            return None
+            return Rows(None, 0, None, None)
         if t.ndim != 3 or len(self._shape) != 3:
             t = t.expand(self._shape).reshape(self._view_shape)
         if t.shape[2] > 1 and t.stride(2) > 1:

@@ -75,7 +75,7 @@ def _bwd(
 
 @jit
 def _adaln_fwd_kernel(
-    x,  # this and the next five are `_norm.Rows`, or None for a tangent that is zero
+    x,  # this and the next five are `_norm.Rows`
     shift,
     scale,
     x_dot,
@@ -105,7 +105,7 @@ def _adaln_fwd_kernel(
         row = first + start + tl.arange(0, BLOCK_ROWS)
         wide_x = load_rows(x, sample, row, col, tokens, width, work)
         wide_dot = None
-        if x_dot is not None:
+        if x_dot.pointer is not None:
             wide_dot = load_rows(x_dot, sample, row, col, tokens, width, work)
         forward_norm(
             wide_x,

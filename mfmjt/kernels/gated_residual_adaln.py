@@ -123,7 +123,7 @@ def _bwd(
 
 @jit
 def _gated_residual_adaln_fwd_kernel(
-    x,  # this and the next nine are `_norm.Rows`, or None for a tangent that is zero
+    x,  # this and the next nine are `_norm.Rows`
     h,
     gate,
     shift,
@@ -160,11 +160,11 @@ def _gated_residual_adaln_fwd_kernel(
     s_dot = None
     if total_dot is not None:
         s_dot = tl.zeros_like(wide_h)
-        if x_dot is not None:
+        if x_dot.pointer is not None:
             s_dot += load_rows(x_dot, sample, row, col, tokens, width, work)
-        if h_dot is not None:
+        if h_dot.pointer is not None:
             s_dot += wide_gate * load_rows(h_dot, sample, row, col, tokens, width, work)
-        if gate_dot is not None:
+        if gate_dot.pointer is not None:
             s_dot += wide_h * load_rows(gate_dot, sample, row, col, tokens, width, work)
         tl.store(total_dot + out, s_dot, inside)
     forward_norm(
@@ -193,7 +193,7 @@ def _gated_residual_adaln_fwd_kernel(
 
 @jit
 def _gated_residual_adaln_bwd_kernel(
-    total_bar,  # this and the next five are `_norm.Rows`; one of the first two may be None
+    total_bar,  # this and the next five are `_norm.Rows`; one of the first two may be zero
     y_bar,
     total,
     h,
@@ -230,7 +230,7 @@ def _gated_residual_adaln_bwd_kernel(
         inside = (row[None, :, None] < tokens) & (col < width)
         out = (sample * tokens + row)[None, :, None] * width + col
         s_bar = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-        if y_bar is not None:
+        if y_bar.pointer is not None:
             s = load_rows(total, sample, row, col, tokens, width, work)
             bar = load_rows(y_bar, sample, row, col, tokens, width, work)
             factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
@@ -243,7 +243,7 @@ def _gated_residual_adaln_bwd_kernel(
                 tl.store(shift_bar + out, bar, inside)
             if shift_sum is not None:
                 shift_total += bar
-        if total_bar is not None:
+        if total_bar.pointer is not None:
             s_bar += load_rows(total_bar, sample, row, col, tokens, width, work)
         tl.store(x_bar + out, s_bar, inside)
         wide_gate = load_rows(gate, sample, row, col, tokens, width, work)
