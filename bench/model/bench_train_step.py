@@ -13,11 +13,12 @@ A step is loss and gradients, without the optimiser. The providers:
     improved           improved MeanFlow, ours: another objective, for information
     alpha_flow         alpha-Flow, ours: likewise
 
-flow, mfmjt and the three jvp are the same loss and gradients; in float32 they must be, before they
-are timed. Counted on tensors without memory, at full length: FLOPs, and bytes that are saved for
-backward, each memory once. Timed, in turns: wall and CPU time on a CPU, time between events on a
-GPU (in bfloat16 by autocast, with the allocator's peak); x flow is the median over turns. `of GEMM`
-is a provider's counted FLOPs a second over what a large matrix product reaches in the same run.
+mfmjt and the jvp are the same loss and the same gradients: in float32 they must be, before they are
+timed. The first call is counted: FLOPs, and bytes that are saved for backward, each memory once
+(small_16k at its full length on tensors without memory). Timed in turns: wall and CPU time on a
+CPU; on a GPU, in bfloat16 by autocast, time between events, with the allocator's peak beside.
+x flow is the median over turns. `of GEMM` is a provider's counted FLOPs a second over what a large
+matrix product reaches in the same run.
 
 A CPU has no peak here: saved bytes stand for it. A small_16k step at its full length and batch 10
 takes 7 s on two cores, so that is timed at ratio 0.1 only; at 1.0 latents are 2 s long instead of
@@ -68,7 +69,18 @@ from mfmjt.meanflow.targets import Network, Target
 from mfmjt.model.config import CONFIGS
 from mfmjt.train.memory import keep_memory
 
-__all__ = ["BARS", "PROVIDERS", "Provider", "Work", "counted", "judged", "main", "verdicts"]
+__all__ = [
+    "BARS",
+    "PROVIDERS",
+    "Plan",
+    "Provider",
+    "Verdict",
+    "Work",
+    "bars",
+    "counted",
+    "judged",
+    "main",
+]
 
 RATIOS = (0.0, 0.1, 0.25, 0.75, 1.0)
 BARS: dict[str, tuple[str, float]] = {
@@ -234,61 +246,80 @@ class Work:
         return step
 
 
-def counted(work: Work, ratio: float, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """FLOPs of a step and bytes it saves for backward beside weights and data, by provider.
+def counted(work: Work, ratio: float, name: str) -> tuple[int, int]:
+    """FLOPs of a step, and bytes it saves for backward beside weights and data, each memory once.
 
     Args:
-        work: On tensors without memory; call this inside the same FakeTensorMode.
+        work: Where it has no memory, call this inside the FakeTensorMode that it was made in.
         ratio: Share of rows with r < t.
-        names: Providers; those that are compiled cannot be counted and are left out.
+        name: A provider that is not compiled: nothing inside of what is can be counted.
     """
-    case, found = work.case, {}
+    case = work.case
     free = [*case.net.parameters(), *case.cond.values(), case.x, work.noise]
     known = {tensor.untyped_storage()._cdata for tensor in free}
-    for name in names:
-        if PROVIDERS[name].compiled:
-            continue
-        kept: dict[int, Any] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-        def pack(tensor: Tensor, kept: dict[int, Any] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known:
-                kept[storage._cdata] = storage  # held, or another would get its address
-            return tensor
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage  # held, or another would get its address
+        return tensor
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with FlopCounterMode(display=False) as counter, hooks:
-            work.step(PROVIDERS[name], ratio)()
-        found[name] = counter.get_total_flops(), sum(s.nbytes() for s in kept.values())
-    return found
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        work.step(PROVIDERS[name], ratio)()
+    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
-def judged(work: Work, providers: dict[str, Provider]) -> dict[str, tuple[float, str]]:
-    """Relative distance of gradients from those of `jvp`, and what is wrong with it or nothing.
+class Verdict(NamedTuple):
+    """Whether a provider may be timed.
 
-    In float32, on a few rows half of which have r < t. Half the digits must agree, of the loss and
-    of all gradients together.
+    Attributes:
+        status: `ok`, `wrong` or `unsupported`.
+        reason: Why not.
+        error: Relative distance of its gradients from those of `jvp`; None if there are none.
+    """
+
+    status: str
+    reason: str = ""
+    error: float | None = None
+
+
+def judged(work: Work, providers: dict[str, Provider]) -> dict[str, Verdict]:
+    """Compare providers with `jvp`, in float32, on a few rows half of which have r < t.
+
+    Of those that are exact half the digits must agree, in the loss and in all gradients together.
     """
     rows = min(VERIFIED_ROWS, work.plan.batch)
 
-    def run(provider: Provider) -> tuple[Tensor, Tensor]:
+    def run(provider: Provider) -> tuple[float, Tensor]:
         loss = work.step(provider, 0.5, rows, exact=True)()
-        given = [p.grad.flatten() for p in work.case.net.parameters() if p.grad is not None]
-        return loss.double(), torch.cat(given)
+        parameters = work.case.net.parameters()
+        flat = [(p if p.grad is None else p.grad).detach().flatten() for p in parameters]
+        return float(loss), torch.cat(flat)
 
     loss, gradient = run(PROVIDERS[TRUTH])
-    norm = gradient.norm()
     allowed = torch.finfo(torch.float32).eps ** 0.5
     found = {}
     for name, provider in providers.items():
-        other_loss, other = run(provider)
-        of_loss = float((other_loss - loss).abs() / loss)
-        error = float((other - gradient).norm() / norm) if other.shape == gradient.shape else 1.0
-        wrong = not (error <= allowed and of_loss <= allowed)
+        try:
+            its_loss, its = run(provider)
+        except (RuntimeError, NotImplementedError) as failure:
+            found[name] = Verdict("unsupported", _line(failure))
+            continue
+        of_loss = abs(its_loss / loss - 1)
+        error = float((its - gradient).norm() / gradient.norm())
+        right = error <= allowed and of_loss <= allowed
         why = f"loss {of_loss:.1e} and gradients {error:.1e} off; {allowed:.1e} is allowed"
-        found[name] = error, why if provider.exact and wrong else ""
+        found[name] = Verdict("ok", error=error)
+        if provider.exact and not right:
+            found[name] = Verdict("wrong", why, error)
     work.case.net.zero_grad(set_to_none=True)
     return found
+
+
+def _line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
 
 
 def _recorded(sampler: Sampler, into: list[tuple[float, float]]) -> Sampler:
@@ -299,9 +330,12 @@ def _recorded(sampler: Sampler, into: list[tuple[float, float]]) -> Sampler:
     return sample
 
 
-def _over(samples: list[tuple[float, float]], base: list[tuple[float, float]], which: int) -> float:
-    """Median over turns of one's time over another's."""
-    return statistics.median(a[which] / b[which] for a, b in zip(samples, base, strict=True))
+def _over(taken: dict[str, list[tuple[float, float]]], name: str, base: str, which: int) -> Any:
+    """Median over turns of one's time over another's; None if that was not timed."""
+    if base not in taken:
+        return None
+    pairs = zip(taken[name], taken[base], strict=True)
+    return round(statistics.median(a[which] / b[which] for a, b in pairs), 4)
 
 
 class Bench:
@@ -325,22 +359,25 @@ class Bench:
         self.gemm = Ceilings.measure(device, dtypes, smoke).gemm_tflops[dtype_name(self.dtype)]
 
     def count(self, plan: Plan) -> None:
-        """Rows of what is counted."""
+        """Rows of counts alone, on tensors without memory."""
         with FakeTensorMode():
             work = Work(plan, torch.device("cpu"), self.dtype, self.smoke)
             for ratio in plan.ratios:
-                found = counted(work, ratio, plan.providers)
-                flow = found[FLOW]
-                for name, (flops, saved) in found.items():
-                    self.rows.add(
-                        {
-                            **self._about("counted", plan, ratio, name),
-                            "flops": flops,
-                            "saved_mib": round(saved / 2**20, 2),
-                            "flops_over_flow": round(flops / flow[0], 4),
-                            "saved_over_flow": round(saved / flow[1], 4),
-                        }
-                    )
+                for name in plan.providers:
+                    self._count(work, ratio, name)
+
+    def _count(self, work: Work, ratio: float, name: str) -> None:
+        flops, saved = counted(work, ratio, name)
+        flow = self._counts(work.plan, ratio, FLOW) or {"flops": flops, "saved_bytes": saved}
+        self.rows.add(
+            {
+                **self._about("counted", work.plan, ratio, name),
+                "flops": flops,
+                "saved_bytes": saved,
+                "flops_over_flow": round(flops / flow["flops"], 4),
+                "saved_over_flow": round(saved / flow["saved_bytes"], 4),
+            }
+        )
 
     def time(self, plan: Plan) -> None:
         """Rows of what is verified and timed."""
@@ -350,40 +387,41 @@ class Bench:
             return
         wanted = [n for n in plan.providers if self.compiled or not PROVIDERS[n].compiled]
         work = Work(plan, self.device, self.dtype, self.smoke)
-        verdicts = judged(work, {name: PROVIDERS[name] for name in wanted})
+        found = judged(work, {name: PROVIDERS[name] for name in wanted})
         for ratio in plan.ratios:
             torch.compiler.reset()  # what was compiled before counts against a limit
-            self._turns(work, ratio, wanted, verdicts)
+            self._turns(work, ratio, found)
 
     def _turns(
         self,
         work: Work,
         ratio: float,
-        wanted: list[str],
-        verdicts: dict[str, tuple[float, str]],
+        found: dict[str, Verdict],
     ) -> None:
-        plan, began = work.plan, time.monotonic()
+        plan = work.plan
         cuda = self.device.type == "cuda"
         samplers: dict[str, Sampler] = {}
         taken: dict[str, list[tuple[float, float]]] = {}
         peaks = {}
         spent = 0.0
-        for name in wanted:
-            if verdicts[name][1]:
-                self._refuse(plan, ratio, [name], "wrong", verdicts[name][1])
+        for name, verdict in found.items():
+            if verdict.status != "ok":
+                self._refuse(plan, ratio, [name], verdict.status, verdict.reason)
                 continue
             call = work.step(PROVIDERS[name], ratio)
             try:
                 if PROVIDERS[name].compiled:
                     call()
                 began = time.monotonic()
-                peaks[name] = peak_mib(call, self.device)
-                if not cuda:
+                if PROVIDERS[name].compiled or self._counts(plan, ratio, name):
                     call()
-            except torch.OutOfMemoryError as error:
-                self._refuse(plan, ratio, [name], "unsupported", str(error).partition("\n")[0])
+                else:
+                    self._count(work, ratio, name)
+                spent += time.monotonic() - began
+                peaks[name] = peak_mib(call, self.device)
+            except RuntimeError as failure:  # memory, mostly
+                self._refuse(plan, ratio, [name], "unsupported", _line(failure))
                 continue
-            spent += time.monotonic() - began
             taken[name] = []
             sampler = cuda_events(call, self.device) if cuda else on_cpu(call)
             samplers[name] = _recorded(sampler, taken[name])
@@ -396,25 +434,24 @@ class Bench:
             fields = {
                 **self._about("timed", plan, ratio, name),
                 "status": "ok",
-                "gradient_error": float(f"{verdicts[name][0]:.3g}"),
+                "gradient_error": float(f"{found[name].error:.3g}"),
                 "peak_mib": peaks[name],
-                "over_flow": round(_over(taken[name], taken[FLOW], 0), 4),
-                "cpu_over_flow": round(_over(taken[name], taken[FLOW], 1), 4),
-                "over_mfmjt": round(_over(taken[name], taken[OURS], 0), 4),
+                "over_flow": _over(taken, name, FLOW, 0),
+                "cpu_over_flow": _over(taken, name, FLOW, 1),
+                "over_mfmjt": _over(taken, name, OURS, 0),
             }
-            flops = self._flops(plan, ratio, name)
-            if flops:
-                tflops = flops / timing.ms_p50 / 1e9
+            counts = self._counts(plan, ratio, name)
+            if counts is not None:
+                tflops = counts["flops"] / timing.ms_p50 / 1e9
                 fields |= {
                     "tflops": float(f"{tflops:.4g}"),
                     "of_gemm": round(tflops / self.gemm, 4),
                 }
             self.rows.add(fields, timing)
 
-    def _flops(self, plan: Plan, ratio: float, name: str) -> int | None:
+    def _counts(self, plan: Plan, ratio: float, name: str) -> Row | None:
         about = self._about("counted", plan, ratio, name)
-        found = [row["flops"] for row in self.rows.rows if about.items() <= row.items()]
-        return found[0] if found else None
+        return next((row for row in self.rows.rows if about.items() <= row.items()), None)
 
     def _about(self, what: str, plan: Plan, ratio: float, name: str) -> Row:
         return {
@@ -436,40 +473,41 @@ class Bench:
             self.rows.add({**about, "status": status, "reason": reason})
 
 
-def verdicts(rows: list[Row]) -> list[Row]:
-    """Every bar with the worst value it is held to; None where nothing was measured."""
-    timed = [row for row in rows if row.get("status") == "ok"]
-    flops, saved, wall, speed, gpu, gpu_ms, mfu = ([] for _ in range(7))  # type: ignore[var-annotated]
-    saved_all: list[float] = []
+def bars(rows: list[Row]) -> list[Row]:
+    """Every bar with the worst value that it is held to; None where nothing was measured."""
+    values: dict[str, list[float]] = {name: [] for name in BARS}
+    full = CONFIGS[BARRED].latent_length
     for row in rows:
-        if row["what"] == "counted" and (row["network"], row["provider"]) == (BARRED, OURS):
-            if row["length"] < CONFIGS[BARRED].latent_length:
-                continue
-            if row["ratio"] == 0.1:
-                flops.append(row["flops_over_flow"])
-                saved.append(row["saved_over_flow"])
-            if row["ratio"] == 1.0:
-                saved_all.append(row["saved_over_flow"])
-    for row in timed:
-        cuda, ours = row["device"] == "cuda", row["provider"] == OURS
-        if row["network"] == BARRED and row["batch"] >= LEAST_BATCH:
-            if ours and row["ratio"] == 0.1:
-                (gpu if cuda else wall).append(row["over_flow"])
-                if cuda and row["batch"] == 256:
-                    gpu_ms.append(row["ms_p50"])
-            provider = PROVIDERS[row["provider"]]
-            if not cuda and row["ratio"] == 1.0 and provider.pytorch and provider.exact:
-                speed.append(row["over_mfmjt"])
-        if cuda and ours and row["network"] == "medium_44k" and row["ratio"] == 0.1:
-            mfu.append(row["of_gemm"])
+        if row["what"] not in ("counted", "timed") or row.get("status", "ok") != "ok":
+            continue
+        provider, network, ratio = PROVIDERS[row["provider"]], row["network"], row["ratio"]
+        ours, cuda = row["provider"] == OURS, row["device"] == "cuda"
+        barred = network == BARRED and row["batch"] >= LEAST_BATCH
+        if row["what"] == "counted":
+            if ours and barred and row["length"] == full:
+                if ratio == 0.1:
+                    values["FLOPs at 0.1, over flow"].append(row["flops_over_flow"])
+                if ratio in (0.1, 1.0):
+                    name = f"saved bytes at {ratio}, over flow"
+                    values[name].append(row["saved_over_flow"])
+        elif ours and ratio == 0.1:
+            if barred and row["length"] == full and row["over_flow"] is not None:
+                name = "GPU time" if cuda else "CPU wall"
+                values[f"{name} at 0.1, over flow"].append(row["over_flow"])
+            if cuda and barred and row["batch"] == 256:
+                values["GPU ms, small_16k at 0.1, batch 256"].append(row["ms_p50"])
+            if cuda and network == "medium_44k":
+                values["GPU of GEMM at 0.1, medium_44k"].append(row["of_gemm"])
+        elif barred and not cuda and ratio == 1.0 and provider.pytorch and provider.exact:
+            name = "CPU wall at 1.0, best exact PyTorch over mfmjt"
+            values[name] += [] if row["over_mfmjt"] is None else [row["over_mfmjt"]]
     found = []
-    measured = (flops, saved, saved_all, wall, speed, gpu, gpu_ms, mfu)
-    for (name, (sense, bar)), values in zip(BARS.items(), measured, strict=True):
-        value = max(values) if sense == "<=" and values else min(values, default=None)
-        met = None if value is None else value <= bar if sense == "<=" else value >= bar
-        found.append(
-            {"what": "bar", "bar": name, "value": value, "limit": f"{sense} {bar}", "met": met}
-        )
+    for name, (sense, limit) in BARS.items():
+        at_most = sense == "<="
+        value = (max if at_most else min)(values[name], default=None)
+        met = None if value is None else value <= limit if at_most else value >= limit
+        about = {"what": "bar", "bar": name, "limit": f"{sense} {limit}"}
+        found.append(about | {"value": value, "met": met})
     return found
 
 
@@ -493,7 +531,7 @@ def _table(rows: list[Row]) -> str:
         columns = (
             (row.get("flops", 0) / 1e9 or None, 9, 1),
             (row.get("flops_over_flow"), 8, 3),
-            (row.get("saved_mib"), 11, 1),
+            (row.get("saved_bytes", 0) / 2**20 or None, 11, 1),
             (row.get("saved_over_flow"), 8, 3),
             (row.get("ms_p50"), 9, 1),
             (row.get("over_flow"), 8, 3),
@@ -543,20 +581,16 @@ def main() -> int:
     bench = Bench(rows, device, options.compile, options.smoke, end)
     stamp = environment(device) | {"extension": _ext.status(), "gemm_tflops": bench.gemm}
     rows.add({"what": "environment", "smoke": options.smoke, **stamp})
-    whole = Plan(BARRED, LEAST_BATCH, CONFIGS[BARRED].latent_length)
-    if options.smoke or BARRED not in known or options.network not in (None, [BARRED]):
-        counts = list(chosen)
-    else:  # counts cost no time, so all ratios and providers, at the full length
-        counts = [whole, *(p for p in chosen if (p.network, p.length) != (BARRED, whole.length))]
-        if device.type == "cuda":
-            counts = [whole, *chosen]
-    for plan in counts:
-        bench.count(plan)
+    if any(plan.network == BARRED for plan in chosen):
+        print(f"Counting {BARRED}", flush=True)
+        bench.count(
+            Plan(BARRED, LEAST_BATCH, CONFIGS[BARRED].latent_length, (0.1, 1.0), OF_PYTORCH)
+        )
     for plan in chosen:
         print(f"Timing {plan.network}, batch {plan.batch}, {plan.length} latents", flush=True)
         bench.time(plan)
     print(_table(rows.rows))
-    found = verdicts(rows.rows)
+    found = bars(rows.rows)
     print()
     for row in found:
         rows.add(row)
