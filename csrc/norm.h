@@ -31,47 +31,158 @@ Rows<T> rows(
 // Sums run over the channels of one token in two sweeps over its row, which is in the first-level
 // cache by then: means first, centred products second. Nothing cancels, in float and for any offset.
 
+// What a value and its tangent come to at one element; the latter 0 where there is none.
+struct Dual {
+  float value, dot;
+};
+
 template <class T, class Dot>
 struct NormRow {
   const T *x, *shift, *scale;
-  const Dot* x_dot;  // this and the next two are read by the tangent only
+  Dot x_dot;  // this and the next two are read by the tangent only
   const T *shift_dot, *scale_dot;
   T *y, *y_dot;
   float *mean, *rstd;
 };
 
+// The three sweeps at one element; each needs what the one before it found.
+template <bool tangent, class T, class Dot>
+struct NormRowAt {
+  NormRow<T, Dot> r;
+  float mean = 0, mean_dot = 0, rstd = 0, share = 0;
+
+  template <class Lane>
+  MFMJT_BODY Dual sums(Lane lane, int64_t i) const {
+    float dot = 0;
+    if constexpr (tangent) dot = at(lane, r.x_dot, i);
+    return {at(lane, r.x, i), dot};
+  }
+  template <class Lane>
+  MFMJT_BODY Dual products(Lane lane, int64_t i) const {
+    const float centred = at(lane, r.x, i) - mean;
+    float dot = 0;
+    if constexpr (tangent) dot = centred * (at(lane, r.x_dot, i) - mean_dot);
+    return {centred * centred, dot};
+  }
+  template <class Lane>
+  MFMJT_BODY Dual result(Lane lane, int64_t i) const {
+    const float n = (at(lane, r.x, i) - mean) * rstd, factor = 1.0f + at(lane, r.scale, i);
+    float dot = 0;
+    if constexpr (tangent) {
+      const float n_dot = rstd * (at(lane, r.x_dot, i) - mean_dot - n * share);
+      dot = n_dot * factor + n * at(lane, r.scale_dot, i) + at(lane, r.shift_dot, i);
+    }
+    return {n * factor + at(lane, r.shift, i), dot};
+  }
+};
+
 template <bool tangent, class T, class Dot>
 MFMJT_BODY void norm_row(const NormRow<T, Dot>& r, int64_t width, float eps) {
   const float over = 1.0f / static_cast<float>(width);
-  const T* x = r.x;
-  const Dot* x_dot = r.x_dot;
+  const int64_t groups = width / kLanes<T>;
+  NormRowAt<tangent, T, Dot> row{r};
   float sum = 0, sum_dot = 0;
 #pragma omp simd reduction(+ : sum, sum_dot)
-  for (int64_t i = 0; i < width; ++i) {
-    sum += load(x[i]);
-    if (tangent) sum_dot += load(x_dot[i]);
+  for (int64_t i = 0; i < groups; ++i) {
+    Dual a = row.sums(First<T>{}, i);
+    if constexpr (kLanes<T> == 2) {
+      const Dual b = row.sums(High{}, i);
+      a.value += b.value;
+      a.dot += b.dot;
+    }
+    sum += a.value;
+    sum_dot += a.dot;
   }
-  const float mean = sum * over, mean_dot = sum_dot * over;
+  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
+    const Dual a = row.sums(Single{}, i);
+    sum += a.value;
+    sum_dot += a.dot;
+  }
+  row.mean = sum * over;
+  row.mean_dot = sum_dot * over;
   float square = 0, product = 0;
 #pragma omp simd reduction(+ : square, product)
-  for (int64_t i = 0; i < width; ++i) {
-    const float centred = load(x[i]) - mean;
-    square += centred * centred;
-    if (tangent) product += centred * (load(x_dot[i]) - mean_dot);
+  for (int64_t i = 0; i < groups; ++i) {
+    Dual a = row.products(First<T>{}, i);
+    if constexpr (kLanes<T> == 2) {
+      const Dual b = row.products(High{}, i);
+      a.value += b.value;
+      a.dot += b.dot;
+    }
+    square += a.value;
+    product += a.dot;
   }
-  const float rstd = 1.0f / std::sqrt(square * over + eps);
-  const float share = product * over * rstd;  // mean(n x_dot)
-  *r.mean = mean;
-  *r.rstd = rstd;
-  const T *shift = r.shift, *scale = r.scale, *shift_dot = r.shift_dot, *scale_dot = r.scale_dot;
+  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
+    const Dual a = row.products(Single{}, i);
+    square += a.value;
+    product += a.dot;
+  }
+  row.rstd = 1.0f / std::sqrt(square * over + eps);
+  row.share = product * over * row.rstd;  // mean(n x_dot)
+  *r.mean = row.mean;
+  *r.rstd = row.rstd;
   T *y = r.y, *y_dot = r.y_dot;
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const float n = (load(x[i]) - mean) * rstd, factor = 1.0f + load(scale[i]);
-    store(y + i, n * factor + load(shift[i]));
+  for (int64_t i = 0; i < groups; ++i) {
+    const Dual a = row.result(First<T>{}, i);
+    if constexpr (kLanes<T> == 2) {
+      const Dual b = row.result(High{}, i);
+      words(y)[i] = merge(a.value, b.value);
+      if (tangent) words(y_dot)[i] = merge(a.dot, b.dot);
+    } else {
+      y[i] = a.value;
+      if (tangent) y_dot[i] = a.dot;
+    }
+  }
+  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
+    const Dual a = row.result(Single{}, i);
+    store(y + i, a.value);
+    if (tangent) store(y_dot + i, a.dot);
+  }
+}
+
+// The sum of the residual and the gated update.
+template <bool tangent, class T>
+struct SumAt {
+  const T *x, *h, *gate, *x_dot, *h_dot, *gate_dot;
+
+  template <class Lane>
+  MFMJT_BODY Dual result(Lane lane, int64_t i) const {
+    const float g = at(lane, gate, i), a = at(lane, h, i);
+    float dot = 0;
+    if constexpr (tangent) {
+      dot = at(lane, x_dot, i) + at(lane, gate_dot, i) * a + g * at(lane, h_dot, i);
+    }
+    return {at(lane, x, i) + g * a, dot};
+  }
+};
+
+template <bool tangent, class T>
+MFMJT_BODY void sum_row(
+    const SumAt<tangent, T>& row, T* total, T* total_dot, Scratch dots, int64_t width) {
+  const int64_t groups = width / kLanes<T>;
+#pragma omp simd
+  for (int64_t i = 0; i < groups; ++i) {
+    const Dual a = row.result(First<T>{}, i);
+    if (tangent) at(First<T>{}, dots, i) = a.dot;
+    if constexpr (kLanes<T> == 2) {
+      const Dual b = row.result(High{}, i);
+      words(total)[i] = merge(a.value, b.value);
+      if (tangent) {
+        at(High{}, dots, i) = b.dot;
+        words(total_dot)[i] = merge(a.dot, b.dot);
+      }
+    } else {
+      total[i] = a.value;
+      if (tangent) total_dot[i] = a.dot;
+    }
+  }
+  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
+    const Dual a = row.result(Single{}, i);
+    store(total + i, a.value);
     if (tangent) {
-      const float n_dot = rstd * (load(x_dot[i]) - mean_dot - n * share);
-      store(y_dot + i, n_dot * factor + n * load(scale_dot[i]) + load(shift_dot[i]));
+      at(Single{}, dots, i) = a.dot;
+      store(total_dot + i, a.dot);
     }
   }
 }
@@ -90,40 +201,29 @@ struct NormPass {
 template <class T, bool gated, bool tangent>
 MFMJT_BODY void norm_pass(const NormPass<T>* pass, float* scratch, int64_t begin, int64_t end) {
   // The sum's tangent goes into the norm as it was computed, not as it was stored.
-  using Dot = std::conditional_t<gated, float, T>;
+  using Dot = std::conditional_t<gated, Scratch, const T*>;
   const int64_t width = pass->width;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / pass->tokens, t = row % pass->tokens, at = row * width;
     NormRow<T, Dot> r{};
     r.x = pass->x.at(b, t);
-    if (gated) {
-      const T *x = r.x, *h = pass->h.at(b, t), *gate = pass->gate.at(b, t);
-      T* total = pass->total + at;
+    const Scratch dots{scratch, width / 2};
+    if constexpr (gated) {
+      SumAt<tangent, T> sum{r.x, pass->h.at(b, t), pass->gate.at(b, t), nullptr, nullptr, nullptr};
       if (tangent) {
-        const T *x_dot = pass->x_dot.at(b, t), *h_dot = pass->h_dot.at(b, t);
-        const T* gate_dot = pass->gate_dot.at(b, t);
-        T* total_dot = pass->total_dot + at;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-          const float g = load(gate[i]), a = load(h[i]);
-          store(total + i, load(x[i]) + g * a);
-          const float dot = load(x_dot[i]) + load(gate_dot[i]) * a + g * load(h_dot[i]);
-          store(total_dot + i, dot);
-          scratch[i] = dot;
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-          store(total + i, load(x[i]) + load(gate[i]) * load(h[i]));
-        }
+        sum.x_dot = pass->x_dot.at(b, t);
+        sum.h_dot = pass->h_dot.at(b, t);
+        sum.gate_dot = pass->gate_dot.at(b, t);
       }
+      T* total = pass->total + at;
+      sum_row(sum, total, tangent ? pass->total_dot + at : nullptr, dots, width);
       r.x = total;
     }
     r.shift = pass->shift.at(b, t);
     r.scale = pass->scale.at(b, t);
     if (tangent) {
       if constexpr (gated) {
-        r.x_dot = scratch;
+        r.x_dot = dots;
       } else {
         r.x_dot = pass->x_dot.at(b, t);
       }

@@ -70,7 +70,7 @@ def vocoder(batch, channels, samples):
 
 
 # Whole vectors of every width, an odd width, one token, more than one chunk of a sum over tokens.
-SIZES = [(2, 3, 32), (1, 1, 7), (2, 70, 21), (1, 130, 2)]
+SIZES = [(2, 3, 32), (1, 1, 7), (2, 70, 21), (1, 2, 133), (1, 130, 2)]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -115,6 +115,27 @@ def test_qk_norm_rope(way, size, rotate, dtype):
 def test_swiglu(way, moving, layout, dtype):
     values = {"gate": layout(5 * randn(3, 5, 37)), "up": layout(randn(3, 5, 37))}
     oracle.check_op(kernels.swiglu, reference_of("swiglu"), values, moving, dtype, terms=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("far", [87.0, 88.2, 89.0, 104.0, 1e30, torch.inf, torch.nan])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_swiglu_far_from_zero(way, sign, far, dtype):
+    """Where the exponential ends: whole vectors and what is left over, and NaN stays NaN."""
+    gate = torch.full((67,), sign * far).to(dtype)
+    ones = torch.ones_like(gate)
+    y, y_dot = torch.func.jvp(kernels.swiglu, (gate, ones), (ones, ones))
+    wide = gate.double(), ones.double()
+    truth, truth_dot = torch.func.jvp(reference_of("swiglu"), wide, (wide[1], wide[1]))
+    if not gate.isfinite().all():
+        assert torch.equal(y.isnan(), truth.isnan())
+        assert y.isnan().all() or torch.equal(y.double(), truth)
+        return
+    # A sigmoid below the smallest normal number may be zero
+    lost = min(far, 104.0) * torch.finfo(torch.float32).tiny
+    for result, expected in ((y, truth), (y_dot, truth_dot)):
+        limit = oracle.allowance(expected, dtype, terms=1) + lost
+        assert oracle.error(result, expected) <= limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
