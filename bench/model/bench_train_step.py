@@ -20,9 +20,9 @@ CPU; on a GPU, in bfloat16 by autocast, time between events, with the allocator'
 x flow is the median over turns. `of GEMM` is a provider's counted FLOPs a second over what a large
 matrix product reaches in the same run.
 
-A CPU has no peak here: saved bytes stand for it. A small_16k step at its full length and batch 10
-takes 7 s on two cores, so that is timed at ratio 0.1 only; at 1.0 latents are 2 s long instead of
-8, and the rest is nano. What --minutes does not reach is said to be skipped.
+A CPU has no peak here: saved bytes stand for it. A small_16k step at its full length and batch 10 is
+1.8 TFLOP, many seconds of a CPU, so that is timed at ratio 0.1 only; at 1.0 latents are 2 s long
+instead of 8, and the rest is nano. What --minutes does not reach is said to be skipped.
 
 DIR/train_step.jsonl is written anew. The exit status is 1 if a bar is missed, or a provider wrong.
 Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not taken for work.
