@@ -20,7 +20,7 @@ CPU; on a GPU, in bfloat16 by autocast, time between events, with the allocator'
 x flow is the median over turns. `of GEMM` is a provider's counted FLOPs a second over what a large
 matrix product reaches in the same run.
 
-A CPU has no peak here: saved bytes stand for it. A small_16k step at its full length and batch 10 is
+A CPU has no peak here: saved bytes stand for it. A small_16k step at full length and batch 10 is
 1.8 TFLOP, many seconds of a CPU, so that is timed at ratio 0.1 only; at 1.0 latents are 2 s long
 instead of 8, and the rest is nano. What --minutes does not reach is said to be skipped.
 
