@@ -20,6 +20,7 @@ __all__ = [
     "heads",
     "norm",
     "norm_chunk",
+    "norm_registers",
     "snake",
     "sum_of_rows",
     "sums",
@@ -152,6 +153,15 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
     block_cols = min(cols, team * lanes * 16 // element_size)
     rows = min(power_of_2(tokens), max(1, teams * team * 16 * lanes // cols))
     return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
+
+
+def norm_registers() -> dict[str, int]:
+    """Most registers of a thread in those kernels, as an option of their launch.
+
+    More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
+    spills 8 bytes here and there.
+    """
+    return {"maxnreg": 168} if target()[0] == "cuda" else {}
 
 
 def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:

@@ -22,9 +22,10 @@ def _cached(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
     """`make()`, remembered by `key`; for small constant tables.
 
     A table made while compiling, under a functorch transform or as a fake tensor must not outlive
-    that moment, so it is not kept. One made under inference mode could not be saved for backward.
+    that moment, so it is not kept; nor may a mode that makes fake tensors meet a real one. One made
+    under inference mode could not be saved for backward.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return make()
     table = _cache.get(key)
     if table is None:

@@ -295,3 +295,17 @@ def test_default_lengths_follow_the_frame_rates():
 def test_bad_configurations_are_named(name, overrides, message):
     with pytest.raises(InputError, match=message):
         MFMJT.from_config(name, **overrides)
+
+
+def test_tables_of_real_and_of_fake_tensors_do_not_meet():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    def run():
+        net = MFMJT.from_config("nano", hidden_dim=16, num_heads=1, depth=2, fused_depth=1)
+        zero = torch.zeros(1)
+        return net(torch.zeros(1, 20, net.config.latent_dim), zero, zero)
+
+    run()
+    with FakeTensorMode():
+        assert isinstance(run(), FakeTensor)
+    assert not isinstance(run(), FakeTensor)
