@@ -161,7 +161,7 @@ def norm_registers() -> dict[str, int]:
     More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
     spills 8 bytes here and there.
     """
-    return {"maxnreg": 168} if target()[0] == "cuda" else {}
+    return {"maxnreg": 208} if target()[0] == "cuda" else {}
 
 
 def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:
