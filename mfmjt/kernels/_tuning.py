@@ -20,7 +20,7 @@ __all__ = [
     "heads",
     "norm",
     "norm_chunk",
-    "norm_registers",
+    "registers",
     "snake",
     "sum_of_rows",
     "sums",
@@ -155,8 +155,8 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
     return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
 
 
-def norm_registers() -> dict[str, int]:
-    """Most registers of a thread in those kernels, as an option of their launch.
+def registers() -> dict[str, int]:
+    """Most registers of a thread in kernels that hold rows, as an option of their launch.
 
     More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
     spills 8 bytes here and there.
