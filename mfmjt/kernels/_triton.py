@@ -9,6 +9,7 @@ do not run (`python -m bench.aot`).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -61,6 +62,11 @@ def target() -> tuple[str, Any]:
     """What kernels are compiled for: ("cuda", 90) for sm_90, ("hip", "gfx942")."""
     if INTERPRETED:
         return "cuda", 90
+    return _target_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache  # asked at every launch, and the driver asks the device anew each time
+def _target_of(device: Any) -> tuple[str, Any]:
     found = triton.runtime.driver.active.get_current_target()
     return found.backend, found.arch
 
