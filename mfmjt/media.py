@@ -60,6 +60,7 @@ _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _MAX_PIXELS = 8192 * 8192
 _MAX_JUMP = 10  # seconds of time stamps beyond the stated end: more is damage
 _BLOCK = 1  # seconds
+_OPENING = {"protocol_whitelist": "file"}  # no file makes FFmpeg open an address
 _DECODER_THREADS = 4  # each holds a frame: enough for 4K in real time, small in memory
 
 
@@ -146,6 +147,7 @@ class VideoStream:
         fit: One function for each rate, called with each picked picture (rotated as shown) in full
             size, whose results are what the lists hold; they may be tensors on a device.
         pick: Which picture stands for a time.
+        formats: Only these containers may be opened, FFmpeg's names with commas; None for all.
 
     Attributes:
         declared: Seconds that the file states, None where it does not, once iteration has begun.
@@ -168,11 +170,12 @@ class VideoStream:
         limit: float | None = None,
         fit: Sequence[Fit] | None = None,
         pick: Pick = "shown",
+        formats: str | None = None,
     ) -> None:
         if pick not in get_args(Pick):
             raise InputError(f"No pick {pick!r}: choose one of {', '.join(get_args(Pick))}.")
         self.path = Path(path)
-        self._asked, self._limit = duration, limit
+        self._asked, self._limit, self._formats = duration, limit, formats
         sizes = [size] * len(rates) if isinstance(size, int) else list(size)
         fits = [None] * len(rates) if fit is None else list(fit)
         self._samplers = [
@@ -188,7 +191,7 @@ class VideoStream:
         path, asked, limit = self.path, self._asked, self._limit
         samplers = self._samplers
         counts = [] if asked is None else [_frame_count(asked, s.rate) for s in samplers]
-        with _open_video(path) as (container, stream):
+        with _open_video(path, self._formats) as (container, stream):
             declared = _declared_duration(container, stream)
             self.declared = None if declared is None else float(declared)
             if asked is None and limit is not None and declared is not None and declared > limit:
@@ -237,6 +240,7 @@ def mux(
     waveform: np.ndarray,
     sample_rate: int,
     out_path: str | os.PathLike[str],
+    formats: str | None = None,
 ) -> None:
     """Write the video with this sound; its pictures are copied packet by packet, unchanged.
 
@@ -248,6 +252,7 @@ def mux(
         waveform: Float samples `(channels, samples)` in [-1, 1], one or two channels.
         sample_rate: Of the waveform, in Hz.
         out_path: Where to write; the suffix chooses the container (`VIDEO_SUFFIXES`).
+        formats: As for `VideoStream`, of the input.
 
     Raises:
         InputError: The input is no video, the suffix is not known, the container cannot hold the
@@ -264,7 +269,8 @@ def mux(
     if sample_rate not in (codec.audio_rates or [sample_rate]):
         samples = soxr.resample(samples.T, sample_rate, 48_000).T
         sample_rate = 48_000
-    with _open_video(video_path) as (source, stream), atomic_path(out_path) as temporary:
+    opened = _open_video(video_path, formats)
+    with opened as (source, stream), atomic_path(out_path) as temporary:
         options = _CONTAINER_OPTIONS.get(container_name, {})
         try:
             with av.open(str(temporary), "w", format=container_name, options=options) as target:
@@ -552,14 +558,15 @@ def _packets_until(source: Any, stream: Any, end: Fraction) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+def _open_video(path: Path, formats: str | None = None) -> Iterator[tuple[Any, Any]]:
     if not path.exists():
         raise InputError(f"There is no file {path}. Check the name.")
     if path.is_dir():
         raise InputError(f"{path} is a folder. Give a video file.")
+    options = {} if formats is None else {"format_whitelist": formats}
     try:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol.
-        container = av.open(f"file:{path}", metadata_errors="ignore")
+        container = av.open(f"file:{path}", metadata_errors="ignore", options=_OPENING | options)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be opened as a video: {_reason(error)}. "

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
+    "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
 TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train")

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from mfmjt.encoders import MMAudioEncoders, NanoEncoders
 from mfmjt.encoders.mmaudio import FRAMES_AT_ONCE
-from mfmjt.media import VideoStream
+from mfmjt.errors import InputError
+from mfmjt.media import Video, VideoStream
 from mfmjt.model import ModelConfig
 from mfmjt.model.config import SYNC_SEGMENT
 from mfmjt.pipeline.ahead import ahead
@@ -53,7 +55,7 @@ class VideoFeatures:
     """The windows of a video and their features.
 
     Args:
-        path: The video.
+        path: The video, or its pictures as they were read before.
         duration: Seconds of it from the start; None for all.
         limit: Refuse a video longer than so many seconds when `duration` is None.
         length: Seconds of a window.
@@ -69,7 +71,7 @@ class VideoFeatures:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Video,
         duration: float | None,
         limit: float,
         length: int,
@@ -125,20 +127,24 @@ class _Frames:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Video,
         duration: float | None,
         limit: float,
         encoders: Encoders,
         device: torch.device,
     ) -> None:
         self.rates = encoders.video_fps, encoders.sync_fps
+        self._stream: VideoStream | _Held
         wanted: dict[str, Any]
         if isinstance(encoders, MMAudioEncoders):
             fits = encoders.fit_frames, encoders.fit_sync
             wanted = {"fit": [_on(device, fit) for fit in fits], "pick": "next"}
         else:
             wanted = {"size": encoders.frame_size}
-        self._stream = VideoStream(path, self.rates, duration=duration, limit=limit, **wanted)
+        if isinstance(path, Video):
+            self._stream = _Held(path, duration, self.rates)
+        else:
+            self._stream = VideoStream(path, self.rates, duration=duration, limit=limit, **wanted)
         self._encoders, self._device = encoders, device
         self._singly = isinstance(encoders, MMAudioEncoders)
         self._waiting: list[Tensor] = []  # pictures that will be encoded singly
@@ -214,6 +220,28 @@ class _Frames:
         if self._waiting:
             pictures, self._waiting = torch.cat(self._waiting), []
             self._kept[0].append(self._encoders.encode_frames(pictures[None])[0])
+
+
+class _Held:
+    """Pictures that were read before, as a stream of one block."""
+
+    def __init__(self, video: Video, duration: float | None, rates: tuple[int, int]) -> None:
+        end = video.duration if duration is None else duration
+        counts = [max(1, round(Fraction(end) * rate)) for rate in rates]
+        found = [len(frames) for frames in video.frames]
+        if len(found) != len(rates) or any(n > m for n, m in zip(counts, found, strict=True)):
+            raise InputError(
+                f"The video was read as {found} pictures: {end:g} s at the rates of the encoders, "
+                f"{rates}, are {counts}. Read it at these rates, or ask for less of it."
+            )
+        self._pieces = tuple(
+            [frames[:count]] for frames, count in zip(video.frames, counts, strict=True)
+        )
+        self.declared = self.duration = end
+        self.notes = video.notes
+
+    def __iter__(self) -> Iterator[tuple[list[Any], ...]]:
+        yield self._pieces
 
 
 def _on(device: torch.device, fit: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:

@@ -24,6 +24,7 @@ from mfmjt.encoders.mmaudio import ENCODER_FILES
 from mfmjt.errors import InputError, RunError
 from mfmjt.meanflow import sample
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode
+from mfmjt.media import Video
 from mfmjt.model import MFMJT, load_mmaudio
 from mfmjt.model.checkpoint import NETWORK_FILES
 from mfmjt.model.conditioning import Conditions
@@ -221,7 +222,7 @@ class Pipeline:
     @torch.inference_mode()
     def __call__(
         self,
-        video: str | os.PathLike[str] | None = None,
+        video: str | os.PathLike[str] | Video | None = None,
         prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -235,7 +236,8 @@ class Pipeline:
         """Make sound for a video, a prompt, or both, of any duration.
 
         Args:
-            video: A file that PyAV can read.
+            video: A file that PyAV can read, or what `mfmjt.media.read_video` made of one at the
+                rates and in the size of `encoders`.
             prompt: What is to be heard, in words.
             steps: Evaluations of the network; by default 1, or 25 for one of flow matching.
             guidance: Strength of guidance; 1 follows the conditions as they are. By default 1.5,
@@ -248,7 +250,7 @@ class Pipeline:
             count: Number of different sounds to make, all at once.
             progress: Called as (stage, fraction done) at the beginning and end of each stage and
                 after each step; where there are several windows, after each step of them.
-            cache: Folder in which the video's features are kept, and looked for next time.
+            cache: Folder in which a video file's features are kept, and looked for next time.
 
         Returns:
             An `Audio`, or a list of `count` of them if `count` is above 1.
@@ -340,12 +342,12 @@ class Pipeline:
 
     def _video(
         self,
-        video: str | os.PathLike[str],
+        video: str | os.PathLike[str] | Video,
         duration: float | None,
         cache: str | os.PathLike[str] | None,
     ) -> VideoFeatures:
         cached = None
-        if cache is not None:
+        if cache is not None and not isinstance(video, Video):
             self._identity = self._identity or identity(self.encoders)
             asked = (duration, self.window, self.encoders.frame_size)
             cached = entry(cache, video, self._identity, asked)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -420,3 +421,27 @@ def test_an_interrupt_while_writing_leaves_nothing(
         mux(source, tone(), RATE, tmp_path / "out.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
     assert (tmp_path / "out.mp4").read_bytes() == b"an earlier result"
+
+
+def test_only_the_containers_that_are_named_are_opened(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mkv")
+    assert len(list(VideoStream(clip, formats="mov,mp4,matroska,webm"))) > 1
+    for formats in ("mov,mp4", "avi"):
+        with pytest.raises(InputError, match="cannot be opened"):
+            list(VideoStream(clip, formats=formats))
+        with pytest.raises(InputError, match="cannot be opened"):
+            mux(clip, tone(), RATE, tmp_path / "out.mkv", formats=formats)
+
+
+def test_no_file_makes_the_reader_open_an_address(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        playlist = tmp_path / "list.m3u8"
+        playlist.write_text(
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:{port}/a.ts\n"
+        )
+        with pytest.raises(InputError):
+            read_video(playlist)
+        with pytest.raises(TimeoutError):
+            server.accept()

@@ -12,6 +12,7 @@ import torch
 
 import mfmjt
 from mfmjt.errors import InputError
+from mfmjt.media import read_video
 from mfmjt.pipeline import MAX_DURATION, STAGES, Audio, Pipeline
 from tests.clips import packets, write_video
 from tests.model_folder import write_model
@@ -185,6 +186,20 @@ def test_what_cannot_be_asked(pipe: Pipeline, arguments: dict[str, object], says
 
 
 # --- loading -----------------------------------------------------------------------------------
+
+
+def test_pictures_that_were_read_before_sound_as_their_file(
+    pipe: Pipeline, clip: Path, tmp_path: Path
+) -> None:
+    rates = pipe.encoders.video_fps, pipe.encoders.sync_fps
+    held = read_video(clip, rates, pipe.encoders.frame_size)
+    for duration in (None, 0.7):
+        made = one(pipe(held, duration=duration, cache=tmp_path / "cache")).waveform
+        assert torch.equal(made, one(pipe(clip, duration=duration)).waveform)
+    with pytest.raises(InputError, match="was read as"):
+        pipe(held, duration=5.0)
+    with pytest.raises(InputError, match="was read as"):
+        pipe(read_video(clip, rates[:1], 8))
 
 
 def test_public_names(model_folder: Path) -> None:
