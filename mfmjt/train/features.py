@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfmjt.data import foley
@@ -41,10 +39,12 @@ from mfmjt.train.config import FeatureExtraction
 from mfmjt.train.distributed import rank_and_world, share
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
+from mfmjt.train.shards import Shard, write_shard
 
-__all__ = ["extract", "extract_all", "video_frames"]
+__all__ = ["FORMAT", "INDEX", "extract", "extract_all", "latent_statistics", "video_frames"]
 
 FORMAT = "mfmjt-features-1"
+INDEX = "index.json"
 SHARD_CLIPS = 64
 ENCODE_CLIPS = 8
 
@@ -119,12 +119,12 @@ def extract_all(config: FeatureExtraction) -> Path:
     return Path(config.out)
 
 
-Shard = tuple[Path, int, int]
+Job = tuple[Path, int, int]
 _models: tuple[nn.Module, nn.Module]
 
 
 def _work(
-    shards: Sequence[Shard],
+    shards: Sequence[Job],
     source: dict[str, Any],
     encoders: nn.Module,
     codec: nn.Module,
@@ -169,12 +169,12 @@ def _start_worker(encoders: nn.Module, codec: nn.Module, parent: int) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _in_worker(shard: Shard, source: dict[str, Any]) -> int:
+def _in_worker(shard: Job, source: dict[str, Any]) -> int:
     return _make_shard(shard, source, *_models)
 
 
 @torch.inference_mode()
-def _make_shard(shard: Shard, source: dict[str, Any], encoders: Any, codec: Any) -> int:
+def _make_shard(shard: Job, source: dict[str, Any], encoders: Any, codec: Any) -> int:
     """Render and encode the clips of one shard and write it; return their number."""
     path, start, count = shard
     parts: list[dict[str, Tensor]] = []
@@ -201,27 +201,21 @@ def _make_shard(shard: Shard, source: dict[str, Any], encoders: Any, codec: Any)
         )
     tensors = {key: torch.cat([part[key] for part in parts]).half() for key in parts[0]}
     header = {"format": FORMAT, "source": json.dumps(source), "clips": json.dumps(about)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    write_shard(path, tensors, header)
     return count
 
 
-def _header(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def _is_done(shard: Shard, source: dict[str, Any]) -> bool:
+def _is_done(shard: Job, source: dict[str, Any]) -> bool:
     """Whether the shard is there, whole; raise if it was made by something else."""
     path, _, count = shard
     if not path.exists():
         return False
     try:
-        header = _header(path)
+        header = Shard(path).metadata
         same = header["format"] == FORMAT and json.loads(header["source"]) == source
         if same:
             return len(json.loads(header["clips"])) == count
-    except (SafetensorError, KeyError, json.JSONDecodeError):
+    except (InputError, KeyError, json.JSONDecodeError):
         pass  # a foreign or damaged file is not ours to overwrite
     raise InputError(
         f"{path.parent} holds features of other weights or another seed. "
@@ -231,30 +225,35 @@ def _is_done(shard: Shard, source: dict[str, Any]) -> bool:
 
 def _write_index(folder: Path, shards: Sequence[Path], source: dict[str, Any]) -> None:
     """Collect the clips' descriptions and the statistics of their sampled latents."""
-    about: list[dict[str, Any]] = []
-    total = square = torch.zeros(())
-    tokens = 0
-    for path in shards:
-        about += json.loads(_header(path)["clips"])
-        with safe_open(path, framework="pt") as file:
-            mean = file.get_tensor("mean").double().flatten(0, 1)
-            variance = file.get_tensor("logvar").double().flatten(0, 1).exp()
-        total = total + mean.sum(0)
-        square = square + (mean.square() + variance).sum(0)
-        tokens += mean.shape[0]
-    center = total / tokens
+    files = [Shard(path) for path in shards]
+    about = [clip for file in files for clip in json.loads(file.metadata["clips"])]
+    mean, std = latent_statistics(files)
     index = {
         "format": FORMAT,
         "source": source,
         "shards": [path.name for path in shards],
-        "latent_mean": center.tolist(),
-        "latent_std": (square / tokens - center.square()).sqrt().tolist(),
+        "latent_mean": mean,
+        "latent_std": std,
         "captions": [clip["caption"] for clip in about],
         "labels": [clip["label"] for clip in about],
         "events": [clip["events"] for clip in about],
     }
-    with atomic_path(folder / "index.json") as temporary:
+    with atomic_path(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(index))
+
+
+def latent_statistics(shards: Sequence[Shard]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation (C,) of the latents in shards, as they will be sampled."""
+    total = square = torch.zeros(())
+    tokens = 0
+    for shard in shards:
+        mean = shard.tensors["mean"].double().flatten(0, 1)
+        variance = shard.tensors["logvar"].double().flatten(0, 1).exp()
+        total = total + mean.sum(0)
+        square = square + (mean.square() + variance).sum(0)
+        tokens += mean.shape[0]
+    center = total / tokens
+    return center.tolist(), (square / tokens - center.square()).sqrt().tolist()
 
 
 def _fingerprint(*modules: nn.Module) -> str:

@@ -1,85 +1,123 @@
-"""Features in memory, and aligned random windows of them.
+"""Features on disk as batches: mapped, of any size, from one store or several, in random order.
 
 The three streams have different rates: 250 latents, 64 video frames and 200 sync frames in 8 s.
 A window begins where a latent, a sync frame and one of the sync encoder's segments of 8 frames
 begin together, every 10 latents (0.32 s); its video frames are the nearest.
+
+Of several stores, such as one of videos and one of sounds with captions, each row of a batch comes
+from one, chosen by weight. What a clip lacks is zero, and its mask tells the network to take its
+null tokens there.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.train.shards import Shard, will_need
 
 __all__ = ["FeatureStore"]
 
 SYNC_SEGMENT = 8
+_STREAMS = ("mean", "logvar", "video", "sync")
+_Asked = tuple[bytes, bytes, int | None]
 
 
 class FeatureStore:
-    """One split of a feature store.
+    """One split of one feature store, or of several.
 
     Args:
-        folder: Folder of the store, as given to `mfmjt.train.features.extract`.
+        folder: Folder of the store, as given to `mfmjt.train.features.extract` or to
+            `mfmjt extract`; or several, each with its weight: the share of a batch's rows that come
+            from it is its weight over the sum of all.
         split: Name of the split.
-        device: Where the features are kept; batches come out there.
+        device: Where batches are wanted.
 
     Attributes:
-        captions, labels, events: What is known of each clip, in order.
-        latent_mean, latent_std: Statistics (C,) of this split's sampled latents, fp32. Training
-            normalises every split by those of `train`: set `latent_mean` and `latent_std`.
+        folder: Of the split; of several stores, the first one's.
+        captions: Of each clip, in order; empty where a clip has none.
+        labels, events: What else is known of clips of the procedural set.
+        latent_mean, latent_std: Statistics (C,) of this split's sampled latents, fp32; of several
+            stores, the first one's. Training normalises every split by those of `train`: set
+            `latent_mean` and `latent_std`.
+        latent_length: Latents of a whole clip.
+        has_text: Whether the text features are there: in the store, or after `encode_text`.
+        null_text: Features (L, D) of the empty text where the store has them, else None.
 
     Raises:
-        InputError: The folder holds no finished store.
+        InputError: A folder holds no finished store, or the stores do not fit together.
     """
 
     def __init__(
-        self, folder: str | Path, split: str = "train", device: torch.device | str = "cpu"
+        self,
+        folder: str | Path | Sequence[tuple[str | Path, float]],
+        split: str = "train",
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.folder = Path(folder) / split
+        given = [(folder, 1.0)] if isinstance(folder, str | Path) else list(folder)
+        self.folder = Path(given[0][0]) / split
         self.device = torch.device(device)
-        try:
-            index = json.loads((self.folder / "index.json").read_text())
-            self.captions: list[str] = index["captions"]
-            self.labels: list[int] = index["labels"]
-            self.events: list[list[float]] = index["events"]
-            self.latent_mean = torch.tensor(index["latent_mean"], device=self.device)
-            self.latent_std = torch.tensor(index["latent_std"], device=self.device)
-            self._features = self._load(index["shards"])
-        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        parts = [_Part(Path(path) / split) for path, _ in given]
+        self.captions = [caption for part in parts for caption in part.captions]
+        self.labels = [label for part in parts for label in part.labels]
+        self.events = [events for part in parts for events in part.events]
+        statistics = torch.tensor(parts[0].statistics, device=self.device)
+        self.latent_mean, self.latent_std = statistics
+        self._sizes = [len(part.captions) for part in parts]
+        self._streams = {key: _Stream([p.tensors[key] for p in parts]) for key in _STREAMS}
+        self._text: _Stream | None = None
+        self._text_row: NDArray[np.int64] = np.empty(0, np.int64)
+        self.null_text: Tensor | None = None
+        if all(part.texts for part in parts):
+            self._text = _Stream([[shard.tensors["text"] for shard in p.texts] for p in parts])
+            starts = np.cumsum([0] + [sum(len(t) for t in texts) for texts in self._text.parts])
+            self._text_row = np.concatenate(
+                [start + part.text_row for start, part in zip(starts[:-1], parts, strict=True)]
+            )
+            self.null_text = parts[0].texts[0].tensors["text"][0].float()
+        elif any(part.texts for part in parts):
             raise InputError(
-                f"Cannot read features from {self.folder}: {error}. "
-                "Make them with the stage `features`, or give another store=."
-            ) from error
-        self._text = torch.empty(0)
-        self._text_row = torch.empty(0, dtype=torch.long)
-        length = self._features["mean"].shape[1]
-        self.latent_length = length
-        self.grid = SYNC_SEGMENT * length // self._features["sync"].shape[1]
+                f"Of the stores {', '.join(str(p.folder) for p in parts)} some have features of "
+                "text and others have not. Extract all of them with the same encoders."
+            )
+        heard = np.array([bool(caption) for caption in self.captions])
+        seen = np.repeat([not p.tensors["video"][0].is_meta for p in parts], self._sizes)
+        self._masks = {"video_mask": seen, "text_mask": heard}
+        self.latent_length = self._streams["mean"].shape[0]
+        self.grid = self._grid()
+        weights = np.array([weight for _, weight in given], np.float64)
+        if not (weights > 0).all() or not np.isfinite(weights).all():
+            raise InputError(f"Stores with weights {weights.tolist()}: give positive numbers.")
+        self._upto = torch.tensor(np.cumsum(weights / weights.sum())[:-1], device=self.device)
+        self._first = torch.tensor(np.cumsum([0, *self._sizes])[:-1], device=self.device)
+        self._count = torch.tensor(self._sizes, device=self.device)
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: dict[_Asked, Future[dict[str, Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def _load(self, shards: Sequence[str]) -> dict[str, Tensor]:
-        features: dict[str, Tensor] = {}
-        row = 0
-        for name in shards:
-            with safe_open(self.folder / name, framework="pt") as file:
-                for key in ("mean", "logvar", "video", "sync"):
-                    part = file.get_tensor(key)
-                    if key not in features:
-                        shape = (len(self.captions), *part.shape[1:])
-                        features[key] = torch.empty(shape, dtype=part.dtype, device=self.device)
-                    features[key][row : row + part.shape[0]] = part
-            row += part.shape[0]
-        return features
+    @property
+    def has_text(self) -> bool:
+        """Whether rows come with `text`."""
+        return self._text is not None
+
+    def _grid(self) -> int | None:
+        """Latents from one place where a window may begin to the next; None where none may."""
+        sync = self._streams["sync"].shape[0]
+        if not self._masks["video_mask"].any():
+            return 1
+        grid, rest = divmod(SYNC_SEGMENT * self.latent_length, sync)
+        return None if rest else grid
 
     @torch.no_grad()
     def encode_text(self, encoders: Any, batch: int = 256) -> None:
@@ -89,13 +127,13 @@ class FeatureStore:
         parts = [
             encoders.encode_text(unique[i : i + batch]).half() for i in range(0, len(unique), batch)
         ]
-        self._text = torch.cat(parts).to(self.device)
-        self._text_row = torch.tensor([row[c] for c in self.captions], device=self.device)
+        self._text = _Stream([[torch.cat(parts).cpu()]])
+        self._text_row = np.array([row[caption] for caption in self.captions])
 
-    def draw(
+    def choose(
         self, batch: int, window: int | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Draw `batch` random clips, whole or a random window of each, to be given to `rows`.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw `batch` random clips, whole or a random window of each.
 
         Args:
             batch: Number of rows; clips are drawn with replacement.
@@ -103,19 +141,57 @@ class FeatureStore:
             generator: Decides everything, so that equal states give equal batches.
 
         Returns:
+            Clips (B,), and first latents (B,) or None.
+
+        Raises:
+            InputError: These features can only be taken whole.
+        """
+        if len(self._sizes) == 1:
+            clips = torch.randint(len(self), (batch,), generator=generator, device=self.device)
+        else:
+            where, which = torch.rand(
+                2, batch, generator=generator, device=self.device, dtype=torch.float64
+            )
+            source = torch.bucketize(where, self._upto, right=True)
+            size = self._count[source]
+            clips = self._first[source] + (which * size).long().clamp_(max=size - 1)
+        if window is None or window >= self.latent_length:
+            return clips, None
+        if self.grid is None:
+            raise InputError(
+                f"window={window}: these features overlap, and clips can only be taken whole. "
+                f"Give a window of {self.latent_length} or more."
+            )
+        places = (self.latent_length - window) // self.grid + 1
+        starts = torch.randint(places, (batch,), generator=generator, device=self.device)
+        return clips, self.grid * starts
+
+    def draw(
+        self, batch: int, window: int | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Draw clips, windows and noise, to be given to `rows`; see `choose`.
+
+        Returns:
             Clips (B,), first latents (B,) or None, and the latents' noise (B, N, C).
         """
-        clips = torch.randint(len(self), (batch,), generator=generator, device=self.device)
-        starts, length = None, self.latent_length
-        if window is not None and window < self.latent_length:
-            length = window
-            places = (self.latent_length - window) // self.grid + 1
-            starts = self.grid * torch.randint(
-                places, (batch,), generator=generator, device=self.device
-            )
-        channels = self._features["mean"].shape[2]
+        clips, starts = self.choose(batch, window, generator)
+        length = self.latent_length if starts is None or window is None else window
+        channels = self._streams["mean"].shape[1]
         noise = torch.randn(batch, length, channels, generator=generator, device=self.device)
         return clips, starts, noise
+
+    def prefetch(self, clips: Tensor, starts: Tensor | None, window: int | None) -> None:
+        """Read in a thread what `rows` will be asked for: the same clips, starts and window.
+
+        Rows that were not foretold are read when they are asked for.
+        """
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "mfmjt-store")
+        window = None if starts is None else window
+        which, first = _numpy(clips), None if starts is None else _numpy(starts)
+        self._ahead[_asked(which, first, window)] = self._reader.submit(
+            self._read, which, first, window
+        )
 
     def rows(
         self,
@@ -132,30 +208,149 @@ class FeatureStore:
             noise: Of the latents (B, N, C), N the length of the windows; None takes their means.
 
         Returns:
-            fp32 `latent` (B, N, C), normalised, `video` (B, V, Dv), `sync` (B, S, Ds), and `text`
-            (B, L, Dt) after `encode_text`.
+            fp32 `latent` (B, N, C), normalised, `video` (B, V, Dv) and `sync` (B, S, Ds) unless no
+            store has them, `text` (B, L, Dt) where `has_text`; and where some clips lack video or
+            text, `video_mask` or `text_mask` (B,) bool, False for those.
         """
-        window = None if noise is None else noise.shape[1]
-        mean, logvar = (self._cut(key, clips, starts, window) for key in ("mean", "logvar"))
+        window = None if noise is None or starts is None else noise.shape[1]
+        which, first = _numpy(clips), None if starts is None else _numpy(starts)
+        found = self._ahead.pop(_asked(which, first, window), None)
+        if found is None:
+            self._ahead.clear()  # foretold for nothing
+            read = self._read(which, first, window)
+        else:
+            read = found.result()
+        features = {key: self._moved(value) for key, value in read.items()}
+        mean, logvar = features.pop("mean"), features.pop("logvar")
         if noise is not None:
             mean = torch.addcmul(mean, logvar.mul_(0.5).exp_(), noise)
-        features = {
-            "latent": mean.sub_(self.latent_mean).div_(self.latent_std),
-            "video": self._cut("video", clips, starts, window),
-            "sync": self._cut("sync", clips, starts, window),
-        }
-        if len(self._text_row):
-            features["text"] = self._text[self._text_row[clips]].float()
+        return {"latent": mean.sub_(self.latent_mean).div_(self.latent_std), **features}
+
+    def _moved(self, value: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return value
+        # In the stored precision through the bus, in float32 behind it.
+        moved = value.to(self.device, non_blocking=True)
+        return moved.float() if moved.is_floating_point() else moved
+
+    def _read(
+        self, clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
+    ) -> dict[str, Tensor]:
+        """Rows of all streams on the CPU."""
+        wanted = []
+        for key, stream in self._streams.items():
+            if stream.known:
+                wanted.append((key, stream, clips, *self._cut(stream.shape[0], starts, window)))
+        if self._text is not None:
+            wanted.append(("text", self._text, self._text_row[clips], None, None))
+        pieces = {key: stream.find(*where) for key, stream, *where in wanted}
+        will_need(*(p for found in pieces.values() for p in found if not p.is_meta))
+        features = {key: self._copied(found) for key, found in pieces.items()}
+        for key, mask in self._masks.items():
+            if mask.any() and not mask.all():
+                features[key] = torch.from_numpy(mask[clips])
         return features
 
-    def _cut(self, key: str, clips: Tensor, starts: Tensor | None, window: int | None) -> Tensor:
-        """Return rows `clips` of a stream between the same times as latents `starts`."""
-        stream = self._features[key]
+    def _copied(self, pieces: list[Tensor]) -> Tensor:
+        gpu = self.device.type == "cuda"
+        dtype = pieces[0].dtype if gpu else torch.float32
+        batch = torch.empty(len(pieces), *pieces[0].shape, dtype=dtype, pin_memory=gpu)
+        for row, piece in zip(batch.unbind(0), pieces, strict=True):
+            if piece.is_meta:
+                row.zero_()
+            else:
+                row.copy_(piece)
+        return batch
+
+    def _cut(
+        self, length: int, starts: NDArray[np.int64] | None, window: int | None
+    ) -> tuple[NDArray[np.int64] | None, int | None]:
+        """First row and number of rows of a stream between the same times as latents `starts`."""
         if starts is None or window is None:
-            return stream[clips].float()
-        length = stream.shape[1]
+            return None, None
         rate = length / self.latent_length
         count = round(window * rate)
-        first = (starts * rate).round().long().clamp_(max=length - count)
-        places = first[:, None] + torch.arange(count, device=self.device)
-        return stream[clips[:, None], places].float()
+        first = np.rint(starts * rate).astype(np.int64)
+        return np.minimum(first, length - count), count
+
+
+class _Stream:
+    """One kind of feature over all shards of all stores; meta tensors stand for what is absent."""
+
+    def __init__(self, parts: list[list[Tensor]]) -> None:
+        self.parts = parts
+        flat = [piece for part in parts for piece in part if len(piece)]
+        present = [piece for piece in flat if not piece.is_meta]
+        self.known = bool(present)
+        kinds = {(tuple(piece.shape[1:]), piece.dtype) for piece in present}
+        if len(kinds) > 1:
+            raise InputError(
+                f"Stores or shards hold features of different kinds: {sorted(map(str, kinds))}. "
+                "Extract all with the same encoders, dtype and duration."
+            )
+        self.shape, dtype = next(iter(kinds), ((1, 1), torch.float32))
+        self._absent = torch.empty(self.shape, dtype=dtype, device="meta")
+        self._shards = flat
+        self._ends = np.cumsum([len(piece) for piece in flat])
+
+    def find(
+        self, rows: NDArray[np.int64], first: NDArray[np.int64] | None, count: int | None
+    ) -> list[Tensor]:
+        """Each row's piece of a shard, or as much of it as is wanted."""
+        shards = np.searchsorted(self._ends, rows, side="right")
+        begins = np.concatenate(([0], self._ends))[shards]
+        found = []
+        for i, (shard, row) in enumerate(zip(shards, (rows - begins).tolist(), strict=True)):
+            piece = self._shards[shard]
+            piece = self._absent if piece.is_meta else piece[row]
+            if first is not None and count is not None:
+                piece = piece[first[i] : first[i] + count]
+            found.append(piece)
+        return found
+
+
+class _Part:
+    """One split of one store, as its index describes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            self.captions: list[str] = index["captions"]
+            self.labels: list[int] = index.get("labels", [])
+            self.events: list[list[float]] = index.get("events", [])
+            self.statistics = (index["latent_mean"], index["latent_std"])
+            shards = [Shard(folder / name) for name in index["shards"]]
+            self.texts = [Shard(folder / name) for name in index.get("text_shards", [])]
+            row = {text: i for i, text in enumerate(index.get("texts", []))}
+            self.text_row = np.array([row[caption] for caption in self.captions if self.texts])
+            self.tensors = {key: [_stream(s, key) for s in shards] for key in _STREAMS}
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"Cannot read features from {folder}: {error}. Make them with the stage "
+                "`features` or with mfmjt extract, or give another store=."
+            ) from error
+        if not self.captions or sum(map(len, self.tensors["mean"])) != len(self.captions):
+            raise InputError(
+                f"Cannot read features from {folder}: the index names {len(self.captions)} clips "
+                f"and the shards hold {sum(map(len, self.tensors['mean']))}. Make the store again."
+            )
+
+
+def _stream(shard: Shard, key: str) -> Tensor:
+    """One feature of a shard's clips; sounds without pictures have no `video` and `sync`."""
+    if key in shard.tensors:
+        return shard.tensors[key]
+    if key in ("mean", "logvar"):
+        raise KeyError(f"{key} in {shard.path.name}")
+    return torch.empty(len(shard.tensors["mean"]), 1, 1, device="meta")
+
+
+def _numpy(values: Tensor) -> NDArray[np.int64]:
+    return values.cpu().numpy()
+
+
+def _asked(
+    clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
+) -> _Asked:
+    return clips.tobytes(), b"" if starts is None else starts.tobytes(), window

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mfmjt.errors import InputError
 from mfmjt.train.store import FeatureStore
@@ -95,8 +95,13 @@ def test_a_draw_is_a_function_of_the_generator(clock):
 
 def test_latents_are_sampled_and_normalised(clock):
     mean, std = 2.0, 0.5
-    clock._features["mean"].fill_(mean)
-    clock._features["logvar"].fill_(2 * torch.tensor(std).log())
+    folder = clock.folder
+    for name in ("a", "b"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        tensors["mean"].fill_(mean)
+        tensors["logvar"].fill_(2 * torch.tensor(std).log())
+        save_file(tensors, folder / f"{name}.safetensors")
+    clock = FeatureStore(folder.parent)
     clock.latent_mean, clock.latent_std = torch.full((20,), mean), torch.full((20,), std)
     latent = drawn(clock, 40, None, torch.Generator().manual_seed(0))["latent"]
     n = latent.numel()

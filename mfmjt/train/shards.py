@@ -1,0 +1,155 @@
+"""Shards: safetensors files that are mapped instead of read, with a checksum of all they hold.
+
+A mapped tensor is the file's own pages: opening a store of a terabyte costs its headers, nothing is
+copied before it is used, and what was read stays in the system's page cache for every process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mfmjt.errors import InputError, RunError
+from mfmjt.files import atomic_path
+
+__all__ = ["Shard", "will_need", "write_shard"]
+
+CHECKSUM = "sha256"
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+_PREFIX = 8  # bytes that hold the header's length
+
+
+class Shard:
+    """One file, mapped into memory.
+
+    Args:
+        path: A safetensors file.
+
+    Attributes:
+        path: The same.
+        metadata: What the file says of itself, text by name.
+        tensors: Its tensors by name; they are to be read only.
+
+    Raises:
+        InputError: There is no such file, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            header, begin, size = _header(path)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            # Private pages of our own process: nothing can be written to the file through them.
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            self.tensors: dict[str, Tensor] = {}
+            for name, entry in header.items():
+                first, end = entry["data_offsets"]
+                dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+                if (end - first) != math.prod(shape) * dtype.itemsize or begin + end > size:
+                    raise ValueError(f"{name} does not fit into the file")
+                self.tensors[name] = data[begin + first : begin + end].view(dtype).view(shape)
+        except FileNotFoundError as error:
+            raise InputError(f"The shard {path} is missing. {_AGAIN}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"The shard {path} is damaged: {reason}. {_AGAIN}") from error
+
+    def check(self) -> None:
+        """Read all of the file and compare it with its checksum.
+
+        Raises:
+            InputError: It differs, or there is none.
+        """
+        said = self.metadata.get(CHECKSUM)
+        if said is None:
+            raise InputError(f"The shard {self.path} has no checksum. {_AGAIN}")
+        if said != _checksum(self.tensors, self.metadata):
+            raise InputError(f"The shard {self.path} is damaged: its checksum differs. {_AGAIN}")
+
+
+_AGAIN = "Remove it, and the command that made the store makes it again."
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a shard, whole or not at all.
+
+    Args:
+        path: Where.
+        tensors: Contiguous, on the CPU.
+        metadata: Text by name.
+
+    Raises:
+        RunError: The disk is full, or cannot be written.
+    """
+    said = dict(metadata)
+    said[CHECKSUM] = _checksum(tensors, said)
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, said)
+        except (SafetensorError, OSError) as error:
+            raise RunError(
+                f"Cannot write {path}: {error}. Make room, and the same command goes on."
+            ) from error
+
+
+def will_need(*tensors: Tensor) -> None:
+    """Tell the system that these pieces of mapped files are wanted, so that it reads them at once.
+
+    Faults alone would fetch one after the other, a few pages at a time.
+    """
+    advice = getattr(mmap, "MADV_WILLNEED", None)
+    if advice is None:  # a system without it
+        return
+    for tensor in tensors:
+        begin = tensor.data_ptr()
+        skipped = begin % mmap.PAGESIZE
+        length = skipped + tensor.numel() * tensor.element_size()
+        # Advice that is not taken costs nothing but time.
+        _libc.madvise(ctypes.c_void_p(begin - skipped), ctypes.c_size_t(length), advice)
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begin, and the file's size, which agrees with the header's."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(_PREFIX), "little")
+        if size < _PREFIX or length > size - _PREFIX:
+            raise ValueError(f"it has {size} bytes and is cut short")
+        header = json.loads(file.read(length))
+    begin = _PREFIX + length
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if begin + max(ends, default=0) != size:
+        raise ValueError(f"it has {size} bytes of {begin + max(ends, default=0)}")
+    return header, begin, size
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    said = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
