@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow._tree import Cond, stack
+from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode, guide
 
 __all__ = ["OneStep", "sample"]
@@ -84,11 +85,18 @@ def sample(
 class OneStep:
     """One guided step of a multimodal network, both passes in one batch.
 
+    A network with a method `frozen(r, t)`, such as `mfmjt.MFMJT`, is made ready for the one
+    interval of one step at once: what does not depend on the latent is computed here. Change the
+    network's weights, and make another. On a CUDA device the step is one graph for each shape.
+
     Args:
-        net: net(z, r, t, video=, sync=, text=, video_mask=, text_mask=) -> u, such as
-            `mfmjt.MFMJT`.
+        net: net(z, r, t, video=, sync=, text=, video_mask=, text_mask=) -> u.
         guidance: Scale w; 1 needs no second pass.
         mode: See `guide`.
+        compile: False calls the network as it is, without freezing and without graphs.
+
+    Raises:
+        InputError: Unknown mode.
     """
 
     def __init__(
@@ -96,11 +104,16 @@ class OneStep:
         net: Callable[..., Tensor],
         guidance: float = 1.5,
         mode: GuidanceMode = "cfg_scaled",
+        compile: bool = True,
     ) -> None:
         check_mode(mode)
         self.net = net
         self.guidance = guidance
         self.mode: GuidanceMode = mode
+        ready = getattr(net, "frozen", None) if compile else None
+        self._step: Callable[..., Tensor] = self._sample if ready is None else ready(0.0, 1.0).step
+        if compile:
+            self._step = Captured(self._step)
 
     @torch.no_grad()
     def __call__(
@@ -109,16 +122,50 @@ class OneStep:
         video: Tensor | None = None,
         sync: Tensor | None = None,
         text: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
-        """Noise (B, N, C) to data, with the conditions of the network."""
-        features = {"video": video, "sync": sync, "text": text}
-        given = {name: value for name, value in features.items() if value is not None}
+        """Data for noise.
+
+        Args:
+            z: Noise (B, N, C).
+            video: Features of the network's conditions, (B, N_video, C_video).
+            sync: Likewise (B, N_sync, C_sync).
+            text: Likewise (B, N_text, C_text).
+            video_mask: (B,) bool; samples that are False have no video.
+            text_mask: (B,) bool; samples that are False have no text.
+
+        Returns:
+            Data, in the shape and dtype of z.
+        """
+        given = {
+            "video": video,
+            "sync": sync,
+            "text": text,
+            "video_mask": video_mask,
+            "text_mask": text_mask,
+        }
+        there = {name: value for name, value in given.items() if value is not None}
+        return self._step(z, **there, guidance=self.guidance, mode=self.mode)
+
+    def _sample(
+        self,
+        z: Tensor,
+        *,
+        guidance: float,
+        mode: GuidanceMode,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        **features: Tensor,
+    ) -> Tensor:
         keep = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
+        seen = keep if video_mask is None else video_mask
+        read = keep if text_mask is None else text_mask
         return sample(
             self.net,
             z,
-            cond={**given, "video_mask": keep, "text_mask": keep},
-            null={**given, "video_mask": ~keep, "text_mask": ~keep},
-            guidance=self.guidance,
-            mode=self.mode,
+            cond={**features, "video_mask": seen, "text_mask": read},
+            null={**features, "video_mask": ~keep, "text_mask": ~keep},
+            guidance=guidance,
+            mode=mode,
         )

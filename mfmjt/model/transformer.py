@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from mfmjt.model.conditioning import (
     rope_table,
 )
 from mfmjt.model.config import MAX_TOKENS, SYNC_SEGMENT, ModelConfig, config_for
+
+if TYPE_CHECKING:
+    from mfmjt.model.frozen import Frozen
 
 __all__ = ["MFMJT"]
 
@@ -168,6 +171,37 @@ class MFMJT(nn.Module):
         Raises:
             InputError: A feature has the wrong shape.
         """
+        video, sync, text = self.features(
+            video,
+            sync,
+            text,
+            video_mask=video_mask,
+            text_mask=text_mask,
+            latent_length=latent_length,
+        )
+        sync = (sync.unflatten(1, (-1, SYNC_SEGMENT)) + self.sync_pos_emb).flatten(1, 2)
+        video, sync, text = (
+            self.clip_input_proj(video),
+            self.sync_input_proj(sync),
+            self.text_input_proj(text),
+        )
+        pooled = self.clip_cond_proj(video.mean(1)) + self.text_cond_proj(text.mean(1))
+        return Conditions(video, sync, text, self.global_cond_mlp(pooled))
+
+    def features(
+        self,
+        video: Tensor | None = None,
+        sync: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        latent_length: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Video, synchronisation and text as the network reads them, null where missing or masked.
+
+        Arguments and errors are those of `conditions`.
+        """
         config = self.config
         video_length, sync_length = config.lengths(latent_length or config.latent_length)
         video = self._features(
@@ -190,14 +224,7 @@ class MFMJT(nn.Module):
                 f"sync has {sync.shape[1]} features: they come in segments of {SYNC_SEGMENT}. "
                 "Cut or extend them to whole segments."
             )
-        sync = (sync.unflatten(1, (-1, SYNC_SEGMENT)) + self.sync_pos_emb).flatten(1, 2)
-        video, sync, text = (
-            self.clip_input_proj(video),
-            self.sync_input_proj(sync),
-            self.text_input_proj(text),
-        )
-        pooled = self.clip_cond_proj(video.mean(1)) + self.text_cond_proj(text.mean(1))
-        return Conditions(video, sync, text, self.global_cond_mlp(pooled))
+        return video, sync, text
 
     def _features(
         self,
@@ -232,6 +259,12 @@ class MFMJT(nn.Module):
         if given is None or mask is None:
             return empty
         return torch.where(mask[:, None, None], given.to(self.dtype), empty)
+
+    def frozen(self, r: float = 0.0, t: float = 1.0) -> Frozen:
+        """What generation in one step evaluates; see `mfmjt.model.frozen`."""
+        from mfmjt.model.frozen import Frozen
+
+        return Frozen(self, r, t)
 
     def forward(
         self,

@@ -23,6 +23,7 @@ from mfmjt.encoders import CLIPConfig, MMAudioEncoders, NanoEncoders, Synchforme
 from mfmjt.encoders.mmaudio import ENCODER_FILES
 from mfmjt.errors import InputError, RunError
 from mfmjt.meanflow import sample
+from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode
 from mfmjt.media import Video
 from mfmjt.model import MFMJT, load_mmaudio
@@ -40,6 +41,10 @@ MAX_DURATION = 86_400.0
 """Longest sound of one call, in seconds: a day, beyond which a number is a mistake."""
 TEXT_DURATION = 8.0
 """Seconds of sound for a prompt alone, unless asked otherwise: the length of training clips."""
+NOT_FINITE = (
+    "The network gave samples that are not finite. Use float32, less guidance, or another "
+    "checkpoint."
+)
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 Progress = Callable[[str, float], None]
@@ -57,6 +62,9 @@ class Pipeline:
         dtype: Of the network's weights and arithmetic; codec and encoders stay as they are.
         window: Whole seconds, 2 or more, that the network makes in one go; longer sounds are made
             of several that overlap. None takes the length that it was trained on.
+        compile: Make the network ready for one step (`mfmjt.model.frozen`), which keeps most of its
+            weights a second time, and on a CUDA device replay that and the codec as graphs, whose
+            first use with new lengths takes seconds. For many sounds in one process.
 
     Attributes:
         flow_matching: The network ignores the end of its interval, as one imported from MMAudio
@@ -74,6 +82,7 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         window: int | None = None,
+        compile: bool = False,
     ) -> None:
         config = network.config
         made, heard = config.latent_dim, codec.latent_dim
@@ -98,6 +107,11 @@ class Pipeline:
         self.window = window or max(2, round(config.latent_length / config.latent_rate))
         self.flow_matching = not any(bool(p.any()) for p in network.r_embed.mlp[2].parameters())
         self._identity = ""
+        self._one_step = self._decode = None
+        if compile:
+            self._decode = Captured(self.codec.decode)
+            if not self.flow_matching:
+                self._one_step = Captured(self.network.frozen(0.0, 1.0).step)
 
     @classmethod
     def from_pretrained(
@@ -105,6 +119,7 @@ class Pipeline:
         name: str | os.PathLike[str] = "nano",
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> Pipeline:
         """Load a model that ships, by name, or any other from its folder.
 
@@ -115,6 +130,7 @@ class Pipeline:
                 published networks in such a folder.
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
+            compile: As for `Pipeline`.
 
         Raises:
             InputError: There is no such model, or its files are not what they should be.
@@ -123,7 +139,7 @@ class Pipeline:
         published = {file.name: model for model, file in NETWORK_FILES.items()}
         if folder.name in published and folder.is_file():
             model = published[folder.name]
-            return cls.from_mmaudio(root_of(folder), model, device, dtype)
+            return cls.from_mmaudio(root_of(folder), model, device, dtype, compile=compile)
         if not folder.is_dir():
             shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
             if str(name) not in shipped:
@@ -134,7 +150,7 @@ class Pipeline:
             folder = PRETRAINED / name
         network = folder / "network.safetensors"
         if not network.exists() and networks_there(folder):
-            return cls.from_mmaudio(folder, None, device, dtype)
+            return cls.from_mmaudio(folder, None, device, dtype, compile=compile)
         if network.exists() and not (folder / "codec.safetensors").exists():
             mode = mode_there(folder)
             if mode:  # one of ours, trained further from MMAudio's, on its codec and encoders
@@ -145,6 +161,7 @@ class Pipeline:
                     MMAudioEncoders.from_folder(folder),
                     device,
                     dtype,
+                    compile=compile,
                 )
         return cls(
             MFMJT.load(network),
@@ -152,6 +169,7 @@ class Pipeline:
             NanoEncoders.load(folder / "encoders.safetensors"),
             device,
             dtype,
+            compile=compile,
         )
 
     @classmethod
@@ -168,6 +186,7 @@ class Pipeline:
         vocoder: BigVGANConfig | None = None,
         clip: CLIPConfig | None = None,
         synchformer: SynchformerConfig | None = None,
+        compile: bool = False,
     ) -> Pipeline:
         """Load MMAudio from the files that its publishers keep.
 
@@ -190,6 +209,7 @@ class Pipeline:
             vocoder: The same of a vocoder.
             clip: The same of CLIP.
             synchformer: The same of Synchformer.
+            compile: As for `Pipeline`.
 
         Raises:
             InputError: Files are missing, damaged or others; the message names all of them and
@@ -217,6 +237,7 @@ class Pipeline:
             MMAudioEncoders.from_folder(folder, "name", clip, synchformer).cast(ends_dtype),
             device,
             dtype,
+            compile=compile,
         )
 
     @torch.inference_mode()
@@ -260,16 +281,12 @@ class Pipeline:
                 cannot be used.
             RunError: The network's output is not finite, or the cache cannot be written.
         """
-        many = self.flow_matching
-        steps = (25 if many else 1) if steps is None else steps
-        guidance = (4.5 if many else 1.5) if guidance is None else guidance
-        mode = ("cfg" if many else "cfg_scaled") if mode is None else mode
-        _check(video, prompt, steps, guidance, seed, duration, count)
-        check_mode(mode)
+        steps, guidance, mode = self._settled(steps, guidance, mode)
+        check_call(video, prompt, steps, guidance, mode, seed, duration, count)
         clock = _Clock(progress)
         notes: tuple[str, ...] = ()
-        if prompt and (unread := self.encoders.unread(prompt)):
-            notes += (f"The prompt is too long: its end, from {unread[:30]!r} on, is not read.",)
+        if prompt and (note := self._unread(prompt)):
+            notes += (note,)
         config, rate = self.network.config, self.codec.sample_rate
         source = None if video is None else self._video(video, duration, cache)
         noise = Noise(seed, count, config.latent_dim)
@@ -317,12 +334,9 @@ class Pipeline:
 
         def decode(latent: Tensor) -> Tensor:
             with clock.stage("decode"):
-                waveform = self.codec.decode(latent).float().cpu()
+                waveform = (self._decode or self.codec.decode)(latent).float().cpu()
             if not bool(torch.isfinite(waveform).all()):
-                raise RunError(
-                    "The network gave samples that are not finite. Use float32, less guidance, or "
-                    "another checkpoint."
-                )
+                raise RunError(NOT_FINITE)
             return waveform
 
         fade = round(OVERLAP * config.latent_rate)
@@ -339,6 +353,23 @@ class Pipeline:
             for i, w in enumerate(waveform)
         ]
         return sounds[0] if count == 1 else sounds
+
+    def _settled(
+        self, steps: int | None, guidance: float | None, mode: GuidanceMode | None
+    ) -> tuple[int, float, GuidanceMode]:
+        """What a call takes where nothing is said."""
+        many = self.flow_matching
+        return (
+            (25 if many else 1) if steps is None else steps,
+            (4.5 if many else 1.5) if guidance is None else guidance,
+            ("cfg" if many else "cfg_scaled") if mode is None else mode,
+        )
+
+    def _unread(self, prompt: str) -> str:
+        """A note on the end of a prompt that is too long, or nothing."""
+        unread = self.encoders.unread(prompt)
+        left = f"The prompt is too long: its end, from {unread[:30]!r} on, is not read."
+        return left if unread else ""
 
     def _video(
         self,
@@ -379,6 +410,10 @@ class Pipeline:
     ) -> Tensor:
         """Latents `(count, length, C)` in the codec's space."""
         count, length = noise.shape[:2]
+        if self._one_step is not None and steps == 1:
+            made = self._one_step(noise, **features, guidance=guidance, mode=mode)
+            clock.report(1.0)
+            return self.network.unnormalize(made)
         done = 0
 
         def velocity(z: Tensor, r: Tensor, t: Tensor, cond: Conditions) -> Tensor:
@@ -452,15 +487,18 @@ class _Clock:
             self._progress(STAGES[-1], 1.0)
 
 
-def _check(
+def check_call(
     video: Any,
     prompt: str | None,
     steps: int,
     guidance: float,
+    mode: str,
     seed: int,
     duration: float | None,
     count: int,
 ) -> None:
+    """Raise InputError unless these arguments of a pipeline can be used."""
+    check_mode(mode)
     if video is None and not (prompt and prompt.strip()):
         raise InputError("There is nothing to make sound for. Give a video, a prompt, or both.")
     if not 1 <= steps <= 1000:

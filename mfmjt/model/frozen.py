@@ -1,0 +1,360 @@
+"""The network made ready for one (r, t): what generation in one step evaluates.
+
+At one step every clip shares r = 0 and t = 1, and the pass without conditions is the same for all.
+So the embedding of time is one constant, null conditions are encoded once per length, both passes
+are one batch, layers that read the same input are one product, and the modulations of all blocks
+are one product before the first. Streams go through every layer in one launch. Equal to the network
+up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mfmjt.errors import InputError
+from mfmjt.kernels import joint_attention, streams
+from mfmjt.model.blocks import NORM_EPS, Block, JointBlock, SwiGLU
+from mfmjt.model.conditioning import nearest_rows, rope_table
+from mfmjt.model.config import SYNC_SEGMENT
+from mfmjt.model.transformer import MFMJT
+
+__all__ = ["Frozen"]
+
+_NULLS = 16
+"""Combinations of lengths whose null conditions are kept."""
+
+
+class _Layers(NamedTuple):
+    """One layer of several streams."""
+
+    weights: list[streams.Packed]
+    biases: list[Tensor | None]
+
+    def __call__(self, xs: Sequence[Tensor], act: str | Sequence[str] = "none") -> list[Tensor]:
+        return list(streams.project(list(xs), self.weights, self.biases, act))
+
+    def only(self, which: Sequence[int]) -> _Layers:
+        """The layers of some of the streams."""
+        return _Layers([self.weights[i] for i in which], [self.biases[i] for i in which])
+
+
+def _layers(*modules: nn.Module) -> _Layers:
+    return _Layers(
+        [streams.pack(m.get_parameter("weight")) for m in modules],
+        [getattr(m, "bias", None) for m in modules],
+    )
+
+
+def _gated(*modules: SwiGLU) -> tuple[_Layers, _Layers]:
+    """Both layers of SwiGLUs: the pair of products and their gate, and the way back."""
+    pairs = [
+        streams.pack(m.w1.get_parameter("weight"), m.w3.get_parameter("weight")) for m in modules
+    ]
+    return _Layers(pairs, [None] * len(modules)), _layers(*(m.w2 for m in modules))
+
+
+class _FrozenBlock:
+    """Latent, video and text of a joint block, or the latent of a later one."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.qkv = _layers(*(b.attn.qkv for b in blocks))
+        self.q_norms = [b.attn.q_norm.get_parameter("weight") for b in blocks]
+        self.k_norms = [b.attn.k_norm.get_parameter("weight") for b in blocks]
+        self.heads = blocks[0].attn.num_heads
+        # The last joint block ends for video and text where the latent has seen them.
+        ongoing = [b for b in blocks if b.parts == 6]
+        self.ongoing = len(ongoing)
+        self.out = _layers(*(b.linear1 for b in ongoing))
+        self.up, self.down = _gated(*(b.ffn for b in ongoing))
+
+
+class _Null(NamedTuple):
+    """The pass without conditions: tokens (1, N, D), and the rows that modulate.
+
+    Attributes:
+        position: What positions inside the segments of synchronisation add to its first layer.
+    """
+
+    position: Tensor
+    video: Tensor
+    text: Tensor
+    sync: Tensor
+    frames: Tensor
+    whole: Tensor
+
+
+class Frozen:
+    """Velocities of a network at one r and t, with and without conditions at once.
+
+    It keeps most weights a second time, in a layout for reading; changes of the network after that
+    are not seen.
+
+    Args:
+        net: Any `MFMJT`; its device and dtype are taken over.
+        r: End of the interval.
+        t: Its begin.
+
+    Raises:
+        InputError: Not 0 ≤ r ≤ t ≤ 1.
+    """
+
+    @torch.no_grad()
+    def __init__(self, net: MFMJT, r: float = 0.0, t: float = 1.0) -> None:
+        if not 0 <= r <= t <= 1:
+            raise InputError(f"r is {r} and t is {t}: an interval has 0 <= r <= t <= 1. Swap them.")
+        self.config, self.dtype = net.config, net.dtype
+        self._net = net
+        device = net.sync_pos_emb.device
+        now = torch.tensor([t], device=device)
+        then = torch.tensor([t - r], device=device)
+        time = net.t_embed(1 - now) + net.r_embed(then)  # (1, D)
+
+        audio, video, sync, text = (
+            net.audio_input_proj,
+            net.clip_input_proj,
+            net.sync_input_proj,
+            net.text_input_proj,
+        )
+        parts = (audio, video, sync, text)
+        self._first = _layers(*(part[0] for part in parts))
+        soft = "silu" if net.config.v2 else "selu"
+        between = "silu" if net.config.v2 else "none"
+        self._acts = (soft, between, soft, between)
+        self._up, self._down = _gated(*(part[-1] for part in parts))
+        # A sum of two linear maps of two means is one of both means.
+        pools = (net.clip_cond_proj, net.text_cond_proj)
+        weight = torch.cat([p.get_parameter("weight") for p in pools], dim=1)
+        bias = torch.stack([p.get_parameter("bias") for p in pools]).sum(0)
+        self._pool = _Layers([streams.pack(weight)], [bias])
+        self._pool_up, pool_down = _gated(net.global_cond_mlp)
+        self._pool_down = _Layers(pool_down.weights, [time[0]])  # time is added to the result
+
+        joint = [b for b in net.joint_blocks if isinstance(b, JointBlock)]
+        later = [b for b in net.fused_blocks if isinstance(b, Block)]
+        grouped = [(b.latent_block, b.clip_block, b.text_block) for b in joint]
+        self._blocks = [_FrozenBlock(blocks) for blocks in (*grouped, *((b,) for b in later))]
+        framed = [blocks[0] for blocks in grouped] + later
+        whole = [b for blocks in grouped for b in blocks[1:]] + [net.final_layer]
+        # Of all blocks: by frames for the latent, whole for video, text and the final layer.
+        self._modulations = _layers(
+            _joined([b.adaLN_modulation[1] for b in framed]),
+            _joined([b.adaLN_modulation[1] for b in whole]),
+        )
+        self._whole_parts = [getattr(b, "parts", 2) for b in whole]
+        # The published network predicts the opposite velocity.
+        conv = net.final_layer.conv
+        self._final = _Layers(
+            [streams.pack(-conv.weight)], [None if conv.bias is None else -conv.bias]
+        )
+        self._nulls: dict[tuple[int, ...], _Null] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        z: Tensor,
+        video: Tensor | None = None,
+        sync: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        null: bool = True,
+    ) -> Tensor:
+        """Average velocities of z.
+
+        Args:
+            z: Noisy latent (B, N, C).
+            video: Features (B or 1, N_video, video_dim), or None for null ones.
+            sync: Features (B or 1, N_sync, sync_dim), or None.
+            text: Features (B or 1, N_text, text_dim), or None.
+            video_mask: (B,) bool; where False, video and synchronisation are null.
+            text_mask: (B,) bool; where False, the text is null.
+            null: Also without conditions.
+
+        Returns:
+            With conditions and then, if `null`, without: (2B, N, C) or (B, N, C), in the dtype of
+            the network.
+
+        Raises:
+            InputError: A shape does not fit.
+        """
+        config, net = self.config, self._net
+        batch, length = z.shape[:2]
+        given = net.features(
+            video, sync, text, video_mask=video_mask, text_mask=text_mask, latent_length=length
+        )
+        absent = self._null(length, tuple(part.shape[1] for part in given))
+        there = [True, video is not None, sync is not None, text is not None]
+        which = [i for i, present in enumerate(there) if present]
+        inputs = [z.to(self.dtype), *given]
+        biases = [*self._first.biases[:2], absent.position, self._first.biases[3]]
+        xs = _Layers(self._first.weights, biases).only(which)(
+            [inputs[i] for i in which], [self._acts[i] for i in which]
+        )
+        xs = self._down.only(which)(self._up.only(which)(xs))
+        tokens = dict(zip(which, xs, strict=True))
+        latent = tokens[0]
+        seen, heard, read = (
+            tokens.get(1, absent.video),
+            tokens.get(2, absent.sync),
+            tokens.get(3, absent.text),
+        )
+        picked = self._picked(heard.shape[1], length)
+        shared = self._shared(*_alike(seen, read))
+        whole, frames = streams.silu_conditions(shared, heard, picked)
+
+        def both(with_: Tensor, without: Tensor) -> Tensor:
+            with_ = with_.expand(batch, -1, -1)
+            return torch.cat((with_, without.expand(batch, -1, -1))) if null else with_
+
+        xs = [
+            torch.cat((latent, latent)) if null else latent,
+            both(seen, absent.video),
+            both(read, absent.text),
+        ]
+        frames, whole = both(frames, absent.frames), both(whole, absent.whole)
+        rows = None if picked is not None else nearest_rows(heard.shape[1], length, z.device)
+        by_frame, by_clip = self._modulations([frames, whole])
+        return self._run(xs, by_frame, by_clip, rows)
+
+    @torch.no_grad()
+    def step(
+        self,
+        z: Tensor,
+        *,
+        guidance: float = 1.5,
+        mode: Literal["cfg_scaled", "cfg", "none"] = "cfg_scaled",
+        **given: Tensor,
+    ) -> Tensor:
+        """z − u with guidance: the whole of a generation in one step.
+
+        Args:
+            z: As for a call.
+            guidance: Scale w; 1 needs no second pass.
+            mode: See `mfmjt.meanflow.guide`.
+            **given: The conditions of a call.
+
+        Returns:
+            (B, N, C), in the dtype of z.
+        """
+        null = mode != "none" and guidance != 1.0
+        u = self(z, **given, null=null)
+        return streams.guide(z, u, guidance, mode if null else "none")
+
+    def _picked(self, rows: int, length: int) -> Tensor | None:
+        """Which rows of the synchronisation serve the latent's tokens; None if fewer than these."""
+        if rows < length:
+            return None
+        return nearest_rows(rows, length, self._net.sync_pos_emb.device)
+
+    def _shared(self, video: Tensor, text: Tensor) -> Tensor:
+        """Time and global condition of projected tokens: (B, 1, D)."""
+        return self._pool_down(self._pool_up(self._pool([streams.pool([video, text])])))[0]
+
+    def _null(self, length: int, lengths: tuple[int, ...]) -> _Null:
+        key = (length, *lengths)
+        found = self._nulls.get(key)
+        if found is None:
+            net, device = self._net, self._net.sync_pos_emb.device
+            no = torch.zeros(1, dtype=torch.bool, device=device)
+            dims = (net.config.video_dim, net.config.sync_dim, net.config.text_dim)
+            blank = [
+                torch.zeros(1, n, d, dtype=self.dtype, device=device)
+                for n, d in zip(lengths, dims, strict=True)
+            ]
+            video, sync, text, _ = net.conditions(*blank, video_mask=no, text_mask=no)
+            whole, frames = streams.silu_conditions(
+                self._shared(video, text), sync, self._picked(lengths[1], length)
+            )
+            segments = lengths[1] // SYNC_SEGMENT
+            position = net.sync_pos_emb.expand(1, segments, -1, -1).flatten(1, 2)
+            placed = self._first.only([2])([position])[0][0]
+            found = _Null(placed, video, text, sync, frames, whole)
+            if len(self._nulls) >= _NULLS:
+                self._nulls.pop(next(iter(self._nulls)))
+            self._nulls[key] = found
+        return found
+
+    def _run(
+        self,
+        xs: list[Tensor],
+        by_frame: Tensor,
+        by_clip: Tensor,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """All blocks, and the final layer."""
+        dim, head_dim = self.config.hidden_dim, self.config.head_dim
+        length, clip_length = xs[0].shape[1], xs[1].shape[1]
+        device = xs[0].device
+        ropes: list[Tensor | None] = [
+            rope_table(length, head_dim, 1.0, device),
+            rope_table(clip_length, head_dim, length / clip_length, device),
+            None,
+        ]
+        of_frames = iter(by_frame.split(6 * dim, dim=-1))
+        of_clips = iter(by_clip.split([parts * dim for parts in self._whole_parts], dim=-1))
+        hs: list[Tensor] | None = None
+        gates: list[Tensor] | None = None
+        for block in self._blocks:
+            count = len(block.q_norms)
+            xs, index = xs[:count], [rows, None, None][:count]
+            if hs is not None and gates is not None:
+                hs, gates = hs[:count], gates[:count]
+            parts = [next(of_frames).split(dim, dim=-1)]
+            parts += [next(of_clips).split(dim, dim=-1) for _ in range(count - 1)]
+            xs, ys = _norm(xs, hs, gates, [p[0] for p in parts], [p[1] for p in parts], index)
+            q, k, v = streams.project_qkv(
+                ys,
+                block.qkv.weights,
+                block.qkv.biases,
+                block.q_norms,
+                block.k_norms,
+                ropes[:count],
+                block.heads,
+            )
+            on = block.ongoing
+            attended = [a.flatten(2) for a in joint_attention(q[:on], k, v)]
+            hs = block.out(attended)
+            xs, parts, index = xs[:on], parts[:on], index[:on]
+            xs, ys = _norm(
+                xs, hs, [p[2] for p in parts], [p[3] for p in parts], [p[4] for p in parts], index
+            )
+            hs, gates = block.down(block.up(ys)), [p[5] for p in parts]
+        shift, scale = next(of_clips).chunk(2, dim=-1)
+        if rows is not None and gates is not None:
+            gates = [gates[0].index_select(1, rows)]  # the others are of the whole clip
+        _, ys = _norm(xs, hs, gates, [shift], [scale], [None])
+        return self._final(ys)[0]
+
+
+def _alike(*parts: Tensor) -> tuple[Tensor, ...]:
+    """All with as many samples as the one that has most."""
+    batch = max(part.shape[0] for part in parts)
+    return tuple(part.expand(batch, -1, -1) for part in parts)
+
+
+def _norm(
+    xs: list[Tensor],
+    hs: list[Tensor] | None,
+    gates: list[Tensor] | None,
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    rows: list[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Residuals xs + gates·hs, and these normalised and modulated."""
+    added, normed = streams.gated_residual_norm(xs, hs, gates, shifts, scales, rows, NORM_EPS)
+    return list(added), list(normed)
+
+
+def _joined(linears: Sequence[nn.Module]) -> nn.Linear:
+    """One linear layer that gives the outputs of several, side by side."""
+    weight = torch.cat([layer.get_parameter("weight") for layer in linears])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    bias = torch.cat([layer.get_parameter("bias") for layer in linears])
+    joined.bias = nn.Parameter(bias, requires_grad=False)
+    return joined
