@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mfmjt.kernels import _flops
+from mfmjt.kernels import _flops, streams
 from mfmjt.kernels._accelerate import accelerate_jvp
 from mfmjt.kernels._op import reference
 from mfmjt.kernels.adaln import adaln
@@ -24,6 +24,7 @@ __all__ = [
     "qk_norm_rope",
     "reference",
     "snake",
+    "streams",
     "swiglu",
 ]
 

@@ -85,6 +85,10 @@ def _attention_bwd(
     return 5 * sum(_product(i, j) for i in q for j in k)
 
 
+def _streams(xs: Sequence[Shape], weights: Sequence[Shape], *_: Any, out_shape: Any) -> int:
+    return sum(2 * x[0] * x[1] * prod(weight) for x, weight in zip(xs, weights, strict=True))
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "linear_jvp": _linear_jvp,
     "conv1d_fwd": _conv1d_fwd,
@@ -95,6 +99,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "joint_attention_fwd": _attention_fwd,
     "joint_attention_jvp": _attention_jvp,
     "joint_attention_bwd": _attention_bwd,
+    "streams_project": _streams,
+    "streams_project_qkv": _streams,
 }
 
 

@@ -98,11 +98,27 @@ def test_channels_first():
     assert ours == count(lambda: torch.nn.functional.conv1d(x, weight, padding=1))
 
 
+def test_streams():
+    """As the layers of every stream."""
+    xs = [torch.randn(3, n, 8) for n in (5, 4)]
+    pairs = torch.randn(2, 6, 8, 3), torch.randn(2, 6, 8)
+    weights = [kernels.streams.pack(*pair) for pair in pairs]
+    ours = count(lambda: kernels.streams.project(xs, weights))
+    assert ours == 2 * 3 * (5 * 3 + 4) * 2 * 6 * 8
+    alone = kernels.streams.pack(torch.randn(24, 8))
+    norms = [torch.ones(4)] * 2
+    both = count(
+        lambda: kernels.streams.project_qkv(xs, [alone] * 2, None, norms, norms, None, num_heads=2)
+    )
+    assert both == 2 * 3 * 9 * 24 * 8
+
+
 def test_every_library_op_with_products_has_a_formula():
     """A new one must be entered, or counted nets would do less work than they do."""
     ops = torch._C._dispatch_get_all_op_names()
     ours = {op.removeprefix("mfmjt::") for op in ops if op.startswith("mfmjt::")}
-    products = {op for op in ours if op.startswith(("linear", "conv1d", "joint_attention"))}
+    names = ("linear", "conv1d", "joint_attention", "streams_project")
+    products = {op for op in ours if op.startswith(names)}
     assert set(_flops._FORMULAS) == products
 
 
