@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mfmjt.errors import InputError
+from mfmjt.model.lora import LoRA
 
 __all__ = ["FeatureExtraction", "NetworkTraining", "load_config"]
 
@@ -57,11 +58,15 @@ class NetworkTraining:
     Attributes:
         out: Folder for the log, the training state, previews and, at the end, the network.
         store: Feature store, from the stage `features`.
-        codec: Weights of the codec, which decodes the previews.
-        encoders: Weights of the encoders, which turn captions into text features.
-        model: Name of the network's configuration.
+        codec: Weights of the codec, which decodes the previews; null for none.
+        encoders: Weights of the encoders, which turn captions into text features; null where the
+            store has these.
+        model: Name of the network's configuration, or `auto` for that of `init_from`.
         overrides: Fields of that configuration to change.
-        init_from: A network file to start from, such as a flow-matching network.
+        init_from: A network file to start from: one of ours, or a checkpoint of MMAudio. Its
+            normalisation of latents and its null text are kept.
+        lora: Adapters to train in place of all weights, such as `{"rank": 16}`; see
+            `mfmjt.model.lora`. Needs `peft`.
         seed: Seed of the initial weights and of every draw.
         device: `cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is each process's own GPU.
         parallel: How processes that torchrun started share the work: `ddp` copies the weights to
@@ -73,6 +78,10 @@ class NetworkTraining:
         resume: The state to go on from: `latest`, or one of those in `checkpoints`, such as
             `step-000000500`.
         dtype: `float32`, or `bfloat16` for autocast with fp32 weights.
+        compile: Put the loss, forward mode inside it, through `torch.compile`: a minute or more at
+            the start for every shape of batch.
+        cuda_graph: Record a whole step, optimizer and averages with it, and replay it: one launch
+            in place of thousands. Of one process with one GPU.
         threads: Threads on the CPU; 0 leaves torch's choice.
         steps: Optimiser steps.
         max_minutes: End the run, learning rate decayed, after so much time, earlier runs of the
@@ -116,11 +125,12 @@ class NetworkTraining:
 
     out: str = "output/nano/network"
     store: str = "output/nano/features"
-    codec: str = "output/nano/codec/codec.safetensors"
-    encoders: str = "output/nano/encoders/encoders.safetensors"
+    codec: str | None = "output/nano/codec/codec.safetensors"
+    encoders: str | None = "output/nano/encoders/encoders.safetensors"
     model: str = "nano"
     overrides: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    lora: LoRA | None = None
     seed: int = 0
     device: str = "cpu"
     parallel: str = "auto"
@@ -128,6 +138,8 @@ class NetworkTraining:
     checkpointing: bool = False
     resume: str = "latest"
     dtype: str = "float32"
+    compile: bool = False
+    cuda_graph: bool = False
     threads: int = 0
     steps: int = 10000
     max_minutes: float = 0.0
@@ -181,6 +193,21 @@ class NetworkTraining:
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("target", self.target, TARGETS)
+        if self.compile and self.checkpointing:
+            raise InputError(
+                "compile=true and checkpointing=true exclude one another: what is computed again "
+                "is found while running, and a compiled step is fixed before. Give one of them."
+            )
+        if self.cuda_graph and self.accumulate > 1:
+            raise InputError(
+                f"cuda_graph=true records a step of one pass, and accumulate={self.accumulate}. "
+                "Give accumulate=1 and a smaller batch, or leave out cuda_graph."
+            )
+        if self.preview_every and self.codec is None:
+            raise InputError(
+                f"preview_every={self.preview_every} and codec=null: previews are sound, which the "
+                "codec decodes. Give preview_every=0, or a codec."
+            )
         if not self.ema:
             raise InputError("ema=[]: give at least one decay, such as ema=[0.999].")
 

@@ -24,19 +24,38 @@ class EMA:
     def __init__(self, params: Sequence[Tensor], decays: Sequence[float]) -> None:
         self.params = [p.detach() for p in params]
         self.decays = tuple(decays)
-        self.updates = 0
         self.averages = [[p.float().clone() for p in self.params] for _ in self.decays]
+        # Where the weights are: how often they were averaged may depend on what they became.
+        self._updates = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
-    def decay_at(self, decay: float, update: int) -> float:
-        """Return the decay used at `update`, counted from 0."""
-        return min(decay, (1 + update) / (10 + update))
+    @property
+    def updates(self) -> int:
+        """Updates so far; waits for the device."""
+        return int(self._updates)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._updates.fill_(count)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move every average towards the present weights."""
+    def update(self, when: Tensor | None = None) -> None:
+        """Move every average towards the present weights.
+
+        Args:
+            when: A boolean, on the device of the weights: False leaves everything as it is. It is
+                not waited for.
+        """
+        k = self._updates
+        new = _local(self.params)
         for decay, average in zip(self.decays, self.averages, strict=True):
-            torch._foreach_lerp_(average, self.params, 1 - self.decay_at(decay, self.updates))
-        self.updates += 1
+            share = 1 - ((1 + k) / (10 + k)).clamp(max=decay)
+            if when is not None:
+                share = share * when
+            old = _local(average)
+            way = torch._foreach_sub(new, old)
+            torch._foreach_mul_(way, share.float())
+            torch._foreach_add_(old, way)
+        self._updates += 1 if when is None else when
 
     @torch.no_grad()
     def swap(self, index: int = 0) -> None:
@@ -45,3 +64,8 @@ class EMA:
             weight = param.clone()
             param.copy_(average)
             average.copy_(weight)
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of tensors that may be in shards."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,21 +27,25 @@ from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError
 from mfmjt.model import MFMJT
+from mfmjt.model.lora import merged_state, save_adapter
 from mfmjt.train import distributed, preview
 from mfmjt.train.config import NetworkTraining, as_json
 from mfmjt.train.distributed import Processes
 from mfmjt.train.ema import EMA
+from mfmjt.train.graph import Recorded
 from mfmjt.train.log import TrainingLog
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
 from mfmjt.train.sharded import CheckpointFolder
-from mfmjt.train.step import Draws, Step, draw
+from mfmjt.train.start import starting_network
+from mfmjt.train.step import Draws, Step, compile_step, draw
 from mfmjt.train.store import FeatureStore
 
 __all__ = ["TrainingResult", "lr_factor", "train"]
 
 CHECKPOINTS = "checkpoints"
-NETWORK = "network.safetensors"
+NETWORK, ADAPTER = "network.safetensors", "adapter.safetensors"
+FIGURES = ("loss", "flow", "interval", "grad_norm")
 FLOW_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 VALIDATION_CLIPS = 40
 PATIENCE = 50  # steps in a row that may be skipped before the run is given up
@@ -100,6 +104,36 @@ def train(config: NetworkTraining, stop_after: float | None = None) -> TrainingR
         return _Run(config, processes).run(stop_after)
 
 
+class _Part(NamedTuple):
+    """What a pass works on: some rows of a batch.
+
+    Attributes:
+        features: Their latents and conditions.
+        draws: What was drawn for them.
+        rows: Their number.
+        intervals: How many of them, the first, have r < t.
+    """
+
+    features: dict[str, Tensor]
+    draws: Draws
+    rows: int
+    intervals: int
+
+
+class _Batch(NamedTuple):
+    """A process's share of a batch.
+
+    Attributes:
+        rows: Rows of the batch, of all processes.
+        intervals: How many of them have r < t.
+        parts: This process's, pass by pass.
+    """
+
+    rows: int
+    intervals: int
+    parts: tuple[_Part, ...]
+
+
 class _Run:
     """The state of a training and what moves it."""
 
@@ -108,12 +142,11 @@ class _Run:
         self.out = Path(config.out)
         self.store = FeatureStore(config.store, "train", self.device)
         self.validation = FeatureStore(config.store, "validation", self.device)
-        self.validation.latent_mean = self.store.latent_mean
-        self.validation.latent_std = self.store.latent_std
-        self.encoders = NanoEncoders.load(config.encoders).eval()
-        self.store.encode_text(self.encoders)
-        self.validation.encode_text(self.encoders)
-        self.codec = NanoCodec.load(config.codec).eval()
+        self.encoders = NanoEncoders.load(config.encoders).eval() if config.encoders else None
+        if self.encoders is not None:
+            self.store.encode_text(self.encoders)
+            self.validation.encode_text(self.encoders)
+        self.codec = NanoCodec.load(config.codec).eval() if config.codec else None
 
         self.net = self._network()
         self.net.recompute_blocks(config.checkpointing)
@@ -124,7 +157,14 @@ class _Run:
         if how == "fsdp":
             distributed.shard(self.net, processes, bf16=config.dtype == "bfloat16")
         step = Step(self.net, config)
+        if config.compile:
+            compile_step(step)
         self.model = distributed.replicate(step) if how == "ddp" else step
+        if config.cuda_graph and (self.device.type != "cuda" or how != "none"):
+            raise InputError(
+                f"cuda_graph=true needs one process with a GPU; this is {processes.world} with "
+                f"device={config.device}. Leave it out, or give device=cuda and one process."
+            )
 
         self.names = [n for n, p in self.net.named_parameters() if p.requires_grad]
         self.params = [p for p in self.net.parameters() if p.requires_grad]
@@ -135,7 +175,12 @@ class _Run:
             betas=config.betas,
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=config.cuda_graph,
         )
+        if config.cuda_graph:
+            # A number would be recorded; a place for one is read anew by every replay.
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=self.device)
         for p in self.params:
             # What it would make at its first step, made now, to have where to load a state to.
             self.optimizer.state[p] = {
@@ -143,6 +188,7 @@ class _Run:
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+        self.work = Recorded(self._work, self.device) if config.cuda_graph else self._work
         self.generator = torch.Generator(self.device)
         self.step = self.skipped = self.in_a_row = 0
         self.elapsed = self.clock = 0.0
@@ -156,23 +202,19 @@ class _Run:
         )
 
     def _network(self) -> MFMJT:
-        config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            net = MFMJT.from_config(config.model, **config.overrides)
-        if config.init_from is not None:
-            start = MFMJT.load(config.init_from)
-            if start.config != net.config:
-                raise InputError(
-                    f"init_from={config.init_from} is another network ({start.config.name}) than "
-                    f"model={config.model} with these overrides. Give a network of the same sizes."
-                )
-            net.load_state_dict(start.state_dict())
-        with torch.no_grad():
-            net.empty_string_feat.copy_(self.encoders.encode_text([""])[0])
-            net.latent_mean.copy_(self.store.latent_mean.view_as(net.latent_mean))
-            net.latent_std.copy_(self.store.latent_std.view_as(net.latent_std))
-        return net.to(self.device).train()
+        net = starting_network(self.config)
+        if self.config.init_from is None:
+            with torch.no_grad():
+                if self.encoders is not None:
+                    net.empty_string_feat.copy_(self.encoders.encode_text([""])[0])
+                net.latent_mean.copy_(self.store.latent_mean.view_as(net.latent_mean))
+                net.latent_std.copy_(self.store.latent_std.view_as(net.latent_std))
+        net = net.to(self.device).train()
+        for store in (self.store, self.validation):
+            # Copies: the network's own may be in shards later.
+            store.latent_mean = net.latent_mean.detach().flatten().clone()
+            store.latent_std = net.latent_std.detach().flatten().clone()
+        return net
 
     # The loop
 
@@ -195,7 +237,7 @@ class _Run:
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")
-            self._agree([])
+            self._agreed(self.processes.sum(self._flags()))
             while not self._stops() and self.share() < 1:
                 self._advance()
             finished = self.share() >= 1
@@ -215,18 +257,19 @@ class _Run:
             share = max(share, self.clock / (60 * self.config.max_minutes))
         return share
 
-    def _agree(self, figures: list[Tensor]) -> list[float]:
-        """Add up figures over all processes, and agree on the time and on whether to stop.
+    def _flags(self) -> Tensor:
+        """What processes have to agree on beside a step: the time, and whether to stop.
 
         Clocks and signals differ between processes; whoever decided by their own would leave the
         others waiting.
         """
         stops = self.stopped or time.monotonic() >= self.end
         own = [float(stops), self.seconds() if self.processes.first else 0.0]
-        flat = torch.tensor(own, dtype=torch.float64, device=self.device)
-        if figures:
-            flat = torch.cat((torch.stack(figures).double(), flat))
-        *values, ending, self.clock = self.processes.sum(flat).tolist()  # one wait for the device
+        return torch.tensor(own, dtype=torch.float64, device=self.device)
+
+    def _agreed(self, flat: Tensor) -> list[float]:
+        """The figures in front of summed-up flags; the one wait for the device in a step."""
+        *values, ending, self.clock = flat.tolist()
         self.ending = ending > 0
         return values
 
@@ -241,13 +284,18 @@ class _Run:
         rows, window = (config.full_batch, None) if whole else (config.batch, config.window)
         factor = lr_factor(self.step, self.share(), config.warmup, config.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * factor
-        figures = self._backward(rows, window)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(config.lr * factor)
+            else:
+                group["lr"] = config.lr * factor
+        batch = self._draw(rows, window)
+        values = self._agreed(self.work(batch, self._flags()))
+        figures = dict(zip(FIGURES, values, strict=True))
+        if batch.intervals == batch.rows:
+            figures["flow"] = math.nan
+        if not batch.intervals:
+            figures["interval"] = math.nan
         good = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
-        if good:
-            self.optimizer.step()
-            self.ema.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count_skipped(good)
         self.log.collect(figures, rows, good)
@@ -265,39 +313,53 @@ class _Run:
         if self.step % config.checkpoint_every == 0:
             self._save()
 
-    def _backward(self, rows: int, window: int | None) -> dict[str, float]:
-        """Draw a batch, compute the loss and its gradients; return what is logged of them."""
-        config, world, parts = self.config, self.processes.world, self.config.accumulate
+    def _draw(self, rows: int, window: int | None) -> _Batch:
+        """Draw a batch and fetch this process's rows of it."""
+        config, parts = self.config, self.config.accumulate
         self.generator.manual_seed((config.seed << 32) + self.step)
         intervals = 0 if self.step < config.flow_steps else round(config.ratio * rows)
         batch = draw(config, self.store, rows, window, intervals, self.generator)
-        figures = [torch.zeros((), device=self.device) for _ in range(3)]
+        mine = []
         for part in range(parts):
             index = self.processes.rows(part, parts)
-            mine = len(range(rows)[index]), len(range(intervals)[index])
-            with distributed.gradient_sync(self.model, part == parts - 1):
-                loss, stats = self._loss(batch.rows(index), mine[1])
+            draws = batch.rows(index)
+            features = self.store.rows(draws.clips, draws.starts, draws.latent_noise)
+            mine.append(
+                _Part(features, draws, len(range(rows)[index]), len(range(intervals)[index]))
+            )
+        return _Batch(rows, intervals, tuple(mine))
+
+    def _work(self, batch: _Batch, flags: Tensor) -> Tensor:
+        """A step from drawn rows to new weights, of which nothing waits for the device.
+
+        Returns:
+            `FIGURES` and what processes agree on, summed up over them.
+        """
+        config, world, bf16 = self.config, self.processes.world, self.config.dtype == "bfloat16"
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = [torch.zeros((), device=self.device) for _ in range(3)]
+        for n, part in enumerate(batch.parts):
+            with distributed.gradient_sync(self.model, n == len(batch.parts) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    loss, stats = self.model(part.features, part.draws, part.intervals)
                 # The mean over these rows counts as much as they are of the batch; gradients are
                 # then averaged over processes, not added up.
-                weight = mine[0] / rows
+                weight = part.rows / batch.rows
                 (loss * (weight * world)).backward()
             figures[0] += loss.detach() * weight
-            if mine[0] > mine[1]:
-                figures[1] += stats.flow * ((mine[0] - mine[1]) / (rows - intervals))
-            if mine[1]:
-                figures[2] += stats.interval * (mine[1] / intervals)
+            if others := part.rows - part.intervals:
+                figures[1] += stats.flow * (others / (batch.rows - batch.intervals))
+            if part.intervals:
+                figures[2] += stats.interval * (part.intervals / batch.intervals)
         norm = torch.nn.utils.clip_grad_norm_(self.params, config.clip or math.inf, foreach=True)
-        share = 1 / world  # it is the same everywhere, and figures are added up
-        values = self._agree([*figures, distributed.whole(norm) * share])
-        figure = dict(zip(("loss", "flow", "interval", "grad_norm"), values, strict=True))
-        absent = {"flow": rows == intervals, "interval": intervals == 0}
-        return {k: math.nan if absent.get(k) else v for k, v in figure.items()}
-
-    def _loss(self, draws: Draws, intervals: int) -> tuple[Tensor, meanflow.LossStats]:
-        features = self.store.rows(draws.clips, draws.starts, draws.latent_noise)
-        bf16 = self.config.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.model(features, draws, intervals)
+        figures.append(distributed.whole(norm) / world)  # the same everywhere, and added up
+        flat = self.processes.sum(torch.cat((torch.stack(figures).double(), flags)))
+        good = flat[0].isfinite() & flat[3].isfinite()
+        # A batch that is not finite is left out where that is known: on the device.
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.ema.update(good)
+        return flat
 
     def _count_skipped(self, good: bool) -> None:
         self.in_a_row = 0 if good else self.in_a_row + 1
@@ -357,13 +419,14 @@ class _Run:
     @torch.no_grad()
     def _preview(self) -> None:
         """Generate a few validation clips in one step; write them beside the decoded originals."""
+        assert self.codec is not None  # the recipe was checked
         clips = torch.arange(min(self.config.preview_clips, len(self.validation)))
         batch = self.validation.rows(clips.to(self.device))
         x, cond = batch.pop("latent"), batch
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         noise = torch.empty_like(x).normal_(generator=generator)
         with self._averaged():
-            made = meanflow.OneStep(self.net, guidance=1.5)(noise, **cond)
+            made = meanflow.OneStep(self.net, guidance=1.5, compile=False)(noise, **cond)
         # The network has the same statistics, but in shards where it is sharded.
         mean, std = self.store.latent_mean, self.store.latent_std
         pair = [(latent * std + mean).cpu() for latent in (x, made)]
@@ -417,7 +480,7 @@ class _Run:
         state = self.checkpoints.read(path)
         mine, theirs = as_json(self.config), state["config"]
         changed = {k: [theirs.get(k), v] for k, v in mine.items() if theirs.get(k) != v}
-        for key in ("model", "overrides", "ema"):
+        for key in ("model", "overrides", "ema", "lora"):
             if key in changed:
                 raise InputError(
                     f"{path} was trained with {key}={changed[key][0]}, not {changed[key][1]}. "
@@ -436,11 +499,14 @@ class _Run:
             # Every process helps to put the shards together.
             state = {k: distributed.whole(v) for k, v in self.net.state_dict().items()}
             if self.processes.first:
+                lora = self.config.lora
                 with torch.device("meta"):
                     net = MFMJT(self.net.config)
-                net.load_state_dict(state, assign=True)
+                net.load_state_dict(merged_state(state, lora) if lora else state, assign=True)
                 try:
                     net.save(path, torch.float16)
+                    if lora:
+                        save_adapter(state, lora, path.parent / ADAPTER)
                 except (OSError, SafetensorError) as error:
                     raise RunError(
                         f"Cannot write {path}: {error}. The training state is saved: make room, "

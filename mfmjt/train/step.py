@@ -17,7 +17,7 @@ from mfmjt.meanflow.targets import Target, Velocity
 from mfmjt.train.config import NetworkTraining
 from mfmjt.train.store import FeatureStore
 
-__all__ = ["Draws", "Step", "draw"]
+__all__ = ["Draws", "Step", "compile_step", "draw"]
 
 
 class Draws(NamedTuple):
@@ -123,6 +123,18 @@ class Step(nn.Module):
             velocity=self.velocity,
             return_stats=True,
         )
+
+
+def compile_step(step: Step) -> None:
+    """Let `torch.compile` make one program of every call, in place.
+
+    What DDP wraps is then compiled inside. It would rather compile what is around, and cut the
+    program where its buckets of gradients end; a cut inside of forward mode loses tangents.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.optimize_ddp = False
+    step.compile(fullgraph=True, dynamic=False)
 
 
 def _target(config: NetworkTraining) -> Target:

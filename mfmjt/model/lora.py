@@ -1,0 +1,186 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): put into a network, merged, kept in a file.
+
+A layer W x becomes W x + (α / rank)·B A x, with W frozen, A random and B zero, so that the network
+starts as it was. `peft` puts the adapters in; they then run on our ops, whose tangents take two
+products where PyTorch's take three, and leave no tape. Nothing else needs `peft`: merged, a network
+is one like any other. A convolution of K steps has an A of K steps and a B of one.
+
+The embedding of t − r is trained whole: it is small, and it is zero in a network of flow matching.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mfmjt.errors import InputError
+from mfmjt.files import atomic_path
+from mfmjt.model.blocks import Conv1d, Linear
+from mfmjt.model.transformer import MFMJT
+
+__all__ = ["LoRA", "add_lora", "merge_adapter", "merged_state", "save_adapter"]
+
+FORMAT = "mfmjt-adapter-1"
+WHOLE = "r_embed"
+"""What is trained beside the adapters, and kept with them."""
+# Their perceptrons are not called as modules.
+EMBEDDINGS = ["t_embed.mlp.0", "t_embed.mlp.2", "r_embed.mlp.0", "r_embed.mlp.2"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of a network.
+
+    Attributes:
+        rank: Rows of A, columns of B.
+        alpha: α; what an adapter adds is scaled by α / rank.
+        targets: Which layers get one: ends of their names.
+    """
+
+    rank: int = 16
+    alpha: int = 16
+    targets: tuple[str, ...] = ("qkv", "linear1", "w1", "w2", "w3", "adaLN_modulation.1")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise InputError(
+                f"lora has rank {self.rank}, alpha {self.alpha} and {len(self.targets)} targets: "
+                "all must be positive. Give lora.rank=16, or leave lora out to train all weights."
+            )
+
+
+def add_lora(net: MFMJT, lora: LoRA) -> None:
+    """Put adapters into a network, in place, and freeze all but them and the embedding of t − r.
+
+    Raises:
+        InputError: `peft` is not installed, or no layer has such a name.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(
+            f"lora needs the package peft, which cannot be imported: {error}. Install it with "
+            "pip install 'mfmjt[lora]', or leave lora out to train all weights."
+        ) from error
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        exclude_modules=EMBEDDINGS,
+    )
+    # It makes an adapter's layers of the wrapped layer's type or of PyTorch's own, and calls both
+    # constructors alike. So it is shown PyTorch's, and ours differ from them in `forward` alone.
+    _retype(net, {Linear: nn.Linear, Conv1d: nn.Conv1d})
+    try:
+        peft.inject_adapter_in_model(config, net)
+    except ValueError as error:
+        raise InputError(
+            f"lora.targets={list(lora.targets)} cannot be adapted: {str(error).splitlines()[0]} "
+            "Give ends of names of linear layers or convolutions."
+        ) from error
+    finally:
+        _retype(net, {nn.Linear: Linear, nn.Conv1d: Conv1d})
+    net.r_embed.requires_grad_(True)
+
+
+def _retype(net: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    for module in net.modules():
+        if type(module) in types:
+            module.__class__ = types[type(module)]
+
+
+def merged_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
+    """The parameters of the plain network that does what one with adapters does.
+
+    Args:
+        state: State dict of a network with adapters.
+        lora: What they are.
+    """
+    plain = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        if key.endswith(".base_layer.weight"):
+            a, b = (state[f"{_stem(key)}.lora_{part}.default.weight"] for part in "AB")
+            value = value + (lora.alpha / lora.rank) * _product(a, b).view_as(value)
+        plain[key.replace(".base_layer.", ".")] = value
+    return plain
+
+
+def save_adapter(state: Mapping[str, Tensor], lora: LoRA, path: str | os.PathLike[str]) -> None:
+    """Write the adapters in a state dict, and the embedding of t − r, to a safetensors file.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    kept = {
+        key.replace(".default.", "."): value.detach().contiguous()
+        for key, value in state.items()
+        if ".lora_" in key or key.startswith(f"{WHOLE}.")
+    }
+    metadata = {"format": FORMAT, "lora": json.dumps(dataclasses.asdict(lora))}
+    with atomic_path(path) as temporary:
+        save_file(kept, temporary, metadata=metadata)
+
+
+def merge_adapter(net: MFMJT, path: str | os.PathLike[str]) -> None:
+    """Add what `save_adapter` wrote to the weights of the network that was adapted, in place.
+
+    Raises:
+        InputError: The file is missing, damaged, or of another network.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"No file {path}: there is no adapter to merge. Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise ValueError("it is of another format")
+            fields = json.loads(about["lora"])
+            lora = LoRA(**fields | {"targets": tuple(fields["targets"])})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no adapter: {error}. Give the adapter.safetensors of a training with lora."
+        ) from error
+    weights = net.state_dict()
+    changed = {key: value for key, value in tensors.items() if ".lora_" not in key}
+    for key, a in tensors.items():
+        if ".lora_A." in key:
+            b = tensors.get(key.replace(".lora_A.", ".lora_B."), a.new_empty(0, 0))
+            name = key.replace(".lora_A.", ".")
+            weight = weights.get(name)
+            if weight is None or weight.numel() != b.shape[0] * a[0].numel():
+                raise InputError(
+                    f"{path} is for another network: {name} does not fit. Give the network that "
+                    "was trained with it."
+                )
+            changed[name] = weight + (lora.alpha / lora.rank) * _product(a, b).view_as(weight)
+    unknown = [
+        key for key in changed if key not in weights or weights[key].shape != changed[key].shape
+    ]
+    if unknown:
+        raise InputError(
+            f"{path} is for another network: {unknown[0]} does not fit. Give the network that was "
+            "trained with it."
+        )
+    with torch.no_grad():
+        for key, value in changed.items():
+            weights[key].copy_(value)
+
+
+def _stem(key: str) -> str:
+    return key.removesuffix(".base_layer.weight")
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """B A as a matrix (out, in·K)."""
+    return b.flatten(1).float() @ a.flatten(1).float()
