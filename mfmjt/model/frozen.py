@@ -124,7 +124,8 @@ class Frozen:
         soft = "silu" if net.config.v2 else "selu"
         between = "silu" if net.config.v2 else "none"
         self._acts = (soft, between, soft, between)
-        self._up, self._down = _gated(*(part[-1] for part in parts))
+        ends = [part[-1] for part in parts]
+        self._up, self._down = _gated(*(end for end in ends if isinstance(end, SwiGLU)))
         # A sum of two linear maps of two means is one of both means.
         pools = (net.clip_cond_proj, net.text_cond_proj)
         weight = torch.cat([p.get_parameter("weight") for p in pools], dim=1)
@@ -182,7 +183,7 @@ class Frozen:
         Raises:
             InputError: A shape does not fit.
         """
-        config, net = self.config, self._net
+        net = self._net
         batch, length = z.shape[:2]
         given = net.features(
             video, sync, text, video_mask=video_mask, text_mask=text_mask, latent_length=length
@@ -204,7 +205,7 @@ class Frozen:
             tokens.get(3, absent.text),
         )
         picked = self._picked(heard.shape[1], length)
-        shared = self._shared(*_alike(seen, read))
+        shared = self._shared(*_alike(seen, read, heard)[:2])
         whole, frames = streams.silu_conditions(shared, heard, picked)
 
         def both(with_: Tensor, without: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class Frozen:
         mode: Literal["cfg_scaled", "cfg", "none"] = "cfg_scaled",
         **given: Tensor,
     ) -> Tensor:
-        """z − u with guidance: the whole of a generation in one step.
+        """Noise z to data z − u with guidance: the whole of a generation in one step.
 
         Args:
             z: As for a call.

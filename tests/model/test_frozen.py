@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mfmjt import kernels
+from mfmjt.errors import InputError
+from mfmjt.meanflow import OneStep
+from mfmjt.meanflow.capture import Captured
+from mfmjt.model import MFMJT
+from tests.model.test_transformer import DIMS, SMALL, TERMS, inputs, network
+from tests.oracle import allowance, error
+
+
+def steps(net, **options):
+    """The step of the network as it is, and of the frozen one."""
+    return OneStep(net, compile=False, **options), OneStep(net, **options)
+
+
+def check(net, z, given, **options):
+    plain, frozen = steps(net, **options)
+    truth = plain(z, **given)
+    found = frozen(z, **given)
+    assert found.dtype == z.dtype
+    assert error(found, truth) <= allowance(truth, z.dtype, TERMS)
+
+
+@pytest.mark.parametrize(("guidance", "mode"), [(1.5, "cfg_scaled"), (4.0, "cfg"), (1.0, "cfg")])
+@pytest.mark.parametrize("v2", [False, True])
+def test_the_step_is_the_same(guidance, mode, v2):
+    z, _, _, features = inputs(2)
+    check(network(v2=v2), z, features, guidance=guidance, mode=mode)
+
+
+@pytest.mark.parametrize("names", [["text"], ["video", "sync"], ["sync"], []])
+def test_what_is_missing_is_null(names):
+    z, _, _, features = inputs(3)
+    check(network(), z, {name: features[name] for name in names})
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 8, 1), (17, 5, 8, 2), (9, 3, 24, 9), (40, 2, 16, 3)])
+def test_any_lengths_after_one_another(lengths):
+    net = network()
+    plain, frozen = steps(net)
+    for given in (lengths, (10, 4, 8, 3), lengths):
+        z, _, _, features = inputs(2, *given)
+        truth = plain(z, **features)
+        assert error(frozen(z, **features), truth) <= allowance(truth, z.dtype, TERMS)
+
+
+def test_masks_leave_out_conditions_of_samples():
+    z, _, _, features = inputs(3)
+    masks = {
+        "video_mask": torch.tensor([True, False, False]),
+        "text_mask": torch.tensor([True, True, False]),
+    }
+    check(network(), z, features | masks)
+
+
+def test_one_clip_serves_several_sounds():
+    net = network()
+    z, _, _, features = inputs(3)
+    one = {name: value[:1] for name, value in features.items()}
+    all_of_them = {name: value.expand(3, -1, -1) for name, value in one.items()}
+    plain, frozen = steps(net)
+    truth = plain(z, **all_of_them)
+    assert error(frozen(z, **one), truth) <= allowance(truth, z.dtype, TERMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_errs_no_more_than_plain_pytorch(dtype):
+    net = network(torch.float32).to(dtype)
+    exact = copy.deepcopy(net).double()
+    z, _, _, features = inputs(2, dtype=torch.float32)
+    rounded = {name: value.to(dtype) for name, value in features.items()}
+    truth = OneStep(exact, compile=False)(
+        z.double(), **{name: value.double() for name, value in rounded.items()}
+    )
+    plain, frozen = steps(net)
+    with kernels.reference():
+        reference = error(plain(z, **rounded), truth)
+    limit = 2 * reference + allowance(truth, dtype, TERMS)
+    assert error(frozen(z, **rounded), truth) <= limit
+
+
+def test_nothing_is_read_on_the_host():
+    """On tensors without memory a read raises; in a CUDA graph it would end the capture."""
+    with FakeTensorMode():
+        z, _, _, features = inputs(2, dtype=torch.float32)
+        net = MFMJT.from_config("nano", **SMALL, **DIMS)
+        assert OneStep(net)(z, **features).shape == z.shape
+
+
+def test_other_weights_need_another_step():
+    net = network()
+    z, _, _, features = inputs(2)
+    frozen = OneStep(net)
+    before = frozen(z, **features)
+    with torch.no_grad():
+        net.fused_blocks[0].linear1.weight.mul_(2)
+    assert torch.equal(frozen(z, **features), before)
+    assert not torch.equal(OneStep(net)(z, **features), before)
+
+
+def test_wrong_shapes_and_intervals_are_named():
+    net = network()
+    z, _, _, features = inputs(2)
+    with pytest.raises(InputError, match="video has shape"):
+        OneStep(net)(z, **features | {"video": features["text"]})
+    with pytest.raises(InputError, match="0 <= r <= t <= 1"):
+        net.frozen(1.0, 0.5)
+
+
+def test_off_a_gpu_a_captured_function_is_the_function():
+    seen = []
+
+    def function(x, *, factor, y=None):
+        seen.append(factor)
+        return factor * x if y is None else factor * x + y
+
+    captured = Captured(function)
+    x = torch.randn(3)
+    assert torch.equal(captured(x, factor=2.0), 2 * x)
+    assert torch.equal(captured(x, factor=3.0, y=x), 3 * x + x)
+    assert seen == [2.0, 3.0]
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_what_the_function_gives():
+    net = network(torch.float32).cuda()
+    plain, frozen = steps(net)
+    for length in (10, 17, 10):
+        z, _, _, features = inputs(2, length, dtype=torch.float32)
+        given = {name: value.cuda() for name, value in features.items()}
+        truth = plain(z.cuda(), **given)
+        found = frozen(z.cuda(), **given)
+        assert error(found.cpu(), truth.cpu()) <= allowance(truth.cpu(), z.dtype, TERMS)
