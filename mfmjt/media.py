@@ -1,4 +1,4 @@
-"""Video files in, sound files and videos with sound out: the only module that knows containers.
+"""Files of video and sound in, and out again with sound: the only module that knows containers.
 
 Pictures are read on a uniform time grid and written never: `mux` copies the video's packets as
 they are and adds a sound track beside them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "VideoStream",
     "check_output",
     "mux",
+    "read_audio",
     "read_video",
     "write_audio",
 ]
@@ -233,6 +235,50 @@ class VideoStream:
                 "asked for. Leave out the duration, or give a shorter one."
             )
         return Fraction(self._asked)
+
+
+def read_audio(
+    path: str | os.PathLike[str], sample_rate: int, duration: float | None = None
+) -> np.ndarray:
+    """Read the first sound track of a file of sound or of video as one channel.
+
+    Time 0 is the first picture of a video: a track that begins later begins with silence, and what
+    comes before is cut off. Channels are averaged.
+
+    Args:
+        path: Any file that PyAV can open.
+        sample_rate: Wanted, in Hz.
+        duration: Read only so many seconds from the start; None reads the whole track.
+
+    Returns:
+        float32 `(samples,)`, which may be fewer than asked for, and not finite if the file's are.
+
+    Raises:
+        InputError: The file is missing, has no sound track, or nothing of it can be decoded.
+    """
+    path = Path(path)
+    parts: list[np.ndarray] = []
+    with _open(path, "a file of sound or video", None) as container:
+        if not container.streams.audio or container.streams.audio[0].codec_context is None:
+            raise InputError(f"{path} has no sound track that can be read. Give a file with one.")
+        rate, wanted, skipped = 0, 0.0, 0
+        for samples, rate, time in _decoded_sound(path, container):
+            if not parts:
+                wanted = math.inf if duration is None else math.ceil(duration * rate)
+                skipped = round((_first_picture(container, time) - time) * rate)
+                # As long as the file says, which may be damaged, but not longer than is wanted.
+                parts.append(np.zeros(int(min(max(0, -skipped), wanted)), np.float32))
+                skipped = max(0, skipped)
+            parts.append(samples[skipped:])
+            skipped = max(0, skipped - len(samples))
+            if sum(map(len, parts)) >= wanted:
+                break
+    if not parts:
+        raise InputError(f"No sound of {path} can be decoded. Give a file that plays.")
+    whole = np.concatenate(parts)
+    whole = whole[: int(min(wanted, len(whole)))]
+    resampled: np.ndarray = soxr.resample(whole, rate, sample_rate)
+    return resampled
 
 
 def mux(
@@ -557,22 +603,64 @@ def _packets_until(source: Any, stream: Any, end: Fraction) -> Iterator[Any]:
         return  # cut short: what was read is what the sound was made for
 
 
+def _decoded_sound(path: Path, container: Any) -> Iterator[tuple[np.ndarray, int, Fraction]]:
+    """Pieces of one channel (S,), their rate in Hz, and when each begins, past what is damaged."""
+    stream = container.streams.audio[0]
+    planes = av.AudioResampler(format="fltp")
+    packets = container.demux(stream)
+    while True:
+        try:
+            frames = next(packets).decode()
+        except (StopIteration, av.error.EOFError):
+            return
+        except (av.error.InvalidDataError, ValueError):
+            continue
+        except av.error.FFmpegError:
+            return
+        for frame in frames:
+            base = frame.time_base or stream.time_base or Fraction(1, frame.sample_rate)
+            time = Fraction(0) if frame.pts is None else frame.pts * base
+            try:
+                pieces = planes.resample(frame)
+            except ValueError as error:
+                raise InputError(
+                    f"The sound of {path} changes its rate or channels on the way. Convert it."
+                ) from error
+            for piece in pieces:
+                yield piece.to_ndarray().mean(0, dtype=np.float32), piece.sample_rate, time
+
+
+def _first_picture(container: Any, otherwise: Fraction) -> Fraction:
+    """When a video's pictures begin, in seconds; sound alone begins with itself."""
+    cover = av.stream.Disposition.attached_pic
+    for stream in container.streams.video:
+        if not stream.disposition & cover and stream.start_time is not None:
+            return Fraction(stream.start_time * stream.time_base)
+    return otherwise
+
+
 @contextlib.contextmanager
-def _open_video(path: Path, formats: str | None = None) -> Iterator[tuple[Any, Any]]:
+def _open(path: Path, what: str, formats: str | None) -> Iterator[Any]:
     if not path.exists():
         raise InputError(f"There is no file {path}. Check the name.")
     if path.is_dir():
-        raise InputError(f"{path} is a folder. Give a video file.")
+        raise InputError(f"{path} is a folder. Give {what}.")
     options = {} if formats is None else {"format_whitelist": formats}
     try:
         # "file:" keeps a name such as "a:b.mp4" from being read as a protocol.
         container = av.open(f"file:{path}", metadata_errors="ignore", options=_OPENING | options)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be opened as a video: {_reason(error)}. "
+            f"{path} cannot be opened as {what.removesuffix(' file')}: {_reason(error)}. "
             "Give a file that plays, such as an .mp4."
         ) from error
     with container:
+        yield container
+
+
+@contextlib.contextmanager
+def _open_video(path: Path, formats: str | None = None) -> Iterator[tuple[Any, Any]]:
+    with _open(path, "a video file", formats) as container:
         # A cover image in a song's file is a video stream too.
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
