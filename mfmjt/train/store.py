@@ -237,13 +237,12 @@ class FeatureStore:
         self, clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
     ) -> dict[str, Tensor]:
         """Rows of all streams on the CPU."""
-        wanted = []
+        pieces: dict[str, list[Tensor]] = {}
         for key, stream in self._streams.items():
             if stream.known:
-                wanted.append((key, stream, clips, *self._cut(stream.shape[0], starts, window)))
+                pieces[key] = stream.find(clips, *self._cut(stream.shape[0], starts, window))
         if self._text is not None:
-            wanted.append(("text", self._text, self._text_row[clips], None, None))
-        pieces = {key: stream.find(*where) for key, stream, *where in wanted}
+            pieces["text"] = self._text.find(self._text_row[clips], None, None)
         will_need(*(p for found in pieces.values() for p in found if not p.is_meta))
         features = {key: self._copied(found) for key, found in pieces.items()}
         for key, mask in self._masks.items():
