@@ -347,6 +347,9 @@ def convert(
     dtype: Annotated[
         str, typer.Option(help="Of the stored numbers: float32, bfloat16 or float16.")
     ] = "float32",
+    adapter: Annotated[
+        Path | None, typer.Option(help="Merge this adapter.safetensors of a fine-tuning first.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Convert a network from MMAudio's published layout to ours, or back.
@@ -366,7 +369,7 @@ def convert(
     ways = {"mmaudio": from_mmaudio, "mfmjt": to_mmaudio}
     if layout not in ways:
         raise InputError(f"There is no layout {layout!r}. Choose one of {', '.join(ways)}.")
-    done = ways[layout](file, to, config, _dtype(dtype))
+    done = ways[layout](file, to, config, _dtype(dtype), adapter)
     for note in done.notes:
         typer.echo(f"Note: {note}", err=True)
     typer.echo(f"Wrote {done.path}: {done.name}, {done.parameters / 1e6:.1f} M parameters.")

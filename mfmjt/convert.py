@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path, check_writable
 from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model.lora import merge_adapter
 
 __all__ = ["Conversion", "from_mmaudio", "to_mmaudio"]
 
@@ -42,6 +43,7 @@ def from_mmaudio(
     to: str | os.PathLike[str],
     config: str | None = None,
     dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Conversion:
     """Write a network of MMAudio's layout as one of ours.
 
@@ -50,6 +52,8 @@ def from_mmaudio(
         to: The `.safetensors` file to write; it appears whole or not at all.
         config: Name of the configuration that every shape must agree with; None infers it.
         dtype: Storage dtype; None keeps float32.
+        adapter: An `adapter.safetensors` of a training that started from this network: it is merged
+            into the weights first.
 
     Raises:
         InputError: The source cannot be used, each wrong parameter named, or the suffix of `to`.
@@ -57,6 +61,8 @@ def from_mmaudio(
     """
     to = _checked(source, to, OURS)
     net = load_mmaudio(source, config)
+    if adapter is not None:
+        merge_adapter(net, adapter)
     net.save(to, dtype)
     count = sum(value.numel() for value in net.state_dict().values())
     return Conversion(to, net.config.name, count)
@@ -67,6 +73,7 @@ def to_mmaudio(
     to: str | os.PathLike[str],
     config: str | None = None,
     dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Conversion:
     """Write one of our networks in MMAudio's layout.
 
@@ -76,6 +83,8 @@ def to_mmaudio(
             or `.safetensors`; it appears whole or not at all.
         config: Name of the configuration that the source must have; None takes any.
         dtype: Storage dtype; None keeps float32.
+        adapter: An `adapter.safetensors` of a training that started from this network: it is merged
+            into the weights first.
 
     Raises:
         InputError: The source is no network, has another configuration, or the suffix of `to`.
@@ -85,6 +94,8 @@ def to_mmaudio(
     net = MFMJT.load(source)
     if config not in (None, net.config.name):
         raise InputError(f"{source} is a {net.config.name}, not a {config}. Leave out the name.")
+    if adapter is not None:
+        merge_adapter(net, adapter)
     state = to_mmaudio_state_dict(net)
     state = {name: value.to(dtype=dtype).contiguous() for name, value in state.items()}
     try:

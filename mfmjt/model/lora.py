@@ -183,4 +183,5 @@ def _stem(key: str) -> str:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """B A as a matrix (out, in·K)."""
-    return b.flatten(1).float() @ a.flatten(1).float()
+    work = torch.promote_types(a.dtype, torch.float32)
+    return b.flatten(1).to(work) @ a.flatten(1).to(work)

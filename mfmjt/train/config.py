@@ -59,8 +59,8 @@ class NetworkTraining:
         out: Folder for the log, the training state, previews and, at the end, the network.
         store: Feature store, from the stage `features`.
         codec: Weights of the codec, which decodes the previews; null for none.
-        encoders: Weights of the encoders, which turn captions into text features; null where the
-            store has these.
+        encoders: Weights of the encoders, which turn captions into text features; not used where
+            the store has these.
         model: Name of the network's configuration, or `auto` for that of `init_from`.
         overrides: Fields of that configuration to change.
         init_from: A network file to start from: one of ours, or a checkpoint of MMAudio. Its
@@ -88,7 +88,7 @@ class NetworkTraining:
             same folder counted in; 0 for no limit. The schedule then follows the larger of
             steps done and time spent, so that such a run does not resume bit for bit.
         batch: Clips a step, of all processes and passes, each a window of `window` latents.
-        window: Latents in a window, a multiple of 10.
+        window: Latents in a window, a multiple of 10; 0 for whole clips.
         full_every: Every so many steps the clips are whole instead; 0 for never.
         full_batch: Clips a step when they are whole.
         lr: Peak learning rate of AdamW.
@@ -177,11 +177,11 @@ class NetworkTraining:
 
     def __post_init__(self) -> None:
         """Refuse values that could not train, before anything is loaded."""
-        counts = ("steps", "batch", "full_batch", "window", "log_every", "checkpoint_every")
+        counts = ("steps", "batch", "full_batch", "log_every", "checkpoint_every")
         for name in (*counts, "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: it must be at least 1.")
-        if self.window % 10:
+        if self.window < 0 or self.window % 10:
             raise InputError(
                 f"window={self.window}: windows begin and end where latents and sync frames meet, "
                 "every 10 latents. Give a multiple of 10."

@@ -142,10 +142,12 @@ class _Run:
         self.out = Path(config.out)
         self.store = FeatureStore(config.store, "train", self.device)
         self.validation = FeatureStore(config.store, "validation", self.device)
-        self.encoders = NanoEncoders.load(config.encoders).eval() if config.encoders else None
-        if self.encoders is not None:
-            self.store.encode_text(self.encoders)
-            self.validation.encode_text(self.encoders)
+        self.null_text = self.store.null_text
+        if config.encoders is not None and not self.store.has_text:
+            encoders = NanoEncoders.load(config.encoders).eval()
+            for store in (self.store, self.validation):
+                store.encode_text(encoders)
+            self.null_text = encoders.encode_text([""])[0]
         self.codec = NanoCodec.load(config.codec).eval() if config.codec else None
 
         self.net = self._network()
@@ -205,8 +207,8 @@ class _Run:
         net = starting_network(self.config)
         if self.config.init_from is None:
             with torch.no_grad():
-                if self.encoders is not None:
-                    net.empty_string_feat.copy_(self.encoders.encode_text([""])[0])
+                if self.null_text is not None:
+                    net.empty_string_feat.copy_(self.null_text)
                 net.latent_mean.copy_(self.store.latent_mean.view_as(net.latent_mean))
                 net.latent_std.copy_(self.store.latent_std.view_as(net.latent_std))
         net = net.to(self.device).train()
@@ -281,7 +283,7 @@ class _Run:
     def _advance(self) -> None:
         config = self.config
         whole = config.full_every > 0 and (self.step + 1) % config.full_every == 0
-        rows, window = (config.full_batch, None) if whole else (config.batch, config.window)
+        rows, window = (config.full_batch, None) if whole else (config.batch, config.window or None)
         factor = lr_factor(self.step, self.share(), config.warmup, config.schedule)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):

@@ -108,7 +108,8 @@ class Step(nn.Module):
             intervals: How many of them, the first, have r < t.
         """
         cond = {key: value for key, value in features.items() if key != "latent"}
-        cond |= {"video_mask": draws.video_mask, "text_mask": draws.text_mask}
+        for name, kept in (("video_mask", draws.video_mask), ("text_mask", draws.text_mask)):
+            cond[name] = cond[name] & kept if name in cond else kept  # a clip may lack them
         return meanflow.loss(
             self.net,
             features["latent"],

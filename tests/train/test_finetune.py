@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfmjt.convert import from_mmaudio, to_mmaudio
+from mfmjt.errors import InputError
+from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model.lora import LoRA
+from mfmjt.train.config import NetworkTraining, load_config
+from mfmjt.train.distributed import Processes
+from mfmjt.train.loop import _Run, train
+from mfmjt.train.start import starting_network
+from tests.model.published import read
+from tests.oracle import allowance, error
+from tests.train.conftest import TINY
+from tests.train.states import load_state
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    """A checkpoint in MMAudio's layout, of a small network for the store's features."""
+    torch.manual_seed(5)
+    net = MFMJT.from_config("nano", **TINY)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn_like(p)
+        net.latent_std.fill_(1.5)
+    path = tmp_path / "mmaudio_tiny.pth"
+    torch.save(to_mmaudio_state_dict(net), path)
+    return path
+
+
+@pytest.fixture
+def finetune(recipe, published):
+    """finetune(**changes) is a fine-tuning of `published`."""
+
+    def make(**changes) -> NetworkTraining:
+        fixed = {"init_from": str(published), "model": "auto", "overrides": {}, "window": 0}
+        return recipe(**(fixed | {"full_every": 0} | changes))
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["net_tiny", "net_tiny_v2"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_it_starts_as_the_published_velocity_turned_around(tmp_path, name, adapted):
+    """u(z, r, t) = -v(z, 1 - t) for every r, against MMAudio's own outputs."""
+    if adapted:
+        pytest.importorskip("peft")
+    state, given = read(name)
+    torch.save(state, tmp_path / "mmaudio.pth")
+    config = NetworkTraining(
+        model="auto",
+        init_from=str(tmp_path / "mmaudio.pth"),
+        overrides={"latent_length": 25, "video_length": 8, "sync_length": 24},
+        lora=LoRA(rank=2) if adapted else None,
+    )
+    net = starting_network(config)
+    t, cond = 1 - given["in.t"], (given["in.clip"], given["in.sync"], given["in.text"])
+    terms = net.config.depth * 3 * net.config.mlp_hidden
+    truth = given["out.velocity"]
+    with torch.no_grad():
+        for r in (t, t / 3, torch.zeros_like(t)):
+            u = net(given["in.latent"], r, t, *cond)
+            assert error(-u, truth) <= allowance(truth, torch.float32, terms)
+
+
+def test_a_step_of_nothing_gives_the_network_back(finetune, published):
+    """Normalisation and null text are the checkpoint's, and the store's latents follow them."""
+    config = finetune(steps=1, lr=0.0, weight_decay=0.0)
+    train(config)
+    start = load_mmaudio(published).state_dict()
+    tensors, _ = load_state(config.out)
+    assert all(torch.equal(tensors[f"net.{name}"], value) for name, value in start.items())
+    with Processes() as processes:
+        run = _Run(config, processes)
+    rows = torch.arange(2)
+    features = run.store.rows(rows)["latent"]
+    run.store.latent_mean, run.store.latent_std = torch.zeros(()), torch.ones(())
+    raw = run.store.rows(rows)["latent"]
+    net = load_mmaudio(published)
+    assert torch.equal(features, net.normalize(raw).detach())
+
+
+def test_only_adapters_are_trained_and_all_is_exported_merged(finetune, published, tmp_path):
+    pytest.importorskip("peft")
+    config = finetune(steps=4, lora=LoRA(rank=2), lr=1e-2, ratio=0.5, ema=(0.0,))
+    whole = train(config)
+    start = load_mmaudio(published).state_dict()
+    tensors, _ = load_state(config.out)
+    frozen = [name for name in tensors if name.endswith(".base_layer.weight")]
+    assert len(frozen) > 20
+    for name in frozen:
+        assert torch.equal(tensors[name], start[name[4:].replace(".base_layer", "")])
+    moved = {name.split(".", 1)[1] for name in tensors if name.startswith("exp_avg.")}
+    assert all(".lora_" in name or name.startswith("r_embed.") for name in moved)
+
+    # The exported network is what the adapter's file makes of the checkpoint, rounded to fp16.
+    adapter = whole.network.parent / "adapter.safetensors"
+    merged = from_mmaudio(published, tmp_path / "m.safetensors", adapter=adapter).path
+    ours, theirs = MFMJT.load(whole.network).state_dict(), MFMJT.load(merged).state_dict()
+    assert all(torch.equal(ours[name], theirs[name].half().float()) for name in ours)
+    changed = [name for name in ours if not torch.equal(theirs[name], start[name])]
+    assert any("qkv" in name for name in changed)
+    # And so does the way back.
+    (note,) = to_mmaudio(whole.network, tmp_path / "back.pth").notes[1:]
+    assert "It was trained" in note
+    back = load_mmaudio(tmp_path / "back.pth").state_dict()
+    kept = [name for name in ours if not name.startswith("r_embed.")]
+    assert all(torch.equal(back[name], ours[name]) for name in kept)
+
+    # It goes on with the same adapters, and with no others.
+    again = train(finetune(steps=5, lora=LoRA(rank=2), lr=1e-2, ratio=0.5, ema=(0.0,)))
+    assert again.step == 5
+    with pytest.raises(InputError, match="was trained with lora="):
+        train(finetune(steps=6, lora=LoRA(rank=3), ema=(0.0,)))
+
+
+def test_settings_say_what_they_need(finetune, published):
+    given = [f"init_from={published}", "lora.rank=4", "lora.alpha=8"]
+    config = load_config(NetworkTraining, "finetune", "network", given)
+    assert config.lora == LoRA(4, 8)
+    assert config.model == "auto"
+    with pytest.raises(InputError, match="init_from=FILE"):
+        starting_network(NetworkTraining(model="auto"))
+    with pytest.raises(InputError, match="has shape"):
+        starting_network(finetune(model="small_16k"))
+    with pytest.raises(InputError, match="previews are sound"):
+        NetworkTraining(codec=None)
+    for changes, says in (
+        ({"compile": True, "checkpointing": True}, "exclude one another"),
+        ({"cuda_graph": True, "accumulate": 2}, "of one pass"),
+    ):
+        with pytest.raises(InputError, match=says):
+            NetworkTraining(**changes)
+    with pytest.raises(InputError, match="needs one process with a GPU"):
+        train(finetune(cuda_graph=True))
+
+
+def test_a_network_of_ours_is_told_from_a_published_one(finetune, published, tmp_path):
+    ours = from_mmaudio(published, tmp_path / "ours.safetensors").path
+    layout = to_mmaudio(ours, tmp_path / "theirs.safetensors").path
+    nets = [starting_network(finetune(init_from=str(path))) for path in (ours, layout, published)]
+    first = nets[0].state_dict()
+    for net in nets[1:]:
+        assert net.config == nets[0].config
+        assert all(torch.equal(value, first[name]) for name, value in net.state_dict().items())
