@@ -40,7 +40,17 @@ from triton.runtime.jit import JITFunction
 from mfmjt import kernels
 from mfmjt.files import atomic_path
 
-__all__ = ["OPS", "TARGETS", "Chip", "compile_op", "faults", "main", "offline", "resources"]
+__all__ = [
+    "OPS",
+    "TARGETS",
+    "Chip",
+    "compile_op",
+    "faults",
+    "main",
+    "offline",
+    "offline_driver",
+    "resources",
+]
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,18 @@ class _Offline:
 
 
 @contextlib.contextmanager
+def offline_driver(target: GPUTarget) -> Iterator[None]:
+    """Inside, Triton takes `target` for the current GPU."""
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Offline(target))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
 def offline(target: GPUTarget) -> Iterator[list[Any]]:
     """Inside, a launch compiles for `target` and does nothing more; yields the compiled kernels."""
     compiled: list[Any] = []
@@ -108,15 +130,12 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         compiled.append(kernel)
         return kernel
 
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_Offline(target))
-    JITFunction.run = compile_only
-    try:
-        yield compiled
-    finally:
-        JITFunction.run = run
-        driver._active = before
+    with offline_driver(target):
+        JITFunction.run = compile_only
+        try:
+            yield compiled
+        finally:
+            JITFunction.run = run
 
 
 def resources(kernel: Any) -> dict[str, Any]:
@@ -246,6 +265,51 @@ def _snake(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         kernels.snake(x, *(torch.empty(shape[3], dtype=dtype) for _ in range(2)))
 
 
+def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A guided step of inference: its joint blocks, its audio-only ones, and what is around."""
+    batch, length, tokens, width, heads, hidden = shape
+    lengths = (length, 64, tokens - length - 64)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    def weight(outs: int, taps: int, channels: int) -> kernels.streams.Packed:
+        return kernels.streams.Packed(empty(outs, taps, channels))
+
+    norm = kernels.streams.gated_residual_norm
+    with torch.no_grad():
+        for n in (3, 1):
+            xs = [empty(batch, tokens, width) for tokens in lengths[:n]]
+            units = [weight(2 * hidden, taps, width)._replace(glu=True) for taps in (3, 3, 1)[:n]]
+            ys = kernels.streams.project(xs, units)
+            kernels.streams.project(ys, [weight(width, taps, hidden) for taps in (3, 3, 1)[:n]])
+            ropes = [torch.empty(x.shape[1], width // heads // 2, 2) for x in xs[:2]]
+            weights, biases = [weight(3 * width, 1, width)] * n, [empty(3 * width)] * n
+            norms = [empty(width // heads)] * n
+            kernels.streams.project_qkv(
+                xs, weights, biases, norms, norms, [*ropes, None][:n], heads
+            )
+            modulations = [empty(batch, rows, 6 * width).chunk(6, -1) for rows in (192, 1, 1)[:n]]
+            parts = [list(part) for part in zip(*modulations, strict=True)]
+            rows = [torch.empty(length, dtype=torch.int64), None, None][:n]
+            norm(xs, xs, *parts[:3], rows, eps=1e-5)
+        norm(xs, None, None, *parts[:2], rows, eps=1e-5)
+        biases = [empty(width), empty(width), empty(192, width), empty(width)]
+        layers = ((length, 20, 7), (64, 1024, 1), (192, 768, 7), (tokens - length - 64, 1024, 1))
+        kernels.streams.project(
+            [empty(batch, tokens, channels) for tokens, channels, _ in layers],
+            [weight(width, taps, channels) for _, channels, taps in layers],
+            biases,
+            ["selu", "none", "selu", "none"],
+        )
+        conditions = kernels.streams.silu_conditions(empty(batch, 1, width), empty(1, 192, width))
+        weights = [weight(outs * width, 1, width) for outs in (40, 72)]
+        kernels.streams.project(conditions, weights, [empty(outs * width) for outs in (40, 72)])
+        (u,) = kernels.streams.project(xs, [weight(20, 7, width)], [empty(20)])
+        kernels.streams.guide(torch.empty(batch // 2, length, 20), u)
+        kernels.streams.pool([empty(batch, tokens, width) for tokens in lengths[1:]])
+
+
 OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
     "adaln": _adaln,
     "conv1d": _conv1d,
@@ -253,6 +317,7 @@ OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
     "joint_attention": _joint_attention,
     "qk_norm_rope": _qk_norm_rope,
     "snake": _snake,
+    "streams": _streams,
     "swiglu": _swiglu,
 }
 """All ops with Triton kernels; the products of `linear` are the vendor's."""
@@ -287,6 +352,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     if int(row["tensor_memory"]) > TENSOR_MEMORY:  # Triton then gives an empty kernel, silently
         found.append(f"needs {row['tensor_memory']} of {TENSOR_MEMORY} columns of tensor memory")
     product = row["op"] in MATRIX_OPS and re.search(r"_(fwd|jvp|bwd\w*)_kernel", row["kernel"])
+    product = product or row["kernel"].startswith("_streams_project")
     if product and row["dtype"] == "bfloat16" and not row["matrix"]:
         found.append("no matrix instruction")
     return found

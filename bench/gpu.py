@@ -2,13 +2,15 @@
 
 check    every op and the network on the device against float64 on the CPU: value, tangent, gradient
 kernels  every op against plain PyTorch, torch.compile and other people's kernels
-network  training steps and one-step generation of whole networks
+network  training steps of whole networks
+generate one-step generation: latents, waveforms, batches, one process from its start
 train    nano: clips are made, encoded and trained on until the time is up, then on the next call
 
 Needs torch, NumPy and safetensors, and Triton where a part compiles; jvp-flash-attention,
 liger-kernel, flash-attn, xformers and rCM are timed where they can be imported. DIR receives small
-files only: `environment.json`, `check.jsonl`, `kernels.jsonl`, `network.jsonl`, `train.jsonl` and
-`network.safetensors`. Features and training states, some hundreds of MB, go to the work folder.
+files only: `environment.json`, `check.jsonl`, `kernels.jsonl`, `network.jsonl`, `generate.jsonl`,
+`train.jsonl` and `network.safetensors`. Features and training states, some hundreds of MB, go to
+the work folder.
 
 Examples:
   python -m bench gpu --out output/gpu                        all parts; call it again to go on
@@ -65,6 +67,7 @@ from bench.harness import (
     take_turns,
 )
 from bench.judge import Truth
+from bench.model import bench_generate
 from bench.network import KEY, TINY, time_networks
 from bench.providers import OURS, Provider, providers, step
 from mfmjt import kernels
@@ -78,7 +81,7 @@ from mfmjt.train.loop import train
 
 __all__ = ["PARTS", "Job", "add_arguments", "run", "run_parts"]
 
-PARTS = ("check", "kernels", "network", "train")
+PARTS = ("check", "kernels", "network", "generate", "train")
 PRETRAINED = Path(__file__).parent.parent / "mfmjt" / "pretrained" / "nano"
 CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TIMED = (torch.bfloat16, torch.float32)
@@ -125,7 +128,13 @@ def run_parts(job: Job, parts: Sequence[str]) -> bool:
         stamp |= {k: v for k, v in json.loads(path.read_text()).items() if k == "ceilings"}
     path.write_text(json.dumps(stamp, indent=2) + "\n")
     print(json.dumps(stamp, indent=2))
-    functions = {"check": check, "kernels": time_kernels, "network": network, "train": train_nano}
+    functions = {
+        "check": check,
+        "kernels": time_kernels,
+        "network": network,
+        "generate": generate,
+        "train": train_nano,
+    }
     good = True
     for part in parts:
         print(f"== {part}", flush=True)
@@ -367,11 +376,25 @@ def _sampler(
 
 
 def network(job: Job) -> bool:
-    """Training steps and generation; see `bench.network`."""
+    """Training steps; see `bench.network`."""
     done = time_networks(Rows(job.out / "network.jsonl", KEY), job.device, job.deadline, job.smoke)
     if not done:
         print("The time is up; the same command goes on from here.")
     return done
+
+
+# generate
+
+
+def generate(job: Job) -> bool:
+    """One-step generation; see `bench.model.bench_generate`."""
+    rows = Rows(job.out / "generate.jsonl", bench_generate.KEY)
+    done = bench_generate.run(rows, job.device, job.deadline, smoke=job.smoke)
+    for line in [] if job.smoke else bench_generate.missed(rows.rows):
+        print("MISSED", line)
+    if not done:
+        print("The time is up; the same command goes on from here.")
+    return done and all(row["status"] != "wrong" for row in rows.rows)
 
 
 # train

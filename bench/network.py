@@ -1,7 +1,6 @@
-"""Training steps and one-step generation of whole networks: ours, the reference, and compiled.
+"""Training steps of whole networks, ours and the reference.
 
-A training step is loss and gradients at three shares of rows with r != t; generation is one guided
-step at batch 1, also as one CUDA graph.
+A step is loss and gradients, at three shares of rows with r != t.
 """
 
 from __future__ import annotations
@@ -38,19 +37,15 @@ def time_networks(rows: Rows, device: torch.device, end: float, tiny: bool = Fal
         net = MFMJT.from_config(name, **(TINY if tiny else {})).to(device)
         dtype = "float32" if tiny else "bfloat16"
         batch, length = (2, 20) if tiny else (64, net.config.latent_length)
-        for ratio in (*RATIOS, None):
-            mode = "generate" if ratio is None else f"train ratio={ratio}"
+        for ratio in RATIOS:
+            mode = f"train ratio={ratio}"
             fields = {"model": name, "mode": mode, "dtype": dtype, "length": length}
             if rows.has(**fields, provider=OURS):
                 continue
             if time.monotonic() > end - 60 and not tiny:
                 return False
-            if ratio is None:
-                net = net.eval().requires_grad_(False).to(dtype=getattr(torch, dtype))
-                calls = _generate_calls(net, length)
-            else:
-                calls = _train_calls(net, batch, length, ratio, dtype)
-            fields["batch"] = 1 if ratio is None else batch
+            calls = _train_calls(net, batch, length, ratio, dtype)
+            fields["batch"] = batch
             _compare(rows, calls, device, 0.0 if tiny else 1.0, fields)
     return True
 
@@ -86,46 +81,6 @@ def _train_calls(
             ours()
 
     return {OURS: ours, REFERENCE: reference}
-
-
-def _generate_calls(net: MFMJT, length: int) -> dict[str, Callable[[], object]]:
-    z, cond = _batch(net, 1, length)
-    step = meanflow.OneStep(net)
-
-    def reference() -> Tensor:
-        with kernels.reference():
-            return step(z, **cond)
-
-    calls: dict[str, Callable[[], object]] = {OURS: lambda: step(z, **cond), REFERENCE: reference}
-    if z.device.type == "cuda":
-        compiled = meanflow.OneStep(torch.compile(net))
-        calls["compile"] = lambda: compiled(z, **cond)
-        calls["graph"] = _captured(lambda: step(z, **cond))
-    return calls
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Replay `call` as one CUDA graph, captured at its first use."""
-    graphs: list[torch.cuda.CUDAGraph] = []
-
-    def capture() -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph
-
-    def replay() -> None:
-        if not graphs:
-            graphs.append(capture())
-        graphs[0].replay()
-
-    return replay
 
 
 def _compare(

@@ -36,7 +36,7 @@ def test_everything_runs_tiny_and_goes_on(monkeypatch, tmp_path):
     assert {row["status"] for row in timings} == {"ok"}
     assert all(set(KEY) <= row.keys() for row in timings)
     modes = [row["mode"] for row in rows(tmp_path / "network.jsonl") if row["status"] == "ok"]
-    assert set(modes) == {"train ratio=0.0", "train ratio=0.1", "train ratio=0.25", "generate"}
+    assert set(modes) == {"train ratio=0.0", "train ratio=0.1", "train ratio=0.25"}
     stamp = json.loads((tmp_path / "environment.json").read_text())
     assert stamp["device"] == "cpu"
     assert stamp["ceilings"]["copy_gbps"] > 0

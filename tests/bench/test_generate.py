@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from bench.harness import Rows
+from bench.model import bench_generate
+from bench.model.bench_generate import KEY, Plan, missed, time_generation
+from mfmjt.model import MFMJT
+
+CPU = torch.device("cpu")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_runs_tiny_and_does_nothing_twice(monkeypatch, tmp_path, capsys):
+    command = ["bench_generate", "--out", str(tmp_path), "--smoke"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_generate.main() == 0
+    found = rows(tmp_path / "generate.jsonl")
+    assert {row["provider"] for row in found} == {"ours", "eager", "ours_eager", "eager_25"}
+    assert {row["status"] for row in found} == {"ok"}
+    assert all(row["relative_error"] > 0 for row in found if row["provider"] != "eager_25")
+    assert bench_generate.main() == 0
+    assert rows(tmp_path / "generate.jsonl") == found
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
+    def off(self: MFMJT, r: float, t: float) -> object:
+        class Frozen:
+            def step(self, z: torch.Tensor, **_: object) -> torch.Tensor:
+                return z
+
+        return Frozen()
+
+    monkeypatch.setattr(MFMJT, "frozen", off)
+    found = Rows(tmp_path / "generate.jsonl", KEY)
+    plan = Plan("nano", "latents", 1, ("ours", "eager"))
+    assert time_generation(found, CPU, time.monotonic(), [plan], tiny=True)
+    by_name = {row["provider"]: row for row in found.rows}
+    assert by_name["ours"]["status"] == "wrong"
+    assert "relative error" in by_name["ours"]["reason"]
+    assert by_name["eager"]["status"] == "ok"
+
+
+def test_an_unknown_provider_is_an_error(tmp_path):
+    plan = Plan("nano", "latents", 1, ("theirs",))
+    with pytest.raises(bench_generate.InputError, match="theirs"):
+        time_generation(Rows(tmp_path / "x", KEY), CPU, time.monotonic(), [plan], tiny=True)
+
+
+def test_bars_are_held_against_what_was_measured():
+    step = {"what": "latents", "network": "small_16k", "batch": 1, "status": "ok"}
+    slow = {**step, "device": "cpu", "provider": "ours", "ms_p50": 500.0, "clips_per_s": 2.0}
+    assert missed([slow]) == ["CPU, small_16k, latents, seconds: 0.5, must be <= 0.4"]
+    assert missed([slow | {"ms_p50": 399.0}]) == []
+    assert missed([slow | {"provider": "eager"}]) == []
+    gpu = slow | {"device": "cuda", "ms_p50": 0.5}
+    eager = gpu | {"provider": "eager", "ms_p50": 4.0}
+    assert missed([gpu, eager]) == ["GPU, small_16k, latents, eager over ours: 8, must be >= 10"]
+    many = gpu | {"batch": 32, "clips_per_s": 2500.0}
+    assert missed([gpu, many]) == ["GPU, small_16k, latents, clips a second: 2500, must be >= 3000"]
