@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mfmjt.pipeline import Audio, Pipeline
+from tests.clips import write_video
+
+
+@pytest.fixture(scope="module")
+def pipes(model_folder: Path) -> tuple[Pipeline, Pipeline]:
+    return tuple(
+        Pipeline.from_pretrained(model_folder, device="cpu", compile=compile)
+        for compile in (False, True)
+    )
+
+
+def waves(made: Audio | list[Audio]) -> torch.Tensor:
+    return torch.cat([audio.waveform for audio in (made if isinstance(made, list) else [made])])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt": "a bell", "duration": 1.0},
+        {"prompt": "a bell", "duration": 1.0, "count": 3, "seed": 4},
+        {"prompt": "a bell", "duration": 1.0, "guidance": 4.0, "mode": "cfg"},
+        {"prompt": "a bell", "duration": 1.0, "mode": "none"},
+        {"prompt": "a bell", "duration": 1.0, "steps": 3},
+    ],
+    ids=["one", "three", "cfg", "none", "steps"],
+)
+def test_compiled_sounds_the_same(pipes: tuple[Pipeline, Pipeline], given: dict[str, Any]) -> None:
+    plain, compiled = (waves(pipe(**given)) for pipe in pipes)
+    torch.testing.assert_close(compiled, plain)
+
+
+def test_compiled_sounds_the_same_with_a_video(
+    pipes: tuple[Pipeline, Pipeline], tmp_path: Path
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4", frames=30)
+    long = write_video(tmp_path / "long.mp4", frames=25 * 9)
+    for video in (clip, long):
+        plain, compiled = (waves(pipe(video, "a bell", count=2)) for pipe in pipes)
+        torch.testing.assert_close(compiled, plain)
+
+
+def test_progress_ends_and_stages_are_timed(pipes: tuple[Pipeline, Pipeline]) -> None:
+    seen: list[tuple[str, float]] = []
+    made = pipes[1](prompt="a bell", duration=1.0, progress=lambda *at: seen.append(at))
+    assert isinstance(made, Audio)
+    assert ("generate", 1.0) in seen
+    assert seen[-1] == ("decode", 1.0)
+    assert made.timings["generate"] > 0
