@@ -72,15 +72,20 @@ class Build(build_ext):
             ) from error
 
 
-reason = why_not()
-if reason and os.environ.get("MFMJT_EXT") == "1":
-    raise SystemExit(f"MFMJT_EXT=1, but the C++ kernels cannot be built: {reason}.")
-if reason:
-    sys.stderr.write(f"mfmjt is installed without its C++ kernels: {reason}.\n")
-    setup()
-else:
-    setup(
-        ext_modules=[extension()],
-        cmdclass={"build_ext": Build},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+def main() -> None:
+    reason = why_not()
+    if reason and os.environ.get("MFMJT_EXT") == "1":
+        raise SystemExit(f"MFMJT_EXT=1, but the C++ kernels cannot be built: {reason}.")
+    if reason:
+        sys.stderr.write(f"mfmjt is installed without its C++ kernels: {reason}.\n")
+        setup()
+    else:
+        setup(
+            ext_modules=[extension()],
+            cmdclass={"build_ext": Build},
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -261,28 +261,10 @@ void by_dtype(const Tensor& t, const F& f) {
   }
 }
 
-#if defined(__SANITIZE_THREAD__)
-extern "C" void __tsan_acquire(void*);
-extern "C" void __tsan_release(void*);
-#endif
-
-// f(begin, end) for parts of a range, on PyTorch's threads. The thread sanitizer does not see the
-// barriers of libgomp, so they are told to it: what is left to find are races between the parts.
+// f(begin, end) for parts of a range, on PyTorch's threads.
 template <class F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
-#if defined(__SANITIZE_THREAD__)
-  static char fork, join;
-  const auto part = [&](int64_t begin, int64_t end) {
-    __tsan_acquire(&fork);
-    f(begin, end);
-    __tsan_release(&join);
-  };
-  __tsan_release(&fork);
-  torch::stable::parallel_for(0, size, grain, part);
-  __tsan_acquire(&join);
-#else
   torch::stable::parallel_for(0, size, grain, f);
-#endif
 }
 
 // Work below this many elements is not worth waking a thread for.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mfmjt import kernels
 from mfmjt.kernels import _ext
 from tests import oracle
+from tests.kernels.native import NAMES, arguments
 from tests.oracle import randn, strided
 
 WAYS = ("formulas", "portable", "avx2", "avx512")
@@ -220,52 +221,6 @@ def test_threads_make_no_difference():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def good(name):
-    """Arguments that the raw op `mfmjt_cpu::<name>` takes, by name."""
-    x, row = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
-    stat = torch.ones(2, 3, 1)
-    norms = {"x": x, "shift": row, "scale": row}
-    qkv, weight, rope = torch.randn(2, 3, 3, 2, 4), torch.randn(4), torch.randn(3, 2, 2)
-    head = torch.randn(2, 3, 2, 4)
-    attention = {"q_weight": weight, "k_weight": weight, "rope": rope}
-    gates = {"x": x, "h": x, "gate": row, "shift": row, "scale": row}
-    return {
-        "adaln_fwd": {**norms, "eps": 1e-6},
-        "adaln_jvp": {**norms, "x_dot": x, "shift_dot": row, "scale_dot": row, "eps": 1e-6},
-        "adaln_bwd": {"y_bar": x, **norms, "mean": stat, "rstd": stat},
-        "conv1d_fwd": {
-            "x": x,
-            "weight": torch.randn(5, 3, 7),
-            "bias": torch.randn(5),
-            "dilation": 2,
-        },
-        "gated_residual_adaln_fwd": {**gates, "eps": 1e-6},
-        "gated_residual_adaln_jvp": {
-            **gates,
-            **{"x_dot": x, "h_dot": x, "gate_dot": row, "shift_dot": row, "scale_dot": row},
-            "eps": 1e-6,
-        },
-        "gated_residual_adaln_bwd": {
-            **{"total_bar": x, "y_bar": x, "total": x, "h": x},
-            **{"gate": row, "shift": row, "scale": row, "mean": stat, "rstd": stat},
-        },
-        "qk_norm_rope_fwd": {"qkv": qkv, **attention, "eps": 1e-6},
-        "qk_norm_rope_jvp": {"qkv": qkv, "qkv_dot": qkv, **attention, "eps": 1e-6},
-        "qk_norm_rope_bwd": {
-            **{"q_bar": head, "k_bar": head, "v_bar": head, "qkv": qkv},
-            **attention,
-            **{"q_rstd": head[..., :1].contiguous(), "k_rstd": head[..., :1].contiguous()},
-        },
-        "snake_fwd": {"x": x, "alpha": torch.zeros(3), "beta": torch.zeros(3)},
-        "swiglu_fwd": {"gate": x, "up": x},
-        "swiglu_jvp": {"gate": x, "up": x, "gate_dot": x, "up_dot": x},
-        "swiglu_bwd": {"y_bar": x, "gate": x, "up": x},
-    }[name]
-
-
-NAMES = sorted(_ext._TAKES)
-
-
 def raw(name):
     return getattr(torch.ops.mfmjt_cpu, name).default
 
@@ -287,9 +242,9 @@ FREE = {("conv1d_fwd", "x"), ("snake_fwd", "x")}  # any number of samples will d
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_bad_argument_raises_and_is_named(name, damage):
-    arguments = good(name)
-    raw(name)(**arguments)
-    tensors = [key for key, value in arguments.items() if isinstance(value, torch.Tensor)]
+    given = arguments(name)
+    raw(name)(**given)
+    tensors = [key for key, value in given.items() if isinstance(value, torch.Tensor)]
     leaders = {"x", "total", "qkv", "gate"}  # whose shape and dtype the others are held to
     for key in tensors:
         if damage == "size" and (name, key) in FREE:
@@ -301,25 +256,25 @@ def test_a_bad_argument_raises_and_is_named(name, damage):
         else:
             match = r"\w+ (is|must)" if key in leaders else key
         with pytest.raises((RuntimeError, NotImplementedError), match=match):
-            raw(name)(**{**arguments, key: DAMAGE[damage](arguments[key])})
+            raw(name)(**{**given, key: DAMAGE[damage](given[key])})
 
 
 @needs_extension
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_beyond_memory_raise(name):
-    arguments = good(name)
-    for key, value in arguments.items():
+    given = arguments(name)
+    for key, value in given.items():
         if isinstance(value, torch.Tensor):
             huge = torch.zeros(()).expand((2**20,) * value.ndim if value.ndim < 4 else (2**12,) * 5)
             with pytest.raises((RuntimeError, MemoryError)):
-                raw(name)(**{**arguments, key: huge})
+                raw(name)(**{**given, key: huge})
 
 
 @needs_extension
 @pytest.mark.parametrize("dilation", [0, -1, 2**40, 2**62])
 def test_dilations_that_make_no_sense(dilation):
     with pytest.raises(RuntimeError, match="dilation"):
-        raw("conv1d_fwd")(**{**good("conv1d_fwd"), "dilation": dilation})
+        raw("conv1d_fwd")(**{**arguments("conv1d_fwd"), "dilation": dilation})
 
 
 @st.composite
@@ -341,12 +296,12 @@ def any_tensor(draw):
 )
 @given(st.sampled_from(NAMES), st.data())
 def test_any_arguments_give_a_result_or_an_exception(name, data):
-    arguments = good(name)
-    for key, value in arguments.items():
+    given = arguments(name)
+    for key, value in given.items():
         if isinstance(value, torch.Tensor) and data.draw(st.booleans()):
-            arguments[key] = data.draw(any_tensor())
+            given[key] = data.draw(any_tensor())
     try:
-        results = raw(name)(**arguments)
+        results = raw(name)(**given)
     except RuntimeError:
         return
     results = results if isinstance(results, tuple) else (results,)
