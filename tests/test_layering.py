@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
     "train": {*ENDS, "model", "meanflow", "evaluate", "device", *HELPERS},
     "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
+    "extract": {*ENDS, "model", "media", "pipeline", "train", "device", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},

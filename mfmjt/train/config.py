@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from mfmjt.errors import InputError
 from mfmjt.model.lora import LoRA
 
-__all__ = ["FeatureExtraction", "NetworkTraining", "load_config"]
+__all__ = ["DataSource", "FeatureExtraction", "NetworkTraining", "load_config"]
 
 C = TypeVar("C")
 RECIPES = Path(__file__).parent / "configs"
@@ -52,12 +53,28 @@ TARGETS = ("mean_velocity", "improved_mean_velocity", "alpha_flow", "finite_diff
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One of several feature stores that a network is trained on.
+
+    Attributes:
+        store: Its folder.
+        weight: The share of rows that come from it is its weight over the sum of all.
+    """
+
+    store: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class NetworkTraining:
     """How a network is trained; the defaults are nano's recipe, less its length.
 
     Attributes:
         out: Folder for the log, the training state, previews and, at the end, the network.
-        store: Feature store, from the stage `features`.
+        store: Feature store, from the stage `features` or from `mfmjt extract`.
+        data: Several stores instead, such as one of videos and one of sounds with captions, each
+            with a weight. What a clip lacks, pictures or a caption, is replaced by the null tokens.
+            Latents are normalised as the first one's, which also gives the validation clips.
         codec: Weights of the codec, which decodes the previews; null for none.
         encoders: Weights of the encoders, which turn captions into text features; not used where
             the store has these.
@@ -125,6 +142,7 @@ class NetworkTraining:
 
     out: str = "output/nano/network"
     store: str = "output/nano/features"
+    data: tuple[DataSource, ...] = ()
     codec: str | None = "output/nano/codec/codec.safetensors"
     encoders: str | None = "output/nano/encoders/encoders.safetensors"
     model: str = "nano"
@@ -193,6 +211,11 @@ class NetworkTraining:
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("target", self.target, TARGETS)
+        for source in self.data:
+            if not 0 < source.weight < math.inf:
+                raise InputError(
+                    f"The weight of {source.store} is {source.weight}: it must be positive."
+                )
         if self.compile and self.checkpointing:
             raise InputError(
                 "compile=true and checkpointing=true exclude one another: what is computed again "

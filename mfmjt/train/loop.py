@@ -140,8 +140,13 @@ class _Run:
     def __init__(self, config: NetworkTraining, processes: Processes) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         self.out = Path(config.out)
-        self.store = FeatureStore(config.store, "train", self.device)
-        self.validation = FeatureStore(config.store, "validation", self.device)
+        sources = [(source.store, source.weight) for source in config.data]
+        sources = sources or [(config.store, 1.0)]
+        self.store = FeatureStore(sources, "train", self.device)
+        # Without validations and previews there need be no such clips.
+        looks = config.validate_every or config.preview_every
+        looked_at = FeatureStore(sources[0][0], "validation", self.device) if looks else self.store
+        self.validation = looked_at
         self.null_text = self.store.null_text
         if config.encoders is not None and not self.store.has_text:
             encoders = NanoEncoders.load(config.encoders).eval()
@@ -191,7 +196,7 @@ class _Run:
                 "exp_avg_sq": torch.zeros_like(p),
             }
         self.work = Recorded(self._work, self.device) if config.cuda_graph else self._work
-        self.generator = torch.Generator(self.device)
+        self.generator, self.next = (torch.Generator(self.device) for _ in range(2))
         self.step = self.skipped = self.in_a_row = 0
         self.elapsed = self.clock = 0.0
         self.stopped = self.ending = False
@@ -280,10 +285,16 @@ class _Run:
         alone = self.processes.world == 1
         return self.ending or (alone and (self.stopped or time.monotonic() >= self.end))
 
+    def _rows(self, step: int) -> tuple[int, int | None]:
+        """How many clips a step takes, and windows of how many latents; None for whole clips."""
+        config = self.config
+        if config.full_every > 0 and (step + 1) % config.full_every == 0:
+            return config.full_batch, None
+        return config.batch, config.window or None
+
     def _advance(self) -> None:
         config = self.config
-        whole = config.full_every > 0 and (self.step + 1) % config.full_every == 0
-        rows, window = (config.full_batch, None) if whole else (config.batch, config.window or None)
+        rows, window = self._rows(self.step)
         factor = lr_factor(self.step, self.share(), config.warmup, config.schedule)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -329,7 +340,17 @@ class _Run:
             mine.append(
                 _Part(features, draws, len(range(rows)[index]), len(range(intervals)[index]))
             )
+        self._foretell()
         return _Batch(rows, intervals, tuple(mine))
+
+    def _foretell(self) -> None:
+        """Let the store read what the next step will draw while this one computes."""
+        rows, window = self._rows(self.step + 1)
+        self.next.manual_seed((self.config.seed << 32) + self.step + 1)
+        clips, starts = self.store.choose(rows, window, self.next)
+        for part in range(self.config.accumulate):
+            index = self.processes.rows(part, self.config.accumulate)
+            self.store.prefetch(clips[index], None if starts is None else starts[index], window)
 
     def _work(self, batch: _Batch, flags: Tensor) -> Tensor:
         """A step from drawn rows to new weights, of which nothing waits for the device.

@@ -246,7 +246,7 @@ class FeatureStore:
         will_need(*(p for found in pieces.values() for p in found if not p.is_meta))
         features = {key: self._copied(found) for key, found in pieces.items()}
         for key, mask in self._masks.items():
-            if mask.any() and not mask.all():
+            if not mask.all():
                 features[key] = torch.from_numpy(mask[clips])
         return features
 
