@@ -1,16 +1,7 @@
-"""From folders of videos or sounds with captions to a feature store: `mfmjt extract`."""
+"""From folders of videos or sounds with captions to a feature store.
 
-from mfmjt.extract.ends import Ends
-from mfmjt.extract.tables import LAYOUTS, Row, read_table
-from mfmjt.extract.work import Done, Settings, extract, verify
+`tables` reads tables, `clips` cuts one file, `ends` are the networks that encode, and `work` makes
+the store; `mfmjt extract` is all of it.
+"""
 
-__all__ = [
-    "LAYOUTS",
-    "Done",
-    "Ends",
-    "Row",
-    "Settings",
-    "extract",
-    "read_table",
-    "verify",
-]
+__all__: list[str] = []

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mfmjt.device import choose_device
 from mfmjt.errors import InputError, RunError
 from mfmjt.extract.clips import Cut, Piece, decode
 from mfmjt.extract.ends import Ends
@@ -39,7 +41,7 @@ from mfmjt.train.features import FORMAT, INDEX, latent_statistics
 from mfmjt.train.progress import Progress
 from mfmjt.train.shards import Shard, write_shard
 
-__all__ = ["REJECTS", "Done", "Settings", "extract", "verify"]
+__all__ = ["REJECTS", "Done", "Settings", "extract", "own_device", "verify"]
 
 REJECTS = "rejects.jsonl"
 SHARD_ROWS = 64
@@ -61,7 +63,7 @@ class Settings:
     """
 
     cut: Cut = field(default_factory=Cut)
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: str = "float16"
     workers: int = 4
     device: str = "cpu"
 
@@ -129,6 +131,18 @@ def extract(
         work.split(split, [row for row in rows if row.split == split])
         for split in dict.fromkeys(row.split for row in rows)
     ]
+
+
+def own_device(asked: str | None) -> str:
+    """Where this process computes: of several with GPUs, each has its own.
+
+    Raises:
+        InputError: The device cannot be used.
+    """
+    device = choose_device(asked)
+    if device.type == "cuda" and device.index is None:
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return str(device)
 
 
 def verify(store: str | Path) -> int:
@@ -255,9 +269,7 @@ class _Work:
         finally:
             decoded.close()
 
-    def _decoded(
-        self, rows: Sequence[Row]
-    ) -> Generator[tuple[Row, list[Piece] | str], None, None]:
+    def _decoded(self, rows: Sequence[Row]) -> Generator[tuple[Row, list[Piece] | str], None, None]:
         """Each row's clips, or why there are none, in order."""
 
         def work(row: Row) -> list[Piece] | str:

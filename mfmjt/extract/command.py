@@ -1,0 +1,149 @@
+"""`mfmjt extract`, the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mfmjt.errors import InputError
+
+__all__ = ["extract"]
+
+
+def _remember(ctx: typer.Context, debug: bool) -> bool:
+    if debug:
+        ctx.find_root().obj = True
+    return debug
+
+
+def extract(
+    table: Annotated[
+        Path | None,
+        typer.Argument(help="The clips: .csv, .tsv, .jsonl, .json or .parquet; docs/data.md."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the feature store.")] = Path(
+        "features"
+    ),
+    media: Annotated[
+        Path | None, typer.Option(help="Folder of the files. Default: that of the table.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="table, or as published: vggsound, audiocaps or wavcaps.")
+    ] = "table",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="OURS=THEIRS, if the table has another name. May be repeated."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Only this split; of a table without splits, the split of all rows."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="Codec and encoders: nano, or a folder with these or MMAudio's files."),
+    ] = "nano",
+    mode: Annotated[
+        str | None, typer.Option(help="Of MMAudio's codecs: 16k or 44k. Default: what is there.")
+    ] = None,
+    arithmetic: Annotated[
+        str, typer.Option(help="Of MMAudio's networks: float32, bfloat16 or float16.")
+    ] = "float32",
+    sound: Annotated[
+        bool, typer.Option("--sound", help="Only sound and captions; pictures are not looked at.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 8.0,
+    shortest: Annotated[
+        float | None,
+        typer.Option(help="Skip files of fewer seconds; shorter clips are filled up. [seconds]"),
+    ] = None,
+    pieces: Annotated[
+        int, typer.Option(help="Clips that a long file of sound gives at most, with --sound.")
+    ] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the stored features: float16 or float32.")] = (
+        "float16"
+    ),
+    workers: Annotated[int, typer.Option(help="Threads that decode.")] = 4,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then compare all files with their checksums.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error.", callback=_remember),
+    ] = False,
+) -> None:
+    """Turn videos or sounds with captions into features to train on.
+
+    The same command goes on where it was killed. Files that cannot be used are skipped, and listed
+    in `rejects.jsonl`. Started by torchrun, processes and machines share the work.
+
+    For example:
+    - `mfmjt extract clips.csv --media videos --out features/mine`
+
+    - `mfmjt extract vggsound.csv --layout vggsound --media VGGSound --model MMAudio --mode 16k`
+
+    - `mfmjt extract train.csv --layout audiocaps --media audiocaps --sound --split train`
+
+    - `mfmjt extract fsd_final.json --layout wavcaps --media FreeSound --sound --pieces 5`
+
+    - `mfmjt extract --out features/mine --verify`
+
+    - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
+    """
+    from mfmjt.extract import work
+
+    if table is None and not verify:
+        raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
+    if table is not None:
+        _make(
+            table, out, media, layout, column or [], split, model, mode, arithmetic, sound,
+            seconds, shortest, pieces, dtype, workers, device,
+        )  # fmt: skip
+    if verify:
+        typer.echo(f"{work.verify(out)} files of {out} are as they were written.")
+
+
+def _make(
+    table: Path,
+    out: Path,
+    media: Path | None,
+    layout: str,
+    column: list[str],
+    split: str | None,
+    model: str,
+    mode: str | None,
+    arithmetic: str,
+    sound: bool,
+    seconds: float,
+    shortest: float | None,
+    pieces: int,
+    dtype: str,
+    workers: int,
+    device: str | None,
+) -> None:
+    import torch
+
+    from mfmjt.extract.clips import Cut
+    from mfmjt.extract.ends import Ends
+    from mfmjt.extract.tables import read_table
+    from mfmjt.extract.work import REJECTS, Settings, extract, own_device
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if arithmetic not in known:
+        raise InputError(f"There is no arithmetic {arithmetic!r}. Choose {', '.join(known)}.")
+    columns = dict(part.split("=", 1) for part in column if "=" in part)
+    if len(columns) < len(column):
+        raise InputError("A --column is OURS=THEIRS, such as path=filename.")
+    cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
+    settings = Settings(cut, dtype, workers, own_device(device))
+    # The table is read first: its mistakes are known before gigabytes of weights are.
+    rows = read_table(table, layout, media, columns, split)
+    ends = Ends.load(model, mode, known[arithmetic])
+    for done in extract(rows, out, ends, settings):
+        if done.finished:
+            skipped = f", {done.rejects} skipped: {done.folder / REJECTS}" if done.rejects else ""
+            typer.echo(f"{done.folder}: {done.clips} clips{skipped}.")
