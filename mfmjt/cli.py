@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from mfmjt.errors import InputError, MfmjtError
+from mfmjt.extract.command import extract
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at the data that models here are trained on.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.command()(extract)
 
 
 def _remember(ctx: typer.Context, debug: bool) -> bool:
