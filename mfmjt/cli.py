@@ -1,4 +1,4 @@
-"""The command line: `mfmjt generate | train | evaluate | convert | data | info`.
+"""The command line: `mfmjt generate | serve | train | evaluate | convert | data | info`.
 
 Heavy imports happen inside the commands, so that `mfmjt --help` is quick.
 """
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from mfmjt.errors import InputError, MfmjtError
 from mfmjt.extract.command import extract
+from mfmjt.serve.command import serve
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +85,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at the data that models here are trained on.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.command()(serve)
 app.command()(extract)
 
 

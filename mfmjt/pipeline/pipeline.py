@@ -281,7 +281,7 @@ class Pipeline:
                 cannot be used.
             RunError: The network's output is not finite, or the cache cannot be written.
         """
-        steps, guidance, mode = self._settled(steps, guidance, mode)
+        steps, guidance, mode = self.settled(steps, guidance, mode)
         check_call(video, prompt, steps, guidance, mode, seed, duration, count)
         clock = _Clock(progress)
         notes: tuple[str, ...] = ()
@@ -354,10 +354,13 @@ class Pipeline:
         ]
         return sounds[0] if count == 1 else sounds
 
-    def _settled(
-        self, steps: int | None, guidance: float | None, mode: GuidanceMode | None
+    def settled(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: GuidanceMode | None = None,
     ) -> tuple[int, float, GuidanceMode]:
-        """What a call takes where nothing is said."""
+        """Steps, guidance and mode of a call, where None takes the network's own."""
         many = self.flow_matching
         return (
             (25 if many else 1) if steps is None else steps,

@@ -94,11 +94,10 @@ def generate_together(
         For each request its sounds, all of the first mode first, or the error that it ended with.
     """
     report = progress or (lambda stage, fraction: None)
-    many = pipeline.flow_matching
     made: list[list[Audio] | MfmjtError] = [[] for _ in requests]
     units: list[_Unit] = []
     for owner, request in enumerate(requests):
-        modes = request.modes or (("cfg",) if many else ("cfg_scaled",))
+        modes = request.modes or (pipeline.settled()[2],)
         try:
             if _seconds(request) > STRETCH * pipeline.window:
                 made[owner] = _alone(pipeline, request, modes, report)
@@ -166,7 +165,7 @@ def _prepared(
     pipeline: Pipeline, owner: int, request: Request, modes: Sequence[GuidanceMode]
 ) -> Iterator[_Unit]:
     """The conditions of a request that is made in one go."""
-    settled = [pipeline._settled(request.steps, request.guidance, mode) for mode in modes]
+    settled = [pipeline.settled(request.steps, request.guidance, mode) for mode in modes]
     for steps, guidance, mode in settled:
         check_call(
             request.video,
@@ -208,6 +207,7 @@ def _prepared(
         )
     for steps, guidance, mode in settled:
         yield _Unit(owner, request, steps, guidance, mode, length, cond, null, seconds, notes)
+        seconds = dict.fromkeys(STAGES, 0.0)  # what the modes share is counted once
 
 
 def _batches(group: list[_Unit], most: int) -> Iterator[list[_Unit]]:

@@ -1,0 +1,202 @@
+"""The process in which an upload is opened: what a hostile file breaks is this process alone.
+
+`python -m mfmjt.serve.child` reads one request (JSON) from its standard input, does one of two
+things with a file in its working folder, and writes one line of JSON: what it found, or why the
+file is refused. It imports no more than it needs, because every upload starts it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import av
+import numpy as np
+import soundfile
+
+from mfmjt import media
+from mfmjt.errors import InputError, MfmjtError
+
+__all__ = ["FORMATS", "kind", "main"]
+
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg"
+"""Containers that are opened. None of them refers to other files or to addresses."""
+MAX_SIDE = 8192
+MAX_PIXELS = 4096 * 2304
+MAX_RATE = 240
+"""Frames per second, on the whole."""
+MAX_WORK = 1920 * 1080 * 60
+"""Pixels per second of the longest sound: what is decoded of a file."""
+FILE_SIZE = 4 * 2**30
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftyp", "mp4"),
+    (4, b"moov", "mp4"),
+    (4, b"mdat", "mp4"),
+    (4, b"wide", "mp4"),
+    (4, b"free", "mp4"),
+    (4, b"skip", "mp4"),
+    (0, b"\x1a\x45\xdf\xa3", "matroska"),
+    (8, b"AVI ", "avi"),
+    (0, b"\x00\x00\x01\xba", "mpeg"),
+)
+
+
+def kind(head: bytes) -> str | None:
+    """The container that a file's first 600 bytes tell of, None if it is none that is opened."""
+    for place, mark, name in _SIGNATURES:
+        if head[place : place + len(mark)] == mark:
+            return name
+    packets = head[::188]
+    return "mpegts" if len(packets) > 2 and set(packets[:3]) == {0x47} else None
+
+
+def main() -> None:
+    """Do what standard input asks for; the one line on standard output says how it ended."""
+    request = json.load(sys.stdin)
+    _follow_parent()
+    fit = _fits(request)
+    _limit(request["memory"], request["seconds"])
+    video = Path("upload")
+    try:
+        # FFmpeg tells its troubles to the terminal; nobody reads them here.
+        av.logging.set_level(None)
+        answer = _read(video, request, fit) if request["do"] == "read" else _mux(video, request)
+    except MfmjtError as error:
+        answer = {"refused": str(error).replace("upload", "The file", 1)}
+    except MemoryError:
+        answer = {"refused": "The file needs too much memory to be read. Scale the video down."}
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # nothing of the decoder's own threads and clean-up is worth waiting for
+
+
+def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> dict[str, Any]:
+    """Write pictures at each rate as `pictures-N.npy`; tells their duration and notes."""
+    duration, limit = request["duration"], request["limit"]
+    with video.open("rb") as file:
+        head = file.read(600)
+    if kind(head) is None:
+        raise InputError(
+            "The file is no video of a kind that is taken here. Give .mp4, .mov, .webm, .mkv, "
+            ".avi or .ts."
+        )
+    _survey(video, limit)
+    stream = media.VideoStream(
+        video,
+        request["rates"],
+        request["size"],
+        duration,
+        limit,
+        fit,
+        "shown" if fit is None else "next",
+        FORMATS,
+    )
+    found: list[list[Any]] = [[] for _ in request["rates"]]
+    for block in stream:
+        for pieces, new in zip(found, block, strict=True):
+            pieces += [np.asarray(piece) for piece in new]
+    for i, pieces in enumerate(found):
+        np.save(f"pictures-{i}.npy", np.concatenate(pieces), allow_pickle=False)
+    notes = [note.replace("upload", "The video", 1) for note in stream.notes]
+    return {
+        "duration": stream.duration,
+        "fps": stream.fps,
+        "width": stream.width,
+        "height": stream.height,
+        "notes": notes,
+    }
+
+
+def _survey(video: Path, limit: float) -> None:
+    """Refuse, before the first frame is decoded, what would take too long to decode."""
+    try:
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        with av.open(f"file:{video}", metadata_errors="ignore", options=options) as container:
+            if not container.streams.video:
+                return  # `media` says it better
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            if context is None:
+                return
+            width, height = context.width, context.height
+            if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+                raise InputError(
+                    f"The video has frames of {width}x{height}: more than "
+                    f"{MAX_PIXELS / 1e6:.1f} million pixels are not taken. Scale it down first."
+                )
+            frames = 0
+            most = min(limit * MAX_RATE, limit * MAX_WORK / max(1, width * height))
+            with contextlib.suppress(av.error.FFmpegError, ValueError):
+                for packet in container.demux(stream):
+                    frames += packet.size > 0
+                    if frames > most:
+                        break
+            if frames > most:
+                raise InputError(
+                    f"The video has more than {most:.0f} frames of {width}x{height}: decoding it "
+                    f"would take too long. Give at most {limit:g} s, or scale it down."
+                )
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        return  # `media` says why it cannot be opened
+
+
+def _mux(video: Path, request: dict[str, Any]) -> dict[str, Any]:
+    samples, rate = soundfile.read(request["sound"], dtype="float32", always_2d=True)
+    media.mux(video, np.ascontiguousarray(samples.T), rate, request["output"], FORMATS)
+    return {}
+
+
+def _fits(request: dict[str, Any]) -> list[media.Fit] | None:
+    """What MMAudio's networks are given of a picture; others get squares as they are decoded."""
+    if not request.get("mmaudio"):
+        return None
+    import torch
+
+    from mfmjt.encoders import MMAudioEncoders
+
+    torch.set_num_threads(2)
+    sizes = cast(MMAudioEncoders, SimpleNamespace(frame_size=request["size"]))
+
+    def fitted(way: Callable[[Any, torch.Tensor], torch.Tensor]) -> media.Fit:
+        return lambda picture: way(sizes, torch.from_numpy(picture)).numpy()
+
+    return [fitted(MMAudioEncoders.fit_frames), fitted(MMAudioEncoders.fit_sync)]
+
+
+def _limit(memory: int, seconds: float) -> None:
+    """Bound this process: address space, processor time, size of files, no core dump."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    whole = pages * resource.getpagesize() + memory
+    limits = {
+        resource.RLIMIT_AS: whole,
+        resource.RLIMIT_CPU: int(2 * seconds) + 1,
+        resource.RLIMIT_FSIZE: FILE_SIZE,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64,
+    }
+    for name, value in limits.items():
+        _, hard = resource.getrlimit(name)
+        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (most, most))
+
+
+def _follow_parent() -> None:
+    """Let Linux end this process when the server ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

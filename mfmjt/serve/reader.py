@@ -1,0 +1,145 @@
+"""Uploads, opened in a process of their own (`mfmjt.serve.child`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfmjt.errors import InputError, RunError
+from mfmjt.media import Video
+
+__all__ = ["PICTURES", "Reader", "load_pictures"]
+
+PICTURES = ("pictures-0.npy", "pictures-1.npy")
+_ANSWER = 64 * 1024  # bytes, at most, that a child has to say
+
+
+class Reader:
+    """Starts the processes, at most so many at once, and ends those that take too long.
+
+    Args:
+        workers: Processes at once.
+        seconds: Wall time of each.
+        memory: Bytes of each, beside what it takes by itself.
+        spec: Which pictures the encoders want: `rates`, `size`, `mmaudio`.
+    """
+
+    def __init__(self, workers: int, seconds: float, memory: int, spec: dict[str, Any]) -> None:
+        self._slots = asyncio.Semaphore(workers)
+        self._seconds, self._memory, self._spec = seconds, memory, spec
+
+    async def read(self, folder: Path, duration: float | None, limit: float) -> dict[str, Any]:
+        """Read the file `upload` of a folder; its pictures are then in files beside it.
+
+        Args:
+            folder: Where the upload is.
+            duration: Seconds of it from the start; None for all.
+            limit: Longest duration in seconds of what is read as a whole.
+
+        Returns:
+            `duration`, `fps`, `width`, `height` and `notes` of the video.
+
+        Raises:
+            InputError: The file cannot be used.
+        """
+        asked = {"do": "read", "duration": duration, "limit": limit, **self._spec}
+        return await self._run(folder, asked)
+
+    async def mux(self, folder: Path, sound: str, output: str) -> None:
+        """Write the upload's pictures with another sound to `output` in the same folder.
+
+        Raises:
+            InputError: The container cannot hold the pictures as they are.
+        """
+        await self._run(folder, {"do": "mux", "sound": sound, "output": output})
+
+    async def _run(self, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+        request = asked | {"memory": self._memory, "seconds": self._seconds}
+        async with self._slots:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "mfmjt.serve.child",
+                cwd=folder,
+                # No secret of the server's environment, and the same Python path as here.
+                env={
+                    "PATH": os.defpath,
+                    "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p),
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                    "MALLOC_ARENA_MAX": "2",
+                },
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+                limit=_ANSWER,
+            )
+            try:
+                said = await asyncio.wait_for(_talk(process, request), self._seconds)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise InputError(
+                    f"The file could not be read within {self._seconds:g} s. Give a shorter or "
+                    "smaller video."
+                ) from None
+            finally:
+                await _end(process)
+        try:
+            answer: dict[str, Any] = json.loads(said)
+        except ValueError:
+            # Killed by a limit, or crashed: what the file did to the decoder stayed there.
+            raise InputError(
+                "The file could not be read: decoding it ended before its time. Convert the video "
+                "to H.264, or give a smaller one."
+            ) from None
+        if "refused" in answer:
+            raise InputError(answer["refused"])
+        return answer
+
+
+def load_pictures(folder: Path, found: dict[str, Any]) -> Video:
+    """What a child read, for the pipeline.
+
+    Raises:
+        RunError: The files are not there any more.
+    """
+    try:
+        frames = tuple(np.load(folder / name, allow_pickle=False) for name in PICTURES)
+    except (OSError, ValueError) as error:
+        raise RunError(f"The pictures of the video are gone: {error}. Send it again.") from error
+    return Video(
+        frames,
+        found["duration"],
+        found["fps"],
+        found["width"],
+        found["height"],
+        tuple(found["notes"]),
+    )
+
+
+async def _talk(process: asyncio.subprocess.Process, request: dict[str, Any]) -> bytes:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(ConnectionError):
+        process.stdin.write(json.dumps(request).encode())
+        await process.stdin.drain()
+    process.stdin.close()
+    try:
+        return await process.stdout.readline()
+    except ValueError:  # more than `_ANSWER` without an end
+        return b""
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill the process and what it may have started; wait until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await asyncio.shield(process.wait())

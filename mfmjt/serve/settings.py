@@ -1,0 +1,77 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mfmjt.errors import InputError
+
+__all__ = ["MAX_COUNT", "MAX_PROMPT", "MAX_SECONDS", "MAX_STEPS", "Settings"]
+
+MAX_COUNT = 8
+"""Sounds of one request and guidance mode."""
+MAX_STEPS = 100
+MAX_SECONDS = 600.0
+MAX_PROMPT = 2000
+"""Characters; what the encoders do not read of them is said in a note."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and addresses of a server.
+
+    Attributes:
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+        token: Asked of every request but those for the page itself and for health, if given.
+        names: Further host names under which browsers may reach the server.
+        max_duration: Longest sound in seconds.
+        max_upload: Largest upload in bytes.
+        workers: Uploads that are read at once, each in a process of its own.
+        queue: Requests that may wait or be worked at; more are told to come again.
+        read_seconds: Longest time that reading one upload may take.
+        body_seconds: Longest silence of a client that is sending.
+        memory: Bytes that a process may take for one upload, beside what it takes by itself.
+        grace: Seconds after which work is dropped when nobody follows it any more.
+        keep: Seconds that results stay after they were made.
+        kept: Finished jobs that stay at most.
+        batch: Sounds that are made at once at most, of one request or of several.
+        folder: Where temporary files go; None takes the system's folder.
+
+    Raises:
+        InputError: A limit is not positive.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    names: tuple[str, ...] = ()
+    max_duration: float = 30.0
+    max_upload: int = 100 * 2**20
+    workers: int = 2
+    queue: int = 32
+    read_seconds: float = 20.0
+    body_seconds: float = 15.0
+    memory: int = 1536 * 2**20
+    grace: float = 3.0
+    keep: float = 900.0
+    kept: int = 64
+    batch: int = 16
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_duration", "max_upload", "workers", "queue", "kept", "batch"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}. Give more than 0.")
+        if self.max_duration > MAX_SECONDS:
+            raise InputError(
+                f"max_duration is {self.max_duration:g} s. Give at most {MAX_SECONDS:g}: pictures "
+                "of longer videos do not belong in memory."
+            )
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"There is no port {self.port}. Give 1 to 65535, or 0 for a free one.")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise InputError("The token has characters that no header carries. Use plain ASCII.")
+        if self.token is not None and len(self.token) < 8:
+            raise InputError("The token is too short to be a secret. Give 8 characters or more.")
