@@ -22,6 +22,10 @@ __all__ = [
     "norm_chunk",
     "registers",
     "snake",
+    "streams",
+    "streams_guide",
+    "streams_pool",
+    "streams_qkv",
     "sum_of_rows",
     "sums",
 ]
@@ -265,3 +269,66 @@ def attention(
     few = large_blocks * pairs < _MULTIPROCESSORS.get(kind, 108)
     queries, keys, warps, stages = wide if columns > 64 else small if idle or few else large
     return (queries, keys, columns, columns), warps, stages
+
+
+# Tiles of products over several streams, as above: few rows, so that tiles are small.
+_STREAMS: dict[Any, dict[Tile, float]] = {
+    100: {((128, 128, 64), 8, 3): 1.0, ((64, 64, 64), 4, 4): 0.5, ((64, 32, 128), 4, 3): 0.4},
+    90: {((128, 128, 64), 8, 3): 1.0, ((64, 64, 64), 4, 4): 0.6, ((64, 32, 128), 4, 3): 0.4},
+    None: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 64), 4, 3): 0.7, ((64, 32, 64), 4, 4): 0.5},
+    "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7, ((64, 32, 64), 4, 2): 0.5},
+}
+_STREAMS_FLOAT32: dict[Any, dict[Tile, float]] = {
+    None: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 4, 3): 0.8},
+    "gfx942": {((64, 64, 32), 4, 2): 1.0, ((64, 32, 32), 4, 2): 0.8},
+}
+_STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
+
+
+def _stream_tiles(element_size: int) -> tuple[dict[Tile, float], int]:
+    arch = target()[1]
+    tiles = _STREAMS if element_size == 2 else _STREAMS_FLOAT32
+    return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
+
+
+def streams(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu: bool) -> Tile:
+    """Blocks of rows, outputs and contraction, warps and stages of a product of several streams.
+
+    The tile with the least time, by the waves of programs and what a step of one takes. A gated
+    unit has two sums, and takes half as many outputs.
+    """
+    tiles, processors = _stream_tiles(element_size)
+
+    def blocks(tile: Tile) -> tuple[int, int, int]:
+        block_rows, block_outs, depth = tile[0]
+        return block_rows, block_outs // 2 if glu and block_outs > 32 else block_outs, depth
+
+    def time(tile: Tile) -> float:
+        block_rows, block_outs, depth = blocks(tile)
+        pairs = zip(rows, outs, strict=True)
+        programs = sum(cdiv(n, block_rows) * cdiv(o, block_outs) for n, o in pairs)
+        area = block_rows * block_outs * (2 if glu else 1)
+        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / depth)
+
+    best = min(tiles, key=time)
+    return blocks(best), best[1], best[2]
+
+
+def streams_qkv(rows: tuple[int, ...], parts: int, width: int, element_size: int) -> Tile:
+    """The same of a projection to whole heads, `parts` of that width, one to a program."""
+    columns = max(16, power_of_2(width))
+    tiles, processors = _stream_tiles(element_size)
+    largest, *_, least = tiles
+    wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
+    (block_rows, _, depth), warps, stages = largest if wide and columns <= 64 else least
+    return (block_rows, columns, depth), warps, stages
+
+
+def streams_pool() -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of means over tokens."""
+    return 32, 64, 4
+
+
+def streams_guide() -> tuple[int, int]:
+    """Block and warps of the kernel that ends a step, one program for every sample."""
+    return 2048, _warps(256)
