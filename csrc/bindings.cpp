@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(mfmjt_cpu, m) {
       "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor");
+  m.def("conv1d_toom(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor");
   m.def(
       "gated_residual_adaln_fwd(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
       "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -47,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) {
   m.impl("adaln_jvp", TORCH_BOX(&mfmjt::adaln_jvp));
   m.impl("adaln_bwd", TORCH_BOX(&mfmjt::adaln_bwd));
   m.impl("conv1d_fwd", TORCH_BOX(&mfmjt::conv1d_fwd));
+  m.impl("conv1d_toom", TORCH_BOX(&mfmjt::conv1d_toom));
   m.impl("gated_residual_adaln_fwd", TORCH_BOX(&mfmjt::gated_residual_adaln_fwd));
   m.impl("gated_residual_adaln_jvp", TORCH_BOX(&mfmjt::gated_residual_adaln_jvp));
   m.impl("gated_residual_adaln_bwd", TORCH_BOX(&mfmjt::gated_residual_adaln_bwd));

@@ -16,20 +16,19 @@ namespace {
 #define TILE_TARGET MFMJT_AVX512
 #define TILE_LANES 16
 #define TILE_OUT 8
-#define TILE_VECTORS 3
 #include "conv1d_tile.h"
 
 #define TILE_NAME tile_avx2
 #define TILE_TARGET MFMJT_AVX2
 #define TILE_LANES 8
 #define TILE_OUT 4
-#define TILE_VECTORS 3
 #include "conv1d_tile.h"
 #endif
 
 using Tile = void(
     const float* x, int64_t x_row, int64_t channels, int64_t taps, int64_t dilation,
-    const float* weight, const float* bias, float* y, int64_t y_row, int64_t outs, int64_t samples);
+    const float* weight, int64_t weight_step, const float* bias, float* y, int64_t y_row,
+    int64_t outs, int64_t samples);
 
 constexpr int64_t kBlock = 480;  // samples: 10 tiles of 48, 20 of 24
 
@@ -66,7 +65,7 @@ void convolve(const Plan& p, int64_t begin, int64_t end) {
         const int64_t o = tile * p.out_tile;
         p.tile(
             block.data() + (t - start), p.row, p.channels, p.taps, p.dilation,
-            p.weight + o * p.channels * p.taps, p.bias + o,
+            p.weight + o * p.channels * p.taps, p.out_tile, p.bias + o,
             p.y + (b * p.outs + o) * p.samples + t, p.samples, std::min(p.out_tile, p.outs - o),
             std::min(p.sample_tile, stop - t));
       }
@@ -131,7 +130,7 @@ Tensor conv1d_fwd(Tensor x, Tensor weight, Maybe bias, int64_t dilation) {
   plan.weight = packed.data();
   plan.bias = offsets.data();
 #if defined(__x86_64__)
-  plan.tile = wide ? &tile_avx512 : &tile_avx2;
+  plan.tile = wide ? &tile_avx512<3> : &tile_avx2<3>;
 #endif
   parallel_for(x.size(0) * plan.blocks, 1,
       [&](int64_t begin, int64_t end) { convolve(plan, begin, end); });

@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_bwd(
 
 // (B, C, N), channels-first.
 Tensor conv1d_fwd(Tensor x, Tensor weight, Maybe bias, int64_t dilation);
+Tensor conv1d_toom(Tensor x, Tensor weight, Maybe bias, int64_t dilation);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_fwd(
     Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, double eps);
