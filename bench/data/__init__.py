@@ -1,0 +1,1 @@
+"""Benchmarks of reading what networks are trained on."""
