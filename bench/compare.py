@@ -1,9 +1,10 @@
 """Compare two folders of results and say what became slower, beyond noise.
 
-What is compared is the time of our ops over that of eager PyTorch in the same comparison, which
-took turns with them: a machine that was slower throughout is no regression. Slower is a ratio that
-grew by more than five per cent and by more than the noise of the times in it (half the distance of
-their 20th and 80th percentiles). A case that ran and no longer does is a regression too.
+What is compared is the time of our ops, and of generation, over that of eager PyTorch in the same
+comparison, which took turns with them: a machine that was slower throughout is no regression.
+Slower is a ratio that grew by more than five per cent and by more than the noise of the times in it
+(half the distance of their 20th and 80th percentiles). A case that ran and no longer does is a
+regression too.
 
 Examples:
   python -m bench compare bench/results/zen4_2_cores /tmp/new
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.providers import OURS, REFERENCE
-from bench.report import load, metric, name_of
+from bench.report import generation, load, metric, name_of
 
 __all__ = ["Change", "add_arguments", "changes", "run"]
 
@@ -62,7 +63,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Run `python -m bench compare`; return 1 where something became slower."""
-    found = changes(load(given.a), load(given.b), given.provider)
+    before, after = (load(folder) + generation(folder) for folder in (given.a, given.b))
+    found = changes(before, after, given.provider)
     worse = [c for c in found if c.worse]
     for change in sorted(found, key=lambda c: -c.change):
         if change.lost:

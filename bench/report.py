@@ -2,7 +2,8 @@
 
 Writes into DIR: `table.md` (the cases to look at first), `details.md` (everything, with the reasons
 of what could not run), a plot for each op, and one of attention against its length where that was
-timed. A time's distance above the diagonal of an op's plot is its distance from the roofline, the
+timed; where generation was timed, `generate.md` and a plot of it against the model's size and the
+batch. A time's distance above the diagonal of an op's plot is its distance from the roofline, the
 larger of bytes over the copy bandwidth and FLOPs over the matrix product's rate, both measured in
 the same run. Documents that name one of these tables between `<!-- DIR/table.md -->` and
 `<!-- end -->` get the new one.
@@ -20,13 +21,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.cases import MODES, VALUE
 from bench.harness import Rows
+from bench.model import bench_generate
 from bench.providers import OURS, REFERENCE
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.errors import InputError
+from mfmjt.model import MFMJT
 
-__all__ = ["add_arguments", "metric", "name_of", "run", "write_tables"]
+__all__ = ["add_arguments", "generation", "metric", "name_of", "run", "write_tables"]
 
 ROOT = Path(__file__).parent.parent
 ACTIVATIONS = 18
@@ -44,9 +49,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Run `python -m bench report`; return the exit status."""
     rows = load(given.dir)
-    tables = write_tables(given.dir, rows)
+    tables = [*write_tables(given.dir, rows), *write_generation(given.dir)]
     changed = _fill_documents(given.dir, tables)
-    plots = [] if given.no_plots else _plot(given.dir, rows)
+    plots = [] if given.no_plots else [*_plot(given.dir, rows), *_plot_generation(given.dir)]
     for path in (*tables, *changed, *plots):
         print(path)
     return 0
@@ -247,6 +252,76 @@ def _networks(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _generation(folder: Path) -> list[Row]:
+    path = folder / "generate.jsonl"
+    return Rows(path, bench_generate.KEY).rows if path.exists() else []
+
+
+def generation(folder: Path) -> list[Row]:
+    """Timed rows of generate.jsonl, with the fields that rows of ops have."""
+    return [
+        row
+        | {
+            "op": "generate",
+            "case": f"{row['what']} {row['network']} B={row['batch']}",
+            "mode": VALUE,
+            "malloc": "cuda" if row["device"] == "cuda" else "default",
+        }
+        for row in _generation(folder)
+        if row["what"] in ("latents", "waveform")
+    ]
+
+
+def write_generation(folder: Path) -> list[Path]:
+    """Write generate.md, if generation was timed; return its path."""
+    rows = _generation(folder)
+    timed = [row for row in rows if row["what"] in ("latents", "waveform")]
+    if not rows:
+        return []
+    names = list(dict.fromkeys(row["provider"] for row in timed if row["provider"] != OURS))
+    head = ["8 s of sound", "network", "batch", f"{OURS}, ms", "clips/s", *names]
+    lines = [_line(head), _line(["---"] * len(head))]
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in timed:
+        key = (row["what"], row["network"], row["batch"])
+        groups.setdefault(key, {})[row["provider"]] = row
+    for (what, network, batch), by in groups.items():
+        own = by.get(OURS)
+        ours = own["ms_p50"] if own and own["status"] == "ok" else None
+        cells = [_ratio(by.get(name), ours) for name in names]
+        about = [f"{ours:.4g}", f"{own['clips_per_s']:.4g}"] if own and ours else ["", ""]
+        lines.append(_line([what, network, str(batch), *about, *cells]))
+    text = "\n".join(lines) + "\n"
+    for row in (row for row in rows if row["status"] == "ok" and row not in timed):
+        text += f"\n{_once(row)}\n"
+    path = folder / "generate.md"
+    path.write_text(text)
+    return [path]
+
+
+def _ratio(row: Row | None, ours: float | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return str(row["status"])
+    return f"{row['ms_p50'] / ours:.2f}x" if ours else f"{row['ms_p50']:.4g} ms"
+
+
+def _once(row: Row) -> str:
+    """A sentence for what has no peers."""
+    if row["what"] == "launches":
+        counts = ", ".join(f"{name} {count}" for name, count in row["launches"].items())
+        return f"Kernels that one guided step of {row['network']} launches on a GPU: {counts}."
+    parts = ", ".join(
+        f"{name.removesuffix('_s')} {value:.3g} s"
+        for name, value in row.items()
+        if name.endswith("_s") and isinstance(value, float)
+    )
+    if row["what"] == "end_to_end":
+        return f"{row['seconds']:g} s video with {row['network']}, end to end: {parts}."
+    return f"A new process to its first {bench_generate.SECONDS} s of sound: {parts}."
+
+
 def _fill_documents(folder: Path, tables: list[Path]) -> list[Path]:
     """Put the tables between the marks that name them."""
     changed = []
@@ -283,7 +358,7 @@ def _plot(folder: Path, rows: list[Row]) -> list[Path]:
     return paths
 
 
-def _figure(panels: int) -> tuple[Any, Any, list[Any]]:
+def _figure(panels: int, shared: bool = True) -> tuple[Any, Any, list[Any]]:
     try:
         import matplotlib
     except ImportError as error:
@@ -296,7 +371,7 @@ def _figure(panels: int) -> tuple[Any, Any, list[Any]]:
     # Text stays text and nothing is random, so that the same results are the same file.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9})
     figure, axes = pyplot.subplots(
-        1, panels, figsize=(3.4 * panels, 3.6), squeeze=False, sharex=True, sharey=True
+        1, panels, figsize=(3.4 * panels, 3.6), squeeze=False, sharex=shared, sharey=shared
     )
     return pyplot, figure, list(axes[0])
 
@@ -366,3 +441,34 @@ def _lengths(path: Path, dtype: str, rows: list[Row]) -> Path:
         axis.set(xscale="log", yscale="log", title=mode, xlabel="tokens")
     axes[0].set_ylabel(f"B=2, H=12, d=64: ms ({dtype})")
     return _finish(pyplot, figure, axes, path)
+
+
+def _plot_generation(folder: Path) -> list[Path]:
+    """Time of one clip against the network's size, and clips a second against the batch."""
+    rows = [r for r in _generation(folder) if r["what"] == "latents" and r["status"] == "ok"]
+    if not rows:
+        return []
+    sizes = {name: _parameters(name) for name in {row["network"] for row in rows}}
+    pyplot, figure, axes = _figure(2, shared=False)
+    names = sorted({row["provider"] for row in rows}, key=lambda name: (name != OURS, name))
+    for index, name in enumerate(names):
+        style = {"color": f"C{index % 10}", "marker": "os^vD<>"[index % 7], "label": name}
+        single = [r for r in rows if r["provider"] == name and r["batch"] == 1]
+        points = sorted((sizes[row["network"]] / 1e6, row["ms_p50"]) for row in single)
+        axes[0].plot(*zip(*points, strict=True), **style) if points else None
+        for network in sorted(sizes):
+            of_network = [r for r in rows if r["provider"] == name and r["network"] == network]
+            points = sorted((r["batch"], r["clips_per_s"]) for r in of_network)
+            if len(points) > 1:
+                line = "-" if network.startswith("small") else ":"
+                axes[1].plot(*zip(*points, strict=True), **style | {"linestyle": line})
+    axes[0].set(xscale="log", yscale="log", title="latents of one clip")
+    axes[0].set(xlabel="parameters, millions", ylabel="ms")
+    axes[1].set(xscale="log", yscale="log", title="many clips (dotted: nano)")
+    axes[1].set(xlabel="batch", ylabel="clips a second")
+    return [_finish(pyplot, figure, axes, folder / "generate.svg")]
+
+
+def _parameters(network: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in MFMJT.from_config(network).parameters())

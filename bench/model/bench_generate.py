@@ -12,8 +12,8 @@ The providers of the first two, which take turns on the same work:
     eager          plain PyTorch, one step, one pass after the other
     compile        that through torch.compile; on a GPU mode="reduce-overhead", which makes graphs
     max_autotune   that with mode="max-autotune", on a GPU
-    ours_eager     our ops under the network as it is trained, both passes one batch
-    ours           `meanflow.OneStep`: frozen, on a GPU one graph
+    mfmjt_eager    our ops under the network as it is trained, both passes one batch
+    mfmjt          `meanflow.OneStep`: frozen, on a GPU one graph
 
 What one step gives is verified before it is timed: against the same weights in float32, no provider
 may err twice as much as plain PyTorch in its dtype. Weights are random; how long a step takes does
@@ -53,6 +53,7 @@ from bench.harness import (
     take_turns,
 )
 from bench.network import TINY
+from bench.providers import OURS
 from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec
 from mfmjt.errors import InputError
@@ -76,7 +77,7 @@ BARS: dict[str, tuple[str, float]] = {
     "GPU, large_44k_v2, latents, ms": ("<=", 2.6),
     "GPU, small_16k, waveform, ms": ("<=", 5.0),
     "GPU, small_16k, latents, clips a second": (">=", 3000.0),
-    "GPU, small_16k, latents, eager over ours": (">=", 10.0),
+    "GPU, small_16k, latents, eager over mfmjt": (">=", 10.0),
 }
 
 Row = dict[str, Any]
@@ -100,11 +101,11 @@ class Plan(NamedTuple):
 
 def plans(device: torch.device) -> Iterator[Plan]:
     """What is timed by default, what has a bar first."""
-    everyone = ("ours", "eager", "ours_eager", "compile", "max_autotune", "eager_25")
-    few = ("ours", "eager")
+    everyone = (OURS, "eager", "mfmjt_eager", "compile", "max_autotune", "eager_25")
+    few = (OURS, "eager")
     if device.type == "cpu":
-        yield Plan("small_16k", "latents", 1, ("ours", "eager", "ours_eager", "compile"))
-        yield Plan("nano", "latents", 1, ("ours", "eager", "ours_eager", "compile", "eager_25"))
+        yield Plan("small_16k", "latents", 1, (OURS, "eager", "mfmjt_eager", "compile"))
+        yield Plan("nano", "latents", 1, (OURS, "eager", "mfmjt_eager", "compile", "eager_25"))
         yield Plan("nano", "waveform", 1, few)
         yield Plan("nano", "latents", 8, few)
         yield Plan("small_44k", "latents", 1, few)
@@ -177,12 +178,12 @@ class Work:
         if self.codec is None:
             return lambda: latents(self.z, self.cond)
         decode: Callable[[Tensor], Tensor] = self.codec.decode
-        if provider == "ours":
+        if provider == OURS:
             decode = meanflow.capture.Captured(decode)
 
         @torch.no_grad()
         def waveform() -> Tensor:
-            if provider.startswith("ours"):
+            if provider.startswith(OURS):
                 return decode(latents(self.z, self.cond))
             with kernels.reference():
                 return decode(latents(self.z, self.cond))
@@ -190,8 +191,8 @@ class Work:
         return waveform
 
     def _latents(self, provider: str) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-        if provider in ("ours", "ours_eager"):
-            step = meanflow.OneStep(self.net, compile=provider == "ours")
+        if provider in (OURS, "mfmjt_eager"):
+            step = meanflow.OneStep(self.net, compile=provider == OURS)
             return lambda z, cond: step(z, **cond)
         function: Callable[..., Tensor]
         if provider == "eager":
@@ -435,13 +436,13 @@ def missed(rows: list[Row]) -> list[str]:
             best = max if BARS[bar][0] == ">=" else min
             measured[bar] = best(value(row) for row in found)
 
-    small = {"network": "small_16k", "provider": "ours"}
+    small = {"network": "small_16k", "provider": OURS}
     step = {"what": "latents", "batch": 1, **small}
     take("CPU, small_16k, latents, seconds", of(device="cpu", **step), lambda r: r["ms_p50"] / 1e3)
     nano = of(what="end_to_end", device="cpu")
     take("CPU, nano end to end, seconds per second of sound", nano, lambda r: r["rtf"])
     counted = of(what="launches", network="small_16k")
-    take("launches, small_16k", counted, lambda r: r["launches"]["frozen"])
+    take("launches, small_16k", counted, lambda r: r["launches"][OURS])
     on_gpu = of(device="cuda", **step)
     take("GPU, small_16k, latents, ms", on_gpu, lambda r: r["ms_p50"])
     large = of(device="cuda", **step | {"network": "large_44k_v2"})
@@ -453,7 +454,7 @@ def missed(rows: list[Row]) -> list[str]:
     eager = of(device="cuda", **step | {"provider": "eager"})
     if on_gpu and eager:
         ratio = eager[0]["ms_p50"] / on_gpu[0]["ms_p50"]
-        measured["GPU, small_16k, latents, eager over ours"] = ratio
+        measured["GPU, small_16k, latents, eager over mfmjt"] = ratio
     return [
         f"{bar}: {measured[bar]:.4g}, must be {sign} {limit:g}"
         for bar, (sign, limit) in BARS.items()
@@ -508,13 +509,13 @@ def run(
         "cold_start": ("nano", lambda: _cold_start(device, calls)),
     }
     for name, (network, measure) in once.items():
-        about = {"what": name, "network": network, "provider": "ours", **shared}
+        about = {"what": name, "network": network, "provider": OURS, **shared}
         unwanted = (what and name not in what) or (networks and network not in networks)
         if unwanted or rows.has(**about) or (smoke and not what):
             continue
         row = rows.add({**about, "status": "ok", **measure(), "environment": stamp})
         print({k: v for k, v in row.items() if k != "environment"}, flush=True)
-    tiny = [Plan("nano", "latents", 2, ("ours", "eager", "ours_eager", "eager_25"))]
+    tiny = [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager", "eager_25"))]
     wanted = [
         plan
         for plan in (tiny if smoke else plans(device))

@@ -24,7 +24,7 @@ def test_it_runs_tiny_and_does_nothing_twice(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", command)
     assert bench_generate.main() == 0
     found = rows(tmp_path / "generate.jsonl")
-    assert {row["provider"] for row in found} == {"ours", "eager", "ours_eager", "eager_25"}
+    assert {row["provider"] for row in found} == {"mfmjt", "eager", "mfmjt_eager", "eager_25"}
     assert {row["status"] for row in found} == {"ok"}
     assert all(row["relative_error"] > 0 for row in found if row["provider"] != "eager_25")
     assert bench_generate.main() == 0
@@ -41,11 +41,11 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(MFMJT, "frozen", off)
     found = Rows(tmp_path / "generate.jsonl", KEY)
-    plan = Plan("nano", "latents", 1, ("ours", "eager"))
+    plan = Plan("nano", "latents", 1, ("mfmjt", "eager"))
     assert time_generation(found, CPU, time.monotonic(), [plan], tiny=True)
     by_name = {row["provider"]: row for row in found.rows}
-    assert by_name["ours"]["status"] == "wrong"
-    assert "relative error" in by_name["ours"]["reason"]
+    assert by_name["mfmjt"]["status"] == "wrong"
+    assert "relative error" in by_name["mfmjt"]["reason"]
     assert by_name["eager"]["status"] == "ok"
 
 
@@ -57,12 +57,12 @@ def test_an_unknown_provider_is_an_error(tmp_path):
 
 def test_bars_are_held_against_what_was_measured():
     step = {"what": "latents", "network": "small_16k", "batch": 1, "status": "ok"}
-    slow = {**step, "device": "cpu", "provider": "ours", "ms_p50": 500.0, "clips_per_s": 2.0}
+    slow = {**step, "device": "cpu", "provider": "mfmjt", "ms_p50": 500.0, "clips_per_s": 2.0}
     assert missed([slow]) == ["CPU, small_16k, latents, seconds: 0.5, must be <= 0.4"]
     assert missed([slow | {"ms_p50": 399.0}]) == []
     assert missed([slow | {"provider": "eager"}]) == []
     gpu = slow | {"device": "cuda", "ms_p50": 0.5}
     eager = gpu | {"provider": "eager", "ms_p50": 4.0}
-    assert missed([gpu, eager]) == ["GPU, small_16k, latents, eager over ours: 8, must be >= 10"]
+    assert missed([gpu, eager]) == ["GPU, small_16k, latents, eager over mfmjt: 8, must be >= 10"]
     many = gpu | {"batch": 32, "clips_per_s": 2500.0}
     assert missed([gpu, many]) == ["GPU, small_16k, latents, clips a second: 2500, must be >= 3000"]

@@ -16,5 +16,5 @@ def test_a_step_of_small_16k_takes_few_launches():
     assert done.returncode == 0, done.stdout + done.stderr
     counted = json.loads(done.stdout)
     launches = counted["launches"]
-    assert launches["frozen"] <= counted["bar"] < launches["ours"] < launches["eager"]
-    assert counted["frozen"]["triton::_attention_fwd_kernel"] == 12
+    assert launches["mfmjt"] <= counted["bar"] < launches["mfmjt_eager"] < launches["eager"]
+    assert counted["by_kernel"]["triton::_attention_fwd_kernel"] == 12

@@ -109,6 +109,30 @@ def test_compare_finds_what_became_slower(tmp_path, monkeypatch, capsys):
     assert "faster" in capsys.readouterr().out
 
 
+def made(provider: str, ms: float, **more: Any) -> dict[str, Any]:
+    """A row of generation."""
+    about = {"what": "latents", "network": "nano", "device": "cpu", "clips_per_s": 1e3 / ms}
+    return row(provider, ms, **about | {"dtype": "bfloat16", "batch": 1} | more)
+
+
+def test_generation_is_reported_and_compared(tmp_path, monkeypatch, capsys):
+    folders = []
+    for name, ms in (("a", 10.0), ("b", 13.0)):
+        folder = write(tmp_path / name, [row("mfmjt", 1.0), row("eager", 4.0)])
+        rows = [made("mfmjt", ms), made("eager", 20.0), made("mfmjt", ms, batch=8)]
+        cold = {"what": "cold_start", "provider": "mfmjt", "network": "nano", "import_s": 0.25}
+        rows += [cold | {"status": "ok", "device": "cpu", "threads": 2}]
+        (folder / "generate.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        folders.append(folder)
+    assert bench(monkeypatch, "report", folders[0]) == 0
+    text = (folders[0] / "generate.md").read_text()
+    assert "| latents | nano | 1 | 10 | 100 | 2.00x |" in text
+    assert "import 0.25 s" in text
+    assert "clips a second" in (folders[0] / "generate.svg").read_text()
+    assert bench(monkeypatch, "compare", *folders) == 1
+    assert "SLOWER  generate latents nano B=1 bfloat16 value: +30.0 %" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("after", "worse"),
     [
