@@ -24,8 +24,8 @@ def test_rows_have_a_bar_and_what_they_are_compared_with(
     assert [(row["store"], row["dtype"]) for row in rows] == [
         (store, dtype) for dtype in ("float32", "float16") for store in ("video", "audio", "joint")
     ]
-    # Four features of 32 numbers with pictures, two without, and one of 8 of the caption.
-    sizes = [4 * 136e-6, 4 * 72e-6]
+    # Four features of 160 numbers with pictures, two without, and one of 8 of the caption.
+    sizes = [4 * 648e-6, 4 * 328e-6]
     assert [row["mb_per_clip"] for row in rows[:2]] == pytest.approx(sizes, abs=5e-4)
     for row in rows:
         assert row["met"] == (row["gb_per_s_p50"] >= bench_store.BAR)
