@@ -126,7 +126,7 @@ class Step(nn.Module):
         )
 
 
-def compile_step(step: Step) -> None:
+def compile_step(step: Step, backend: str = "inductor") -> None:
     """Let `torch.compile` make one program of every call, in place.
 
     What DDP wraps is then compiled inside. It would rather compile what is around, and cut the
@@ -135,7 +135,7 @@ def compile_step(step: Step) -> None:
     import torch._dynamo
 
     torch._dynamo.config.optimize_ddp = False
-    step.compile(fullgraph=True, dynamic=False)
+    step.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 def _target(config: NetworkTraining) -> Target:

@@ -125,6 +125,29 @@ def test_gradients_agree_where_every_row_has_a_tangent(ranks, run_of):
     check_gradients(ranks, run_of("alone", ratio=1.0), others)
 
 
+def first_moments(config) -> torch.Tensor:
+    tensors, _ = load_state(config.out)
+    return torch.cat([tensors[k].flatten() for k in sorted(tensors) if k.startswith("exp_avg.")])
+
+
+def test_sharded_bfloat16_errs_no_more_than_one_process_does(ranks, run_of):
+    """Blocks whose weights travel in bfloat16, against float32, beside autocast in one process."""
+    common = {"ratio": 0.25, "clip": 0.0}
+    exact = run_of("exact", **common)
+    alone = run_of("alone", dtype="bfloat16", **common)
+    sharded = run_of("sharded", dtype="bfloat16", parallel="fsdp", **common)
+    for world, config in ((1, exact), (1, alone), (2, sharded)):
+        ranks.train(world, config)
+    truth = first_moments(exact)
+    ours, theirs = (relative(first_moments(config), truth) for config in (sharded, alone))
+    sys.stdout.write(f"bfloat16: sharded {ours:.2g}, alone {theirs:.2g}\n")
+    assert 0 < ours <= 2 * theirs + torch.finfo(torch.bfloat16).eps
+    for figures in (records(config.out)[0] for config in (alone, sharded)):
+        assert figures["loss"] == pytest.approx(
+            records(exact.out)[0]["loss"], rel=8 * torch.finfo(torch.bfloat16).eps
+        )
+
+
 @pytest.mark.slow
 def test_gradients_agree_however_it_is_shared(ranks, run_of):
     others = {
