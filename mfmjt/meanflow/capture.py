@@ -46,16 +46,18 @@ class Captured:
                 for name, value in given.items()
             ),
         )
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-        else:
-            if len(self._graphs) >= GRAPHS:
-                self._graphs.popitem(last=False)
-            self._graphs[key] = self._capture(first, given)
-        graph, places, result = self._graphs[key]
-        torch._foreach_copy_(places, tensors)
-        graph.replay()
-        return result.clone()
+        # Tensors of inference mode could not be written to outside of it, at a later call.
+        with torch.inference_mode(False), torch.no_grad():
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+            else:
+                if len(self._graphs) >= GRAPHS:
+                    self._graphs.popitem(last=False)
+                self._graphs[key] = self._capture(first, given)
+            graph, places, result = self._graphs[key]
+            torch._foreach_copy_(places, tensors)
+            graph.replay()
+            return result.clone()
 
     def _capture(
         self, first: Tensor, given: dict[str, Any]
