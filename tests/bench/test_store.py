@@ -14,7 +14,7 @@ from bench.data import bench_store
 def test_rows_have_a_bar_and_what_they_are_compared_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_store, "SHAPES", dict.fromkeys(bench_store.SHAPES, (8, 4)))
+    monkeypatch.setattr(bench_store, "SHAPES", dict.fromkeys(bench_store.SHAPES, (8, 20)))
     monkeypatch.setattr(bench_store, "TEXT", (2, 4))
     monkeypatch.setattr(bench_store, "LABELS", 3)
     arguments = ["--out", str(tmp_path), "--clips", "70", "--batch", "4", "--batches", "2"]
