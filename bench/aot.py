@@ -292,8 +292,8 @@ def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             modulations = [empty(batch, rows, 6 * width).chunk(6, -1) for rows in (192, 1, 1)[:n]]
             parts = [list(part) for part in zip(*modulations, strict=True)]
             rows = [torch.empty(length, dtype=torch.int64), None, None][:n]
-            norm(xs, xs, *parts[:3], rows, eps=1e-5)
-        norm(xs, None, None, *parts[:2], rows, eps=1e-5)
+            norm(xs, xs, *parts[:3], rows, 1e-5)
+        norm(xs, None, None, *parts[:2], rows, 1e-5)
         biases = [empty(width), empty(width), empty(192, width), empty(width)]
         layers = ((length, 20, 7), (64, 1024, 1), (192, 768, 7), (tokens - length - 64, 1024, 1))
         kernels.streams.project(

@@ -174,6 +174,7 @@ class Case:
         terms: Length of the longest sum behind one element of any result.
         modes: Modes to time.
         headline: See `Shape`.
+        inference: It has no derivatives, and `modes` is the value alone.
     """
 
     op: str
@@ -189,6 +190,7 @@ class Case:
     terms: int
     modes: tuple[str, ...] = MODES
     headline: bool = False
+    inference: bool = False
 
     @property
     def moving(self) -> tuple[str, ...]:

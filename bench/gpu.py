@@ -41,6 +41,7 @@ from bench.cases import (
     BACKWARD,
     JVP_BACKWARD,
     MODES,
+    VALUE,
     Case,
     Cost,
     Input,
@@ -156,7 +157,8 @@ def check(job: Job) -> bool:
             return False
         given = operands(case, dtype, CPU).to(dtype, job.device)
         truth = Truth(case, given, CPU)
-        for mode, where in ((BACKWARD, ""), (JVP_BACKWARD, " under jvp")):
+        both = ((BACKWARD, ""), (JVP_BACKWARD, " under jvp"))
+        for mode, where in ((VALUE, ""),) if case.inference else both:
             try:
                 found = step(Provider(OURS, case.function), case, mode)(given)
                 errors = truth.judge(found).errors
@@ -178,7 +180,7 @@ def _checks(job: Job) -> Iterator[tuple[Case, torch.dtype]]:
     for op in job.ops:
         for case in cases(op, "tiny" if job.smoke else "check"):
             for dtype in CHECKED:
-                yield replace(case, modes=MODES), dtype
+                yield case if case.inference else replace(case, modes=MODES), dtype
     yield _network_case(job), torch.float32
 
 

@@ -105,11 +105,10 @@ def project_ref(
     """Plain PyTorch `project`; the definition of correct."""
     results = []
     for x, (data, glu), bias, act in zip(xs, weights, biases, acts, strict=True):
-        taps, tokens = data.shape[1], x.shape[1]
-        # More padding than needed, and cut: PyTorch takes no sequence shorter than its filter
-        padded = F.pad(x, (0, 0, taps, taps)).transpose(1, 2)
-        y = F.conv1d(padded, data.transpose(1, 2)).transpose(1, 2)
-        y = y[:, taps // 2 + 1 : taps // 2 + 1 + tokens]
+        y = x.new_empty(x.shape[0], 0, data.shape[0])
+        if x.shape[1]:  # PyTorch convolves no sequence without tokens
+            filters, padding = data.transpose(1, 2), data.shape[1] // 2
+            y = F.conv1d(x.transpose(1, 2), filters, padding=padding).transpose(1, 2)
         y = y if bias is None else y + bias.to(y.dtype)
         if glu:
             gate, up = y.chunk(2, dim=-1)
@@ -326,12 +325,16 @@ def _project_fake(
 
 def _project_qkv_fake(
     xs: list[Tensor], weights: list[Tensor], *others: Any
-) -> tuple[list[Tensor], ...]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     heads = others[-2]
-    shapes = [
-        (*x.shape[:2], heads, w.shape[0] // (3 * heads)) for x, w in zip(xs, weights, strict=True)
-    ]
-    return tuple([x.new_empty(s) for x, s in zip(xs, shapes, strict=True)] for _ in range(3))
+
+    def part() -> list[Tensor]:
+        return [
+            x.new_empty(*x.shape[:2], heads, weight.shape[0] // (3 * heads))
+            for x, weight in zip(xs, weights, strict=True)
+        ]
+
+    return part(), part(), part()
 
 
 def _gated_residual_norm_fake(
@@ -714,8 +717,9 @@ def _streams_silu_kernel(
         pick = tl.load(picks + token, (row < rows) & framed, 0).to(tl.int64)
     at = sample * frames_sample + pick * frames_token + column
     x += tl.load(frames + at, inside & framed, 0.0).to(TYPE)
-    out = tl.where(framed, y + (sample * tokens + token) * width, whole + sample * width)
-    tl.store(out + column, _silu(x), inside)
+    # Two stores: on AMD a lane cannot choose between two tensors
+    tl.store(whole + sample * width + column, _silu(x), inside & (token < 0))
+    tl.store(y + (sample * tokens + token) * width + column, _silu(x), inside & framed)
 
 
 @jit
