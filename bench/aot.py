@@ -290,10 +290,10 @@ def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
                 xs, weights, biases, norms, norms, [*ropes, None][:n], heads
             )
             modulations = [empty(batch, rows, 6 * width).chunk(6, -1) for rows in (192, 1, 1)[:n]]
-            parts = [list(part) for part in zip(*modulations, strict=True)]
+            gates, shifts, scales = ([m[i] for m in modulations] for i in range(3))
             rows = [torch.empty(length, dtype=torch.int64), None, None][:n]
-            norm(xs, xs, *parts[:3], rows, 1e-5)
-        norm(xs, None, None, *parts[:2], rows, 1e-5)
+            norm(xs, xs, gates, shifts, scales, rows, 1e-5)
+        norm(xs, None, None, shifts, scales, rows, 1e-5)
         biases = [empty(width), empty(width), empty(192, width), empty(width)]
         layers = ((length, 20, 7), (64, 1024, 1), (192, 768, 7), (tokens - length - 64, 1024, 1))
         kernels.streams.project(
