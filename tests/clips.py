@@ -52,18 +52,18 @@ def write_video(
             container.mux(video.encode(frame))
         container.mux(video.encode())
         if track is not None:
-            _encode_sound(container, track, frames / rate)
+            encode_sound(container, track, frames / rate)
     return path
 
 
 def write_sound(path: Path, seconds: float = 1.0) -> Path:
     """An .m4a or the like: a container with a sound track and no pictures."""
     with av.open(str(path), "w") as container:
-        _encode_sound(container, container.add_stream("aac", rate=16000, layout="mono"), seconds)
+        encode_sound(container, container.add_stream("aac", rate=16000, layout="mono"), seconds)
     return path
 
 
-def _encode_sound(container: av.container.OutputContainer, track, seconds: float) -> None:
+def encode_sound(container: av.container.OutputContainer, track, seconds: float) -> None:
     samples = np.sin(np.arange(round(seconds * 16000)) * 0.2).astype(np.float32)[None]
     frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
     frame.sample_rate = 16000

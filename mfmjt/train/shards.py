@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mfmjt.errors import InputError, RunError
@@ -46,7 +44,7 @@ class Shard:
     Attributes:
         path: The same.
         metadata: What the file says of itself, text by name.
-        tensors: Its tensors by name; they are to be read only.
+        tensors: Its tensors by name, to be read only.
 
     Raises:
         InputError: There is no such file, or it is damaged.
@@ -89,7 +87,9 @@ _AGAIN = "Remove it, and the command that made the store makes it again."
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard, whole or not at all; the same content is the same file, byte for byte.
+
+    The library's own writer puts the metadata into another order every time.
 
     Args:
         path: Where.
@@ -101,12 +101,26 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """
     said = dict(metadata)
     said[CHECKSUM] = _checksum(tensors, said)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(said.items()))}
+    # Wide numbers first, so that each is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = next(known for known, dtype in _DTYPES.items() if dtype == tensor.dtype)
+        header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _PREFIX)
     with atomic_path(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, said)
-        except (SafetensorError, OSError) as error:
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(_PREFIX, "little") + text)
+                for name in order:
+                    file.write(_bytes(tensors[name]))
+        except OSError as error:
             raise RunError(
-                f"Cannot write {path}: {error}. Make room, and the same command goes on."
+                f"Cannot write {path}: {error.strerror}. Make room, and the same command goes on."
             ) from error
 
 
@@ -151,5 +165,9 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
