@@ -61,12 +61,13 @@ class Shard:
             for name, entry in header.items():
                 first, end = entry["data_offsets"]
                 dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-                if (end - first) != math.prod(shape) * dtype.itemsize or begin + end > size:
+                fits = first >= 0 and end - first == math.prod(shape) * dtype.itemsize
+                if not fits:
                     raise ValueError(f"{name} does not fit into the file")
                 self.tensors[name] = data[begin + first : begin + end].view(dtype).view(shape)
         except FileNotFoundError as error:
             raise InputError(f"The shard {path} is missing. {_AGAIN}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"The shard {path} is damaged: {reason}. {_AGAIN}") from error
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mfmjt.errors import InputError
+from mfmjt.train.shards import write_shard
 from mfmjt.train.store import FeatureStore
 
 LATENT_HZ, VIDEO_HZ, SYNC_HZ = 31.25, 8, 25
@@ -134,3 +137,166 @@ def test_a_damaged_shard_is_named(clock):
     (clock.folder / "a.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="Cannot read features"):
         FeatureStore(clock.folder.parent)
+
+
+SHAPES = {"mean": (20, 4), "logvar": (20, 4), "video": (5, 3), "sync": (16, 2)}
+
+
+def write_store(folder, clips, streams=tuple(SHAPES), first=0, text=True, captions=None, std=1.0):
+    """A store whose clip i has i + `first` in every place."""
+    (folder / "train").mkdir(parents=True)
+    number = torch.arange(first, first + clips).float()
+    tensors = {
+        key: number.view(-1, 1, 1).expand(clips, *SHAPES[key]).contiguous() for key in streams
+    }
+    tensors["logvar"] = torch.full((clips, *SHAPES["logvar"]), -torch.inf)
+    captions = captions or [f"clip {i + first}" for i in range(clips)]
+    texts = ["", *dict.fromkeys(c for c in captions if c)]
+    index = {
+        "shards": ["a.safetensors", "b.safetensors"],
+        "captions": captions,
+        "latent_mean": [0.0] * 4,
+        "latent_std": [std] * 4,
+    }
+    for name, part in (("a", slice(0, 1)), ("b", slice(1, None))):
+        cut = {key: value[part].contiguous() for key, value in tensors.items()}
+        write_shard(folder / "train" / f"{name}.safetensors", cut, {})
+    if text:
+        features = torch.stack([torch.full((2, 3), float(len(t))) for t in texts])
+        write_shard(folder / "train" / "text.safetensors", {"text": features}, {})
+        index |= {"text_shards": ["text.safetensors"], "texts": texts}
+    (folder / "train" / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+SOUND = ("mean", "logvar")
+
+
+@pytest.fixture
+def two(tmp_path):
+    """3 clips with pictures, numbered from 0, and 5 sounds from 100."""
+    return (
+        write_store(tmp_path / "video", 3, std=2.0),
+        write_store(tmp_path / "audio", 5, SOUND, 100, std=3.0),
+    )
+
+
+def test_rows_of_several_stores_and_their_masks(two):
+    store = FeatureStore([(two[0], 1.0), (two[1], 1.0)])
+    assert len(store) == 8
+    assert store.latent_std.tolist() == [2.0] * 4  # the first one's
+    batch = store.rows(torch.tensor([7, 1, 3, 2]))
+    assert (2 * batch["latent"][:, 0, 0]).tolist() == [104, 1, 100, 2]
+    assert batch["video_mask"].tolist() == [False, True, False, True]
+    assert batch["video"][:, 0, 0].tolist() == [0, 1, 0, 2]
+    assert batch["sync"][:, -1, -1].tolist() == [0, 1, 0, 2]
+    lengths = [len(store.captions[i]) for i in (7, 1, 3, 2)]
+    assert batch["text"][:, 0, 0].tolist() == lengths
+    assert "text_mask" not in batch  # all have one
+
+
+def test_clips_without_pictures_or_captions_alone(tmp_path):
+    sound = FeatureStore(write_store(tmp_path / "sound", 3, SOUND, captions=["one", "", "two"]))
+    batch = sound.rows(torch.arange(3))
+    assert not batch.keys() & {"video", "sync"}
+    assert batch["video_mask"].tolist() == [False] * 3
+    assert batch["text_mask"].tolist() == [True, False, True]
+    assert batch["text"][1].eq(0).all()
+    assert sound.null_text is not None
+    assert torch.equal(batch["text"][1], sound.null_text)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.1, 0.9)])
+def test_realized_proportions_are_the_weights(two, weights):
+    store = FeatureStore(list(zip(two, weights, strict=True)))
+    n = 20_000
+    clips, starts = store.choose(n, None, torch.Generator().manual_seed(0))
+    assert starts is None
+    share = weights[0] / sum(weights)
+    # Five standard errors of a binomial share, there and of each clip.
+    counts = torch.bincount(clips, minlength=8)
+    assert counts.shape == (8,)
+    for found, expected in (
+        (counts[:3].sum(), share),
+        *((c, share / 3) for c in counts[:3]),
+        *((c, (1 - share) / 5) for c in counts[3:]),
+    ):
+        assert abs(float(found) / n - expected) <= 5 * (expected * (1 - expected) / n) ** 0.5
+
+
+def test_windows_of_several_stores(two):
+    store = FeatureStore([(two[0], 1.0), (two[1], 1.0)])
+    assert store.grid == 10
+    clips, starts, noise = store.draw(50, 10, torch.Generator().manual_seed(0))
+    assert set(starts.tolist()) == {0, 10}
+    batch = store.rows(clips, starts, noise)
+    sizes = {key: batch[key].shape[1] for key in ("latent", "video", "sync")}
+    assert sizes == {"latent": 10, "video": 2, "sync": 8}
+
+
+def test_features_that_overlap_are_taken_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "sync", (24, 2))  # as Synchformer's: no place where both begin
+    store = FeatureStore(write_store(tmp_path, 2))
+    generator = torch.Generator()
+    with pytest.raises(InputError, match="window of 20 or more"):
+        store.choose(2, 10, generator)
+    assert store.choose(2, 20, generator)[1] is None
+
+
+def test_what_was_foretold_is_what_is_read(two, monkeypatch):
+    store = FeatureStore([(two[0], 1.0), (two[1], 1.0)])
+    clips, starts, noise = store.draw(6, 10, torch.Generator().manual_seed(0))
+    expected = store.rows(clips, starts, noise)
+    store.prefetch(clips, starts, 10)
+    read, calls = store._read, []
+    monkeypatch.setattr(store, "_read", lambda *a: calls.append(a) or read(*a))
+    found = store.rows(clips, starts, noise)
+    assert not calls
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    store.prefetch(clips, starts, 10)
+    other = store.rows(clips.flip(0), starts.flip(0), noise)  # not what was foretold
+    assert torch.equal(other["video"], expected["video"].flip(0))
+    assert not store._ahead
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight", "words"),
+    [
+        ({"text": False}, 1.0, "some have features of text"),
+        ({}, 0.0, "give positive numbers"),
+        ({}, float("nan"), "give positive numbers"),
+    ],
+)
+def test_stores_that_do_not_fit_say_so(two, tmp_path, changes, weight, words):
+    other = write_store(tmp_path / "other", 2, **changes)
+    with pytest.raises(InputError, match=words):
+        FeatureStore([(two[0], 1.0), (other, weight)])
+
+
+def test_stores_of_other_lengths_do_not_fit(two, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "mean", (30, 4))
+    monkeypatch.setitem(SHAPES, "logvar", (30, 4))
+    other = write_store(tmp_path / "other", 2)
+    with pytest.raises(InputError, match="different kinds"):
+        FeatureStore([(two[0], 1.0), (other, 1.0)])
+
+
+def test_an_index_that_names_other_clips_is_refused(tmp_path):
+    folder = write_store(tmp_path, 3)
+    path = folder / "train" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"captions": index["captions"][:2]}))
+    with pytest.raises(InputError, match="names 2 clips and the shards hold 3"):
+        FeatureStore(folder)
+
+
+def test_opening_a_store_reads_headers_only(tmp_path):
+    """A store larger than memory: what is opened is not resident, and files are not held open."""
+    folder = write_store(tmp_path, 3)
+    before = len(os.listdir("/proc/self/fd"))
+    store = FeatureStore(folder)
+    store.rows(torch.arange(3))
+    assert len(os.listdir("/proc/self/fd")) == before
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "b.saf" in line]
+    assert mapped
+    assert "b.safetensors" in mapped[0]
