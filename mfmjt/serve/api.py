@@ -205,6 +205,18 @@ def _faults(**reasons: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"const": "state"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/JobState"},
+        },
+    },
+    "required": ["event", "data"],
+}
 _COMMON = _faults(
     _401="The token is missing or wrong.",
     _403="The request comes from another origin's page.",
@@ -271,7 +283,7 @@ async def remove_job(request: Request, job: JobName) -> None:
         200: {
             "description": "The job's state after each change, until it is over. A job whose last "
             "stream is closed before that is dropped.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": _EVENT}},
         },
         **_NO_JOB,
     },

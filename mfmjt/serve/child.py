@@ -36,6 +36,7 @@ MAX_RATE = 240
 """Frames per second, on the whole."""
 MAX_WORK = 1920 * 1080 * 60
 """Pixels per second of the longest sound: what is decoded of a file."""
+SURVEY_SECONDS = 2.0
 FILE_SIZE = 4 * 2**30
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -72,7 +73,8 @@ def main() -> None:
         av.logging.set_level(None)
         answer = _read(video, request, fit) if request["do"] == "read" else _mux(video, request)
     except MfmjtError as error:
-        answer = {"refused": str(error).replace("upload", "The file", 1)}
+        reason = str(error).replace("upload", "the file", 1)
+        answer = {"refused": reason[0].upper() + reason[1:]}
     except MemoryError:
         answer = {"refused": "The file needs too much memory to be read. Scale the video down."}
     sys.stdout.write(json.dumps(answer) + "\n")
@@ -90,7 +92,9 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
             "The file is no video of a kind that is taken here. Give .mp4, .mov, .webm, .mkv, "
             ".avi or .ts."
         )
-    _survey(video, limit)
+    signal.setitimer(signal.ITIMER_REAL, SURVEY_SECONDS)
+    _survey(video, duration, limit)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     stream = media.VideoStream(
         video,
         request["rates"],
@@ -117,8 +121,11 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
     }
 
 
-def _survey(video: Path, limit: float) -> None:
-    """Refuse, before the first frame is decoded, what would take too long to decode."""
+def _survey(video: Path, duration: float | None, limit: float) -> None:
+    """Refuse, before the first frame is decoded, what would take too long to decode.
+
+    An index that takes too long to be looked at ends the process by SIGALRM.
+    """
     try:
         options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
         with av.open(f"file:{video}", metadata_errors="ignore", options=options) as container:
@@ -134,6 +141,13 @@ def _survey(video: Path, limit: float) -> None:
                     f"The video has frames of {width}x{height}: more than "
                     f"{MAX_PIXELS / 1e6:.1f} million pixels are not taken. Scale it down first."
                 )
+            if stream.duration and stream.time_base and duration is None:
+                lasts = float(stream.duration * stream.time_base)
+                if lasts > limit:
+                    raise InputError(
+                        f"The video lasts {lasts:.1f} s, and at most {limit:g} s get sound here. "
+                        "Give a duration: it counts from the video's start."
+                    )
             frames = 0
             most = min(limit * MAX_RATE, limit * MAX_WORK / max(1, width * height))
             with contextlib.suppress(av.error.FFmpegError, ValueError):

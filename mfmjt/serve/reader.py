@@ -96,9 +96,11 @@ class Reader:
             answer: dict[str, Any] = json.loads(said)
         except ValueError:
             # Killed by a limit, or crashed: what the file did to the decoder stayed there.
+            slow = process.returncode == -signal.SIGALRM
+            what = "looking through its index took too long" if slow else "its decoder ended early"
             raise InputError(
-                "The file could not be read: decoding it ended before its time. Convert the video "
-                "to H.264, or give a smaller one."
+                f"The file could not be read: {what}. Convert the video to H.264, or give a "
+                "smaller one."
             ) from None
         if "refused" in answer:
             raise InputError(answer["refused"])

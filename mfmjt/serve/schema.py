@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from mfmjt.serve.settings import MAX_COUNT, MAX_PROMPT, MAX_STEPS, Settings
 
 __all__ = ["Asked", "Fault", "Health", "JobState", "Models", "Sound", "asked_schema"]
 
 Mode = Literal["cfg_scaled", "cfg", "none"]
+
+
+def _whole(value: object) -> object:
+    """2.0 is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 MAX_SEED = 2**53 - 1024
 """Largest seed: every number up to it is exact in JavaScript."""
 
@@ -27,6 +34,7 @@ class Asked(BaseModel):
     steps: Annotated[
         int | None,
         Field(ge=1, le=MAX_STEPS, description="Evaluations of the network; null: the model's own."),
+        BeforeValidator(_whole),
     ] = None
     guidance: Annotated[
         float | None,
@@ -47,10 +55,14 @@ class Asked(BaseModel):
         ),
     ] = None
     seed: Annotated[
-        int, Field(ge=0, le=MAX_SEED, description="Sound number i is made from seed + i.")
+        int,
+        Field(ge=0, le=MAX_SEED, description="Sound number i is made from seed + i."),
+        BeforeValidator(_whole),
     ] = 0
     count: Annotated[
-        int, Field(ge=1, le=MAX_COUNT, description="Sounds of each way of guidance.")
+        int,
+        Field(ge=1, le=MAX_COUNT, description="Sounds of each way of guidance."),
+        BeforeValidator(_whole),
     ] = 1
     duration: Annotated[
         float | None,

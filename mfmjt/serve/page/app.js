@@ -177,8 +177,9 @@ function candidates() {
       const card = document.createElement("button");
       card.type = "button";
       card.setAttribute("role", "radio");
-      card.innerHTML = "<canvas></canvas><b></b><small></small>";
-      card.querySelector("b").textContent = `${place + 1}  Seed ${sound.seed}`;
+      card.innerHTML = "<canvas></canvas><b><i></i><span></span></b><small></small>";
+      card.querySelector("i").textContent = place + 1;
+      card.querySelector("span").textContent = `Seed ${sound.seed}`;
       card.querySelector("small").textContent = `${MODES[sound.guidance_mode]} · ${sound.onsets} onsets`;
       card.setAttribute("aria-label", `Candidate ${place + 1}: ${title(sound)}, ${sound.onsets} onsets`);
       card.addEventListener("click", () => pick(place, true));
@@ -225,7 +226,7 @@ function notes(job) {
 }
 
 function times(job) {
-  const spent = Object.entries(job.timings).filter(([, seconds]) => seconds >= 0.0005);
+  const spent = Object.entries(job.timings).filter(([, seconds]) => seconds >= 0.005);
   const sum = spent.reduce((total, [, seconds]) => total + seconds, 0);
   const hue = (stage) => `hsl(${HUES[stage] ?? 0} 38% 56%)`;
   $("shares").replaceChildren(

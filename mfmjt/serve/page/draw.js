@@ -33,7 +33,9 @@ function marks(context, drawn, width, height, ratio) {
   context.fillStyle = colour("--onset");
   for (const time of drawn.onsets) {
     const x = (time / drawn.duration) * width;
+    context.globalAlpha = 0.55;
     context.fillRect(x - ratio / 2, 0, ratio, height);
+    context.globalAlpha = 1;
     context.beginPath();
     context.moveTo(x - 4 * ratio, 0);
     context.lineTo(x + 4 * ratio, 0);
