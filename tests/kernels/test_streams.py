@@ -349,6 +349,23 @@ def test_two_runs_are_equal_to_the_bit(call):
     assert all(map(torch.equal, one, other))
 
 
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="counts launches of interpreted kernels")
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_is_one_launch(call, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, launch = [], GridExecutor.__call__
+
+    def count(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", count)
+    op, make = CALLS[call]
+    op(*as_dtype(make(), torch.float32))
+    assert len(launched) == 1
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_compiled_in_one_graph(call):
     op, make = CALLS[call]
@@ -432,6 +449,9 @@ WRONG = {
     ),
     "nothing to pool": lambda: streams.pool([randn(1, 0, 3)]),
     "condition": lambda: streams.silu_conditions(randn(1, 2, 3), randn(1, 2, 3)),
+    "w elsewhere": lambda: streams.guide(
+        randn(1, 2, 3), randn(2, 2, 3), torch.empty(1, device="meta")
+    ),
     "one velocity": lambda: streams.guide(randn(1, 2, 3), randn(1, 2, 3), 1.5),
     "mode": lambda: streams.guide(randn(1, 2, 3), randn(2, 2, 3), 1.5, "more"),
 }  # fmt: skip
