@@ -57,11 +57,11 @@ class DataSource:
     """One of several feature stores that a network is trained on.
 
     Attributes:
-        store: Its folder.
+        store: Its folder; it must be given.
         weight: The share of rows that come from it is its weight over the sum of all.
     """
 
-    store: str
+    store: str = ""
     weight: float = 1.0
 
 
@@ -212,6 +212,8 @@ class NetworkTraining:
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("target", self.target, TARGETS)
         for source in self.data:
+            if not source.store:
+                raise InputError('data: an entry has no store. Give [{"store": "FOLDER"}, ...].')
             if not 0 < source.weight < math.inf:
                 raise InputError(
                     f"The weight of {source.store} is {source.weight}: it must be positive."
