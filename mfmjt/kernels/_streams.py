@@ -112,16 +112,15 @@ def _products(
 
 
 @jit
-def _biased(total, biases, stream, token, column, exists, PER_TOKEN: tl.constexpr):
+def _biased(total, biases, stream, token, inside, column, columns, PER_TOKEN: tl.constexpr):
     """Add the bias of a stream: pointers, token strides and whether there is one."""
     if biases is not None:
         pointers, strides, present = biases
         bias = _pick(pointers, stream) + column
-        here = exists & (_pick(present, stream) == 1)
+        here = columns & (_pick(present, stream) == 1)  # (1, O)
         if PER_TOKEN:
             bias += token[:, None].to(tl.int64) * _pick(strides, stream)
-        else:  # a row that all tokens share
-            here = tl.max(here.to(tl.int32), 0, keep_dims=True) == 1
+            here = here & inside[:, None]
         total += tl.load(bias, here, 0.0).to(total.dtype)
     return total
 
@@ -181,8 +180,7 @@ def _streams_project_kernel(
     if GLU:
         total = _silu(total) * other
     else:
-        exists = inside[:, None] & (out < count)
-        total = _biased(total, biases, stream, row % length, out, exists, PER_TOKEN)
+        total = _biased(total, biases, stream, row % length, inside, out, out < count, PER_TOKEN)
         if ACTIVE:
             act = _pick(acts, stream)
             selu = 1.0507009873554805 * tl.where(
@@ -242,7 +240,7 @@ def _streams_project_qkv_kernel(
         window, filters, None, column < width, BLOCK_ROWS, BLOCK_WIDTH, BLOCK_DEPTH, PRECISION, TYPE
     )
     token = row % length
-    total = _biased(total, biases, stream, token, out, exists, PER_TOKEN)
+    total = _biased(total, biases, stream, token, inside, out, column < width, PER_TOKEN)
     norm = tl.where(which == 0, _pick(norms[0], stream), _pick(norms[1], stream))
     weight = tl.load(norm + column, (column < width) & (which < 2), 0.0).to(TYPE)
     square = tl.sum(total * total, 1)[:, None] / width
@@ -480,6 +478,7 @@ def _sources(xs: list[Tensor], weights: list[Tensor]) -> tuple[tuple[Any, ...], 
     it (the 20 channels of a latent are 8-byte units).
     """
     taps = [weight.shape[1] for weight in weights]
+    weights = [weight.contiguous() for weight in weights]
     xs = [_in_one_piece(x, k) for x, k in zip(xs, taps, strict=True)]
     # A window of one token only may begin before it, by the tokens that are not there
     strides = [
