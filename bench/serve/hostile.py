@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import av
 import numpy as np
@@ -149,7 +150,7 @@ def _packets(suffix: str, codec: str, width: int, height: int, packets: list[byt
     with TemporaryDirectory() as folder:
         path = Path(folder, f"made{suffix}")
         with av.open(str(path), "w") as container:
-            stream = container.add_stream(codec, rate=25)
+            stream: Any = container.add_stream(codec, rate=25)
             stream.width, stream.height = width, height
             stream.pix_fmt = "gray" if codec == "png" else "yuvj420p"
             for number, data in enumerate(packets):

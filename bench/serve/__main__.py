@@ -1,0 +1,319 @@
+"""Measure a served nano: `python -m bench.serve load|faults|page --out DIR`.
+
+Each command starts `mfmjt serve` on a free port with a folder of its own for temporary files, asks
+it over loopback, ends it, and writes one JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench.serve.client import Answer, Client
+from bench.serve.hostile import crafted, mutated
+from mfmjt.files import atomic_path
+
+__all__ = ["main"]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+]
+
+
+@dataclass
+class Served:
+    """A server that runs: how to ask it, and where its process and files are."""
+
+    client: Client
+    pid: int
+    folder: Path
+
+    @property
+    def memory(self) -> float:
+        """MB that the process holds."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+)", status)
+        assert found
+        return round(int(found[1]) / 1024, 1)
+
+    @property
+    def files(self) -> int:
+        """Temporary files and folders that are not the run's own."""
+        return len(list(self.folder.glob("*/*"))) - 1
+
+
+@contextlib.contextmanager
+def served(*options: str) -> Iterator[Served]:
+    """`mfmjt serve` with these options."""
+    with TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mfmjt.cli", "serve", "--port", "0", *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": folder},
+        )
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().split()[-1]
+            client = Client(address)
+            client.get("/healthz")
+            yield Served(client, process.pid, Path(folder))
+        finally:
+            process.terminate()
+            process.wait(30)
+            process.stdout.close()
+        left = [path.name for path in Path(folder).glob("mfmjt-serve-*")]
+        if process.returncode != 128 + signal.SIGTERM or left:
+            raise RuntimeError(f"the server ended with {process.returncode} and left {left}")
+
+
+def load(out: Path) -> None:
+    """200 mixed requests, 8 at a time, every tenth broken; then 1 client against 8."""
+    clips = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
+    broken: list[Callable[[Client], Answer]] = [
+        lambda client: client.generate(clips[0][:3000]),
+        lambda client: client.generate(b"no video" * 1000),
+        lambda client: client.generate(clips[0], steps=0),
+        lambda client: client.generate(prompt=""),
+        lambda client: client.ask("POST", "/v1/generate", b"{", {"Content-Type": "text/plain"}),
+    ]
+    good: list[Callable[[Client, int], Answer]] = [
+        lambda client, i: client.generate(clips[i % 3], seed=i),
+        lambda client, i: client.generate(clips[i % 3], prompt="a bell", seed=i, count=2),
+        lambda client, i: client.generate(prompt="rain on a tin roof", seed=i, duration=4),
+        lambda client, i: client.generate(clips[i % 3], seed=i, duration=3, steps=2),
+    ]
+    with served() as server:
+
+        def one(i: int) -> tuple[bool, bool, float]:
+            """Whether the request was broken, whether its answer is right, and the seconds."""
+            begin = time.perf_counter()
+            if i % 10 == 9:
+                answer = broken[(i // 10) % len(broken)](server.client)
+                right = 400 <= answer.status < 500 and bool(answer.json["detail"])
+                return True, right, time.perf_counter() - begin
+            answer = good[i % len(good)](server.client, i)
+            if answer.status != 202:
+                return False, False, time.perf_counter() - begin
+            state = server.client.wait(answer.json["id"])
+            sounds = [
+                server.client.get(f"/v1/jobs/{state['id']}/sounds/{sound['number']}.wav")
+                for sound in state["sounds"]
+            ]
+            right = bool(sounds) and all(s.status == 200 and s.body[:4] == b"RIFF" for s in sounds)
+            server.client.ask("DELETE", f"/v1/jobs/{state['id']}")
+            return False, right, time.perf_counter() - begin
+
+        memory = []
+        answers: list[tuple[bool, bool, float]] = []
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(8) as pool:
+            for block in range(0, 200, 50):
+                answers += pool.map(one, range(block, block + 50))
+                memory.append(server.memory)
+        spent = time.perf_counter() - begin
+        files = server.files
+
+        def pace(clients: int, requests: int) -> float:
+            def ask(i: int) -> None:
+                job = server.client.generate(clips[i % 3], seed=i).json["id"]
+                server.client.wait(job)
+                server.client.ask("DELETE", f"/v1/jobs/{job}")
+
+            start = time.perf_counter()
+            with ThreadPoolExecutor(clients) as clients_pool:
+                list(clients_pool.map(ask, range(requests)))
+            return requests / (time.perf_counter() - start)
+
+        pace(8, 8)
+        paces: dict[int, list[float]] = {1: [], 8: []}
+        for _ in range(2):  # in turns: a machine that slows down slows both
+            for clients in paces:
+                paces[clients].append(pace(clients, 16))
+        memory.append(server.memory)
+    taken = sorted(seconds for bad, _, seconds in answers if not bad)
+    refused = sorted(seconds for bad, _, seconds in answers if bad)
+    write(
+        out / "serve-load.json",
+        {
+            "requests": len(answers),
+            "at_once": 8,
+            "broken": len(refused),
+            "wrongly_answered": sum(not right for _, right, _ in answers),
+            "seconds": round(spent, 2),
+            "good_seconds": {"median": middle(taken), "largest": round(taken[-1], 3)},
+            "broken_seconds": {"median": middle(refused), "largest": round(refused[-1], 3)},
+            "memory_mb_after_each_50_and_at_the_end": memory,
+            "files_left": files,
+            "requests_per_second": {
+                str(clients): middle(found) for clients, found in paces.items()
+            },
+            "eight_clients_over_one": round(
+                statistics.median(paces[8]) / statistics.median(paces[1]), 2
+            ),
+        },
+    )
+
+
+def faults(out: Path, count: int = 500) -> None:
+    """Hostile uploads, 4 at a time: what was answered, how soon, and what was left."""
+    rng = random.Random(0)
+    clips = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
+    with served() as server, socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.1)
+        files = list(crafted(trap.getsockname()[1]).items())
+        made = len(files)
+        files += [mutated(rng.choice(clips), rng) for _ in range(count - made)]
+
+        def one(file: tuple[str, bytes]) -> tuple[str, int, float]:
+            name, data = file
+            answer = server.client.generate(data)
+            if answer.status == 202:
+                server.client.wait(answer.json["id"])
+                server.client.ask("DELETE", f"/v1/jobs/{answer.json['id']}")
+            elif not answer.json["detail"]:
+                raise RuntimeError(f"{name}: refused without a reason")
+            return name, answer.status, answer.seconds
+
+        memory = [server.memory]
+        answers: list[tuple[str, int, float]] = []
+        with ThreadPoolExecutor(4) as pool:
+            for block in range(0, count, count // 4):
+                answers += pool.map(one, files[block : block + count // 4])
+                memory.append(server.memory)
+        knocked = True
+        try:
+            trap.accept()[0].close()
+        except TimeoutError:
+            knocked = False
+        alive = server.client.generate(clips[0]).status == 202
+        while server.client.get("/healthz").json["busy"]:
+            time.sleep(0.05)
+        left = server.files - 1  # of the request just made
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    refused = [seconds for _, status, seconds in answers if status != 202]
+    slowest = max(answers, key=lambda answer: answer[2])
+    write(
+        out / "serve-faults.json",
+        {
+            "uploads": len(answers),
+            "made_to_do_harm": made,
+            "damaged_clips": len(answers) - made,
+            "answers": dict(sorted(Counter(str(status) for _, status, _ in answers).items())),
+            "refused_seconds": {
+                "median": middle(refused),
+                "largest": round(max(refused), 3),
+            },
+            "slowest_answer": {"upload": slowest[0], "seconds": round(slowest[2], 3)},
+            "memory_mb": memory,
+            "an_address_was_opened": knocked,
+            "alive_afterwards": alive,
+            "files_left": left,
+            "processes_left": len(children),
+        },
+    )
+
+
+def page(out: Path) -> None:
+    """How soon the page is ready and, after a drop, the first sound (Chromium, Playwright)."""
+    from playwright.sync_api import sync_playwright
+
+    clip = (EXAMPLES / "ball_wood.mp4").read_bytes()
+    ready, heard = [], []
+    with served() as server, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        tab = browser.new_page()
+        for _ in range(6):
+            begin = time.perf_counter()
+            tab.goto(f"http://{server.client.host}:{server.client.port}/")
+            tab.wait_for_selector("body[data-ready]")
+            ready.append(round(time.perf_counter() - begin, 3))
+            begin = time.perf_counter()
+            tab.evaluate(
+                """(bytes) => {
+                    const data = new DataTransfer();
+                    data.items.add(new File([new Uint8Array(bytes)], "clip.mp4"));
+                    document.body.dispatchEvent(
+                        new DragEvent("drop", { dataTransfer: data, bubbles: true }),
+                    );
+                }""",
+                list(clip),
+            )
+            tab.wait_for_selector("#result:not([hidden])")
+            tab.click("#play")
+            while not tab.inner_text("#clock") > "0.0 /":
+                time.sleep(0.01)
+            heard.append(round(time.perf_counter() - begin, 3))
+        version = browser.version
+        browser.close()
+    write(
+        out / "serve-page.json",
+        {
+            "browser": f"Chromium {version}, headless, on the same cores",
+            "ready_seconds": {"first": ready[0], "warm_median": middle(ready[1:])},
+            "first_sound_seconds": {"first": heard[0], "warm_median": middle(heard[1:])},
+            "all_ready_seconds": ready,
+            "all_first_sound_seconds": heard,
+        },
+    )
+
+
+def middle(values: list[float]) -> float:
+    """The median, to milliseconds."""
+    return round(statistics.median(values), 3)
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Print figures and write them with where they were taken."""
+    where = {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_at_the_end": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    text = json.dumps({"machine": where, **figures}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n")
+    print(text)
+
+
+def main() -> None:
+    """Run one of the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    ways = {"load": load, "faults": faults, "page": page}
+    parser.add_argument("what", choices=ways)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/serve"))
+    given = parser.parse_args()
+    ways[given.what](given.out)
+
+
+if __name__ == "__main__":
+    main()
