@@ -27,6 +27,7 @@ __all__ = [
     "autocast",
     "backward_of",
     "check",
+    "check_tensors",
     "define",
     "join",
     "reference",
@@ -68,6 +69,18 @@ def check(condition: bool, op: str, needs: str, **tensors: Tensor | None) -> Non
         raise ValueError(f"mfmjt.kernels.{op} needs {needs}; got {got}.")
 
 
+def check_tensors(
+    op: str, optional: dict[str, Tensor | None] | None = None, **tensors: Any
+) -> None:
+    """Raise a TypeError that names what is no tensor, or no tuple of tensors."""
+    given = tensors | {n: t for n, t in (optional or {}).items() if t is not None}
+    for name, value in given.items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if not isinstance(x, Tensor):
+                what = type(x).__name__
+                raise TypeError(f"mfmjt.kernels.{op} needs {name} to be a tensor; got {what}.")
+
+
 def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -79,7 +92,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     Arguments and results are tensors or None.
     """
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -172,17 +185,61 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    op = getattr(torch.ops.mfmjt, name).default
+    names = [argument.name for argument in op._schema.arguments]
+
+    def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return _checked(name, names, _without_autocast(kernel))
+
+    _library.impl(name, guarded(implementation), "CompositeExplicitAutograd")
     if triton is not None and _triton.AVAILABLE:
-        _library.impl(name, _without_autocast(_on_its_device(triton)), "CUDA")
+        _library.impl(name, guarded(_on_its_device(triton)), "CUDA")
     if triton is not None and _triton.ON_CPU:
         cpu = triton
     cpu = cpu or _ext.kernel(name, implementation)
     if cpu is not None:
-        _library.impl(name, _without_autocast(cpu), "CPU")
-    fake = fake or _without_autocast(implementation)
-    torch.library.register_fake(f"mfmjt::{name}", fake, lib=_library)
-    return getattr(torch.ops.mfmjt, name).default
+        _library.impl(name, guarded(cpu), "CPU")
+    torch.library.register_fake(f"mfmjt::{name}", guarded(fake or implementation), lib=_library)
+    return op
+
+
+def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What holds for the arguments of every op; what PyTorch's own functions would read past.
+
+    Tensors are dense, real and on one device (integers may stay on the CPU), and the tangent
+    `x_dot` has the shape of `x`.
+    """
+    tangents = [
+        (i, names.index(name[:-4]))
+        for i, name in enumerate(names)
+        if name.endswith("_dot") and name[:-4] in names
+    ]
+
+    def tensors(arg: Any) -> Any:
+        return arg if isinstance(arg, (list, tuple)) else (arg,)
+
+    @functools.wraps(implementation)
+    def kernel(*args: Any) -> Any:
+        first = None
+        for name, arg in zip(names, args, strict=True):
+            for x in tensors(arg):
+                if not isinstance(x, Tensor):
+                    continue
+                first = x if first is None else first
+                if x.device != first.device and (x.is_floating_point() or x.device.type != "cpu"):
+                    where = f"on {first.device} as its first argument"
+                    raise ValueError(f"mfmjt::{op} needs {name} {where}; got {x.device}.")
+                if x.layout is not torch.strided or x.is_complex():
+                    got = f"{x.layout}, {x.dtype}".replace("torch.", "")
+                    raise ValueError(f"mfmjt::{op} needs {name} dense and real; got {got}.")
+        for i, j in tangents:
+            for dot, x in zip(tensors(args[i]), tensors(args[j]), strict=True):
+                if dot is not None and dot.shape != x.shape:
+                    needs = f"{names[i]} of the shape of {names[j]}, {tuple(x.shape)}"
+                    raise ValueError(f"mfmjt::{op} needs {needs}; got {tuple(dot.shape)}.")
+        return implementation(*args)
+
+    return kernel
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:

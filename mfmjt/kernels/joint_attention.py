@@ -39,6 +39,7 @@ __all__ = ["joint_attention", "joint_attention_ref"]
 Streams = Tensor | Sequence[Tensor]
 Lengths = Tensor | Sequence[Tensor | None] | None
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _BLOCK = 2**20  # elements of S in one block of query rows: 4 MiB of float32, the size of a cache
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -46,7 +47,7 @@ _flash_bar = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _tuple(streams: Streams) -> tuple[Tensor, ...]:
-    return (streams,) if isinstance(streams, Tensor) else tuple(streams)
+    return tuple(streams) if isinstance(streams, (list, tuple)) else (streams,)  # type: ignore[return-value]
 
 
 def _valid_keys(keys: Sequence[Tensor], lengths: Lengths) -> Tensor | None:
@@ -107,10 +108,13 @@ def _bias(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _join(streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
-    """One tensor of all tokens, padding zero."""
-    return _without_padding(
-        streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1), valid
-    )
+    """One tensor of all tokens, padding zero, rows of a head dense.
+
+    PyTorch's flash attention for CPUs takes them for dense, whatever the last stride says.
+    """
+    joined = streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1)
+    joined = joined if joined.stride(-1) == 1 else joined.contiguous()
+    return _without_padding(joined, valid)
 
 
 def _join_dots(
@@ -1029,14 +1033,17 @@ def joint_attention(
         ValueError: Streams do not fit together, or a head is too wide for a GPU's kernels.
     """
     queries, keys, values = _tuple(q), _tuple(k), _tuple(v)
-    given = len(keys) if lengths is None else 1 if isinstance(lengths, Tensor) else len(lengths)
-    head = (queries[0].shape[0], *queries[0].shape[2:])
-    fits = len(keys) == len(values) == given
+    _op.check_tensors("joint_attention", q=queries, k=keys, v=values)
+    limits: list[Tensor | None] = [None] * len(keys)
+    if lengths is not None:
+        limits = [lengths] if isinstance(lengths, Tensor) else list(lengths)
+    head = (queries[0].shape[0], *queries[0].shape[2:]) if queries and queries[0].ndim == 4 else ()
+    fits = len(keys) == len(values) == len(limits)
     fits = fits and all(a.shape == b.shape for a, b in zip(keys, values, strict=True))
     fits = fits and all(
         t.ndim == 4 and (t.shape[0], *t.shape[2:]) == head for t in (*queries, *keys)
     )
-    if not (fits and sum(key.shape[1] for key in keys) > 0):
+    if not (fits and head[-1] > 0 and sum(key.shape[1] for key in keys) > 0):
         needs = (
             "q, k, v (B, tokens, H, D) with as many streams (and lengths) of v as of k, not empty"
         )
@@ -1046,11 +1053,12 @@ def joint_attention(
             for i, t in enumerate(s)
         }
         _op.check(False, "joint_attention", needs, **named)
+    for limit in limits:
+        if limit is not None and not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
+            needs = f"lengths ({head[0]},) of integers, one for each sample"
+            _op.check(False, "joint_attention", needs, lengths=limit)
     if _op.use_reference():
         return joint_attention_ref(q, k, v, scale, lengths)
-    limits: list[Tensor | None] = [None] * len(keys)
-    if lengths is not None:
-        limits = [lengths] if isinstance(lengths, Tensor) else list(lengths)
     parts, dots = zip(*(_op.split(s) for s in (*queries, *keys, *values)), strict=True)
     parts = _op.autocast(*parts)
     same = all(x.dtype == parts[0].dtype for x in parts)

@@ -74,8 +74,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `(..., O)`.
 
     Raises:
+        ValueError: Shapes, dtypes or devices do not fit.
         NotImplementedError: weight or bias carries a tangent.
     """
+    _op.check_tensors("linear", {"bias": bias}, x=x, weight=weight)
+    fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    # What PyTorch's own product does not notice: it gives whatever is in memory
+    fits = fits and x.device == weight.device == (x if bias is None else bias).device
+    if not fits:
+        needs = "x (..., C), weight (O, C), bias (O,), all on one device"
+        _op.check(False, "linear", needs, x=x, weight=weight, bias=bias)
     if _op.use_reference():
         return linear_ref(x, weight, bias)
     _op.refuse_tangent("linear", weight=weight, bias=bias)
