@@ -92,11 +92,23 @@ class Done(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One shard to be made, and what it is made of."""
+    """One shard to be made.
+
+    Attributes:
+        path: Of the file.
+        items: Rows, or texts.
+        names: What the table says of each.
+        state: What is known of their files.
+    """
 
     path: Path
     items: tuple[Any, ...]
-    digest: str
+    names: tuple[str, ...]
+    state: str
+
+    def digest(self, count: int | None = None) -> str:
+        """Of the names of all items, or of the first `count`."""
+        return hashlib.sha256(json.dumps(self.names[:count]).encode()).hexdigest()
 
 
 def extract(
@@ -201,9 +213,9 @@ class _Work:
                 f"Cannot write to {folder}: {error.strerror}. Give another --out."
             ) from error
         rows = [_with_condition(row, self.settings.cut) for row in rows]
-        texts = list(dict.fromkeys(["", *(row.caption for row in rows if not row.reason)]))
-        clips = _jobs(folder, "", rows, SHARD_ROWS, _named)
-        text = _jobs(folder, "text-", texts, SHARD_TEXTS, str)
+        texts = list(dict.fromkeys(["", *(row.caption for row in rows)]))
+        clips = _jobs(folder, "", rows, SHARD_ROWS)
+        text = _jobs(folder, "text-", texts, SHARD_TEXTS)
         self._sweep(folder, [*clips, *text])
         self._make_texts(name, share(text))
         self._make_clips(name, share(clips))
@@ -232,10 +244,23 @@ class _Work:
                 f"{job.path.parent} holds features made with other weights or settings. "
                 "Give another --out, or remove that folder."
             )
-        return said.get("items") == job.digest
+        count = int(said.get("count", 0))
+        # What has grown, or whose files were missing, is made again.
+        if said.get("items") != job.digest(count) or count > len(job.items):
+            raise InputError(
+                f"{job.path} holds clips of another table, or of rows that have changed. "
+                "Give another --out, or remove that folder."
+            )
+        return count == len(job.items) and said.get("state") == job.state
 
     def _header(self, job: _Job) -> dict[str, str]:
-        return {"format": FORMAT, "source": self.source, "items": job.digest}
+        return {
+            "format": FORMAT,
+            "source": self.source,
+            "items": job.digest(),
+            "count": str(len(job.items)),
+            "state": job.state,
+        }
 
     # Text
 
@@ -392,14 +417,16 @@ def _with_condition(row: Row, cut: Cut) -> Row:
     return replace(row, reason="It has neither pictures nor a caption: nothing says what is heard.")
 
 
-def _named(row: Row) -> list[Any]:
-    return [row.line, row.id, row.path and row.path.name, row.caption, row.reason]
-
-
-def _jobs(folder: Path, prefix: str, items: Sequence[Any], size: int, said: Any) -> list[_Job]:
+def _jobs(folder: Path, prefix: str, items: Sequence[Row | str], size: int) -> list[_Job]:
     jobs = []
     for start in range(0, len(items), size):
         part = tuple(items[start : start + size])
-        digest = hashlib.sha256(json.dumps([said(item) for item in part]).encode()).hexdigest()
-        jobs.append(_Job(folder / f"{prefix}{start:08d}.safetensors", part, digest))
+        rows = [item for item in part if isinstance(item, Row)]
+        names = tuple(
+            json.dumps([item.line, item.id, item.caption] if isinstance(item, Row) else item)
+            for item in part
+        )
+        known = json.dumps([[row.path and row.path.name, row.reason] for row in rows])
+        state = hashlib.sha256(known.encode()).hexdigest()
+        jobs.append(_Job(folder / f"{prefix}{start:08d}.safetensors", part, names, state))
     return jobs

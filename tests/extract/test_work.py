@@ -241,6 +241,31 @@ def test_a_table_may_grow(ends, many, tmp_path):
     assert files(out) == files(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_files_that_were_missing_may_come_later(ends, many, clips, tmp_path):
+    out = tmp_path / "out"
+    extract(read_table(many), out, ends, SOUND)
+    kept = out / "train" / "00000000.safetensors"
+    written = kept.stat().st_mtime_ns
+    write_wave(tmp_path / "7.wav", clips[0].audio)
+    (done,) = extract(read_table(many), out, ends, SOUND)
+    assert (done.clips, rejects(done.folder).keys()) == (7, {"3"})
+    assert kept.stat().st_mtime_ns == written
+    extract(read_table(many), tmp_path / "whole", ends, SOUND)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_another_table_is_not_mixed_in(ends, many, tmp_path):
+    rows, out = read_table(many), tmp_path / "out"
+    extract(rows, out, ends, SOUND)
+    before = files(out)
+    renamed = [dataclasses.replace(row, caption=f"{row.caption}!") for row in rows]
+    for other in (rows[:-1], rows[1:], renamed):
+        with pytest.raises(InputError, match="another table"):
+            extract(other, out, ends, SOUND)
+    assert files(out) == before
+
+
 def test_other_weights_or_settings_are_not_mixed_in(ends, many, tmp_path):
     rows, out = read_table(many), tmp_path / "out"
     extract(rows, out, ends, SOUND)
