@@ -193,8 +193,8 @@ def guide_ref(
 
 
 def _of_tokens(m: Tensor, row: Tensor | None) -> Tensor:
-    """The modulation of every token."""
-    return m if row is None else m.index_select(1, row)
+    """The modulation of every token; a single row serves all of them."""
+    return m if row is None or m.shape[1] == 1 else m.index_select(1, row)
 
 
 def _windows(x: Tensor, taps: int) -> Tensor:
@@ -289,7 +289,7 @@ def _pool(xs: list[Tensor]) -> Tensor:
 
 def _silu_conditions(shared: Tensor, frames: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     work = _op.work_dtype(shared)
-    sums = shared.to(work) + _of_tokens(frames, rows)
+    sums = shared.to(work) + (frames if rows is None else frames.index_select(1, rows))
     return F.silu(shared.to(work)).to(shared.dtype), F.silu(sums, inplace=True).to(shared.dtype)
 
 
@@ -625,7 +625,7 @@ def gated_residual_norm(
         shifts: Likewise.
         scales: Likewise.
         rows: For each stream `(N_i,)` int64 or int32, which of the S_i rows modulates a token, or
-            None: then S_i is N_i, or 1 for a row that all tokens share.
+            None: then S_i is N_i. An S_i of 1 is a row that all tokens share in either case.
         eps: Added to the variance.
 
     Returns:
@@ -717,7 +717,8 @@ def silu_conditions(
     given = {"shared": shared, "frames": frames, "rows": rows}
     _op.check(fits, "streams.silu_conditions", needs, **given)
     if _op.use_reference():
-        return F.silu(shared), F.silu(shared + _of_tokens(frames, rows))
+        picked = frames if rows is None else frames.index_select(1, rows)
+        return F.silu(shared), F.silu(shared + picked)
     _inference_only("silu_conditions", "the PyTorch functions", shared, frames)
     whole, of_frames = _silu_conditions_op(shared, frames, rows)
     return whole, of_frames

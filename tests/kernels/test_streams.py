@@ -204,8 +204,12 @@ NORMS = {
         None,
         1e-5,
     ),
+    "rows of the gate alone": lambda: (
+        [randn(2, 4, 8)], [randn(2, 4, 8)], [randn(2, 3, 8)], *([randn(2, 1, 8)],) * 2,
+        [torch.tensor([0, 2, 2, 1])], 1e-5,
+    ),
     "all empty": lambda: ([randn(0, 3, 8)], None, None, *([randn(1, 1, 8)],) * 2, None, 1e-5),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -249,6 +253,7 @@ CONDITIONS = {
     "repeated rows": lambda: (
         randn(2, 1, 12), randn(2, 3, 24)[..., :12], torch.tensor([0, 0, 1, 2, 2], dtype=torch.int32)
     ),
+    "one row": lambda: (randn(2, 1, 8), randn(2, 1, 8), torch.tensor([0, 0, 0])),
     "no row": lambda: (randn(2, 1, 16), randn(2, 0, 16)),
     "no sample": lambda: (randn(0, 1, 16), randn(1, 3, 16)),
 }  # fmt: skip
