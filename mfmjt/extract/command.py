@@ -95,7 +95,10 @@ def extract(
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
     from mfmjt.extract import work
+    from mfmjt.train.distributed import rank_and_world
 
+    if verify and rank_and_world()[1] > 1:
+        raise InputError("--verify is for one process: leave it out, and run it when all are done.")
     if table is None and not verify:
         raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
     if table is not None:
