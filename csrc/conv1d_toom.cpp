@@ -34,10 +34,13 @@ namespace {
 constexpr int kPoints = 7;  // the last is infinity
 constexpr double kAt[kPoints - 1] = {0, 1, -1, 0.5, -0.5, 2};
 constexpr int64_t kTile = 4;
-constexpr int64_t kOuts = 8;    // output channels that lie side by side in the weights
-constexpr int64_t kGroup = 32;  // output channels made at a time
-constexpr int64_t kReach = 1024;  // dilation times taps
-constexpr int64_t kMany = 256;  // channels from which they, not samples, are shared among threads
+constexpr int64_t kReach = 1024;  // dilation times taps, at most
+constexpr int64_t kOuts = 8;      // output channels that lie side by side in the weights
+constexpr int64_t kLine = 48;     // flat positions (see Plan) of a register tile
+constexpr int64_t kPanel = 96;    // flat positions whose V_p lie together in memory
+constexpr int64_t kGroup = 32;    // output channels made at a time
+constexpr int64_t kMany = 256;    // channels from which these, not samples, are shared among threads
+constexpr int64_t kBlock = 192;   // flat positions of fewer channels at a time, at most
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -48,7 +51,9 @@ struct Plan {
   int64_t segments;     // of the taps
   int64_t tiles;        // of one phase in a block
   int64_t blocks;       // of samples
-  int64_t width, row;   // flat positions of a block's outputs; of one channel's V_p in memory
+  int64_t width;        // flat positions of a block's outputs
+  int64_t panels, row;  // of V_p: (panel, channel, row), a row with what later segments see
+  int64_t m_row;        // of products: (point, output channel, flat position)
   const float *x, *weight, *bias;
   float* y;
 
@@ -56,8 +61,8 @@ struct Plan {
   bool infinite() const { return segments > 1; }
   int points() const { return infinite() ? kPoints : kPoints - 1; }
   int64_t segments_at(int point) const { return segments - (point == kPoints - 1); }
-  int64_t v_point() const { return channels * row; }
-  int64_t m_point() const { return kGroup * row; }
+  int64_t v_point() const { return panels * channels * row; }
+  int64_t m_point() const { return kGroup * m_row; }
   int64_t inputs() const { return (tiles + segments) * dilation; }  // flat positions that are read
   int64_t block_samples() const { return kTile * tiles * dilation; }
 };
@@ -144,7 +149,8 @@ MFMJT_BODY void join_body(
   }
 }
 
-// V of `count` flat positions. With t[j] = x[j+1] - 2 x[j] the factor of point 2 is taken once for all others.
+// V of `count` flat positions. With t[j] = x[j+1] - 2 x[j] the factor of point 2 is taken once for
+// all others.
 MFMJT_BODY void transform_body(
     const float* z, int64_t z_row, int64_t next, int64_t count, bool infinite, float* v,
     int64_t v_point) {
@@ -196,16 +202,6 @@ MFMJT_BODY void inverse_body(
   for (int64_t i = 0; i < count; ++i) z[i] += m[i];
 }
 
-// U of 8 output channels and one segment, whose taps are (4, 8): its value at a point, over what the
-// point's Lagrange polynomial is divided by. In doubles, rounded once.
-MFMJT_BODY void weight_body(const float* w, const double* scale, float* u) {
-#pragma omp simd
-  for (int64_t o = 0; o < kOuts; ++o) {
-    const double a = w[o], b = w[kOuts + o], c = w[2 * kOuts + o], d = w[3 * kOuts + o];
-    u[o] = static_cast<float>(scale[0] * a + scale[1] * b + scale[2] * c + scale[3] * d);
-  }
-}
-
 struct Scales {
   double of[kPoints][kTile] = {};
   Scales() {
@@ -218,6 +214,11 @@ struct Scales {
   }
 };
 
+const Scales& scales() {
+  static const Scales kept;
+  return kept;
+}
+
 // Size of the weights of `outs` output channels, and where in them those of a point begin. They are
 // (point, outs / 8, channels, segments, 8).
 int64_t weights(const Plan& p, int64_t outs, int point = kPoints) {
@@ -225,32 +226,50 @@ int64_t weights(const Plan& p, int64_t outs, int point = kPoints) {
   return one * (point * p.segments - (point == kPoints));
 }
 
-void transform_weight(const Plan& p, int64_t first, int64_t outs, float* u) {
-  static const Scales scales;
-  float w[kTile * kOuts * (kReach / kTile + 1)] = {};
-  for (int64_t out = 0; out < outs; out += kOuts) {
-    const int64_t some = std::min(kOuts, outs - out);
-    if (some < kOuts) std::memset(w, 0, sizeof w);
-    for (int64_t c = 0; c < p.channels; ++c) {
-      for (int64_t o = 0; o < some; ++o) {
-        const float* from = p.weight + ((first + out + o) * p.channels + c) * p.taps;
-        for (int64_t k = 0; k < p.taps; ++k) w[k * kOuts + o] = from[k];
+// U of 8 output channels at all points: a segment's value there, over what the point's Lagrange
+// polynomial is divided by. In doubles, rounded once.
+MFMJT_BODY void weight_body(
+    const float* weight, int64_t outs, int64_t channels, int64_t taps, int64_t segments, float* u,
+    int64_t u_point, float* infinite) {
+  const auto& scale = scales().of;
+  double w[kTile][kOuts] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t some = std::min(kTile, taps - s * kTile);
+      for (int64_t o = 0; o < outs; ++o) {
+        const float* from = weight + (o * channels + c) * taps + s * kTile;
+        for (int64_t j = 0; j < some; ++j) w[j][o] = from[j];
       }
-      for (int a = 0; a < p.points(); ++a) {
-        const int64_t segments = p.segments_at(a);
-        float* to = u + weights(p, outs, a) + (out * p.channels + c * kOuts) * segments;
-        for (int64_t s = 0; s < segments; ++s) {
-          Clones<&weight_body>::run(w + s * kTile * kOuts, scales.of[a], to + s * kOuts);
+      for (int64_t j = some; j < kTile; ++j) std::fill(w[j], w[j] + kOuts, 0.0);
+      for (int a = 0; a < kPoints - 1; ++a) {
+        float* to = u + a * u_point + (c * segments + s) * kOuts;
+        const double *f = scale[a], f0 = f[0], f1 = f[1], f2 = f[2], f3 = f[3];
+#pragma omp simd
+        for (int64_t o = 0; o < kOuts; ++o) {
+          to[o] = static_cast<float>(f0 * w[0][o] + f1 * w[1][o] + f2 * w[2][o] + f3 * w[3][o]);
         }
       }
+      if (s + 1 == segments) continue;  // it has no 4th tap
+      float* to = infinite + (c * (segments - 1) + s) * kOuts;
+      for (int64_t o = 0; o < kOuts; ++o) to[o] = static_cast<float>(w[kTile - 1][o]);
     }
+  }
+}
+
+void transform_weight(const Plan& p, int64_t first, int64_t outs, float* u) {
+  for (int64_t out = 0; out < outs; out += kOuts) {
+    Clones<&weight_body>::run(
+        p.weight + (first + out) * p.channels * p.taps, std::min(kOuts, outs - out), p.channels,
+        p.taps, p.segments, u + out * p.channels * p.segments, weights(p, outs, 1),
+        u + weights(p, outs, kPoints - 1) + out * p.channels * (p.segments - 1));
   }
 }
 
 // V of a block, of some channels.
 void transform_inputs(
     const Plan& p, int64_t b, int64_t block, int64_t begin, int64_t end, float* v) {
-  const int64_t inputs = p.inputs(), span = kTile * inputs, z_row = round_up(inputs, 16);
+  const int64_t inputs = p.inputs(), span = kTile * inputs;
+  const int64_t z_row = (p.panels - 1) * kPanel + p.row + p.dilation;
   const int64_t first = block * p.block_samples() - p.pad;
   const int64_t from = std::clamp<int64_t>(first, 0, p.samples);
   const int64_t to = std::clamp<int64_t>(first + span, from, p.samples);
@@ -267,8 +286,11 @@ void transform_inputs(
       x += first;
     }
     Clones<&spread_body>::run(x, p.dilation, p.tiles + p.segments, z, z_row);
-    Clones<&transform_body>::run(
-        z, z_row, p.dilation, inputs - p.dilation, p.infinite(), v + c * p.row, p.v_point());
+    for (int64_t panel = 0; panel < p.panels; ++panel) {
+      Clones<&transform_body>::run(
+          z + panel * kPanel, z_row, p.dilation, p.row, p.infinite(),
+          v + (panel * p.channels + c) * p.row, p.v_point());
+    }
   }
 }
 
@@ -280,7 +302,7 @@ void transform_outputs(
   float* z = scratch(kSpread, kTile * z_row);
   for (int64_t o = 0; o < outs; ++o) {
     Clones<&inverse_body>::run(
-        m + o * p.row, p.m_point(), p.width, p.infinite(), p.bias[first + o], z, z_row);
+        m + o * p.m_row, p.m_point(), p.width, p.infinite(), p.bias[first + o], z, z_row);
     Clones<&join_body>::run(
         z, z_row, p.dilation, samples, p.y + (b * p.outs + first + o) * p.samples + start);
   }
@@ -293,18 +315,19 @@ template <int Vectors>
 void multiply_some(
     const Plan& p, int64_t segments, const float* v, const float* u, int64_t outs, float* m) {
   static constexpr float zeros[kOuts] = {};
-  for (int64_t o = 0; o < outs; o += kOuts, u += kOuts * p.channels * segments, m += kOuts * p.row) {
+  const int64_t u_step = kOuts * p.channels * segments, m_step = kOuts * p.m_row;
+  for (int64_t o = 0; o < outs; o += kOuts, u += u_step, m += m_step) {
 #if defined(__x86_64__)
     if (isa() == Isa::avx512) {
       tile_avx512<Vectors>(
-          v, p.row, p.channels, segments, p.dilation, u, kOuts, zeros, m, p.row, 8, 16 * Vectors);
+          v, p.row, p.channels, segments, p.dilation, u, kOuts, zeros, m, p.m_row, 8, 16 * Vectors);
       continue;
     }
     for (int64_t half = 0; half < kOuts; half += 4) {
       for (int64_t t = 0; t < 16 * Vectors; t += 8 * Vectors) {
         tile_avx2<Vectors>(
             v + t, p.row, p.channels, segments, p.dilation, u + half, kOuts, zeros,
-            m + half * p.row + t, p.row, 4, 8 * Vectors);
+            m + half * p.m_row + t, p.m_row, 4, 8 * Vectors);
       }
     }
 #endif
@@ -316,12 +339,15 @@ void multiply(const Plan& p, const float* v, const float* u, int64_t outs, float
   for (int a = 0; a < p.points(); ++a, v += p.v_point(), m += p.m_point()) {
     const int64_t segments = p.segments_at(a);
     const float* at = u + weights(p, outs, a);
-    int64_t t = 0;
-    for (; p.width - t > 32; t += 48) multiply_some<3>(p, segments, v + t, at, outs, m + t);
-    if (p.width - t > 16) {
-      multiply_some<2>(p, segments, v + t, at, outs, m + t);
-    } else if (p.width - t > 0) {
-      multiply_some<1>(p, segments, v + t, at, outs, m + t);
+    for (int64_t t = 0; t < p.width; t += kLine) {
+      const float* from = v + t / kPanel * p.channels * p.row + t % kPanel;
+      if (p.width - t > 32) {
+        multiply_some<3>(p, segments, from, at, outs, m + t);
+      } else if (p.width - t > 16) {
+        multiply_some<2>(p, segments, from, at, outs, m + t);
+      } else {
+        multiply_some<1>(p, segments, from, at, outs, m + t);
+      }
     }
   }
 }
@@ -372,10 +398,10 @@ void convolve_many(const Plan& p, int64_t batch) {
   }
 }
 
-// Blocks of samples such that little is computed twice or for nothing.
+// Blocks of samples such that little is computed twice or for nothing, and two threads get as much.
 void cut(Plan& p) {
   const int64_t tiles = (p.samples + kTile * p.dilation - 1) / (kTile * p.dilation);
-  const int64_t widest = p.many() ? std::max<int64_t>(96, (512 * 768) / p.channels) : 384;
+  const int64_t widest = p.many() ? std::max<int64_t>(96, (512 * 768) / p.channels) : kBlock;
   const int64_t least = (tiles * p.dilation + widest - 1) / widest;
   int64_t best = std::numeric_limits<int64_t>::max();
   for (int64_t blocks = least; blocks < least + 8; ++blocks) {
@@ -388,11 +414,13 @@ void cut(Plan& p) {
       p.width = width;
     }
   }
-  p.row = round_up(p.width, 16) + round_up(p.segments * p.dilation, 16);
+  p.panels = (p.width + kPanel - 1) / kPanel;
+  const int64_t panel = std::min(kPanel, round_up(p.width, 16));
+  p.row = panel + round_up((p.segments - 1) * p.dilation, 16);
+  p.m_row = round_up(p.width, 16);
 }
 
 }  // namespace
-
 
 Tensor conv1d_toom(Tensor x, Tensor weight, Maybe bias, int64_t dilation) {
   constexpr const char* op = "conv1d_toom";

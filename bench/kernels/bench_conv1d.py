@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import VALUE, Case, Cost, Input, shapes, vocoder_stages
-from bench.providers import Provider
+from bench.providers import OURS, Provider
 from mfmjt.kernels.conv1d import conv1d, conv1d_ref
 
 __all__ = ["cases", "providers"]
@@ -93,9 +93,11 @@ def cases(scale: str) -> list[Case]:
 
 
 def providers(case: Case) -> list[Provider]:
-    """PyTorch's two-dimensional convolution of a channels-last image, which needs no transpose."""
-    if case.modes == (VALUE,):
-        return []
+    """Ours for inference in a vocoder; of a channels-last image PyTorch's in two dimensions."""
+    if isinstance(case.function, functools.partial):
+        _, dilation = case.function.args
+        fast = functools.partial(_dilated, functools.partial(conv1d, fast=True), dilation)
+        return [Provider(f"{OURS}_fast", fast, devices=("cpu",))]
 
     def image(x: Tensor, weight: Tensor) -> Tensor:
         y = F.conv2d(x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), padding=(0, 1))

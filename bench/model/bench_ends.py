@@ -3,8 +3,9 @@
 `python -m bench.model.bench_ends --out DIR` appends rows to `DIR/ends.jsonl`, each with the bar it
 is held to:
 
-vocoder  BigVGAN-16k, 8 s of sound: seconds per second of sound (0.5), and the least that its
-         multiplications could take at the rate of a large matrix product here
+vocoder  BigVGAN-16k, 8 s of sound: seconds per second of sound (0.5); beside it with convolutions
+         as exact as PyTorch's, in plain PyTorch, how far all three are apart, and the least that
+         its multiplications, done one by one, could take at the rate of a large product here
 text     a prompt to 8 s of sound with small_16k, one guided step, everything counted (0.6)
          both in float32, which the bar is for, and beside it in bfloat16
 video    an 8 s video of 1280x720 through reading, resizing, normalising for both encoders and
@@ -109,6 +110,13 @@ def _vocoder(calls: int, smoke: bool) -> Measured:
     vocoder = BigVGAN("16k").eval()
     mel = torch.randn(1, 80, round(seconds * 62.5))
     times = _timed(lambda: vocoder(mel), calls)
+    sound = vocoder(mel)
+    vocoder.set_fast(False)
+    direct = _timed(lambda: vocoder(mel), calls)
+    exact = vocoder(mel)
+    with reference():
+        plain = _timed(lambda: vocoder(mel), 1)
+        theirs = vocoder(mel)
     # Counted on one frame: every layer's work is proportional to the length.
     with reference(), FlopCounterMode(display=False) as counter:
         vocoder(mel[..., :1])
@@ -116,15 +124,22 @@ def _vocoder(calls: int, smoke: bool) -> Measured:
     side = 256 if smoke else 2048
     a, b = torch.randn(side, side), torch.randn(side, side)
     rate = 2 * side**3 / _timed(lambda: a @ b, 5)["wall_s_min"]
-    exact = vocoder(mel)
     vocoder.to(torch.bfloat16)
     rough = _timed(lambda: vocoder(mel), calls)
-    difference = float((vocoder(mel).float() - exact).norm() / exact.norm())
+    others = {"": sound, "direct_": exact, "bfloat16_": vocoder(mel).float()}
+    apart = {
+        f"{name}relative_difference": _short(float((y - theirs).norm() / theirs.norm()))
+        for name, y in others.items()
+    }
     return times["wall_s_p50"] / seconds, {
         "what": "seconds per second of sound, BigVGAN-16k, float32",
         **times,
+        "direct_value": _short(direct["wall_s_p50"] / seconds),
+        "direct_cpu_s_p50": direct["cpu_s_p50"],
+        "eager_value": _short(plain["wall_s_p50"] / seconds),
+        "eager_cpu_s_p50": plain["cpu_s_p50"],
         "bfloat16_value": _short(rough["wall_s_p50"] / seconds),
-        "bfloat16_relative_error": _short(difference),
+        **apart,
         "gflop": _short(flops / 1e9),
         "matmul_gflop_per_s": _short(rate / 1e9),
         "floor_at_matmul_rate": _short(flops / rate / seconds),

@@ -27,6 +27,21 @@ backward:
     (48, 80, 128 -> 256)        7.5 / 21.7      13.0 / 35.7          8.3 / 26.2        8.7 / 37.6
     (16, 250, 128 -> 256)       7.5 / 23.7      10.1 / 29.4          8.7 / 29.8        9.4 / 31.8
     (2, 250, 448 -> 1280)      19.9 / 58.6      19.1 / 58.9         22.9 / 77.6       22.7 / 61.5
+
+`fast=True` lets the CPU compute a value that nobody differentiates by Toom and Cook's method
+(Winograd's, in one dimension), where x lies channels-first as vocoders have it: taps in segments of
+4, outputs in tiles of 4, both taken at the points 0, 1, -1, 1/2, -1/2, 2 and infinity. Kernels of
+3, 7 and 11 taps then cost 6, 13 and 20 products for 4 outputs instead of 12, 28 and 44. Its
+rounding is larger. A product is U V with V = B x and U = G w, an output A (U V); with n terms in
+the longest sum (channels times segments) and R = |A| (|G| |w|) (|B| |x|), summed as the product is,
+
+    |error| <= (n + 13) eps R.
+
+For white signals and weights the root of the mean square of what is summed, and of its rounding,
+is 4.0 times that of the direct sum, 6.6 times for the first of a tile's outputs. Measured against
+float64: 4 times PyTorch's error, 7e-7 of the output's standard deviation at 96 channels. Of the
+sets of points that were tried, these and their mirror images came best. Longer tiles would save
+more, but 6 outputs by 6 taps err by 6e-6.
 """
 
 from __future__ import annotations
@@ -434,6 +449,30 @@ def _is_channels_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
 
 
+# The same value by Toom and Cook's method; for inference, hence without a backward.
+
+_toom_op = _op.define(
+    "conv1d_toom(Tensor x, Tensor weight, Tensor? bias, SymInt dilation) -> Tensor",
+    _channels_first,
+    lambda x, weight, bias, dilation: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
+    cpu=_ext.kernel("conv1d_toom", _channels_first),
+)
+
+
+def _pays_to_be_fast(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
+    """Channels-first, no gradient, and enough samples to make up for transforming the weights."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        x.device.type == "cpu"
+        and x.shape[1] >= 512
+        and x.numel() >= 2**16
+        and _is_channels_first(x)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and not torch.is_autocast_enabled("cpu")
+        and _ext.takes("conv1d_toom", x.transpose(1, 2), weight, bias, dilation)
+    )
+
+
 def _is_vocoder_like(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
     """Few channels of many samples, channels-first: where the C++ kernel beats oneDNN.
 
@@ -456,7 +495,14 @@ def _in_triton(x: Tensor) -> bool:
     return _triton.AVAILABLE and (x.is_cuda or _triton.ON_CPU) and not _is_channels_first(x)
 
 
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    *,
+    fast: bool = False,
+) -> Tensor:
     """Convolution along the tokens, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:
@@ -464,6 +510,10 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int 
         weight: `(O, C, K)`, K odd; must not carry a tangent.
         bias: `(O,)` or None; must not carry a tangent.
         dilation: Tokens between two taps, at least 1.
+        fast: The value may err 4 times as much as a plain convolution in float32 does (above), if
+            that saves time: on a CPU with AVX2, 16 channels or more, 3, 7, 11 or 15 taps, 512
+            tokens or more whose `(B, C, N)` transpose is contiguous. No effect elsewhere, nor where
+            a gradient or a tangent is wanted.
 
     Returns:
         `(B, N, O)`; tokens before the first and after the last count as zero.
@@ -482,6 +532,8 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int 
     _op.refuse_tangent("conv1d", weight=weight, bias=bias)
     x, x_dot = _op.split(x)
     if x_dot is None and not _in_triton(x):
+        if fast and _pays_to_be_fast(x, weight, bias, dilation):
+            return _toom_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
         if _is_vocoder_like(x, weight, bias, dilation):
             return _channels_first_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
         return _convolve(x, weight, bias, dilation)

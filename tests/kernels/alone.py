@@ -136,7 +136,7 @@ def judge(build: Build, program: Path, folder: Path) -> int:
     truths = [_truth(name, given) for name, given in cases]
     for isa, results in _unpacked((folder / "results").read_bytes(), len(cases)):
         for (name, given), (truth, limits), found in zip(cases, truths, results, strict=True):
-            if name == "conv1d_fwd" and isa == "portable":
+            if "conv1d" in name and isa == "portable":
                 assert "without AVX2" in found  # left to PyTorch there
                 continue
             assert not isinstance(found, str), found

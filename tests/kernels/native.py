@@ -79,7 +79,7 @@ def arguments(
         if part == "jvp":
             given |= {"gate_dot": x(), "up_dot": x()}
         return {"y_bar": x(), **given} if part == "bwd" else given
-    if name == "conv1d_fwd":
+    if op == "conv1d":
         given = {"x": torch.randn(size), "weight": torch.randn(5, tokens, 7)}
         return {**given, "bias": torch.randn(5), "dilation": 2}
     raise NotImplementedError(f"no arguments for the kernel {name}: write them here")
@@ -106,7 +106,7 @@ SIZES = ((2, 3, 32), (1, 1, 7), (2, 70, 21), (1, 130, 2), (3, 2, 1030))
 def cases() -> Iterator[tuple[str, Arguments]]:
     """Arguments that take every branch of every kernel: sizes, strides, what may be absent."""
     for name in NAMES:
-        dtypes = [torch.float32] if name == "conv1d_fwd" else [torch.float32, torch.bfloat16]
+        dtypes = [torch.float32] if "conv1d" in name else [torch.float32, torch.bfloat16]
         for dtype in dtypes:
             for size in SIZES:
                 for rows in (1, None):
@@ -122,6 +122,9 @@ def cases() -> Iterator[tuple[str, Arguments]]:
             for present in optional if len(optional) > 1 else []:
                 whole = arguments(name, rows=None, dtype=dtype)
                 yield name, {**whole, **dict.fromkeys(key for key in optional if key != present)}
+
+    for size in ((1, 260, 40), (2, 17, 1700)):  # threads share channels, and blocks of samples
+        yield "conv1d_toom", arguments("conv1d_toom", size)
 
 
 def _spread(given: Arguments) -> Arguments:

@@ -235,7 +235,11 @@ DAMAGE = {
     "device": lambda t: t.to("meta"),
 }
 
-FREE = {("conv1d_fwd", "x"), ("snake_fwd", "x")}  # any number of samples will do
+FREE = {
+    ("conv1d_fwd", "x"),
+    ("conv1d_toom", "x"),
+    ("snake_fwd", "x"),
+}  # any number of samples will do
 
 
 @needs_extension
@@ -271,10 +275,11 @@ def test_sizes_beyond_memory_raise(name):
 
 
 @needs_extension
+@pytest.mark.parametrize("name", ["conv1d_fwd", "conv1d_toom"])
 @pytest.mark.parametrize("dilation", [0, -1, 2**40, 2**62])
-def test_dilations_that_make_no_sense(dilation):
+def test_dilations_that_make_no_sense(name, dilation):
     with pytest.raises(RuntimeError, match="dilation"):
-        raw("conv1d_fwd")(**{**arguments("conv1d_fwd"), "dilation": dilation})
+        raw(name)(**{**arguments(name), "dilation": dilation})
 
 
 @st.composite
