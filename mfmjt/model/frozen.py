@@ -326,9 +326,7 @@ class Frozen:
             )
             hs, gates = block.down(block.up(ys)), [p[5] for p in parts]
         shift, scale = next(of_clips).chunk(2, dim=-1)
-        if rows is not None and gates is not None:
-            gates = [gates[0].index_select(1, rows)]  # the others are of the whole clip
-        _, ys = _norm(xs, hs, gates, [shift], [scale], [None])
+        _, ys = _norm(xs, hs, gates, [shift], [scale], [rows])
         return self._final(ys)[0]
 
 
