@@ -191,15 +191,15 @@ def _fits(request: dict[str, Any]) -> list[media.Fit] | None:
 
 def _limit(memory: int, seconds: float) -> None:
     """Bound this process: address space, processor time, size of files, no core dump."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    whole = pages * resource.getpagesize() + memory
     limits = {
-        resource.RLIMIT_AS: whole,
         resource.RLIMIT_CPU: int(2 * seconds) + 1,
         resource.RLIMIT_FSIZE: FILE_SIZE,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
     }
+    if sys.platform == "linux":  # others do not say how much there is already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + memory
     for name, value in limits.items():
         _, hard = resource.getrlimit(name)
         most = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -19,6 +19,7 @@ from mfmjt.media import Video
 __all__ = ["PICTURES", "Reader", "load_pictures"]
 
 PICTURES = ("pictures-0.npy", "pictures-1.npy")
+_KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _ANSWER = 64 * 1024  # bytes, at most, that a child has to say
 
 
@@ -69,8 +70,9 @@ class Reader:
                 "-m",
                 "mfmjt.serve.child",
                 cwd=folder,
-                # No secret of the server's environment, and the same Python path as here.
+                # No secret of the server's environment; the same code and libraries as here.
                 env={
+                    **{name: os.environ[name] for name in _KEPT if name in os.environ},
                     "PATH": os.defpath,
                     "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p),
                     "OMP_NUM_THREADS": "1",

@@ -92,6 +92,7 @@ async function make() {
   fail(null);
   busy(true);
   player.pause();
+  if (matchMedia("(max-width: 820px)").matches) $("stage").scrollIntoView();
   progress(video ? "Sending and reading the video" : "Sending", null);
   try {
     const began = performance.now();
