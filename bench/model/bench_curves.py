@@ -79,7 +79,8 @@ def recipe(folder: Path, store: Path, seed: int, steps: int, tiny: bool) -> Netw
 def curve(config: NetworkTraining, provider: str) -> list[Row]:
     """Train; the log's records of training."""
     with kernels.reference() if provider == "reference" else contextlib.nullcontext():
-        train(config)
+        if not train(config).finished:
+            raise SystemExit("Stopped: a curve that ends early is compared with none.")
     lines = (Path(config.out) / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record.get("kind") == "train"]
 
