@@ -19,6 +19,9 @@ from bench.serve.client import Client
 from mfmjt.pipeline import Audio, Pipeline
 from tests.clips import grey, packets, write_video
 
+SLOW = {"prompt": "x", "duration": 9, "steps": 100, "count": 8, "guidance_mode": ["cfg", "none"]}
+"""A request that keeps the server busy until it is removed."""
+
 
 def made(server: Client, video: bytes | None = None, **fields: Any) -> dict[str, Any]:
     """The state of a job that is done."""
@@ -174,7 +177,7 @@ def test_a_removed_job_is_gone_with_its_files(server: Client, clip: bytes, folde
 
 def test_work_ends_when_its_job_is_removed(start: Any, clip: bytes) -> None:
     with start() as server:
-        long = server.generate(clip, steps=100, count=8, guidance_mode=["cfg", "none"]).json["id"]
+        long = server.generate(**SLOW).json["id"]
         while server.get(f"/v1/jobs/{long}").json["status"] == "queued":
             time.sleep(0.01)
         server.ask("DELETE", f"/v1/jobs/{long}")
@@ -184,9 +187,9 @@ def test_work_ends_when_its_job_is_removed(start: Any, clip: bytes) -> None:
         assert b'mfmjt_jobs_total{status="cancelled"} 1.0' in server.get("/metrics").body
 
 
-def test_work_ends_when_who_follows_it_goes_away(start: Any, clip: bytes) -> None:
+def test_work_ends_when_who_follows_it_goes_away(start: Any) -> None:
     with start(grace=0.1) as server:
-        job = server.generate(clip, steps=100, count=8, guidance_mode=["cfg", "none"]).json["id"]
+        job = server.generate(**SLOW).json["id"]
         connection = http.client.HTTPConnection(server.host, server.port)
         connection.request("GET", f"/v1/jobs/{job}/events")
         answer = connection.getresponse()
@@ -200,8 +203,7 @@ def test_work_ends_when_who_follows_it_goes_away(start: Any, clip: bytes) -> Non
 
 def test_a_full_queue_says_when_to_come_again(start: Any, clip: bytes) -> None:
     with start(queue=2) as server:
-        slow = {"steps": 100, "count": 8, "guidance_mode": ["cfg", "none"]}
-        first = [server.generate(clip, **slow) for _ in range(2)]
+        first = [server.generate(**SLOW) for _ in range(2)]
         assert [answer.status for answer in first] == [202, 202]
         refused = server.generate(clip)
         assert refused.status == 429
@@ -232,7 +234,7 @@ def test_many_clients_at_once_are_answered(start: Any, clip: bytes) -> None:
 
 def test_jobs_that_wait_are_one_batch(start: Any, clip: bytes) -> None:
     with start() as server:
-        slow = server.generate(clip, steps=100, count=8, guidance_mode=["cfg", "none"]).json["id"]
+        slow = server.generate(**SLOW).json["id"]
         while server.get(f"/v1/jobs/{slow}").json["status"] == "queued":
             time.sleep(0.01)
         waiting = [server.generate(clip, seed=seed).json["id"] for seed in range(4)]
@@ -263,7 +265,7 @@ def test_an_error_of_the_model_is_told_and_the_server_goes_on(
 
 def test_the_server_ends_while_it_works(start: Any, clip: bytes) -> None:
     with start() as server:
-        server.generate(clip, steps=100, count=8)
+        server.generate(**SLOW)
         threading.Thread(target=lambda: server.generate(clip), daemon=True).start()
     # `start` has seen that the thread ended and nothing was left.
 
