@@ -16,8 +16,8 @@ A convolution is a product too: the K tokens around a token, (K C) numbers that 
 other in memory, times a weight that is packed as (O, K C). Zeros stand for what a window has
 beyond the ends of its sample. Stored in the dtype of x, summed in float32 (float64 for float64).
 On the CPU the same windows are copied out and multiplied by oneDNN; next to its convolution, which
-reads the same packed weight, this takes 0.74 to 1.02 times as long in bfloat16 for the network's
-layers and 1.00 to 1.09 in float32 (one thread of a Zen 4 server, B = 2).
+reads the same packed weight, this takes 0.74 to 1.00 times as long in bfloat16 for the network's
+layers and 0.91 to 1.13 in float32 (one thread of a Zen 4 server, B = 2).
 """
 
 from __future__ import annotations
