@@ -69,6 +69,7 @@ class Pipeline:
     Attributes:
         flow_matching: The network ignores the end of its interval, as one imported from MMAudio
             does until it is trained further: it needs many steps.
+        one_step: Noise and features to latents in one step, where it is compiled; else None.
 
     Raises:
         InputError: The parts do not belong together, or the device or dtype cannot be used.
@@ -107,11 +108,12 @@ class Pipeline:
         self.window = window or max(2, round(config.latent_length / config.latent_rate))
         self.flow_matching = not any(bool(p.any()) for p in network.r_embed.mlp[2].parameters())
         self._identity = ""
-        self._one_step = self._decode = None
+        self._captured: Captured | None = None
+        self.one_step: Callable[..., Tensor] | None = None
         if compile:
-            self._decode = Captured(self.codec.decode)
+            self._captured = Captured(self.codec.decode)
             if not self.flow_matching:
-                self._one_step = Captured(self.network.frozen(0.0, 1.0).step)
+                self.one_step = Captured(self.network.frozen(0.0, 1.0).step)
 
     @classmethod
     def from_pretrained(
@@ -334,7 +336,7 @@ class Pipeline:
 
         def decode(latent: Tensor) -> Tensor:
             with clock.stage("decode"):
-                waveform = (self._decode or self.codec.decode)(latent).float().cpu()
+                waveform = self.decode(latent).float().cpu()
             if not bool(torch.isfinite(waveform).all()):
                 raise RunError(NOT_FINITE)
             return waveform
@@ -373,6 +375,10 @@ class Pipeline:
         unread = self.encoders.unread(prompt)
         left = f"The prompt is too long: its end, from {unread[:30]!r} on, is not read."
         return left if unread else ""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents (B, n, C) to samples (B, n·hop), as a graph where that is compiled."""
+        return (self._captured or self.codec.decode)(latent)
 
     def _video(
         self,
@@ -413,8 +419,8 @@ class Pipeline:
     ) -> Tensor:
         """Latents `(count, length, C)` in the codec's space."""
         count, length = noise.shape[:2]
-        if self._one_step is not None and steps == 1:
-            made = self._one_step(noise, **features, guidance=guidance, mode=mode)
+        if self.one_step is not None and steps == 1:
+            made = self.one_step(noise, **features, guidance=guidance, mode=mode)
             clock.report(1.0)
             return self.network.unnormalize(made)
         done = 0

@@ -52,7 +52,12 @@ class Request:
 
 @dataclass
 class _Unit:
-    """The sounds of one request and mode, on their way through the network."""
+    """The sounds of one request and mode, on their way through the network.
+
+    Attributes:
+        features: Of video and text, for a compiled step, which reads them itself.
+        conditions: With and without them, for the network as it is; None for a compiled step.
+    """
 
     owner: int
     request: Request
@@ -60,16 +65,19 @@ class _Unit:
     guidance: float
     mode: GuidanceMode
     length: int
-    cond: Conditions
-    null: Conditions
+    features: dict[str, Tensor]
+    conditions: tuple[Conditions, Conditions] | None
     seconds: dict[str, float]
     notes: tuple[str, ...]
     made: list[Audio] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[object, ...]:
-        shapes = tuple(tuple(part.shape) for part in self.cond)
-        return self.length, self.steps, self.guidance, self.mode, shapes
+        if self.conditions is None:
+            shapes: object = [(name, self.features[name].shape) for name in sorted(self.features)]
+        else:
+            shapes = [part.shape for part in self.conditions[0]]
+        return self.length, self.steps, self.guidance, self.mode, str(shapes)
 
 
 @torch.inference_mode()
@@ -196,8 +204,11 @@ def _prepared(
     with stage("encode"):
         features = features | pipeline._text(request.prompt)
         length, _, _ = lengths(pipeline.encoders, pipeline.network.config, _seconds(request))
+        compiled = [pipeline.one_step is not None and steps == 1 for steps, _, _ in settled]
         cond, null = (
-            pipeline.network.conditions(
+            None
+            if all(compiled)
+            else pipeline.network.conditions(
                 **features,
                 video_mask=torch.tensor([keep], device=pipeline.device),
                 text_mask=torch.tensor([keep], device=pipeline.device),
@@ -205,8 +216,9 @@ def _prepared(
             )
             for keep in (True, False)
         )
-    for steps, guidance, mode in settled:
-        yield _Unit(owner, request, steps, guidance, mode, length, cond, null, seconds, notes)
+    for (steps, guidance, mode), ready in zip(settled, compiled, strict=True):
+        both = None if ready or cond is None or null is None else (cond, null)
+        yield _Unit(owner, request, steps, guidance, mode, length, features, both, seconds, notes)
         seconds = dict.fromkeys(STAGES, 0.0)  # what the modes share is counted once
 
 
@@ -245,22 +257,34 @@ def _generate(
     noise = torch.cat(
         [Noise(u.request.seed, u.request.count, channels)(0, u.length) for u in batch]
     )
-    latent = sample(
-        velocity,
-        noise.to(pipeline.device),
-        first.steps,
-        together([unit.cond for unit in batch]),
-        together([unit.null for unit in batch]),
-        first.guidance,
-        first.mode,
-        instantaneous=pipeline.flow_matching,
-    )
+    noise = noise.to(pipeline.device)
+    conditions = [unit.conditions for unit in batch if unit.conditions is not None]
+    if pipeline.one_step is not None and not conditions:
+        features = {
+            name: torch.cat(
+                [u.features[name].expand(u.request.count, -1, -1) for u in batch],
+            )
+            for name in first.features
+        }
+        latent = pipeline.one_step(noise, **features, guidance=first.guidance, mode=first.mode)
+        stepped()
+    else:
+        latent = sample(
+            velocity,
+            noise,
+            first.steps,
+            together([cond for cond, _ in conditions]),
+            together([null for _, null in conditions]),
+            first.guidance,
+            first.mode,
+            instantaneous=pipeline.flow_matching,
+        )
     latent = pipeline.network.unnormalize(latent)
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     middle = time.perf_counter()
     report("decode", 0.0)
-    parts = decoded(lambda z: pipeline.codec.decode(z).float().cpu(), [latent], pipeline.codec.hop)
+    parts = decoded(lambda z: pipeline.decode(z).float().cpu(), [latent], pipeline.codec.hop)
     waveforms = torch.cat(list(parts), dim=1)
     end = time.perf_counter()
     if not bool(torch.isfinite(waveforms).all()):

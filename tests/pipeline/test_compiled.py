@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mfmjt.pipeline import Audio, Pipeline
+from mfmjt.media import read_video
+from mfmjt.pipeline import Audio, Pipeline, Request, generate_together
 from tests.clips import write_video
 
 
@@ -45,6 +46,24 @@ def test_compiled_sounds_the_same_with_a_video(
         video = write_video(tmp_path / f"{frames}.mp4", frames=frames)
         plain, compiled = (waves(pipe(video, "a bell", count=2)) for pipe in pipes)
         torch.testing.assert_close(compiled, plain)
+
+
+def test_several_requests_at_once_sound_the_same(
+    pipes: tuple[Pipeline, Pipeline], tmp_path: Path
+) -> None:
+    video = read_video(write_video(tmp_path / "clip.mp4", frames=30))
+    requests = [
+        Request(prompt="a bell", duration=1.2),
+        Request(video, "a bell", modes=("cfg", "cfg_scaled")),
+        Request(video, seed=3, count=2),
+        Request(prompt="rain", duration=1.2, steps=2),
+    ]
+    plain, compiled = (generate_together(pipe, requests) for pipe in pipes)
+    assert [len(made) for made in compiled if isinstance(made, list)] == [1, 2, 2, 1]
+    for some, others in zip(plain, compiled, strict=True):
+        assert isinstance(some, list)
+        assert isinstance(others, list)
+        torch.testing.assert_close(waves(others), waves(some))
 
 
 def test_progress_ends_and_stages_are_timed(pipes: tuple[Pipeline, Pipeline]) -> None:
