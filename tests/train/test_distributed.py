@@ -21,6 +21,7 @@ from mfmjt.train import distributed, features
 from mfmjt.train.distributed import Processes, rank_and_world, share
 from mfmjt.train.features import extract
 from mfmjt.train.loop import CHECKPOINTS
+from mfmjt.train.shards import Shard
 from mfmjt.train.step import draw
 from mfmjt.train.store import FeatureStore
 from tests.train.conftest import TINY
@@ -246,7 +247,7 @@ def spoiled(store, tmp_path) -> Path:
     shard = folder / "train" / "000000.safetensors"
     tensors = load_file(shard)
     tensors["mean"][0] = torch.nan
-    save_file(tensors, shard, metadata=features._header(store / "train" / shard.name))
+    save_file(tensors, shard, metadata=Shard(store / "train" / shard.name).metadata)
     return folder
 
 
