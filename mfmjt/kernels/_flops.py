@@ -96,6 +96,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "conv1d_bwd_x": _conv1d_fwd,  # the same product of y_bar, whatever the order of the weight
     "conv1d_bwd_weight": _conv1d_bwd_weight,
     "conv1d_channels_first": _conv1d_channels_first,
+    "conv1d_toom": _conv1d_channels_first,  # what the convolution is, not what the method saves
     "joint_attention_fwd": _attention_fwd,
     "joint_attention_jvp": _attention_jvp,
     "joint_attention_bwd": _attention_bwd,
