@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
-MAX_HEAD = 256  # width of a head that does
+MAX_HEAD = 128  # width of a head that does, beside the products that make it
 
 
 @jit

@@ -322,7 +322,7 @@ def streams_qkv(rows: tuple[int, ...], parts: int, width: int, element_size: int
     largest, *_, least = tiles
     wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
     (block_rows, _, depth), warps, stages = largest if wide and columns <= 64 else least
-    return (block_rows, columns, depth // 2 if columns > 128 else depth), warps, stages
+    return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
 
 
 def streams_pool() -> tuple[int, int, int]:

@@ -144,6 +144,12 @@ HEADS = {
     "wide heads": lambda: (
         [randn(1, 3, 24)], [single(6 * 64, 24)], None, [randn(64)], [randn(64)], [angles(3, 64)], 2,
     ),
+    "widest heads": lambda: (
+        [randn(1, 3, 5)], [single(3 * 128, 5)], None, [randn(128)], [randn(128)], None, 1,
+    ),
+    "too wide for a kernel": lambda: (
+        [randn(1, 3, 5)], [single(3 * 130, 5)], None, [randn(130)], [randn(130)], None, 1,
+    ),
     "no power of two": lambda: (
         [randn(1, 3, 9), randn(1, 0, 9)],
         [single(3 * 3 * 6, 9)] * 2,
