@@ -29,7 +29,8 @@ Rows<T> rows(
 }
 
 // Sums run over the channels of one token in two sweeps over its row, which is in the first-level
-// cache by then: means first, centred products second. Nothing cancels, in float and for any offset.
+// cache by then: means first, centred products second, and with them what rounding left in the mean
+// (`rest`). So a large offset costs no digits, and a constant row is normalised to zeros.
 
 // What a value and its tangent come to at one element; the latter 0 where there is none.
 struct Dual {
@@ -45,11 +46,16 @@ struct NormRow {
   float *mean, *rstd;
 };
 
+// Summands of the second sweep.
+struct Products {
+  float rest, square, dot;
+};
+
 // The three sweeps at one element; each needs what the one before it found.
 template <bool tangent, class T, class Dot>
 struct NormRowAt {
   NormRow<T, Dot> r;
-  float mean = 0, mean_dot = 0, rstd = 0, share = 0;
+  float mean = 0, mean_dot = 0, rest = 0, rstd = 0, share = 0;
 
   template <class Lane>
   MFMJT_BODY Dual sums(Lane lane, int64_t i) const {
@@ -58,15 +64,15 @@ struct NormRowAt {
     return {at(lane, r.x, i), dot};
   }
   template <class Lane>
-  MFMJT_BODY Dual products(Lane lane, int64_t i) const {
+  MFMJT_BODY Products products(Lane lane, int64_t i) const {
     const float centred = at(lane, r.x, i) - mean;
     float dot = 0;
     if constexpr (tangent) dot = centred * (at(lane, r.x_dot, i) - mean_dot);
-    return {centred * centred, dot};
+    return {centred, centred * centred, dot};
   }
   template <class Lane>
   MFMJT_BODY Dual result(Lane lane, int64_t i) const {
-    const float n = (at(lane, r.x, i) - mean) * rstd, factor = 1.0f + at(lane, r.scale, i);
+    const float n = (at(lane, r.x, i) - mean - rest) * rstd, factor = 1.0f + at(lane, r.scale, i);
     float dot = 0;
     if constexpr (tangent) {
       const float n_dot = rstd * (at(lane, r.x_dot, i) - mean_dot - n * share);
@@ -100,26 +106,31 @@ MFMJT_BODY void norm_row(const NormRow<T, Dot>& r, int64_t width, float eps) {
   }
   row.mean = sum * over;
   row.mean_dot = sum_dot * over;
-  float square = 0, product = 0;
-#pragma omp simd reduction(+ : square, product)
+  float rest = 0, square = 0, product = 0;
+#pragma omp simd reduction(+ : rest, square, product)
   for (int64_t i = 0; i < groups; ++i) {
-    Dual a = row.products(First<T>{}, i);
+    Products a = row.products(First<T>{}, i);
     if constexpr (kLanes<T> == 2) {
-      const Dual b = row.products(High{}, i);
-      a.value += b.value;
+      const Products b = row.products(High{}, i);
+      a.rest += b.rest;
+      a.square += b.square;
       a.dot += b.dot;
     }
-    square += a.value;
+    rest += a.rest;
+    square += a.square;
     product += a.dot;
   }
   for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    const Dual a = row.products(Single{}, i);
-    square += a.value;
+    const Products a = row.products(Single{}, i);
+    rest += a.rest;
+    square += a.square;
     product += a.dot;
   }
-  row.rstd = 1.0f / std::sqrt(square * over + eps);
+  row.rest = rest * over;
+  const float variance = square * over - row.rest * row.rest;
+  row.rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
   row.share = product * over * row.rstd;  // mean(n x_dot)
-  *r.mean = row.mean;
+  *r.mean = row.mean + row.rest;
   *r.rstd = row.rstd;
   T *y = r.y, *y_dot = r.y_dot;
 #pragma omp simd
@@ -275,14 +286,16 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
       const int64_t row = b * pass->tokens + t, at = row * width;
       const T *y_bar = pass->y_bar.at(b, t), *x = pass->x.at(b, t), *scale = pass->scale.at(b, t);
       const float mean = pass->mean[row], rstd = pass->rstd[row];
-      float sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
+      float left = 0, sum = 0, product = 0;
+#pragma omp simd reduction(+ : left, sum, product)
       for (int64_t i = 0; i < width; ++i) {
-        const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
+        const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i])), centred = load(x[i]) - mean;
+        left += centred;
         sum += n_bar;
-        product += n_bar * ((load(x[i]) - mean) * rstd);
+        product += n_bar * centred;
       }
-      const float mean_bar = sum * over, share = product * over;
+      const float rest = left * over, mean_bar = sum * over;
+      const float share = rstd * (product * over - rest * mean_bar);
       T* x_bar = pass->x_bar + at;
       if (gated) {
         const T *total_bar = pass->total_bar.at(b, t), *h = pass->h.at(b, t);
@@ -291,7 +304,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
         if (gate_sum == nullptr) {
 #pragma omp simd
           for (int64_t i = 0; i < width; ++i) {
-            const float n = (load(x[i]) - mean) * rstd;
+            const float n = (load(x[i]) - mean - rest) * rstd;
             const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
             const float bar = load(total_bar[i]) + rstd * (n_bar - mean_bar - n * share);
             store(x_bar + i, bar);
@@ -301,7 +314,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
         } else {
 #pragma omp simd
           for (int64_t i = 0; i < width; ++i) {
-            const float n = (load(x[i]) - mean) * rstd;
+            const float n = (load(x[i]) - mean - rest) * rstd;
             const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
             const float bar = load(total_bar[i]) + rstd * (n_bar - mean_bar - n * share);
             store(x_bar + i, bar);
@@ -312,7 +325,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
       } else {
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
-          const float n = (load(x[i]) - mean) * rstd;
+          const float n = (load(x[i]) - mean - rest) * rstd;
           const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
           store(x_bar + i, rstd * (n_bar - mean_bar - n * share));
         }
@@ -321,12 +334,12 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
         T* scale_bar = pass->scale_bar + at;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
-          store(scale_bar + i, load(y_bar[i]) * ((load(x[i]) - mean) * rstd));
+          store(scale_bar + i, load(y_bar[i]) * ((load(x[i]) - mean - rest) * rstd));
         }
       } else {
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
-          scale_sum[i] += load(y_bar[i]) * ((load(x[i]) - mean) * rstd);
+          scale_sum[i] += load(y_bar[i]) * ((load(x[i]) - mean - rest) * rstd);
         }
       }
       if (shift_sum != nullptr) {

@@ -27,6 +27,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_bwd(
     Maybe total_bar, Maybe y_bar, Tensor total, Tensor h, Tensor gate, Tensor shift, Tensor scale,
     Tensor mean, Tensor rstd);
 
+// In place, over rows of scores (G, R, M).
+Tensor joint_attention_softmax(Tensor s, Maybe s_dot, Maybe bias, double scale);
+Tensor joint_attention_softmax_bar(
+    Tensor s, Tensor p_bar, Maybe bias, Tensor lse, double scale);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_fwd(
     Tensor qkv, Tensor q_weight, Tensor k_weight, Maybe rope, double eps);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_jvp(

@@ -121,6 +121,11 @@ def _heads(qkv: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _scores(s: Tensor, other: Tensor | None) -> bool:
+    """Scores (G, R, M) on the CPU: these are no library ops, and formulas call them anywhere."""
+    return s.device.type == "cpu" and _alike(s, other)
+
+
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
     """(B, C, N) with few channels, where oneDNN is slower."""
     return (
@@ -159,6 +164,8 @@ _TAKES: dict[str, Callable[..., bool]] = {
     "gated_residual_adaln_bwd": lambda total_bar, y_bar, total, *others: _modulated(
         total, total_bar, y_bar, *others[:-2]
     ),
+    "joint_attention_softmax": lambda s, s_dot, bias, scale: _scores(s, s_dot),
+    "joint_attention_softmax_bar": lambda s, p_bar, bias, lse, scale: _scores(s, p_bar),
     "qk_norm_rope_fwd": lambda qkv, q_weight, k_weight, rope, eps: _heads(
         qkv, q_weight, k_weight, rope
     ),

@@ -4,13 +4,13 @@
 
 The Jacobian of n with respect to x is symmetric, so PyTorch's fused backward kernel serves for the
 tangent too. The PyTorch formulas work in the dtype of x, which callers raise to float32 at least.
+Rows are centred twice, everywhere: what rounding left in the mean goes with the second, so that a
+large offset costs no digits and a constant row is normalised to zeros.
 
-The Triton kernels keep a block of whole rows in registers and centre them twice: what rounding left
-in the mean goes with the second, so that a large offset costs no digits and a constant row is
-normalised to zeros. Tensors are seen as (B, N, C), "samples" and "tokens", by strides (`Layout`): a
-modulation that is the same for all tokens of a sample is read once per block of rows. Its cotangent
-is summed in two steps, over the rows of a program and then over programs in a fixed order. Rows of
-more than 8192 channels run the formulas.
+The Triton kernels keep a block of whole rows in registers. Tensors are seen as (B, N, C), "samples"
+and "tokens", by strides (`Layout`): a modulation that is the same for all tokens of a sample is
+read once per block of rows. Its cotangent is summed in two steps, over the rows of a program and
+then over programs in a fixed order. Rows of more than 8192 channels run the formulas.
 """
 
 from __future__ import annotations
@@ -70,7 +70,18 @@ def fits_kernel(x: Tensor) -> bool:
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise over the last axis; returns n, mean and rstd (statistics keep the axis)."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    mean = x.mean(-1, keepdim=True)
+    n, rest, rstd = torch.native_layer_norm(x - mean, x.shape[-1:], None, None, eps)
+    return n, mean.add_(rest), rstd
+
+
+def _without_mean_and_share(x: Tensor, n: Tensor) -> Tensor:
+    """X - mean(x) - n mean(n x), n normalised: PyTorch's backward of layer norm, at n itself."""
+    zeros = n.new_zeros((*n.shape[:-1], 1))
+    found, _, _ = _normalise_bar(
+        x, n, n.shape[-1:], zeros, torch.ones_like(zeros), None, None, [True, False, False]
+    )
+    return found
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -79,9 +90,7 @@ def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def modulate_dot(
-    x: Tensor,
     n: Tensor,
-    mean: Tensor,
     rstd: Tensor,
     scale: Tensor,
     x_dot: Tensor | None,
@@ -92,10 +101,7 @@ def modulate_dot(
     if x_dot is None:
         y_dot = torch.zeros_like(n) if scale_dot is None else n * scale_dot
     else:
-        y_dot, _, _ = _normalise_bar(
-            x_dot, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )
-        y_dot = y_dot.mul_(1 + scale)
+        y_dot = _without_mean_and_share(x_dot, n).mul_(rstd).mul_(1 + scale)
         if scale_dot is not None:
             y_dot.addcmul_(n, scale_dot)
     return y_dot if shift_dot is None else y_dot.add_(shift_dot)
@@ -109,19 +115,11 @@ def modulate_bar(
     A library op must not return its input, and a copy would be a pass over memory: whoever called
     the op puts y_bar there (`whole_shift_bar`).
     """
-    n = (x - mean).mul_(rstd)  # in this order, for rows that are constant or far from zero
+    n = x - mean
+    n = n.sub_(n.mean(-1, keepdim=True)).mul_(rstd)
+    x_bar = _without_mean_and_share(torch.addcmul(y_bar, y_bar, scale), n).mul_(rstd)
     scale_bar = n.mul_(y_bar).sum_to_size(scale.shape).contiguous()
     shift_bar = y_bar.new_empty(0) if shift_shape == x.shape else y_bar.sum_to_size(shift_shape)
-    x_bar, _, _ = _normalise_bar(
-        torch.addcmul(y_bar, y_bar, scale),
-        x,
-        x.shape[-1:],
-        mean,
-        rstd,
-        None,
-        None,
-        [True, False, False],
-    )
     return x_bar, shift_bar, scale_bar
 
 

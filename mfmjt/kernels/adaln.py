@@ -59,7 +59,7 @@ def _jvp(
     x, shift, scale = x.to(work), shift.to(work), scale.to(work)
     n, mean, rstd = _norm.normalise(x, eps)
     dots = (d if d is None else d.to(work) for d in (x_dot, shift_dot, scale_dot))
-    y_dot = _norm.modulate_dot(x, n, mean, rstd, scale, *dots)
+    y_dot = _norm.modulate_dot(n, rstd, scale, *dots)
     return _norm.modulate(n, shift, scale).to(dtype), y_dot.to(dtype), mean, rstd
 
 

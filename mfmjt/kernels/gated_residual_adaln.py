@@ -83,7 +83,7 @@ def _jvp(
     if total_dot is x_dot:  # no result of a library op may be one of its inputs
         total_dot = total_dot.clone(memory_format=torch.contiguous_format)
     dots = (d if d is None else d.to(work) for d in (shift_dot, scale_dot))
-    y_dot = _norm.modulate_dot(wide, n, mean, rstd, scale, total_dot, *dots)
+    y_dot = _norm.modulate_dot(n, rstd, scale, total_dot, *dots)
     y = _norm.modulate(n, shift, scale).to(dtype)
     return total, total_dot.contiguous().to(dtype), y, y_dot.to(dtype), mean, rstd
 

@@ -18,20 +18,22 @@ o = o~ / l, o_dot = (T~ - r o) / l. The centre c is the mean of S_dot so far, an
 of p and w as rounded for the products: without both, bfloat16 loses ten times the digits. Gradients
 take two launches and no atomics. 4 B H N M D operations, 12 with all tangents, 14 for gradients.
 float32 goes through three TF32 products, float64 through the formulas.
-The CPU takes PyTorch's flash kernels for value and gradient; the tangent goes by blocks of query
-rows, so that no (N, M) matrix grows with N.
+On a CPU the matrix products are PyTorch's, by blocks of heads and of query rows, so that no (N, M)
+matrix grows with N; what lies between them is one pass over a block (`_softmax`, in C++ where
+built). Where products of bfloat16 are quicker there than those of float32, S, P, S_dot and W are
+rounded to it, as PyTorch's own are. Value and gradient of float32 are PyTorch's flash kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _op, _tuning
+from mfmjt.kernels import _ext, _op, _tuning
 from mfmjt.kernels._triton import INTERPRETED, cdiv, jit, target, tl
 
 __all__ = ["joint_attention", "joint_attention_ref"]
@@ -40,7 +42,7 @@ Streams = Tensor | Sequence[Tensor]
 Lengths = Tensor | Sequence[Tensor | None] | None
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_BLOCK = 2**20  # elements of S in one block of query rows: 4 MiB of float32, the size of a cache
+_BLOCK = 2**21  # bytes of S in one block of heads and query rows: those of a cache
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_bar = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -117,16 +119,6 @@ def _join(streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
     return _without_padding(joined, valid)
 
 
-def _join_dots(
-    dots: Sequence[Tensor | None], streams: Sequence[Tensor], valid: Tensor | None = None
-) -> Tensor | None:
-    """One tangent of all tokens; None where no stream has one."""
-    if all(dot is None for dot in dots):
-        return None
-    whole = [torch.zeros_like(s) if d is None else d for s, d in zip(streams, dots, strict=True)]
-    return _join(whole, valid)
-
-
 def _part(x: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
     """The streams of a tensor of all tokens, each in memory of its own."""
     if len(streams) == 1:
@@ -136,29 +128,109 @@ def _part(x: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Heads:
-    """(B, tokens, H, D) tensors as the (B H, tokens, D) batches that bmm wants, and back."""
+    """(B, tokens, H, D) tensors as the (B H, tokens, D) batches that bmm wants, and back.
+
+    Where a CPU multiplies bfloat16 quicker than float32, products are in bfloat16; what lies
+    between them is in float32 all the same.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self.batch, _, self.heads, self.width = like.shape
-        self.dtype = _op.work_dtype(like)
+        self.dtype = torch.bfloat16 if _bfloat16_products(like) else _op.work_dtype(like)
+        self.block = max(1, _BLOCK // self.dtype.itemsize)
 
-    def take(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype).transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    def take(
+        self, streams: Sequence[Tensor], valid: Tensor | None = None, dots: Any = None
+    ) -> Tensor:
+        """All tokens of the streams, or of their tangents; what is padding, zero."""
+        tokens = sum(x.shape[1] for x in streams)
+        shape = (self.batch, self.heads, tokens, self.width)
+        batches = torch.empty(shape, dtype=self.dtype, device=streams[0].device)
+        parts = batches.split([x.shape[1] for x in streams], dim=2)
+        for to, x in zip(parts, streams if dots is None else dots, strict=True):
+            to.zero_() if x is None else to.copy_(x.transpose(1, 2))
+        if valid is not None:
+            batches.masked_fill_(~valid[:, None, :, None], 0)
+        return batches.flatten(0, 1)
 
-    def give(self, x: Tensor) -> Tensor:
-        return x.view(self.batch, self.heads, *x.shape[1:]).transpose(1, 2)
+    def give(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.unflatten(0, (self.batch, self.heads)).transpose(1, 2).to(like.dtype)
 
     def rows(self, valid: Tensor | None) -> Tensor | None:
         bias = _bias(valid, self.dtype)
-        return (
-            None
-            if bias is None
-            else bias.expand(-1, self.heads, 1, -1).reshape(-1, 1, bias.shape[-1])
-        )
+        return None if bias is None else bias.expand(-1, self.heads, 1, -1).flatten(0, 2)
 
-    def blocks(self, queries: int, keys: int) -> list[slice]:
-        step = max(1, _BLOCK // max(1, self.batch * self.heads * keys))
-        return [slice(start, start + step) for start in range(0, queries, step)]
+    def centred(self, x: Tensor) -> Tensor:
+        """Keys, or values of W, without a large common part.
+
+        It adds one number to a row of S or of S_dot, which the softmax takes off again, and nothing
+        to W v, as rows of W have sum zero; but the rest would lose its digits to it in bfloat16.
+        A small one is left, lest taking it off cost a rounding.
+        """
+        if self.dtype != torch.bfloat16:
+            return x
+        mean = x.mean(1, keepdim=True)
+        return x - mean.mul_(2 * mean.abs() > x.abs().mean(1, keepdim=True))
+
+    def blocks(
+        self, queries: int, keys: int, matrices: int, device: torch.device
+    ) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+        """Heads and rows to take at a time, and room for matrices (heads, rows, M) of theirs."""
+        total = self.batch * self.heads
+        rows = max(1, min(queries, self.block // keys))
+        heads = max(1, min(total, self.block // (rows * keys)))
+        room = torch.empty((matrices, heads * rows * keys), dtype=self.dtype, device=device)
+        for head in range(0, total, heads):
+            for row in range(0, queries, rows):
+                shape = (min(heads, total - head), min(rows, queries - row), keys)
+                parts = [x[: math.prod(shape)].view(shape) for x in room]
+                yield slice(head, head + heads), slice(row, row + rows), parts
+
+
+def _bfloat16_products(like: Tensor) -> bool:
+    return (
+        like.dtype == torch.bfloat16
+        and like.device.type == "cpu"
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def _softmax(s: Tensor, s_dot: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    """Turn scores q k^T (G, R, M) into P and, where given, their tangents into W, in place.
+
+    Returns:
+        The log of each row's sum (G, R).
+    """
+    p = s.to(_op.work_dtype(s)).mul_(scale)
+    if bias is not None:
+        p.add_(bias[:, None])
+    top = p.amax(-1, keepdim=True)
+    total = p.sub_(top).exp_().sum(-1, keepdim=True)
+    p.div_(total)
+    if s_dot is not None:
+        moved = s_dot.to(p.dtype).mul_(scale)
+        centre = (p * moved).sum(-1, keepdim=True)
+        s_dot.copy_(moved.sub_(centre).mul_(p))
+    s.copy_(p)
+    return total.log_().add_(top)[..., 0]
+
+
+def _softmax_bar(
+    s: Tensor, p_bar: Tensor, bias: Tensor | None, lse: Tensor, scale: float
+) -> Tensor:
+    """Turn scores q k^T into P, and the cotangent of P into that of the scores, in place."""
+    p = s.to(_op.work_dtype(s)).mul_(scale)
+    if bias is not None:
+        p.add_(bias[:, None])
+    p.sub_(lse[..., None]).exp_()
+    bar = p_bar.to(p.dtype)
+    centre = (p * bar).sum(-1, keepdim=True)
+    p_bar.copy_(bar.sub_(centre).mul_(p).mul_(scale))
+    return s.copy_(p)
+
+
+_softmax = _ext.kernel("joint_attention_softmax", _softmax) or _softmax
+_softmax_bar = _ext.kernel("joint_attention_softmax_bar", _softmax_bar) or _softmax_bar
 
 
 def _jvp(
@@ -171,42 +243,39 @@ def _jvp(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    valid = _valid_keys(k, lengths)
-    q_dot, k_dot = _join_dots(q_dots, q), _join_dots(k_dots, k, valid)
-    v_dot = _join_dots(v_dots, v, valid)
-    all_q, all_k, all_v = _join(q), _join(k, valid), _join(v, valid)
-    heads = _Heads(all_q)
-    o, o_dot = all_q.new_empty(all_q.shape), all_q.new_empty(all_q.shape)
-    lse = _new_lse(q)
-    keys, values, bias = heads.take(all_k).transpose(1, 2), heads.take(all_v), heads.rows(valid)
-    keys_dot = None if k_dot is None else heads.take(k_dot).transpose(1, 2)
-    values_dot = None if v_dot is None else heads.take(v_dot)
-    for block in heads.blocks(all_q.shape[1], all_k.shape[1]):
-        query = heads.take(all_q[:, block]) * scale
-        p = torch.bmm(query, keys)
-        if bias is not None:
-            p.add_(bias)
-        top = p.amax(-1, keepdim=True)
-        total = p.sub_(top).exp_().sum(-1, keepdim=True)
-        p.div_(total)
-        lse[:, :, block] = heads.give(total.log_().add_(top))[..., 0].transpose(1, 2)
-        o[:, block] = heads.give(torch.bmm(p, values))
-
-        s_dot = None
-        if q_dot is not None:
-            s_dot = torch.bmm(heads.take(q_dot[:, block]) * scale, keys)
-        if keys_dot is not None:
-            s_dot = torch.bmm(query, keys_dot) if s_dot is None else s_dot.baddbmm_(query, keys_dot)
-        out_dot = None
-        if s_dot is not None:
-            centre = (p * s_dot).sum(-1, keepdim=True)
-            out_dot = torch.bmm(s_dot.sub_(centre).mul_(p), values)
+    valid, heads = _valid_keys(k, lengths), _Heads(q[0])
+    query, values, bias = heads.take(q), heads.take(v, valid), heads.rows(valid)
+    keys = heads.centred(heads.take(k, valid))
+    query_dot, keys_dot, values_dot = (
+        None if all(dot is None for dot in dots) else heads.take(x, padding, dots)
+        for x, padding, dots in ((q, None, q_dots), (k, valid, k_dots), (v, valid, v_dots))
+    )
+    moves = query_dot is not None or keys_dot is not None
+    centred_values = heads.centred(values) if moves else values
+    keys = keys.transpose(1, 2)
+    if keys_dot is not None:
+        keys_dot = heads.centred(keys_dot).transpose(1, 2)
+    o = torch.empty_like(query)
+    o_dot = torch.empty_like(query) if moves else torch.zeros_like(query)
+    lse = query.new_empty(query.shape[:2], dtype=_op.work_dtype(query))
+    shape = query.shape[1], keys.shape[2]
+    for head, row, (p, *rest) in heads.blocks(*shape, 1 + moves, query.device):
+        w = rest[0] if moves else None
+        torch.bmm(query[head, row], keys[head], out=p)
+        if w is not None and query_dot is not None:
+            torch.bmm(query_dot[head, row], keys[head], out=w)
+            if keys_dot is not None:
+                w.baddbmm_(query[head, row], keys_dot[head])
+        elif w is not None and keys_dot is not None:
+            torch.bmm(query[head, row], keys_dot[head], out=w)
+        lse[head, row] = _softmax(p, w, None if bias is None else bias[head], scale)
+        torch.bmm(p, values[head], out=o[head, row])
+        if w is not None:
+            torch.bmm(w, centred_values[head], out=o_dot[head, row])
         if values_dot is not None:
-            out_dot = (
-                torch.bmm(p, values_dot) if out_dot is None else out_dot.baddbmm_(p, values_dot)
-            )
-        o_dot[:, block] = 0 if out_dot is None else heads.give(out_dot)
-    return _part(o, q), _part(o_dot, q), lse
+            o_dot[head, row].baddbmm_(p, values_dot[head])
+    lse = lse.view(heads.batch, heads.heads, lse.shape[1])
+    return _part(heads.give(o, q[0]), q), _part(heads.give(o_dot, q[0]), q), lse
 
 
 def _fwd(
@@ -228,27 +297,28 @@ def _bwd(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    valid = _valid_keys(k, lengths)
-    all_q, all_k, all_v = _join(q), _join(k, valid), _join(v, valid)
-    all_o, all_o_bar = _join(o), _join(o_bar)
-    heads = _Heads(all_q)
-    q_bar, k_bar, v_bar = (t.new_empty(t.shape) for t in (all_q, all_k, all_v))
-    keys, values, bias = heads.take(all_k), heads.take(all_v), heads.rows(valid)
-    keys_bar, values_bar = torch.zeros_like(keys), torch.zeros_like(values)
-    for block in heads.blocks(all_q.shape[1], all_k.shape[1]):
-        query, out, out_bar = (heads.take(t[:, block]) for t in (all_q, all_o, all_o_bar))
-        query = query * scale
-        p = torch.bmm(query, keys.transpose(1, 2))
-        if bias is not None:
-            p.add_(bias)
-        p.sub_(lse[:, :, block].reshape(*p.shape[:2], 1)).exp_()
-        values_bar.baddbmm_(p.transpose(1, 2), out_bar)
-        centre = (out_bar * out).sum(-1, keepdim=True)
-        s_bar = torch.bmm(out_bar, values.transpose(1, 2)).sub_(centre).mul_(p)
-        q_bar[:, block] = heads.give(torch.bmm(s_bar, keys).mul_(scale))
-        keys_bar.baddbmm_(s_bar.transpose(1, 2), query)
-    k_bar.copy_(heads.give(keys_bar))
-    v_bar.copy_(heads.give(values_bar))
+    valid, heads = _valid_keys(k, lengths), _Heads(q[0])
+    query, values, out_bar = heads.take(q), heads.take(v, valid), heads.take(o_bar)
+    keys, bias = heads.centred(heads.take(k, valid)), heads.rows(valid)
+    query_bar = torch.empty_like(query)
+    queries, tokens = query.shape[1], keys.shape[1]
+    whole = queries * tokens <= heads.block  # else rounding would add up over blocks
+    keys_bar, values_bar = (
+        x.new_zeros(x.shape, dtype=x.dtype if whole else lse.dtype) for x in (keys, values)
+    )
+    sums = lse.reshape(query.shape[:2])
+    for head, row, (p, s_bar) in heads.blocks(queries, tokens, 2, query.device):
+        torch.bmm(query[head, row], keys[head].transpose(1, 2), out=p)
+        torch.bmm(out_bar[head, row], values[head].transpose(1, 2), out=s_bar)
+        known = sums[head, row].contiguous()
+        _softmax_bar(p, s_bar, None if bias is None else bias[head], known, scale)
+        torch.bmm(s_bar, keys[head], out=query_bar[head, row])
+        for bar, left, right in ((keys_bar, s_bar, query), (values_bar, p, out_bar)):
+            if whole:
+                torch.bmm(left.transpose(1, 2), right[head, row], out=bar[head])
+            else:
+                bar[head] += torch.bmm(left.transpose(1, 2), right[head, row])
+    q_bar, k_bar, v_bar = (heads.give(bar, q[0]) for bar in (query_bar, keys_bar, values_bar))
     k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
     return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
 
@@ -256,6 +326,8 @@ def _bwd(
 def _fwd_cpu(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[list[Tensor], Tensor]:
+    if _bfloat16_products(q[0]):
+        return _fwd(q, k, v, lengths, scale)
     valid = _valid_keys(k, lengths)
     o, lse = _flash(
         *(t.transpose(1, 2) for t in (_join(q), _join(k, valid), _join(v, valid))),
@@ -275,6 +347,8 @@ def _bwd_cpu(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    if _bfloat16_products(q[0]):
+        return _bwd(o_bar, q, k, v, o, lse, lengths, scale)
     valid = _valid_keys(k, lengths)
     joined = (_join(o_bar), _join(q), _join(k, valid), _join(v, valid), _join(o))
     bars = _flash_bar(

@@ -65,6 +65,11 @@ def heads(batch, tokens, count, width, rotate=True):
     return {**values, "k_weight": randn(width)}, rope
 
 
+def streams(batch, queries, keys, count, width):
+    sizes = {"q": queries, "k": keys, "v": keys}
+    return {name: randn(batch, tokens, count, width) for name, tokens in sizes.items()}
+
+
 def vocoder(batch, channels, samples):
     values = {"x": randn(batch, channels, samples), "alpha": randn(channels) / 3}
     return {**values, "beta": randn(channels) / 3}
@@ -116,6 +121,38 @@ def test_qk_norm_rope(way, size, rotate, dtype):
 def test_swiglu(way, moving, layout, dtype):
     values = {"gate": layout(5 * randn(3, 5, 37)), "up": layout(randn(3, 5, 37))}
     oracle.check_op(kernels.swiglu, reference_of("swiglu"), values, moving, dtype, terms=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moving", [("q", "k", "v"), ("q",), ("v",)])
+@pytest.mark.parametrize("size", [(2, 3, 5, 2, 8), (1, 70, 133, 1, 16), (3, 1, 1, 1, 4)])
+def test_joint_attention(way, size, moving, dtype):
+    lengths = torch.tensor([size[2], 1, 0][: size[0]])
+    ref = reference_of("joint_attention")
+    for some in (None, lengths):
+        oracle.check_op(
+            lambda some=some, **v: kernels.joint_attention(**v, lengths=some),
+            lambda some=some, **v: ref(**v, lengths=some),
+            streams(*size),
+            moving,
+            dtype,
+            terms=size[2],
+        )
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_of_what_is_no_number(way, dtype):
+    """NaN and infinite scores, in whole vectors and in what is left over."""
+    for position in (3, 66):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            s = torch.randn(1, 2, 67).to(dtype)
+            s[0, 0, position] = bad
+            truth, p = s.double().softmax(-1), s.clone()
+            torch.ops.mfmjt_cpu.joint_attention_softmax(p, None, None, 1.0)
+            assert torch.equal(p.isnan(), truth.isnan())
+            limit = oracle.allowance(truth[:, 1], dtype, terms=67)
+            assert oracle.error(p.nan_to_num(), truth.nan_to_num()) <= limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,11 +286,19 @@ def test_a_bad_argument_raises_and_is_named(name, damage):
     given = arguments(name)
     raw(name)(**given)
     tensors = [key for key, value in given.items() if isinstance(value, torch.Tensor)]
-    leaders = {"x", "total", "qkv", "gate"}  # whose shape and dtype the others are held to
+    leaders = {"x", "total", "qkv", "gate", "s"}  # whose shape and dtype the others are held to
     for key in tensors:
         if damage == "size" and (name, key) in FREE:
             continue
-        if damage == "dtype" and key in ("mean", "rstd", "q_rstd", "k_rstd", "alpha", "beta"):
+        if damage == "dtype" and key in (
+            "mean",
+            "rstd",
+            "q_rstd",
+            "k_rstd",
+            "lse",
+            "alpha",
+            "beta",
+        ):
             match = key
         elif damage == "device":
             match = "mfmjt_cpu|Meta|meta"
