@@ -313,8 +313,9 @@ void transform_outputs(
 
 template <int Vectors>
 void multiply_some(
-    const Plan& p, int64_t segments, const float* v, const float* u, int64_t outs, float* m) {
-  static constexpr float zeros[kOuts] = {};
+    const Plan& p, int64_t segments, [[maybe_unused]] const float* v, const float* u, int64_t outs,
+    float* m) {
+  [[maybe_unused]] static constexpr float zeros[kOuts] = {};
   const int64_t u_step = kOuts * p.channels * segments, m_step = kOuts * p.m_row;
   for (int64_t o = 0; o < outs; o += kOuts, u += u_step, m += m_step) {
 #if defined(__x86_64__)

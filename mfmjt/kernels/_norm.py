@@ -55,6 +55,7 @@ _normalise_bar = torch.ops.aten.native_layer_norm_backward.default
 
 def check_modulation(op: str, x: Tensor, **modulations: Tensor) -> None:
     """Raise unless every modulation broadcasts to x without growing it."""
+    _op.check_tensors(op, x=x, **modulations)
     for name, m in modulations.items():
         fits = m.ndim <= x.ndim and all(
             a in (1, b) for a, b in zip(m.shape[::-1], x.shape[::-1], strict=False)

@@ -522,8 +522,11 @@ def conv1d(
         ValueError: The shapes do not fit, K is even, the dilation is below 1, or dtypes differ.
         NotImplementedError: weight or bias carries a tangent.
     """
+    _op.check_tensors("conv1d", {"bias": bias}, x=x, weight=weight)
     fits = x.ndim == 3 and weight.ndim == 3 and x.shape[2] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    # PyTorch's own does not notice another device: it gives whatever is in memory
+    fits = fits and x.device == weight.device == (x if bias is None else bias).device
     if not (fits and weight.shape[2] % 2 == 1 and dilation >= 1):
         needs = f"x (B, N, C), bias (O,), dilation {dilation} >= 1, weight (O, C, K) with K odd"
         _op.check(False, "conv1d", needs, x=x, weight=weight, bias=bias)

@@ -450,6 +450,7 @@ def gated_residual_adaln(
     if _op.use_reference():
         return gated_residual_adaln_ref(x, h, gate, shift, scale, eps)
     _norm.check_modulation("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
+    _op.check_tensors("gated_residual_adaln", h=h)
     _op.check(h.shape == x.shape, "gated_residual_adaln", "h of the shape of x", x=x, h=h)
     x, x_dot = _op.split(x)
     h, h_dot = _op.split(h)

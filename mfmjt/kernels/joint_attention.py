@@ -1127,6 +1127,7 @@ def joint_attention(
             for i, t in enumerate(s)
         }
         _op.check(False, "joint_attention", needs, **named)
+    _op.check_tensors("joint_attention", {f"lengths[{i}]": n for i, n in enumerate(limits)})
     for limit in limits:
         if limit is not None and not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
             needs = f"lengths ({head[0]},) of integers, one for each sample"

@@ -579,6 +579,7 @@ def qk_norm_rope(
     """
     if _op.use_reference():
         return qk_norm_rope_ref(qkv, q_weight, k_weight, rope, eps)
+    _op.check_tensors("qk_norm_rope", {"rope": rope}, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
     fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.is_floating_point()
     fits = fits and q_weight.shape == k_weight.shape == qkv.shape[4:]
     if rope is not None:

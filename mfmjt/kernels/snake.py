@@ -394,6 +394,7 @@ def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         ValueError: The shapes do not fit.
         NotImplementedError: alpha or beta carries a tangent.
     """
+    _op.check_tensors("snake", x=x, alpha=alpha, beta=beta)
     fits = x.ndim == 3 and x.shape[2] > 0 and alpha.shape == beta.shape == x.shape[1:2]
     if not (fits and x.is_floating_point()):
         needs = "x (B, C, N) with N > 0, alpha and beta (C,)"

@@ -220,6 +220,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if _op.use_reference():
         return swiglu_ref(gate, up)
+    _op.check_tensors("swiglu", gate=gate, up=up)
     fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.is_floating_point()
     _op.check(fits, "swiglu", "gate and up of one shape and floating dtype", gate=gate, up=up)
     gate, gate_dot = _op.split(gate)

@@ -1,0 +1,94 @@
+"""The compiled extension: one for all PyTorch and Python versions, small, left out on demand."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mfmjt.kernels import _ext
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 2**20  # bytes that the compiled kernels may add to the wheel
+built = pytest.mark.skipif("missing" in _ext.status(), reason=_ext.status().get("missing", ""))
+
+
+def library() -> Path:
+    (path,) = (ROOT / "mfmjt").glob("_C*.so")
+    return path
+
+
+@built
+def test_the_extension_is_small(tmp_path: Path) -> None:
+    packed = tmp_path / "packed.whl"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(library(), "mfmjt/_C.abi3.so")
+    assert packed.stat().st_size <= LIMIT
+
+
+@built
+def test_one_build_serves_every_pytorch_and_python() -> None:
+    command = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("torch-abi-audit is not installed")
+    audit = subprocess.run(
+        [command, "--check", "both", str(library())], capture_output=True, text=True, check=False
+    )
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert "STABLE" in audit.stdout
+    assert "abi3-ok" in audit.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "compiler", "reason"),
+    [("0", "c++", "MFMJT_EXT=0"), (None, "no-such-compiler", "no C++ compiler")],
+)
+def test_why_there_is_no_extension(monkeypatch, tmp_path, setting, compiler, reason):
+    monkeypatch.setenv("MFMJT_EXT", setting or "")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("PATH", str(tmp_path) if setting is None else os.environ["PATH"])
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="looked_at")
+    assert reason in setup["why_not"]()
+
+
+def test_an_extension_that_is_insisted_on_is_not_left_out_quietly(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "MFMJT_EXT": "1", "PATH": str(tmp_path), "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "cannot be built: no C++ compiler" in done.stderr
+
+
+def test_without_the_extension_ops_run_in_pytorch_and_the_report_says_so(tmp_path):
+    """A checkout without the compiled file, as MFMJT_EXT=0 leaves it."""
+    shutil.copytree(
+        ROOT / "mfmjt", tmp_path / "mfmjt", ignore=shutil.ignore_patterns("*.so", "pretrained")
+    )
+    code = (
+        "import torch, mfmjt.kernels as k, mfmjt.info as i; x = torch.ones(1, 2, 4)\n"
+        "assert k.swiglu(x, x).shape == x.shape\n"
+        "print(i.report())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "not built" in done.stdout
+    ops = done.stdout.partition("Ops  ")[2]
+    assert "C++" not in ops
+    assert "PyTorch" in ops
