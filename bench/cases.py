@@ -29,6 +29,7 @@ __all__ = [
     "JVP_BACKWARD",
     "MODES",
     "SCALES",
+    "TINY",
     "VALUE",
     "Case",
     "Cost",
@@ -50,6 +51,9 @@ VALUE, JVP, BACKWARD, JVP_BACKWARD = MODES = ("value", "jvp", "value+bwd", "jvp+
 
 SCALES = ("gpu", "cpu", "check", "tiny")
 """What is timed on a GPU and on a CPU, what is checked on any device, and what tests run."""
+
+TINY = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1}
+"""A network in place of a real one, to see that something runs."""
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 

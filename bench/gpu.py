@@ -2,15 +2,15 @@
 
 check    every op and the network on the device against float64 on the CPU: value, tangent, gradient
 kernels  every op against plain PyTorch, torch.compile and other people's kernels
-network  training steps of whole networks
+step     training steps of whole networks against PyTorch's ways to them
 generate one-step generation: latents, waveforms, batches, one process from its start
 train    nano: clips are made, encoded and trained on until the time is up, then on the next call
 
 Needs torch, NumPy and safetensors, and Triton where a part compiles; jvp-flash-attention,
 liger-kernel, flash-attn, xformers and rCM are timed where they can be imported. DIR receives small
-files only: `environment.json`, `check.jsonl`, `kernels.jsonl`, `network.jsonl`, `generate.jsonl`,
-`train.jsonl` and `network.safetensors`. Features and training states, some hundreds of MB, go to
-the work folder.
+files only: `environment.json`, `check.jsonl`, `kernels.jsonl`, `train_step.jsonl`,
+`generate.jsonl`, `train.jsonl` and `network.safetensors`. Features and training states, some
+hundreds of MB, go to the work folder.
 
 Examples:
   python -m bench gpu --out output/gpu                        all parts; call it again to go on
@@ -41,6 +41,7 @@ from bench.cases import (
     BACKWARD,
     JVP_BACKWARD,
     MODES,
+    TINY,
     VALUE,
     Case,
     Cost,
@@ -68,8 +69,7 @@ from bench.harness import (
     take_turns,
 )
 from bench.judge import Truth
-from bench.model import bench_generate
-from bench.network import KEY, TINY, time_networks
+from bench.model import bench_generate, bench_train_step
 from bench.providers import OURS, Provider, providers, step
 from mfmjt import kernels
 from mfmjt.codec import NanoCodec
@@ -82,7 +82,7 @@ from mfmjt.train.loop import train
 
 __all__ = ["PARTS", "Job", "add_arguments", "run", "run_parts"]
 
-PARTS = ("check", "kernels", "network", "generate", "train")
+PARTS = ("check", "kernels", "step", "generate", "train")
 PRETRAINED = Path(__file__).parent.parent / "mfmjt" / "pretrained" / "nano"
 CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TIMED = (torch.bfloat16, torch.float32)
@@ -132,7 +132,7 @@ def run_parts(job: Job, parts: Sequence[str]) -> bool:
     functions = {
         "check": check,
         "kernels": time_kernels,
-        "network": network,
+        "step": training_step,
         "generate": generate,
         "train": train_nano,
     }
@@ -374,15 +374,21 @@ def _sampler(
     return sampler, "events"
 
 
-# network
+# step
 
 
-def network(job: Job) -> bool:
-    """Training steps; see `bench.network`."""
-    done = time_networks(Rows(job.out / "network.jsonl", KEY), job.device, job.deadline, job.smoke)
-    if not done:
-        print("The time is up; the same command goes on from here.")
-    return done
+def training_step(job: Job) -> bool:
+    """Training steps; see `bench.model.bench_train_step`."""
+    rows = Rows(job.out / "train_step.jsonl", ("what", "network", "batch", "ratio", "provider"))
+    bench = bench_train_step.Bench(rows, job.device, not job.smoke, job.smoke, job.deadline)
+    for plan in bench_train_step.plans(job.device, job.smoke):
+        if not bench.go_on(plan):
+            print("The time is up; the same command goes on from here.")
+            return False
+    for bar in bench_train_step.bars(rows.rows):
+        if bar["met"] is False:
+            print(f"MISSED {bar['bar']}: {bar['value']:.4g}, must be {bar['limit']}")
+    return all(row.get("status") != "wrong" for row in rows.rows)
 
 
 # generate

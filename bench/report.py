@@ -233,19 +233,20 @@ def _checks(folder: Path) -> str:
 
 
 def _networks(folder: Path) -> str:
-    path = folder / "network.jsonl"
+    path = folder / "train_step.jsonl"
     if not path.exists():
         return ""
-    lines = [
-        _line(["network", "mode", "batch", "provider", "ms", "host ms", "peak MiB"]),
-        _line(["---"] * 7),
-    ]
-    for row in Rows(path).rows:
-        about = [row["model"], row["mode"], str(row["batch"]), row["provider"]]
+    head = ["training step", "batch", "latents", "ratio", "provider", "ms", "x flow", "peak MiB"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in (row for row in Rows(path).rows if row["what"] == "timed"):
+        about = [str(row[k]) for k in ("network", "batch", "length", "ratio", "provider")]
         if row["status"] == "ok":
-            peak = row["peak_mib"]
-            memory = "" if peak is None else f"{peak:.0f}"
-            times = [f"{row['ms_p50']:.4g}", f"{row['cpu_ms_p50']:.4g}", memory]
+            over, peak = row["over_flow"], row["peak_mib"]
+            times = [
+                f"{row['ms_p50']:.4g}",
+                "" if over is None else f"{over:.3f}",
+                "" if peak is None else f"{peak:.0f}",
+            ]
         else:
             times = [f"{row['status']}: {row['reason']}", "", ""]
         lines.append(_line(about + times))

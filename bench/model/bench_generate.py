@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.cases import TINY
 from bench.harness import (
     Rows,
     Sampler,
@@ -52,7 +53,6 @@ from bench.harness import (
     peak_mib,
     take_turns,
 )
-from bench.network import TINY
 from bench.providers import OURS
 from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec

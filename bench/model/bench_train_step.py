@@ -49,6 +49,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.cases import TINY
 from bench.harness import (
     MIN_CALLS,
     Ceilings,
@@ -62,7 +63,6 @@ from bench.harness import (
     take_turns,
 )
 from bench.model.bench_dual import Given, given
-from bench.network import TINY
 from mfmjt import kernels, meanflow
 from mfmjt.kernels import _ext
 from mfmjt.meanflow.targets import Network, Target
@@ -72,6 +72,7 @@ from mfmjt.train.memory import keep_memory
 __all__ = [
     "BARS",
     "PROVIDERS",
+    "Bench",
     "Plan",
     "Provider",
     "Verdict",
@@ -80,6 +81,7 @@ __all__ = [
     "counted",
     "judged",
     "main",
+    "plans",
 ]
 
 RATIOS = (0.0, 0.1, 0.25, 0.75, 1.0)
@@ -391,6 +393,17 @@ class Bench:
         for ratio in plan.ratios:
             torch.compiler.reset()  # what was compiled before counts against a limit
             self._turns(work, ratio, found)
+
+    def go_on(self, plan: Plan) -> bool:
+        """Time the ratios that have no rows yet; return whether there was time for all."""
+        name = "tiny" if self.smoke else plan.network
+        about = {"what": "timed", "network": name, "batch": plan.batch, "provider": OURS}
+        there = {row["ratio"] for row in self.rows.rows if about.items() <= row.items()}
+        for ratio in (ratio for ratio in plan.ratios if ratio not in there):
+            if time.monotonic() > self.end - 60 and not self.smoke:
+                return False
+            self.time(plan._replace(ratios=(ratio,)))
+        return True
 
     def _turns(
         self,

@@ -35,17 +35,24 @@ def test_everything_runs_tiny_and_goes_on(monkeypatch, tmp_path):
     assert {row["mode"] for row in timings} == set(cases.MODES)
     assert {row["status"] for row in timings} == {"ok"}
     assert all(set(KEY) <= row.keys() for row in timings)
-    modes = [row["mode"] for row in rows(tmp_path / "network.jsonl") if row["status"] == "ok"]
-    assert set(modes) == {"train ratio=0.0", "train ratio=0.1", "train ratio=0.25"}
+    steps = [row for row in rows(tmp_path / "train_step.jsonl") if row["what"] == "timed"]
+    assert {(row["status"], row["ratio"]) for row in steps if row["provider"] == "mfmjt"} == {
+        ("ok", 0.1),
+        ("ok", 1.0),
+    }
+    made = rows(tmp_path / "generate.jsonl")
+    assert {row["status"] for row in made} == {"ok"}
     stamp = json.loads((tmp_path / "environment.json").read_text())
     assert stamp["device"] == "cpu"
     assert stamp["ceilings"]["copy_gbps"] > 0
     assert MFMJT.load(tmp_path / "network.safetensors").config.hidden_dim == 16
-    steps = [row["step"] for row in rows(tmp_path / "train.jsonl")]
+    trained = [row["step"] for row in rows(tmp_path / "train.jsonl")]
     # Again: what is timed and trained already is not done again.
     assert bench(monkeypatch, *arguments) == 0
     assert rows(tmp_path / "kernels.jsonl") == timings
-    assert max(row["step"] for row in rows(tmp_path / "train.jsonl")) == max(steps)
+    assert rows(tmp_path / "generate.jsonl") == made
+    assert [row for row in rows(tmp_path / "train_step.jsonl") if row["what"] == "timed"] == steps
+    assert max(row["step"] for row in rows(tmp_path / "train.jsonl")) == max(trained)
 
 
 def test_a_cpu_is_measured_under_both_allocators(monkeypatch, tmp_path, capsys):
