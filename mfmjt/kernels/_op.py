@@ -69,9 +69,7 @@ def check(condition: bool, op: str, needs: str, **tensors: Tensor | None) -> Non
         raise ValueError(f"mfmjt.kernels.{op} needs {needs}; got {got}.")
 
 
-def check_tensors(
-    op: str, optional: dict[str, Tensor | None] | None = None, **tensors: Any
-) -> None:
+def check_tensors(op: str, optional: dict[str, Any] | None = None, /, **tensors: Any) -> None:
     """Raise a TypeError that names what is no tensor, or no tuple of tensors."""
     given = tensors | {n: t for n, t in (optional or {}).items() if t is not None}
     for name, value in given.items():

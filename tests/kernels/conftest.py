@@ -6,7 +6,7 @@ import torch
 from mfmjt.kernels import _triton
 
 # Triton's interpreter takes the place of the C++ kernels, whose own tests then judge nothing.
-collect_ignore = ["test_ext.py", "test_alone.py"] if _triton.INTERPRETED else []
+collect_ignore = ["test_ext.py", "test_alone.py", "test_fuzz.py"] if _triton.INTERPRETED else []
 
 
 @pytest.fixture(autouse=True)
