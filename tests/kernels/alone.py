@@ -61,7 +61,8 @@ BUILDS = {
         report="heap-buffer-overflow",
     ),
     "thread": Build("g++", ("-O1", "-g1", "-fsanitize=thread"), fault="race", report="data race"),
-    "clang": Build("clang++", ("-O2",)),
+    # Clang leaves a maximum of floats scalar, and says so: NaN would have to be ruled out
+    "clang": Build("clang++", ("-O2", "-Wno-pass-failed")),
     "aarch64": Build("aarch64-linux-gnu-g++", ("-O2", "-static"), ("qemu-aarch64-static",)),
 }
 
