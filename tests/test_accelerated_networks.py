@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import sys
-
 import pytest
 import torch
 
@@ -13,30 +9,9 @@ from mfmjt.kernels import accelerate_jvp
 from tests import oracle
 from tests.kernels.accelerated import by_pytorch, by_us, kept_bytes, math_attention, products
 from tests.oracle import randn
+from tests.peers import load_torchvision
 
 LAYERS = 2
-
-
-@functools.cache
-def load_torchvision():
-    """Let others import torchvision beside a CPU build of PyTorch.
-
-    PyPI's torchvision is built for CUDA and fails there for want of two operators that nobody calls
-    here: it gets their names.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return None
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-        return library  # its names last as long as it does
-    return None
 
 
 def dit():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
-import pytest
-
 from bench.model import bench_memory
 from bench.model.bench_memory import kept, state
 from mfmjt.model.lora import LoRA
+from tests.peers import load_peft
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 3, "fused_depth": 2}
 
@@ -28,12 +27,12 @@ def test_all_weights_take_twenty_bytes_each():
 
 
 def test_adapters_take_fewer():
-    pytest.importorskip("peft")
+    load_peft()
     assert state("nano", LoRA(rank=2), **TINY)["trained"] < state("nano", **TINY)["trained"] / 4
 
 
 def test_it_writes_what_it_counts(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("peft")
+    load_peft()
     arguments = ["bench_memory", "--out", str(tmp_path), "--network", "nano"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert bench_memory.main() == 0

@@ -13,6 +13,7 @@ from mfmjt.model import MFMJT
 from mfmjt.model.blocks import Conv1d, Linear
 from mfmjt.model.lora import LoRA, add_lora, merge_adapter, merged_state, save_adapter
 from tests.oracle import allowance, error
+from tests.peers import load_peft
 
 SMALL = {"hidden_dim": 32, "num_heads": 1, "depth": 3, "fused_depth": 1}
 LORA = LoRA(rank=3, alpha=6)
@@ -22,7 +23,7 @@ ROWS, LENGTH = 4, 20
 @pytest.fixture
 def nets() -> tuple[MFMJT, MFMJT]:
     """A network, and itself with adapters that do something."""
-    pytest.importorskip("peft")
+    load_peft()
     torch.manual_seed(0)
     plain = MFMJT.from_config("nano", **SMALL).double()
     with torch.no_grad():

@@ -15,6 +15,7 @@ from mfmjt.train.loop import _Run, train
 from mfmjt.train.start import starting_network
 from tests.model.published import read
 from tests.oracle import allowance, error
+from tests.peers import load_peft
 from tests.train.conftest import TINY
 from tests.train.states import load_state
 
@@ -49,7 +50,7 @@ def finetune(recipe, published):
 def test_it_starts_as_the_published_velocity_turned_around(tmp_path, name, adapted):
     """u(z, r, t) = -v(z, 1 - t) for every r, against MMAudio's own outputs."""
     if adapted:
-        pytest.importorskip("peft")
+        load_peft()
     state, given = read(name)
     torch.save(state, tmp_path / "mmaudio.pth")
     config = NetworkTraining(
@@ -86,7 +87,7 @@ def test_a_step_of_nothing_gives_the_network_back(finetune, published):
 
 
 def test_only_adapters_are_trained_and_all_is_exported_merged(finetune, published, tmp_path):
-    pytest.importorskip("peft")
+    load_peft()
     config = finetune(steps=4, lora=LoRA(rank=2), lr=1e-2, ratio=0.5, ema=(0.0,))
     whole = train(config)
     start = load_mmaudio(published).state_dict()

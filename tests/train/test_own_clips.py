@@ -18,6 +18,7 @@ from mfmjt.data import foley
 from mfmjt.data.preview import write_clip
 from mfmjt.encoders import NanoEncoders
 from mfmjt.model import MFMJT, to_mmaudio_state_dict
+from tests.peers import load_peft
 from tests.train.conftest import TINY
 
 SECONDS = 0.96
@@ -52,7 +53,7 @@ def model(tmp_path) -> Path:
 @pytest.mark.parametrize("lora", [(), ("lora.rank=2", "lora.alpha=4")], ids=["full", "lora"])
 def test_from_own_clips_to_sound(model, tmp_path, lora):
     if lora:
-        pytest.importorskip("peft")
+        load_peft()
     clips = [foley.clip(i, "train", duration=1.0) for i in range(3)]
     with (tmp_path / "clips.csv").open("w", newline="") as file:
         writer = csv.writer(file)
