@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from mfmjt.kernels import _triton, conv1d, reference, streams
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln
@@ -170,6 +171,35 @@ HEADS = {
         2,
     ),
 }  # fmt: skip
+
+
+def blocked(op):
+    """The op on weights as oneDNN likes them, which the CPU takes without a library op."""
+
+    def call(xs, weights, *others):
+        ready = [w._replace(blocked=streams._blocked(w.data)) for w in weights]
+        if xs[0].dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            assert all(w.blocked is not None for w in ready)
+        return op(xs, ready, *others)
+
+    return call
+
+
+@pytest.mark.skipif(_triton.ON_CPU, reason="the CPU runs the Triton kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*PRODUCTS, *HEADS])
+def test_blocked_weights_give_the_same(case, dtype):
+    if case in HEADS:
+        judge(blocked(streams.project_qkv), HEADS[case](), dtype, 64)
+    else:
+        judge(blocked(streams.project), PRODUCTS[case](), dtype, 7 * 64)
+
+
+def test_whoever_counts_sees_the_library_op():
+    xs, weights = [torch.randn(2, 9, 16)], [streams.pack(torch.randn(8, 16))]
+    with FlopCounterMode(display=False) as counter:
+        streams.project(xs, weights)
+    assert counter.get_total_flops() == 2 * 2 * 9 * 16 * 8
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
