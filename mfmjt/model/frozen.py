@@ -24,8 +24,8 @@ from mfmjt.model.transformer import MFMJT
 
 __all__ = ["Frozen"]
 
-_NULLS = 16
-"""Combinations of lengths whose null conditions are kept."""
+_NULLS = 4
+"""Combinations of lengths whose null conditions are kept: 13 MB of small_16k in bfloat16 each."""
 
 
 class _Layers(NamedTuple):
@@ -73,7 +73,7 @@ class _FrozenBlock:
 
 
 class _Null(NamedTuple):
-    """The pass without conditions: tokens (1, N, D), and the rows that modulate.
+    """The pass without conditions: tokens (1, N, D), and the modulations of all blocks.
 
     Attributes:
         position: What positions inside the segments of synchronisation add to its first layer.
@@ -83,8 +83,8 @@ class _Null(NamedTuple):
     video: Tensor
     text: Tensor
     sync: Tensor
-    frames: Tensor
-    whole: Tensor
+    by_frame: Tensor
+    by_clip: Tensor
 
 
 class Frozen:
@@ -217,10 +217,11 @@ class Frozen:
             both(seen, absent.video),
             both(read, absent.text),
         ]
-        frames, whole = both(frames, absent.frames), both(whole, absent.whole)
         rows = None if picked is not None else nearest_rows(heard.shape[1], length, z.device)
+        frames, whole = (part.expand(batch, -1, -1) for part in (frames, whole))
         by_frame, by_clip = self._modulations([frames, whole])
-        return self._run(xs, by_frame, by_clip, rows)
+        modulations = both(by_frame, absent.by_frame), both(by_clip, absent.by_clip)
+        return self._run(xs, *modulations, rows)
 
     @torch.no_grad()
     def step(
@@ -274,7 +275,7 @@ class Frozen:
             segments = lengths[1] // SYNC_SEGMENT
             position = net.sync_pos_emb.expand(1, segments, -1, -1).flatten(1, 2)
             placed = self._first.only([2])([position])[0][0]
-            found = _Null(placed, video, text, sync, frames, whole)
+            found = _Null(placed, video, text, sync, *self._modulations([frames, whole]))
             if len(self._nulls) >= _NULLS:
                 self._nulls.pop(next(iter(self._nulls)))
             self._nulls[key] = found
