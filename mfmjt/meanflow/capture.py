@@ -25,13 +25,18 @@ class Captured:
 
     Args:
         function: Takes tensors, None and hashable options; returns one tensor.
+        reads: Tells, after a call, what the function read beside its arguments and may let go of,
+            such as entries of a cache. A graph knows addresses only, so it is kept as long as that.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], reads: Callable[[], object] | None = None
+    ) -> None:
         self._function = function
-        self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = (
-            OrderedDict()
-        )
+        self._reads = reads or (lambda: None)
+        self._graphs: OrderedDict[
+            Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor, object]
+        ] = OrderedDict()
         self._pool: Any = None
 
     def __call__(self, first: Tensor, **given: Any) -> Tensor:
@@ -54,14 +59,14 @@ class Captured:
                 if len(self._graphs) >= GRAPHS:
                     self._graphs.popitem(last=False)
                 self._graphs[key] = self._capture(first, given)
-            graph, places, result = self._graphs[key]
+            graph, places, result, _ = self._graphs[key]
             torch._foreach_copy_(places, tensors)
             graph.replay()
             return result.clone()
 
     def _capture(
         self, first: Tensor, given: dict[str, Any]
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor, object]:
         with torch.cuda.device(first.device):
             held = first.clone()
             kept = {
@@ -78,4 +83,5 @@ class Captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 result = self._function(held, **kept)
-        return graph, [held, *(v for v in kept.values() if isinstance(v, Tensor))], result
+        places = [held, *(value for value in kept.values() if isinstance(value, Tensor))]
+        return graph, places, result, self._reads()

@@ -110,10 +110,12 @@ class OneStep:
         self.net = net
         self.guidance = guidance
         self.mode: GuidanceMode = mode
-        ready = getattr(net, "frozen", None) if compile else None
-        self._step: Callable[..., Tensor] = self._sample if ready is None else ready(0.0, 1.0).step
+        self._step: Callable[..., Tensor] = self._sample
         if compile:
-            self._step = Captured(self._step)
+            freeze = getattr(net, "frozen", None)
+            ready = None if freeze is None else freeze(0.0, 1.0)
+            step = self._sample if ready is None else ready.step
+            self._step = Captured(step, getattr(ready, "reads", None))
 
     @torch.no_grad()
     def __call__(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfmjt.kernels import linear
 from mfmjt.model.blocks import Linear
 
-__all__ = ["Conditions", "TimeEmbedding", "nearest_rows", "r_embedding", "rope_table"]
+__all__ = ["Conditions", "TimeEmbedding", "nearest_rows", "r_embedding", "rope_table", "tables"]
 
 _CACHE_SIZE = 64
 _cache: dict[tuple[object, ...], Tensor] = {}
@@ -37,6 +37,11 @@ def _cached(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
                 _cache.pop(next(iter(_cache)), None)
             _cache[key] = table
     return table
+
+
+def tables() -> tuple[Tensor, ...]:
+    """All that are remembered now; who holds them may go on reading them."""
+    return tuple(_cache.values())
 
 
 def rope_table(length: int, head_dim: int, scaling: float, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mfmjt.errors import InputError
 from mfmjt.kernels import joint_attention, streams
 from mfmjt.model.blocks import NORM_EPS, Block, JointBlock, SwiGLU
-from mfmjt.model.conditioning import nearest_rows, rope_table
+from mfmjt.model.conditioning import nearest_rows, rope_table, tables
 from mfmjt.model.config import SYNC_SEGMENT
 from mfmjt.model.transformer import MFMJT
 
@@ -152,6 +152,7 @@ class Frozen:
             [streams.pack(-conv.weight)], [None if conv.bias is None else -conv.bias]
         )
         self._nulls: dict[tuple[int, ...], _Null] = {}
+        self._last: _Null | None = None
 
     @torch.no_grad()
     def __call__(
@@ -279,7 +280,12 @@ class Frozen:
             if len(self._nulls) >= _NULLS:
                 self._nulls.pop(next(iter(self._nulls)))
             self._nulls[key] = found
+        self._last = found
         return found
+
+    def reads(self) -> tuple[object, ...]:
+        """What the last call read that later ones may let go of; a graph of it keeps this."""
+        return self._last, tables()
 
     def _run(
         self,

@@ -113,7 +113,8 @@ class Pipeline:
         if compile:
             self._captured = Captured(self.codec.decode)
             if not self.flow_matching:
-                self.one_step = Captured(self.network.frozen(0.0, 1.0).step)
+                frozen = self.network.frozen(0.0, 1.0)
+                self.one_step = Captured(frozen.step, frozen.reads)
 
     @classmethod
     def from_pretrained(

@@ -128,11 +128,26 @@ def test_off_a_gpu_a_captured_function_is_the_function():
     assert seen == [2.0, 3.0]
 
 
+def test_what_a_graph_reads_can_be_kept():
+    """Graphs know addresses: null conditions and tables must outlive their caches' entries."""
+    frozen = network().frozen()
+    z, _, _, features = inputs(2)
+    frozen.step(z, **features)
+    (null, tables), known = frozen.reads(), dict(frozen._nulls)
+    assert any(null is one for one in known.values())
+    assert any(table.shape[0] == z.shape[1] for table in tables)
+    for length in range(20, 30):
+        other, _, _, features = inputs(2, length)
+        frozen.step(other, **features)
+    assert not any(null is one for one in frozen._nulls.values())
+    assert frozen.reads()[0] is not null
+
+
 @pytest.mark.gpu
 def test_a_graph_gives_what_the_function_gives():
     net = network(torch.float32).cuda()
     plain, frozen = steps(net)
-    for length in (10, 17, 10):
+    for length in (10, *range(17, 24), 10):  # more than there are null conditions kept
         z, _, _, features = inputs(2, length, dtype=torch.float32)
         given = {name: value.cuda() for name, value in features.items()}
         truth = plain(z.cuda(), **given)
