@@ -21,12 +21,21 @@ next to 280 us of its arithmetic at B = 256, N = 250. Nothing is cached: weights
 step of training, and CUDA graphs take the copy along. With K = 1 it is a view.
 
 On the CPU a (B, N, C) tensor *is* a channels-last image of height one, so conv2d takes it as it
-lies and no transpose is made. One thread of a Zen 4 server, float32, ms forward / forward and
-backward:
-    (B, N, C -> O), K = 3      conv2d           conv1d, transposed   K shifted GEMMs   im2col
-    (48, 80, 128 -> 256)        7.5 / 21.7      13.0 / 35.7          8.3 / 26.2        8.7 / 37.6
-    (16, 250, 128 -> 256)       7.5 / 23.7      10.1 / 29.4          8.7 / 29.8        9.4 / 31.8
-    (2, 250, 448 -> 1280)      19.9 / 58.6      19.1 / 58.9         22.9 / 77.6       22.7 / 61.5
+lies and no transpose is made. But PyTorch then turns the weights about, which conv1d does not, and
+copying them costs more than the transposes where they are larger than x and y together: there its
+conv1d does the work, but for the dual op, which copies them once for two convolutions. One thread
+of a Zen 4 server, float32, ms of conv2d forward / forward and backward, and how many times as long
+conv1d over transposes takes:
+    (B, N, C -> O), K          conv2d             conv1d
+    (1, 345, 896 -> 5120), 3    157.8 / 532.8     0.74 / 0.77, left to it
+    (1, 250, 448 -> 2560), 3     28.5 / 130.2     0.86 / 0.67, left to it
+    (2, 250, 448 -> 2560), 3     39.5 / 136.9     0.94 / 0.86, left to it
+    (8, 250, 448 -> 2560), 3    134.0 / 425.7     1.17 / 1.05
+    (8, 250, 1280 -> 448), 3     62.7 / 205.9     1.06 / 1.07
+    (16, 250, 128 -> 512), 3     18.0 / 48.2      1.30 / 1.46
+    (16, 250, 20 -> 448), 7       5.2 / 18.4      1.65 / 1.55
+Between one and two times as much weight as activations the two are equal within some 5 %. K
+products of shifted rows and an im2col were slower throughout.
 
 `fast=True` lets the CPU compute a value that nobody differentiates by Toom and Cook's method
 (Winograd's, in one dimension), where x lies channels-first as vocoders have it: taps in segments of
@@ -75,21 +84,41 @@ def _sequence(x: Tensor) -> Tensor:
     return x.squeeze(2).transpose(1, 2)
 
 
+def _is_mostly_filters(x: Tensor, weight: Tensor) -> bool:
+    """Whether the filters outweigh what they read and write: PyTorch's conv1d is quicker then."""
+    outs, channels, _ = weight.shape
+    return weight.numel() > x.shape[0] * x.shape[1] * (channels + outs)
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    padding = dilation * (weight.shape[-1] // 2)
-    image, filters = _image(x), weight.unsqueeze(2)
-    y = F.conv2d(image, filters, bias, padding=(0, padding), dilation=(1, dilation))
+    if _is_mostly_filters(x, weight):
+        return conv1d_ref(x, weight, bias, dilation)
+    return _filtered(x, weight.unsqueeze(2), bias, dilation)
+
+
+def _filtered(x: Tensor, filters: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """The same by filters (O, C, 1, K) of an image."""
+    padding = dilation * (filters.shape[-1] // 2)
+    y = F.conv2d(_image(x), filters, bias, padding=(0, padding), dilation=(1, dilation))
     return _sequence(y)
 
 
 def _cotangents(
     y_bar: Tensor, x: Tensor, weight: Tensor, dilation: int, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Any]:
+    """Of x, (B, C, N), and of the weight; None for what is not wanted."""
     padding = dilation * (weight.shape[-1] // 2)
-    return torch.ops.aten.convolution_backward(
+    if _is_mostly_filters(x, weight):
+        x_bar, weight_bar, _ = torch.ops.aten.convolution_backward(
+            *(y_bar.transpose(1, 2), x.transpose(1, 2), weight, [weight.shape[0]]),
+            *([1], [padding], [dilation], False, [0], 1, wanted),
+        )
+        return [x_bar, weight_bar]
+    x_bar, weight_bar, _ = torch.ops.aten.convolution_backward(
         *(_image(y_bar), _image(x), weight.unsqueeze(2), [weight.shape[0]]),
         *([1, 1], [0, padding], [1, dilation], False, [0, 0], 1, wanted),
     )
+    return [None if bar is None else bar.squeeze(2) for bar in (x_bar, weight_bar)]
 
 
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -99,19 +128,21 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tenso
 def _jvp(
     x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
 ) -> tuple[Tensor, Tensor]:
-    return _fwd(x, weight, bias, dilation), _fwd(x_dot, weight, None, dilation)
+    filters = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # once for both
+    y, y_dot = _filtered(x, filters, bias, dilation), _filtered(x_dot, filters, None, dilation)
+    return y.contiguous(), y_dot.contiguous()
 
 
 def _bwd_x(y_bar: Tensor, weight: Tensor, dilation: int) -> Tensor:
     x = y_bar.new_empty(1).expand(*y_bar.shape[:2], weight.shape[1])  # its values do not matter
     wanted = [True, False, False]
-    return _sequence(_cotangents(y_bar, x, weight, dilation, wanted)[0]).contiguous()
+    return _cotangents(y_bar, x, weight, dilation, wanted)[0].transpose(1, 2).contiguous()
 
 
 def _bwd_weight(y_bar: Tensor, x: Tensor, taps: int, dilation: int) -> Tensor:
     weight = x.new_empty(1).expand(y_bar.shape[2], x.shape[2], taps)
     wanted = [False, True, False]
-    return _cotangents(y_bar, x, weight, dilation, wanted)[1].squeeze(2).contiguous()
+    return _cotangents(y_bar, x, weight, dilation, wanted)[1].contiguous()
 
 
 @jit
