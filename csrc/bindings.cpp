@@ -33,6 +33,12 @@ STABLE_TORCH_LIBRARY(mfmjt_cpu, m) {
       "joint_attention_softmax_bar(Tensor(a!) s, Tensor(b!) p_bar, Tensor? bias, Tensor lse, "
       "float scale) -> Tensor(a!)");
   m.def(
+      "joint_attention_rows(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, "
+      "Tensor? v_dot, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "joint_attention_rows_bar(Tensor o_bar, Tensor q, Tensor k, Tensor v, Tensor lse, "
+      "Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? rope, float eps) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -58,6 +64,8 @@ STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) {
   m.impl("gated_residual_adaln_fwd", TORCH_BOX(&mfmjt::gated_residual_adaln_fwd));
   m.impl("gated_residual_adaln_jvp", TORCH_BOX(&mfmjt::gated_residual_adaln_jvp));
   m.impl("gated_residual_adaln_bwd", TORCH_BOX(&mfmjt::gated_residual_adaln_bwd));
+  m.impl("joint_attention_rows", TORCH_BOX(&mfmjt::joint_attention_rows));
+  m.impl("joint_attention_rows_bar", TORCH_BOX(&mfmjt::joint_attention_rows_bar));
   m.impl("joint_attention_softmax", TORCH_BOX(&mfmjt::joint_attention_softmax));
   m.impl("joint_attention_softmax_bar", TORCH_BOX(&mfmjt::joint_attention_softmax_bar));
   m.impl("qk_norm_rope_fwd", TORCH_BOX(&mfmjt::qk_norm_rope_fwd));

@@ -31,6 +31,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_bwd(
 Tensor joint_attention_softmax(Tensor s, Maybe s_dot, Maybe bias, double scale);
 Tensor joint_attention_softmax_bar(
     Tensor s, Tensor p_bar, Maybe bias, Tensor lse, double scale);
+// bfloat16 (B, N, H, D), for CPUs with products of its pairs.
+std::tuple<Tensor, Tensor, Tensor> joint_attention_rows(
+    Tensor q, Tensor k, Tensor v, Maybe q_dot, Maybe k_dot, Maybe v_dot, Maybe bias, double scale);
+std::tuple<Tensor, Tensor, Tensor> joint_attention_rows_bar(
+    Tensor o_bar, Tensor q, Tensor k, Tensor v, Tensor lse, Maybe bias, double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_fwd(
     Tensor qkv, Tensor q_weight, Tensor k_weight, Maybe rope, double eps);

@@ -126,6 +126,18 @@ def _scores(s: Tensor, other: Tensor | None) -> bool:
     return s.device.type == "cpu" and _alike(s, other)
 
 
+def _pairs(q: Tensor, *_: Any) -> bool:
+    """Queries (B, N, H, D) in bfloat16, on a CPU that multiplies pairs of it."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.numel() > 0
+        and q.shape[3] % 2 == 0
+        and bool(torch.cpu._is_avx512_bf16_supported())
+        and _module.build_info()["used"] == "avx512"
+    )
+
+
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
     """(B, C, N) with few channels, where oneDNN is slower."""
     return (
@@ -164,6 +176,8 @@ _TAKES: dict[str, Callable[..., bool]] = {
     "gated_residual_adaln_bwd": lambda total_bar, y_bar, total, *others: _modulated(
         total, total_bar, y_bar, *others[:-2]
     ),
+    "joint_attention_rows": _pairs,
+    "joint_attention_rows_bar": lambda o_bar, q, *others: _pairs(q),
     "joint_attention_softmax": lambda s, s_dot, bias, scale: _scores(s, s_dot),
     "joint_attention_softmax_bar": lambda s, p_bar, bias, lse, scale: _scores(s, p_bar),
     "qk_norm_rope_fwd": lambda qkv, q_weight, k_weight, rope, eps: _heads(

@@ -85,6 +85,15 @@ def _attention_bwd(
     return 5 * sum(_product(i, j) for i in q for j in k)
 
 
+def _flash(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = q
+    return 2 * 2 * batch * heads * queries * k[2] * width
+
+
+def _flash_backward(_: Any, q: Shape, k: Shape, *__: Any, **___: Any) -> int:
+    return 5 * _flash(q, k) // 2
+
+
 def _streams(xs: Sequence[Shape], weights: Sequence[Shape], *_: Any, out_shape: Any) -> int:
     return sum(2 * x[0] * x[1] * prod(weight) for x, weight in zip(xs, weights, strict=True))
 
@@ -109,6 +118,13 @@ def _register() -> None:
     register = sys.modules[_COUNTER].register_flop_formula
     for name, formula in _FORMULAS.items():
         register(getattr(torch.ops.mfmjt, name))(formula)
+    # PyTorch counts its flash attention on GPUs only; our front door calls the CPU's.
+    known = sys.modules[_COUNTER].flop_registry
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    for name, formula in ((flash, _flash), (f"{flash}_backward", _flash_backward)):
+        op = getattr(torch.ops.aten, name)
+        if op not in known:
+            register(op)(formula)
 
 
 class _WhenImported(MetaPathFinder):

@@ -18,10 +18,14 @@ o = o~ / l, o_dot = (T~ - r o) / l. The centre c is the mean of S_dot so far, an
 of p and w as rounded for the products: without both, bfloat16 loses ten times the digits. Gradients
 take two launches and no atomics. 4 B H N M D operations, 12 with all tangents, 14 for gradients.
 float32 goes through three TF32 products, float64 through the formulas.
-On a CPU the matrix products are PyTorch's, by blocks of heads and of query rows, so that no (N, M)
-matrix grows with N; what lies between them is one pass over a block (`_softmax`, in C++ where
-built). Where products of bfloat16 are quicker there than those of float32, S, P, S_dot and W are
-rounded to it, as PyTorch's own are. Value and gradient of float32 are PyTorch's flash kernels.
+On a CPU that multiplies pairs of bfloat16 (AVX-512 BF16), bfloat16 goes through one C++ pass over
+six rows of queries at a time, products included: S and S_dot stay float32 in the first-level cache,
+and only P, W and S_bar are rounded. Elsewhere the matrix products are PyTorch's, by blocks of heads
+and of query rows, so that no (N, M) matrix grows with N; what lies between them is one pass over a
+block (`_softmax`, in C++ where built), and where products of bfloat16 are quicker than those of
+float32, S, P, S_dot and W are rounded to it, as PyTorch's own are. Value and gradient of float32
+are left to PyTorch's flash kernels: a value without a tangent calls them with their own backward,
+since copies of results, which a library op owes, made ours 3 to 9 % slower.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _ext, _op, _tuning
+from mfmjt.kernels import _ext, _op, _triton, _tuning
 from mfmjt.kernels._triton import INTERPRETED, cdiv, jit, target, tl
 
 __all__ = ["joint_attention", "joint_attention_ref"]
@@ -119,6 +123,30 @@ def _join(streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
     return _without_padding(joined, valid)
 
 
+def _flash_alone(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lengths: Sequence[Tensor | None],
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """PyTorch's flash attention for CPUs, and its own gradient."""
+    valid = _valid_keys(k, lengths)
+    joined = (_join(q), _join(k, valid), _join(v, valid))
+    o = _flash(
+        *(x.transpose(1, 2) for x in joined), attn_mask=_bias(valid, q[0].dtype), scale=scale
+    )[0]
+    return o.transpose(1, 2).split([x.shape[1] for x in q], dim=1)
+
+
+def _is_left_to_flash(x: Tensor) -> bool:
+    """A value alone, of a dtype that a CPU multiplies no quicker than float32.
+
+    Ours would be the same kernels; results in memory of their own cost a tenth more.
+    """
+    return x.device.type == "cpu" and not _triton.ON_CPU and not _bfloat16_products(x)
+
+
 def _part(x: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
     """The streams of a tensor of all tokens, each in memory of its own."""
     if len(streams) == 1:
@@ -169,8 +197,10 @@ class _Heads:
         """
         if self.dtype != torch.bfloat16:
             return x
-        mean = x.mean(1, keepdim=True)
-        return x - mean.mul_(2 * mean.abs() > x.abs().mean(1, keepdim=True))
+        ones = x.new_ones(1, 1, x.shape[1]).expand(x.shape[0], 1, -1)  # products sum quicker
+        total = torch.bmm(ones, x)
+        large = 2 * total.abs() > torch.bmm(ones, x.abs())
+        return x - total.mul_(large).div_(x.shape[1])
 
     def blocks(
         self, queries: int, keys: int, matrices: int, device: torch.device
@@ -323,9 +353,54 @@ def _bwd(
     return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
 
 
+# In C++ by rows, where the CPU multiplies pairs of bfloat16; all streams in one tensor each.
+_rows = _ext.kernel("joint_attention_rows", _jvp)
+_rows_bar = _ext.kernel("joint_attention_rows_bar", _bwd)
+
+
+def _row_bias(valid: Tensor | None) -> Tensor | None:
+    bias = _bias(valid, torch.float32)
+    return None if bias is None else bias[:, 0, 0]
+
+
+def _join_dots(
+    streams: Sequence[Tensor], dots: Sequence[Tensor | None], valid: Tensor | None = None
+) -> Tensor | None:
+    if all(dot is None for dot in dots):
+        return None
+    pairs = zip(streams, dots, strict=True)
+    return _join([torch.zeros_like(x) if dot is None else dot for x, dot in pairs], valid)
+
+
+def _jvp_cpu(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_dots: list[Tensor | None],
+    k_dots: list[Tensor | None],
+    v_dots: list[Tensor | None],
+    lengths: list[Tensor | None],
+    scale: float,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    if _rows is None or not _ext.takes("joint_attention_rows", q[0]):
+        return _jvp(q, k, v, q_dots, k_dots, v_dots, lengths, scale)
+    valid = _valid_keys(k, lengths)
+    dots = _join_dots(q, q_dots), _join_dots(k, k_dots, valid), _join_dots(v, v_dots, valid)
+    joined = _join(q), _join(k, valid), _join(v, valid)
+    o, o_dot, lse = _rows(*joined, *dots, _row_bias(valid), scale)
+    if all(dot is None for dot in dots):
+        o_dot = torch.zeros_like(o)
+    return _part(o, q), _part(o_dot, q), lse
+
+
 def _fwd_cpu(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[list[Tensor], Tensor]:
+    if _rows is not None and _ext.takes("joint_attention_rows", q[0]):
+        valid = _valid_keys(k, lengths)
+        joined = _join(q), _join(k, valid), _join(v, valid)
+        o, _, lse = _rows(*joined, None, None, None, _row_bias(valid), scale)
+        return _part(o, q), lse
     if _bfloat16_products(q[0]):
         return _fwd(q, k, v, lengths, scale)
     valid = _valid_keys(k, lengths)
@@ -347,6 +422,12 @@ def _bwd_cpu(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    if _rows_bar is not None and _ext.takes("joint_attention_rows_bar", o_bar[0], q[0]):
+        valid = _valid_keys(k, lengths)
+        given = _join(o_bar), _join(q), _join(k, valid), _join(v, valid)
+        q_bar, k_bar, v_bar = _rows_bar(*given, lse, _row_bias(valid), scale)
+        k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
+        return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
     if _bfloat16_products(q[0]):
         return _bwd(o_bar, q, k, v, o, lse, lengths, scale)
     valid = _valid_keys(k, lengths)
@@ -1028,6 +1109,7 @@ _jvp_op = _op.define(
     "Tensor?[] v_dot, Tensor?[] lengths, float scale) -> (Tensor[], Tensor[], Tensor)",
     _jvp,
     _jvp_fake,
+    cpu=_jvp_cpu,
     triton=_jvp_triton,
 )
 _bwd_op = _op.define(
@@ -1141,7 +1223,9 @@ def joint_attention(
     first, second = len(queries), len(queries) + len(keys)
     arguments = [list(x) for x in (parts[:first], parts[first:second], parts[second:])]
     scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
-    if all(dot is None for dot in dots):
+    if all(dot is None for dot in dots) and _is_left_to_flash(arguments[0][0]):
+        out = list(_flash_alone(*(arguments[0], arguments[1], arguments[2]), limits, scale))
+    elif all(dot is None for dot in dots):
         out = _fwd_op(*arguments, limits, scale)[0]
     else:
         dots = _op.autocast(*dots)

@@ -140,6 +140,9 @@ def judge(build: Build, program: Path, folder: Path) -> int:
             if "conv1d" in name and isa == "portable":
                 assert "without AVX2" in found  # left to PyTorch there
                 continue
+            if "rows" in name and not (isa == "avx512" and torch.cpu._is_avx512_bf16_supported()):
+                assert "bfloat16 pairs" in found  # so do CPUs that do not multiply them
+                continue
             assert not isinstance(found, str), found
             shapes = {k: tuple(t.shape) for k, t in given.items() if isinstance(t, Tensor)}
             for i, (y, exact, limit) in enumerate(zip(found, truth, limits, strict=True)):
@@ -156,8 +159,10 @@ def _truth(name: str, given: native.Arguments) -> tuple[tuple[Tensor, ...], list
     truth, plain = native.formula(name, wide), native.formula(name, given)
     everything = torch.cat([t.flatten() for t in truth])
     terms = max(t.numel() for t in given.values() if isinstance(t, Tensor))
+    # Attention's logs of sums serve its powers alone, which are as good as what they are rounded to
+    of_powers = next(iter(given.values())).dtype if name.startswith("joint_attention") else None
     return truth, [
-        2 * oracle.error(y, exact) + oracle.allowance(everything, y.dtype, terms)
+        2 * oracle.error(y, exact) + oracle.allowance(everything, of_powers or y.dtype, terms)
         for y, exact in zip(plain, truth, strict=True)
     ]
 

@@ -80,6 +80,21 @@ def arguments(
         if part == "jvp":
             given |= {"gate_dot": x(), "up_dot": x()}
         return {"y_bar": x(), **given} if part == "bwd" else given
+    if "rows" in name:
+        heads, width, keys = 2, (width + 1) // 2 * 2, tokens + 2
+        dtype = torch.bfloat16  # the only one it takes
+        given = {"q": randn(batch, tokens, heads, width), "k": randn(batch, keys, heads, width)}
+        given |= {"v": torch.randn_like(given["k"])}
+        lengths = torch.arange(batch) % keys + 1
+        bias = torch.zeros(batch, keys)
+        bias[torch.arange(keys) >= lengths[:, None]] = torch.finfo(torch.float32).min
+        rest = {"bias": bias, "scale": 0.5}
+        if part == "bar":
+            o_bar = {"o_bar": torch.randn_like(given["q"])}
+            with _ext.formulas():
+                lse = _attention()._fwd(*([t] for t in given.values()), [lengths], 0.5)[1]
+            return {**o_bar, **given, "lse": lse, **rest}
+        return {**given, **{f"{key}_dot": torch.randn_like(t) for key, t in given.items()}, **rest}
     if "softmax" in name:
         shape, scores = (batch, tokens), x()
         if part == "bar":
@@ -93,9 +108,13 @@ def arguments(
     raise NotImplementedError(f"no arguments for the kernel {name}: write them here")
 
 
+def _attention() -> Any:
+    return importlib.import_module("mfmjt.kernels.joint_attention")
+
+
 def library_op(name: str) -> Any:
     """The library op that runs this kernel; or the kernel, where one is made of several."""
-    if "softmax" in name:
+    if name.startswith("joint_attention"):
         return getattr(torch.ops.mfmjt_cpu, name).default
     name = {"conv1d_fwd": "conv1d_channels_first"}.get(name, name)
     return getattr(torch.ops.mfmjt, name).default
@@ -105,12 +124,26 @@ def formula(name: str, given: Arguments) -> tuple[Tensor, ...]:
     """What PyTorch's formulas make of the same arguments."""
     with _ext.formulas():
         if "softmax" in name:  # it works in place
-            module = importlib.import_module("mfmjt.kernels.joint_attention")
             copies = [t.clone() if isinstance(t, Tensor) else t for t in given.values()]
-            results = getattr(module, name.removeprefix("joint_attention"))(*copies)
+            results = getattr(_attention(), name.removeprefix("joint_attention"))(*copies)
+        elif "rows" in name:
+            results = _by_streams(name, **given)
         else:
             results = library_op(name)(*given.values())
     return results if isinstance(results, tuple) else (results,)
+
+
+def _by_streams(name: str, bias: Tensor | None, scale: float, **given: Any) -> tuple[Any, ...]:
+    """The formulas of attention, of one stream each, by lengths instead of a bias."""
+    lengths = [None if bias is None else (bias == 0).sum(1)]
+    if name.endswith("bar"):
+        lse = given.pop("lse")
+        o_bar, q, k, v = ([t] for t in given.values())
+        bars = _attention()._bwd(o_bar, q, k, v, q, lse, lengths, scale)
+        return tuple(bar for (bar,) in bars)
+    (o,), (o_dot,), lse = _attention()._jvp(*([t] for t in given.values()), lengths, scale)
+    moves = any(given[f"{key}_dot"] is not None for key in "qkv")
+    return o, o_dot if moves else o.new_empty(0), lse
 
 
 # Whole vectors and less, odd widths, one token, more tokens than one chunk of a sum, more samples
@@ -122,11 +155,12 @@ def cases() -> Iterator[tuple[str, Arguments]]:
     """Arguments that take every branch of every kernel: sizes, strides, what may be absent."""
     for name in NAMES:
         dtypes = [torch.float32] if "conv1d" in name else [torch.float32, torch.bfloat16]
+        dtypes = dtypes[-1:] if "rows" in name else dtypes
         for dtype in dtypes:
             for size in SIZES:
                 for rows in (1, None):
                     yield name, arguments(name, size, rows, dtype)
-            if "softmax" not in name:  # these want their scores dense
+            if "joint_attention" not in name:  # these want scores, or heads, dense
                 yield name, _spread(arguments(name, (2, 5, 9), 1, dtype))
             optional = [
                 argument.name

@@ -279,14 +279,18 @@ FREE = {
 }  # any number of samples will do
 
 
+# Those that this CPU runs.
+RUN = [n for n in NAMES if "rows" not in n or torch.cpu._is_avx512_bf16_supported()]
+
+
 @needs_extension
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_bad_argument_raises_and_is_named(name, damage):
     given = arguments(name)
     raw(name)(**given)
     tensors = [key for key, value in given.items() if isinstance(value, torch.Tensor)]
-    leaders = {"x", "total", "qkv", "gate", "s"}  # whose shape and dtype the others are held to
+    leaders = {"x", "total", "qkv", "gate", "s", "q"}  # to whose shape others are held
     for key in tensors:
         if damage == "size" and (name, key) in FREE:
             continue
