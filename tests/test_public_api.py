@@ -14,7 +14,7 @@ NAMES = {
     "MFMJT": "from_config load save conditions forward",
     "Pipeline": "from_pretrained from_mmaudio __call__",
     "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu linear conv1d snake "
-    "reference accelerate_jvp",
+    "reference accelerate_jvp jvp_rows",
     "meanflow": "loss sample guide OneStep mean_velocity improved_mean_velocity alpha_flow "
     "finite_difference guided_velocity",
     "model": "MFMJT ModelConfig load_mmaudio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mfmjt.kernels import _flops, streams
 from mfmjt.kernels._accelerate import accelerate_jvp
+from mfmjt.kernels._jvp_rows import jvp_rows
 from mfmjt.kernels._op import reference
 from mfmjt.kernels.adaln import adaln
 from mfmjt.kernels.conv1d import conv1d
@@ -20,6 +21,7 @@ __all__ = [
     "conv1d",
     "gated_residual_adaln",
     "joint_attention",
+    "jvp_rows",
     "linear",
     "qk_norm_rope",
     "reference",

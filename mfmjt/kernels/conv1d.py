@@ -61,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _ext, _op, _triton, _tuning
+from mfmjt.kernels import _ext, _jvp_rows, _op, _triton, _tuning
 from mfmjt.kernels._triton import cdiv, jit, tl
 
 __all__ = ["conv1d", "conv1d_ref"]
@@ -526,6 +526,25 @@ def _in_triton(x: Tensor) -> bool:
     return _triton.AVAILABLE and (x.is_cuda or _triton.ON_CPU) and not _is_channels_first(x)
 
 
+def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    needs = "x, weight and bias of one floating dtype"
+    fits = alike and x.is_floating_point()
+    _op.check(fits, "conv1d", needs, x=x, weight=weight, bias=bias)
+
+
+def _value(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, fast: bool) -> Tensor:
+    if _in_triton(x):
+        x, weight, bias = _op.autocast(x, weight, bias)
+        _check_alike(x, weight, bias)
+        return _fwd_op(x, weight, bias, dilation)
+    if fast and _pays_to_be_fast(x, weight, bias, dilation):
+        return _toom_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
+    if _is_vocoder_like(x, weight, bias, dilation):
+        return _channels_first_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
+    return _convolve(x, weight, bias, dilation)
+
+
 def conv1d(
     x: Tensor,
     weight: Tensor,
@@ -565,17 +584,12 @@ def conv1d(
         return conv1d_ref(x, weight, bias, dilation)
     _op.refuse_tangent("conv1d", weight=weight, bias=bias)
     x, x_dot = _op.split(x)
-    if x_dot is None and not _in_triton(x):
-        if fast and _pays_to_be_fast(x, weight, bias, dilation):
-            return _toom_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
-        if _is_vocoder_like(x, weight, bias, dilation):
-            return _channels_first_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
-        return _convolve(x, weight, bias, dilation)
-    x, x_dot, weight, bias = _op.autocast(x, x_dot, weight, bias)
-    alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    needs = "x, weight and bias of one floating dtype"
-    fits = alike and x.is_floating_point()
-    _op.check(fits, "conv1d", needs, x=x, weight=weight, bias=bias)
+    y = _jvp_rows.known(weight, (*x.shape[:2], weight.shape[0]))
+    if y is not None:
+        of_dot = None if x_dot is None else _op.autocast(x_dot, weight)
+        return _op.join(y, None if of_dot is None else _fwd_op(*of_dot, None, dilation))
     if x_dot is None:
-        return _fwd_op(x, weight, bias, dilation)
+        return _jvp_rows.made(weight, _value(x, weight, bias, dilation, fast))
+    x, x_dot, weight, bias = _op.autocast(x, x_dot, weight, bias)
+    _check_alike(x, weight, bias)
     return _op.join(*_jvp_op(x, x_dot, weight, bias, dilation))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _op
+from mfmjt.kernels import _jvp_rows, _op
 
 __all__ = ["linear", "linear_ref"]
 
@@ -89,6 +89,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_ref(x, weight, bias)
     _op.refuse_tangent("linear", weight=weight, bias=bias)
     x, x_dot = _op.split(x)
+    y = _jvp_rows.known(weight, (*x.shape[:-1], weight.shape[0]))
+    if y is not None:
+        return _op.join(y, None if x_dot is None else F.linear(x_dot, weight))
     if x_dot is None:
-        return F.linear(x, weight, bias)
+        return _jvp_rows.made(weight, F.linear(x, weight, bias))
     return _op.join(*_jvp_op(*_op.autocast(x, x_dot, weight, bias)))

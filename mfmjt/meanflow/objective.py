@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow._tree import Cond, rows
-from mfmjt.meanflow.targets import Network, Target, Velocity, mean_velocity
+from mfmjt.meanflow.targets import Network, Target, Velocity, mean_velocity, regressed_to
 from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs
 
 __all__ = ["LossStats", "condition_dropout", "loss"]
@@ -101,7 +101,8 @@ def loss(
 
     Args:
         f: f(z, r, t, **cond) -> u, shaped like z. Called with subsets of the batch: once for the
-            samples with r < t, under `torch.func.jvp`, and once for the others.
+            samples with r < t, under `torch.func.jvp`, and once for the others. On a CPU, where f
+            has a method `jvp_rows` as `mfmjt.model.MFMJT` has, that is called with all instead.
         x: Clean data (B, ...), noise-free and normalised.
         cond: Keyword arguments for f, all with the batch first: tensors or tuples of them.
         ratio: Share of samples with r < t; their number is round(ratio·B), so that shapes are
@@ -165,12 +166,23 @@ def loss(
         v = velocity(f, z, t, v, dict(cond)).detach()
 
     interval_errors, flow_errors = x.new_zeros(0), x.new_zeros(0)
-    if intervals:
-        i = with_tangent
-        interval_errors = _errors(*target(f, z[i], r[i], t[i], v[i], rows(cond, i)))
-    if intervals < batch:
-        i = without
-        flow_errors = _errors(f(z[i], t[i], t[i], **rows(cond, i)), v[i])
+    if (
+        target is mean_velocity
+        and isinstance(with_tangent, slice)
+        and _pays_at_once(f, z, intervals)
+    ):
+        first = with_tangent
+        ends = torch.cat((r[first], t[without]))
+        u, du_dt = f.jvp_rows(z, ends, t, v[first], **cond)  # type: ignore[attr-defined]
+        goal = torch.cat((regressed_to(v[first], r[first], t[first], du_dt), v[without]))
+        interval_errors, flow_errors = _errors(u, goal).tensor_split([intervals])
+    else:
+        if intervals:
+            i = with_tangent
+            interval_errors = _errors(*target(f, z[i], r[i], t[i], v[i], rows(cond, i)))
+        if intervals < batch:
+            i = without
+            flow_errors = _errors(f(z[i], t[i], t[i], **rows(cond, i)), v[i])
 
     errors = torch.cat((interval_errors, flow_errors))
     weighted = errors if p == 0 else errors * (errors.detach() + c).pow(-p)
@@ -194,6 +206,17 @@ def condition_dropout(
     if not 0 <= p <= 1:
         raise InputError(f"p is {p}: it is a probability. Give 0 to 1.")
     return torch.rand(batch, generator=generator, device=device) >= p
+
+
+def _pays_at_once(f: Network, z: Tensor, intervals: int) -> bool:
+    """Whether one call with all samples and a tangent beside is quicker than two calls."""
+    few = 0 < intervals <= z.shape[0] // 2
+    return (
+        few
+        and hasattr(f, "jvp_rows")
+        and z.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _errors(u: Tensor, target: Tensor) -> Tensor:

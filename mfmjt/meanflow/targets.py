@@ -23,6 +23,7 @@ __all__ = [
     "guided_velocity",
     "improved_mean_velocity",
     "mean_velocity",
+    "regressed_to",
 ]
 
 Network = Callable[..., Tensor]
@@ -163,7 +164,12 @@ def _mean_velocity(
     u, du_dt, *_ = torch.func.jvp(
         lambda z, t: f(z, r, t, **cond), (z, t), (direction, torch.ones_like(t))
     )
-    return u, v - _span(t - r, z) * du_dt.detach().to(z.dtype)
+    return u, regressed_to(v, r, t, du_dt)
+
+
+def regressed_to(v: Tensor, r: Tensor, t: Tensor, du_dt: Tensor) -> Tensor:
+    """MeanFlow's target, v − (t − r)·du/dt."""
+    return v - _span(t - r, v) * du_dt.detach().to(v.dtype)
 
 
 def _span(per_sample: Tensor, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mfmjt.errors import InputError
+from mfmjt.kernels import jvp_rows
 from mfmjt.model.blocks import (
     Block,
     Conv1d,
@@ -348,6 +349,30 @@ class MFMJT(nn.Module):
         for block in self.fused_blocks:
             latent = block(latent, frames, latent_rope)
         return -self.final_layer(latent, whole).to(z.dtype)
+
+    def jvp_rows(
+        self, z: Tensor, r: Tensor, t: Tensor, z_dot: Tensor, **conditions: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity u of all samples, and du/dt of the first along (z_dot, 0, 1) without a graph.
+
+        One evaluation and a tangent, instead of two evaluations; see `mfmjt.kernels.jvp_rows`.
+
+        Args:
+            z: Noisy latents (B, N, C).
+            r: Ends of the intervals (B,).
+            t: Their begins (B,).
+            z_dot: dz/dt of the first M samples (M, N, C), 0 < M < B.
+            conditions: As for `forward`, all with B samples or one.
+
+        Returns:
+            u (B, N, C) and du/dt (M, N, C).
+        """
+
+        def u(z: Tensor, t: Tensor, r: Tensor, conditions: dict[str, Any]) -> Tensor:
+            return self(z, r, t, **conditions)
+
+        tangents = (z_dot, torch.ones_like(t[: z_dot.shape[0]]), None, None)
+        return jvp_rows(u, (z, t, r, conditions), tangents)
 
     @staticmethod
     def _frame_condition(shared: Tensor, sync: Tensor, length: int) -> FrameCondition:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mfmjt import meanflow
 from mfmjt.errors import InputError
+from mfmjt.model import MFMJT
 from tests.meanflow import exact
 from tests.oracle import allowance, error
 
@@ -75,6 +76,38 @@ def test_known_number_of_intervals_gives_the_same():
     ours = meanflow.loss(net, x, noise=e, r=R[order], t=T[order], intervals=3)
     truth = definition(net, x, e, R[order], T[order])
     assert error(ours.detach(), truth.detach()) <= allowance(truth.detach(), torch.float64, 64)
+
+
+def test_network_that_takes_all_samples_at_once():
+    net = MFMJT.from_config("nano", hidden_dim=16, num_heads=2, depth=2, fused_depth=1)
+    net = net.double()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    config, batch, length = net.config, 6, 9
+    x, noise = torch.randn(2, batch, length, config.latent_dim, dtype=torch.float64).unbind()
+    sizes = zip(config.lengths(length), (config.video_dim, config.sync_dim), strict=True)
+    video, sync = (torch.randn(batch, *size, dtype=torch.float64) for size in sizes)
+    cond = {"video": video, "sync": sync, "video_mask": torch.arange(batch) % 2 == 0}
+    for intervals in (1, 3, 4):
+        t = torch.rand(batch, dtype=torch.float64)
+        r = torch.where(torch.arange(batch) < intervals, t * torch.rand(batch), t)
+        given = {"noise": noise, "r": r, "t": t, "intervals": intervals, "p": 0.5}
+        at_once = meanflow.loss(net, x, cond, **given)
+        truth = meanflow.loss(lambda *a, **k: net(*a, **k), x, cond, **given)
+        wanted = [p for p in net.parameters() if p.requires_grad]
+        found, true = (
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(v, wanted, allow_unused=True)
+                    if g is not None
+                ]
+            )
+            for v in (at_once, truth)
+        )
+        assert error(at_once, truth) <= allowance(truth, torch.float64, x.numel())
+        assert error(found, true) <= allowance(true, torch.float64, x.numel())
 
 
 def test_number_and_kind_of_calls():
