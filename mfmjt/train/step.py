@@ -82,7 +82,7 @@ def draw(
 class Step(nn.Module):
     """The loss of some rows as one module with one forward pass, which is what DDP can synchronise.
 
-    MeanFlow calls the network twice, once of that inside `torch.func.jvp`. Wrapped alone, the
+    MeanFlow calls the network twice, one time of that inside `torch.func.jvp`. Wrapped alone, the
     network would be called around DDP's hooks, and gradients would differ between processes
     without an error.
 
