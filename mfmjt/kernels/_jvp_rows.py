@@ -11,6 +11,7 @@ look them up among what the first call has made, so that only the tangent is mul
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +30,9 @@ _OTHERWISE = (
     "alike and apart; use torch.func.jvp for one that does not."
 )
 
-_making: tuple[list[Product], float] | None = None
-_known: Iterator[Product] | None = None
+# Of one thread, whose number is the last entry; what others multiply meanwhile is their own.
+_making: tuple[list[Product], float, int] | None = None
+_known: tuple[Iterator[Product], int] | None = None
 
 
 def made(weight: Tensor, y: Tensor) -> Tensor:
@@ -39,8 +41,8 @@ def made(weight: Tensor, y: Tensor) -> Tensor:
     What has no tape is not remembered: where blocks compute their inside again for the backward
     pass, nothing of it is to stay in memory.
     """
-    if _making is not None:
-        products, share = _making
+    if _making is not None and _making[-1] == threading.get_ident():
+        products, share, _ = _making
         first = y[: round(share * y.shape[0])] if y.shape[0] > 1 else y
         products.append((weight.shape, first.detach().clone() if y.requires_grad else None))
     return y
@@ -52,9 +54,9 @@ def known(weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     Raises:
         RuntimeError: Products come in another order, or in other shapes.
     """
-    if _known is None:
+    if _known is None or _known[-1] != threading.get_ident():
         return None
-    of_weight, y = next(_known, (None, None))
+    of_weight, y = next(_known[0], (None, None))
     if of_weight != weight.shape or (y is not None and y.shape != shape):
         raise RuntimeError(_OTHERWISE)
     return y
@@ -63,7 +65,7 @@ def known(weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 @contextlib.contextmanager
 def _remembering(products: list[Product], share: float) -> Iterator[None]:
     global _making
-    before, _making = _making, (products, share)
+    before, _making = _making, (products, share, threading.get_ident())
     try:
         yield
     finally:
@@ -73,7 +75,7 @@ def _remembering(products: list[Product], share: float) -> Iterator[None]:
 @contextlib.contextmanager
 def _knowing(products: Iterator[Product]) -> Iterator[None]:
     global _known
-    before, _known = _known, products
+    before, _known = _known, (products, threading.get_ident())
     try:
         yield
     finally:
@@ -103,10 +105,11 @@ def jvp_rows(
         ValueError: Tangents and primals do not fit.
         RuntimeError: f multiplies the first rows in another way than all.
     """
-    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    moving = [
+        i for i, (_, dot) in enumerate(zip(primals, tangents, strict=False)) if dot is not None
+    ]
     sizes = [(primals[i].shape, tangents[i].shape) for i in moving]  # type: ignore[union-attr]
-    rows = sizes[0][1][0] if sizes and sizes[0][1] else 0
-    batch = sizes[0][0][0] if sizes else 0
+    batch, rows = (size[0] if size else 0 for size in (sizes[0] if sizes else ((), ())))
     fits = len(tangents) == len(primals) and 0 < rows < batch
     if not (fits and all(x == (batch, *dot[1:]) and dot[0] == rows for x, dot in sizes)):
         raise ValueError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,6 +88,24 @@ def test_nothing_stays_behind() -> None:
     assert (kernels._jvp_rows._making, kernels._jvp_rows._known) == (None, None)
 
 
+def test_another_thread_multiplies_for_itself() -> None:
+    net, primals, tangents = given()
+    x, weight = torch.randn(5, 6, dtype=torch.float64), net.weights[0]
+
+    def f(*given: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        other = threading.Thread(target=lambda: found.append(linear(x, weight)))
+        other.start()
+        other.join()
+        assert torch.equal(found[0], x @ weight.T)
+        return net(*given)
+
+    value, dot = jvp_rows(f, primals, tangents)
+    truth, true_dot = jvp_rows(net, primals, tangents)
+    assert torch.equal(value, truth)
+    assert torch.equal(dot, true_dot)
+
+
 def test_a_function_that_does_not_treat_rows_alike_is_refused() -> None:
     net, primals, tangents = given()
     first, second = net.filters, net.weights[0]
@@ -113,6 +133,9 @@ def test_rows_that_are_not_some_are_refused(rows: int) -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     net, primals, tangents = given()
-    for wrong in ((None,) * 4, tangents[:3], (tangents[0][:, :3], *tangents[1:])):
+    more, flat = (*tangents, tangents[0]), tuple(torch.tensor(1.0) for _ in primals)
+    with pytest.raises(ValueError, match="jvp_rows"):
+        jvp_rows(net, flat, tangents)
+    for wrong in ((None,) * 4, tangents[:3], more, (tangents[0][:, :3], *tangents[1:])):
         with pytest.raises(ValueError, match="jvp_rows"):
             jvp_rows(net, primals, wrong)
