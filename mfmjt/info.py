@@ -16,6 +16,7 @@ OPTIONAL = {
     "matplotlib": "plots; pip install 'mfmjt[plot]'",
     "tensorboard": "training curves; pip install 'mfmjt[train]'",
 }
+NOT_OPS = ("accelerate_jvp", "jvp_rows", "reference")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -102,18 +103,29 @@ def _ops() -> list[str]:
         lines = [f"C++ kernels {status['missing']}"]
     else:
         lines = [f"C++ kernels {status['used']} in use, compiled by {status['compiler']}"]
-    lines.append("Ops         on the CPU, on CUDA")
-    served = {name.rsplit("_", 1)[0] for name in status.get("ops", "").split()}
+    lines.append(f"{'Ops':<24}{'on the CPU':<32}on CUDA")
+    served = set(status.get("ops", "").split())
     registered = torch._C._dispatch_get_all_op_names()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in (name for name in kernels.__all__ if name not in ("accelerate_jvp", "reference")):
-        parts = [name for name in registered if name.rsplit("_", 1)[0] == f"mfmjt::{op}"]
-        cpu = "C++" if op in served else "PyTorch"
-        triton = any(has_kernel(name, "CUDA") for name in parts)
+    for op in (name for name in kernels.__all__ if name not in NOT_OPS):
+        names = [n for n in registered if n.rsplit("_", 1)[0] == f"mfmjt::{op}"]
+        triton = any(has_kernel(name, "CUDA") for name in names)
         cuda = "Triton" if triton else "PyTorch" if _triton.AVAILABLE else "-"
-        lines.append(f"  {op:<22}{cpu:<9}{cuda}")
+        parts = sorted({name.rsplit("_", 1)[1] for name in names})
+        lines.append(f"  {op:<22}{_on_cpu(op, parts, served):<32}{cuda}")
     lines.append("  accelerate_jvp        any network; print its report to see what was taken")
     return lines
+
+
+def _on_cpu(op: str, parts: list[str], served: set[str]) -> str:
+    """What runs the parts of an op (value fwd, tangent jvp, gradient bwd) on a CPU."""
+    native = [part for part in parts if f"{op}_{part}" in served]
+    if native and native == parts:
+        return "C++"
+    if native:
+        rest = [part for part in parts if part not in native]
+        return f"C++ {' '.join(native)}, PyTorch {' '.join(rest)}"
+    return "PyTorch, parts in C++" if any(n.startswith(f"{op}_") for n in served) else "PyTorch"
 
 
 def _models() -> list[str]:
