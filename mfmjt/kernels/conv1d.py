@@ -35,7 +35,16 @@ conv1d over transposes takes:
     (16, 250, 128 -> 512), 3     18.0 / 48.2      1.30 / 1.46
     (16, 250, 20 -> 448), 7       5.2 / 18.4      1.65 / 1.55
 Between one and two times as much weight as activations the two are equal within some 5 %. K
-products of shifted rows and an im2col were slower throughout.
+products of shifted rows and an im2col were slower throughout for the value. The cotangents were
+timed apart, on two threads, ms by PyTorch's convolution_backward and by what is done instead:
+    (B, N, C -> O), K          W_bar as a product    x_bar as a forward conv2d
+    (10, 63, 448 -> 1280), 3    15.2, 12.1            12.6, 13.1, left to it
+    (10, 250, 448 -> 1280), 3   48.7, 45.9            45.7, 42.5
+    (10, 250, 1280 -> 448), 3   49.1, 47.0            46.5, 42.2
+    (40, 250, 128 -> 384), 3    15.9, 17.3 left to it 19.4, 13.9
+So W_bar is a product with im2col'd x or y_bar, whichever has fewer channels, where there is a
+quarter as much weight as activations, and x_bar a convolution with W turned about where there is
+less than half.
 
 `fast=True` lets the CPU compute a value that nobody differentiates by Toom and Cook's method
 (Winograd's, in one dimension), where x lies channels-first as vocoders have it: taps in segments of
@@ -84,14 +93,14 @@ def _sequence(x: Tensor) -> Tensor:
     return x.squeeze(2).transpose(1, 2)
 
 
-def _is_mostly_filters(x: Tensor, weight: Tensor) -> bool:
-    """Whether the filters outweigh what they read and write: PyTorch's conv1d is quicker then."""
+def _filters_over_activations(x: Tensor, weight: Tensor) -> float:
+    """Elements of the filters over those of what they read and write."""
     outs, channels, _ = weight.shape
-    return weight.numel() > x.shape[0] * x.shape[1] * (channels + outs)
+    return weight.numel() / max(1, x.shape[0] * x.shape[1] * (channels + outs))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    if _is_mostly_filters(x, weight):
+    if _filters_over_activations(x, weight) > 1:
         return conv1d_ref(x, weight, bias, dilation)
     return _filtered(x, weight.unsqueeze(2), bias, dilation)
 
@@ -101,24 +110,6 @@ def _filtered(x: Tensor, filters: Tensor, bias: Tensor | None, dilation: int) ->
     padding = dilation * (filters.shape[-1] // 2)
     y = F.conv2d(_image(x), filters, bias, padding=(0, padding), dilation=(1, dilation))
     return _sequence(y)
-
-
-def _cotangents(
-    y_bar: Tensor, x: Tensor, weight: Tensor, dilation: int, wanted: list[bool]
-) -> list[Any]:
-    """Of x, (B, C, N), and of the weight; None for what is not wanted."""
-    padding = dilation * (weight.shape[-1] // 2)
-    if _is_mostly_filters(x, weight):
-        x_bar, weight_bar, _ = torch.ops.aten.convolution_backward(
-            *(y_bar.transpose(1, 2), x.transpose(1, 2), weight, [weight.shape[0]]),
-            *([1], [padding], [dilation], False, [0], 1, wanted),
-        )
-        return [x_bar, weight_bar]
-    x_bar, weight_bar, _ = torch.ops.aten.convolution_backward(
-        *(_image(y_bar), _image(x), weight.unsqueeze(2), [weight.shape[0]]),
-        *([1, 1], [0, padding], [1, dilation], False, [0, 0], 1, wanted),
-    )
-    return [None if bar is None else bar.squeeze(2) for bar in (x_bar, weight_bar)]
 
 
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -134,15 +125,50 @@ def _jvp(
 
 
 def _bwd_x(y_bar: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    over = _filters_over_activations(y_bar, weight)
+    if over < 1 / 2:
+        turned = weight.flip(2).transpose(0, 1).unsqueeze(2)
+        filters = turned.contiguous(memory_format=torch.channels_last)
+        return _filtered(y_bar, filters, None, dilation).contiguous()
     x = y_bar.new_empty(1).expand(*y_bar.shape[:2], weight.shape[1])  # its values do not matter
-    wanted = [True, False, False]
-    return _cotangents(y_bar, x, weight, dilation, wanted)[0].transpose(1, 2).contiguous()
+    padding = dilation * (weight.shape[2] // 2)
+    if over > 1:
+        x_bar, _, _ = torch.ops.aten.convolution_backward(
+            *(y_bar.transpose(1, 2), x.transpose(1, 2), weight, None),
+            *([1], [padding], [dilation], False, [0], 1, [True, False, False]),
+        )
+        return x_bar.transpose(1, 2).contiguous()
+    x_bar, _, _ = torch.ops.aten.convolution_backward(
+        *(_image(y_bar), _image(x), weight.unsqueeze(2), None),
+        *([1, 1], [0, padding], [1, dilation], False, [0, 0], 1, [True, False, False]),
+    )
+    return _sequence(x_bar).contiguous()
 
 
 def _bwd_weight(y_bar: Tensor, x: Tensor, taps: int, dilation: int) -> Tensor:
-    weight = x.new_empty(1).expand(y_bar.shape[2], x.shape[2], taps)
-    wanted = [False, True, False]
-    return _cotangents(y_bar, x, weight, dilation, wanted)[1].contiguous()
+    outs, channels = y_bar.shape[2], x.shape[2]
+    weight = x.new_empty(1).expand(outs, channels, taps)  # its values do not matter
+    if _filters_over_activations(x, weight) < 1 / 4:
+        padding = dilation * (taps // 2)
+        _, weight_bar, _ = torch.ops.aten.convolution_backward(
+            *(_image(y_bar), _image(x), weight.unsqueeze(2), None),
+            *([1, 1], [0, padding], [1, dilation], False, [0, 0], 1, [False, True, False]),
+        )
+        return weight_bar.squeeze(2).contiguous()
+    if channels <= outs:
+        product = y_bar.reshape(-1, outs).t() @ _windows(x, taps, dilation)
+        return product.view(outs, taps, channels).transpose(1, 2).contiguous()
+    product = _windows(y_bar, taps, dilation).t() @ x.reshape(-1, channels)
+    return product.view(taps, outs, channels).flip(0).permute(1, 2, 0).contiguous()
+
+
+def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
+    """Each token's K neighbours in a row, (B N, K C)."""
+    (samples, tokens, channels), reach = x.shape, dilation * (taps // 2)
+    x = F.pad(x, (0, 0, reach, reach)).contiguous()
+    strides = (x.stride(0), channels, dilation * channels, 1)
+    windows = x.as_strided((samples, tokens, taps, channels), strides)
+    return windows.reshape(samples * tokens, taps * channels)
 
 
 @jit
