@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.cases import VALUE, Case, Cost, Input, Shape, shapes
 from mfmjt.kernels import reference, streams
@@ -21,6 +22,7 @@ __all__ = ["cases"]
 TAPS = (3, 3, 1)
 """Of the feed-forward's filters: of the latent, of the video, of the text."""
 Call = Callable[..., tuple[Tensor, ...]]
+_PACKED: Any = WeakIdKeyDictionary()
 
 
 @functools.lru_cache
@@ -34,20 +36,30 @@ def _of(given: dict[str, Tensor], name: str) -> list[Tensor]:
     return [given[f"{name}{i}"] for i in range(len(TAPS))]
 
 
+def _packed(weight: Tensor, glu: bool = False) -> streams.Packed:
+    """As a network arranges it when it is loaded: once."""
+    if torch.compiler.is_compiling():
+        return streams.Packed(weight, glu)
+    if weight not in _PACKED:
+        parts = weight.chunk(2 if glu else 1)
+        _PACKED[weight] = streams.pack(*(part.transpose(1, 2) for part in parts))
+    return _PACKED[weight]
+
+
 def _gated(**given: Tensor) -> tuple[Tensor, ...]:
-    weights = [streams.Packed(w, glu=True) for w in _of(given, "weight")]
+    weights = [_packed(w, glu=True) for w in _of(given, "weight")]
     return tuple(streams.project(_of(given, "x"), weights))
 
 
 def _back(**given: Tensor) -> tuple[Tensor, ...]:
-    weights = [streams.Packed(w) for w in _of(given, "weight")]
+    weights = [_packed(w) for w in _of(given, "weight")]
     return tuple(streams.project(_of(given, "x"), weights))
 
 
 def _qkv(heads: int, **given: Tensor) -> tuple[Tensor, ...]:
     qs, ks, vs = streams.project_qkv(
         _of(given, "x"),
-        [streams.Packed(w[:, None]) for w in _of(given, "weight")],
+        [_packed(w) for w in _of(given, "weight")],
         _of(given, "bias"),
         _of(given, "q_norm"),
         _of(given, "k_norm"),
@@ -128,7 +140,7 @@ def cases(scale: str) -> list[Case]:
 
         inputs, flops, rows, weights = _products(s, s.dim, 3 * s.dim, (1, 1, 1))
         for i in range(3):
-            inputs[f"weight{i}"] = Input((3 * s.dim, s.dim), moves=False, scale=s.dim**-0.5)
+            inputs[f"weight{i}"] = Input((3 * s.dim, 1, s.dim), moves=False, scale=s.dim**-0.5)
             inputs[f"bias{i}"] = Input((3 * s.dim,), moves=False)
             inputs |= {f"{name}_norm{i}": Input((width,), moves=False) for name in "qk"}
         for i, n in enumerate(s.streams[:2]):
