@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `mfmjt --help` is quick.
 
 from __future__ import annotations
 
+import select
 import signal
 import sys
 import threading
@@ -54,6 +55,8 @@ class _Commands(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                raise  # the parser of arguments ends quietly, as for `mfmjt info | head -1`
             if hasattr(error, "format_message"):  # misuse found by the parser of arguments
                 if not error.format_message():
                     raise  # a command without arguments, which shows its help
@@ -73,6 +76,13 @@ class _Commands(TyperGroup):
                     err=True,
                 )
             raise typer.Exit(1) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether who read the output has gone; a pipe to ffmpeg may have broken just as well."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 app = typer.Typer(

@@ -245,3 +245,12 @@ def test_info() -> None:
     assert result.exit_code == 0
     for told in ("torch", "CPU", "GPU", "adaln", "matplotlib"):
         assert told in result.stdout
+
+
+def test_ends_quietly_when_nobody_reads_its_output():
+    command = [sys.executable, "-m", "mfmjt.cli", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (1, b"")
