@@ -1,4 +1,4 @@
-"""Published weight files: where they are, what they hold, and what is wrong with them.
+"""Weight files: published ones and our own, what they hold, and what is wrong with them.
 
 Nothing here is unpickled: `.pth` and `.pt` files are read as tensors only.
 """
@@ -6,22 +6,35 @@ Nothing here is unpickled: `.pth` and `.pt` files are read as tensors only.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mfmjt.errors import InputError
+from mfmjt.files import atomic_path
 
-__all__ = ["Check", "PublishedFile", "find", "find_all", "load_published", "read_state_dict"]
+__all__ = [
+    "Check",
+    "PublishedFile",
+    "find",
+    "find_all",
+    "load_module",
+    "load_published",
+    "read_state_dict",
+    "save_module",
+]
+
+M = TypeVar("M", bound=nn.Module)
 
 Check = Literal["name", "size", "md5"]
 """How closely a file must resemble the published one, each including those before it."""
@@ -193,3 +206,43 @@ def load_published(
     extra = {name: values.pop(name) for name in beside}
     module.load_state_dict(values, assign=True)
     return extra
+
+
+def save_module(
+    path: str | os.PathLike[str], module: nn.Module, config: Any, dtype: torch.dtype
+) -> None:
+    """Write weights, stored as `dtype`, with a dataclass of sizes as safetensors metadata."""
+    state = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, {"config": json.dumps(asdict(config))})
+
+
+def load_module(
+    path: str | os.PathLike[str], kind: type[M], config: Callable[..., Any], called: str
+) -> M:
+    """Read what `save_module` wrote, as float32 in evaluation mode.
+
+    Args:
+        path: The file.
+        kind: The module's class, made of its configuration alone.
+        config: The class of that.
+        called: What the file holds, for messages.
+
+    Raises:
+        InputError: No such file, not safetensors, or another module's.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            sizes = dict(json.loads((file.metadata() or {})["config"]))
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        lists = {name: tuple(size) for name, size in sizes.items() if isinstance(size, list)}
+        module = kind(config(**{**sizes, **lists}))
+        module.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise InputError(f"No {called} at {path}: no such file. Check the path.") from error
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Cannot load {path}: it is not a {kind.__name__} checkpoint "
+            f"({str(error).splitlines()[0]}). Give a file written by `{kind.__name__}.save`."
+        ) from error
+    return module.eval()

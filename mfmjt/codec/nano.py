@@ -9,20 +9,17 @@ noise: latents cannot say the phase of every noise bin, and rain made of smooth 
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mfmjt.checkpoints import load_module, save_module
 from mfmjt.codec.mel import MelSpectrogram, slaney_filterbank
 from mfmjt.errors import InputError
-from mfmjt.files import atomic_path
 
 __all__ = ["NanoCodec", "NanoCodecConfig"]
 
@@ -240,9 +237,7 @@ class NanoCodec(nn.Module):
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the weights, stored as `dtype`, with the configuration as safetensors metadata."""
-        state = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(path) as temporary:
-            save_file(state, temporary, {"config": json.dumps(asdict(self.config))})
+        save_module(path, self, self.config, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NanoCodec:
@@ -251,19 +246,4 @@ class NanoCodec(nn.Module):
         Raises:
             InputError: No such file, not safetensors, or not a `NanoCodec`'s.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {})["config"])
-                state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            for name in ("decoder_dims", "decoder_depths"):
-                config[name] = tuple(config[name])
-            codec = cls(NanoCodecConfig(**config))
-            codec.load_state_dict(state)
-        except FileNotFoundError as error:
-            raise InputError(f"No codec at {path}: no such file. Check the path.") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"Cannot load {path}: it is not a NanoCodec checkpoint "
-                f"({str(error).splitlines()[0]}). Give a file written by `NanoCodec.save`."
-            ) from error
-        return codec.eval()
+        return load_module(path, cls, NanoCodecConfig, "codec")

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mfmjt.checkpoints import load_module, save_module
 from mfmjt.errors import InputError
-from mfmjt.files import atomic_path
 
 __all__ = ["FrameEncoder", "NanoEncoders", "NanoEncodersConfig", "SyncEncoder", "TextEncoder"]
 
@@ -321,9 +318,7 @@ class NanoEncoders(nn.Module):
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the weights, stored as `dtype`, with the configuration as safetensors metadata."""
-        state = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(path) as temporary:
-            save_file(state, temporary, {"config": json.dumps(asdict(self.config))})
+        save_module(path, self, self.config, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NanoEncoders:
@@ -332,19 +327,4 @@ class NanoEncoders(nn.Module):
         Raises:
             InputError: No such file, not safetensors, or not those of `NanoEncoders`.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {})["config"])
-                state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            for name in ("frame_channels", "sync_channels"):
-                config[name] = tuple(config[name])
-            encoders = cls(NanoEncodersConfig(**config))
-            encoders.load_state_dict(state)
-        except FileNotFoundError as error:
-            raise InputError(f"No encoders at {path}: no such file. Check the path.") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"Cannot load {path}: it is not a NanoEncoders checkpoint "
-                f"({str(error).splitlines()[0]}). Give a file written by `NanoEncoders.save`."
-            ) from error
-        return encoders.eval()
+        return load_module(path, cls, NanoEncodersConfig, "encoders")
