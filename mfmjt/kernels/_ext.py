@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["formulas", "kernel", "status", "takes"]
+__all__ = ["formulas", "kernel", "native", "status", "takes"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,6 +58,23 @@ def formulas() -> Iterator[None]:
         _in_use = before
 
 
+def native(name: str) -> Callable[..., Any] | None:
+    """The C++ kernel of the library op `mfmjt::<name>`, or None where there is none.
+
+    Raises:
+        ImportError: The extension was built from other sources.
+    """
+    if _module is None or name not in _TAKES:
+        return None
+    try:
+        return getattr(torch.ops.mfmjt_cpu, name).default
+    except AttributeError as error:
+        raise ImportError(
+            f"mfmjt._C has no kernel {name}: it was built from older sources than these. "
+            "Install mfmjt again, for example with: pip install ."
+        ) from error
+
+
 def kernel(name: str, formula: Callable[..., Any]) -> Callable[..., Any] | None:
     """What the library op `mfmjt::<name>` runs on a CPU, or None where that is the formula alone.
 
@@ -68,18 +85,12 @@ def kernel(name: str, formula: Callable[..., Any]) -> Callable[..., Any] | None:
     Raises:
         ImportError: The extension was built from other sources.
     """
-    if _module is None or name not in _TAKES:
+    in_cpp = native(name)
+    if in_cpp is None:
         return None
-    try:
-        native = getattr(torch.ops.mfmjt_cpu, name).default
-    except AttributeError as error:
-        raise ImportError(
-            f"mfmjt._C has no kernel {name}: it was built from older sources than these. "
-            "Install mfmjt again, for example with: pip install ."
-        ) from error
 
     def choose(*args: Any) -> Any:
-        return native(*args) if takes(name, *args) else formula(*args)
+        return in_cpp(*args) if takes(name, *args) else formula(*args)
 
     return choose
 

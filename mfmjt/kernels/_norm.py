@@ -56,11 +56,13 @@ _normalise_bar = torch.ops.aten.native_layer_norm_backward.default
 def check_modulation(op: str, x: Tensor, **modulations: Tensor) -> None:
     """Raise unless every modulation broadcasts to x without growing it."""
     _op.check_tensors(op, x=x, **modulations)
+    shape, floating = x.shape, x.is_floating_point()
     for name, m in modulations.items():
-        fits = m.ndim <= x.ndim and all(
-            a in (1, b) for a, b in zip(m.shape[::-1], x.shape[::-1], strict=False)
-        )
-        if not (fits and m.is_floating_point() and x.is_floating_point()):
+        of_m = m.shape
+        fits = floating and m.is_floating_point() and len(of_m) <= len(shape)
+        for i in range(-len(of_m) if fits else 0, 0):
+            fits = fits and (of_m[i] == 1 or of_m[i] == shape[i])
+        if not fits:
             _op.check(False, op, f"{name} that broadcasts to x", x=x, **{name: m})
 
 

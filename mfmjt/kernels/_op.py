@@ -1,25 +1,31 @@
 """How an op meets the dispatcher and the two differentiation modes; the only file that knows.
 
-An op is a plain Python *front door*: it takes the dual numbers of its inputs apart (`split`),
-calls one opaque library op (`mfmjt::<op>_fwd`, or `mfmjt::<op>_jvp` which computes value and
-tangent together) and puts the result together again (`join`). PyTorch's own hooks do not serve:
-forward mode through a bare library op gives a tangent of exactly zero and no error, and
-`torch.compile` ignores the `jvp` rule of an `autograd.Function` (both measured on torch 2.13).
+An op is a plain Python *front door*: `dual` takes the dual numbers of its inputs apart, calls one
+opaque library op (`mfmjt::<op>_fwd`, or `mfmjt::<op>_jvp` which computes value and tangent
+together) and puts the results together again. PyTorch's own hooks do not serve: forward mode
+through a bare library op gives a tangent of exactly zero and no error, and `torch.compile` ignores
+the `jvp` rule of an `autograd.Function` (both measured on torch 2.13).
 
-Reverse mode goes through values only. `split` detaches tangents, so nothing of them is kept for
+Reverse mode goes through values only. `dual` detaches tangents, so nothing of them is kept for
 backward, and a gradient that arrives at a tangent raises.
+
+On the way to a kernel of some microseconds lie layers that cost several times as much, and both are
+left out where nothing would come of them: functorch's, which wraps and unwraps every tensor of
+every call (`_below`), and the dispatcher's, where nobody watches and no gradient is wanted
+(`_is_plain`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from mfmjt.kernels import _ext, _triton
 
@@ -29,6 +35,7 @@ __all__ = [
     "check",
     "check_tensors",
     "define",
+    "dual",
     "join",
     "reference",
     "refuse_gradient",
@@ -71,8 +78,11 @@ def check(condition: bool, op: str, needs: str, **tensors: Tensor | None) -> Non
 
 def check_tensors(op: str, optional: dict[str, Any] | None = None, /, **tensors: Any) -> None:
     """Raise a TypeError that names what is no tensor, or no tuple of tensors."""
-    given = tensors | {n: t for n, t in (optional or {}).items() if t is not None}
-    for name, value in given.items():
+    if optional:
+        tensors |= {name: t for name, t in optional.items() if t is not None}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            continue
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, Tensor):
                 what = type(x).__name__
@@ -105,6 +115,8 @@ def _levels() -> int:
     """
     if forward_ad._current_level < 0:
         return 0
+    if _functorch is not None and _functorch.maybe_current_level() in (None, 1):
+        return 1
     stack = torch._C._functorch.get_interpreter_stack() or []
     return max(1, sum(s.key() == _JVP for s in stack))
 
@@ -152,11 +164,137 @@ def refuse_tangent(op: str, **tensors: Tensor | None) -> None:
         return
     for name, tensor in tensors.items():
         if split(tensor)[1] is not None:
-            raise NotImplementedError(
-                f"mfmjt.kernels.{op} does not propagate a tangent of its {name}. "
-                f"Differentiate with respect to the activations only, or use "
-                f"`with mfmjt.kernels.reference():`."
-            )
+            raise NotImplementedError(_NO_TANGENT.format(op=op, name=name))
+
+
+_NO_TANGENT = (
+    "mfmjt.kernels.{op} does not propagate a tangent of its {name}. Differentiate with respect to "
+    "the activations only, or use `with mfmjt.kernels.reference():`."
+)
+
+
+def dual(
+    run: Callable[..., Sequence[Any]],
+    moving: tuple[Tensor, ...],
+    op: str = "",
+    still: dict[str, Tensor | None] | None = None,
+) -> Sequence[Any]:
+    """Call an op with its inputs taken apart into values and tangents; put the results together.
+
+    Args:
+        run: (values, dots) -> results. `values` are those of the moving inputs, on the tape, and
+            then of the still ones; `dots` the tangents of the moving ones, off the tape, None where
+            one has none, and it gives y, y_dot, y, y_dot, ... in turn. Where none has one, `dots`
+            is None, and it gives the values y alone.
+        moving: Inputs that may carry a tangent.
+        op: Its name, for messages.
+        still: By their names, inputs that must not.
+
+    Returns:
+        The results, dual where an input was.
+
+    Raises:
+        NotImplementedError: A still input carries a tangent, or forward mode is nested.
+    """
+    still = still or {}
+    if _levels() == 0:
+        return run((*moving, *still.values()), None)
+    if not torch.compiler.is_compiling():
+        results = _below(run, moving, op, still)
+        if results is not None:
+            return results
+    refuse_tangent(op, **still)
+    parts = [split(x) for x in moving]
+    values = (*(value for value, _ in parts), *still.values())
+    dots = [dot for _, dot in parts]
+    if all(dot is None for dot in dots):
+        return run(values, None)
+    ys = run(values, dots)
+    return [join(y, y_dot) for y, y_dot in zip(ys[::2], ys[1::2], strict=True)]
+
+
+_FUNCTORCH_NAMES = (
+    "maybe_current_level",
+    "maybe_get_level",
+    "get_unwrapped",
+    "_wrap_for_grad",
+    "pop_dynamic_layer_stack",
+    "push_dynamic_layer_stack",
+)
+# PyTorch's own and private: where one has gone, everything goes through functorch.
+_functorch = (
+    torch._C._functorch if all(hasattr(torch._C._functorch, n) for n in _FUNCTORCH_NAMES) else None
+)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _below(
+    run: Callable[..., Sequence[Any]],
+    moving: tuple[Tensor, ...],
+    op: str,
+    still: dict[str, Tensor | None],
+) -> Sequence[Any] | None:
+    """What `dual` does, one level below the only one of functorch, on tensors without wrappers.
+
+    functorch would take its wrappers off and put them on again for each call of PyTorch in here.
+    That is done once instead, with its level left meanwhile: the op then runs as it does outside of
+    `torch.func.jvp`, on the same tensors and the same tape as at functorch's hands.
+
+    Returns:
+        None, and nothing has been done, where anything but one plain `torch.func.jvp` is open, or
+        where an input is not what that makes: a subclass, of another or a finished transform.
+    """
+    if (
+        _functorch is None
+        or _functorch.maybe_current_level() != 1
+        or torch._C._functorch.peek_interpreter_stack().key() != _JVP
+        or _is_watched()
+    ):
+        return None
+    get_level, unwrap = _functorch.maybe_get_level, _functorch.get_unwrapped
+    values: list[Tensor | None] = []
+    dots: list[Tensor | None] = []
+    for x in (*moving, *still.values()):
+        value, dot = x, None
+        if x is not None and get_level(x) == 1 and type(x) is Tensor and not x.requires_grad:
+            value, (_, dot) = unwrap(x), torch._VF._unpack_dual(x, level=0)
+            if dot is not None and get_level(dot) == 1:
+                dot = unwrap(dot)
+        for t in (value, dot):
+            if t is not None and (type(t) not in _PLAIN or get_level(t) != -1):
+                return None
+        values.append(value)
+        dots.append(dot)
+    for name, dot in zip(still, dots[len(moving) :], strict=True):
+        if dot is not None:
+            raise NotImplementedError(_NO_TANGENT.format(op=op, name=name))
+    del dots[len(moving) :]
+    moves = any(dot is not None for dot in dots)
+    level = _functorch.pop_dynamic_layer_stack()
+    try:
+        off_tape = [dot.detach() if dot is not None and dot.requires_grad else dot for dot in dots]
+        ys = run(values, off_tape if moves else None)
+    finally:
+        _functorch.push_dynamic_layer_stack(level)
+    if not moves:
+        return [_functorch._wrap_for_grad(y, 1) for y in ys]
+    make_dual = torch._VF._make_dual
+    return [
+        y if y_dot is None else make_dual(y, y_dot, level=0)
+        for y, y_dot in zip(ys[::2], ys[1::2], strict=True)
+    ]
+
+
+def _is_watched() -> bool:
+    """Whether someone sees every call of PyTorch: a mode other than a default device, a tracer."""
+    modes = torch._C._len_torch_function_stack()
+    if modes == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext:
+        modes = 0
+    return (
+        modes > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def define(
@@ -194,11 +332,43 @@ def define(
         _library.impl(name, guarded(_on_its_device(triton)), "CUDA")
     if triton is not None and _triton.ON_CPU:
         cpu = triton
+    native = None if cpu else _ext.native(name)
     cpu = cpu or _ext.kernel(name, implementation)
     if cpu is not None:
         _library.impl(name, guarded(cpu), "CPU")
     torch.library.register_fake(f"mfmjt::{name}", guarded(fake or implementation), lib=_library)
-    return op
+    return op if native is None else _or_straight(op, name, native)
+
+
+def _or_straight(op: Any, name: str, native: Callable[..., Any]) -> Callable[..., Any]:
+    """The op; or its C++ kernel alone, where all that lies between would do nothing.
+
+    Between are reverse mode and the checks of the op, in Python, and the dispatcher on either side.
+    """
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not (_is_plain(args) and _ext.takes(name, *args)):
+            return op(*args)
+        return native(*args)
+
+    call._schema = op._schema  # type: ignore[attr-defined]
+    return call
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether these are tensors on the CPU, nobody watches, and no gradient is wanted of them."""
+    if _functorch is None or _functorch.maybe_current_level() is not None or _is_watched():
+        return False
+    for x in args:
+        if type(x) in _PLAIN:
+            if not x.is_cpu or x.layout is not _STRIDED or _functorch.maybe_get_level(x) != -1:
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+
+
+_STRIDED = torch.strided
 
 
 def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,20 +386,22 @@ def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> C
     def tensors(arg: Any) -> Any:
         return arg if isinstance(arg, (list, tuple)) else (arg,)
 
+    def check_one(name: str, x: Tensor, first: Tensor) -> None:
+        if x.device != first.device and (x.is_floating_point() or x.device.type != "cpu"):
+            where = f"on {first.device} as its first argument"
+            raise ValueError(f"mfmjt::{op} needs {name} {where}; got {x.device}.")
+        if x.layout is not torch.strided or x.is_complex():
+            got = f"{x.layout}, {x.dtype}".replace("torch.", "")
+            raise ValueError(f"mfmjt::{op} needs {name} dense and real; got {got}.")
+
     @functools.wraps(implementation)
     def kernel(*args: Any) -> Any:
         first = None
         for name, arg in zip(names, args, strict=True):
             for x in tensors(arg):
-                if not isinstance(x, Tensor):
-                    continue
-                first = x if first is None else first
-                if x.device != first.device and (x.is_floating_point() or x.device.type != "cpu"):
-                    where = f"on {first.device} as its first argument"
-                    raise ValueError(f"mfmjt::{op} needs {name} {where}; got {x.device}.")
-                if x.layout is not torch.strided or x.is_complex():
-                    got = f"{x.layout}, {x.dtype}".replace("torch.", "")
-                    raise ValueError(f"mfmjt::{op} needs {name} dense and real; got {got}.")
+                if isinstance(x, Tensor):
+                    first = x if first is None else first
+                    check_one(name, x, first)
         for i, j in tangents:
             for dot, x in zip(tensors(args[i]), tensors(args[j]), strict=True):
                 if dot is not None and dot.shape != x.shape:

@@ -287,8 +287,9 @@ _bwd_op = _op.define(
 
 
 def _backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x_bar, shift_bar, scale_bar = _bwd_op(y_bar, *ctx.saved_tensors)
-    return x_bar, _norm.whole_shift_bar(shift_bar, y_bar, ctx.saved_tensors[1]), scale_bar
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
+    x_bar, shift_bar, scale_bar = _bwd_op(y_bar, *saved)
+    return x_bar, _norm.whole_shift_bar(shift_bar, y_bar, saved[1]), scale_bar
 
 
 def _saves(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -327,10 +328,10 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     if _op.use_reference():
         return adaln_ref(x, shift, scale, eps)
     _norm.check_modulation("adaln", x, shift=shift, scale=scale)
-    x, x_dot = _op.split(x)
-    shift, shift_dot = _op.split(shift)
-    scale, scale_dot = _op.split(scale)
-    if x_dot is None and shift_dot is None and scale_dot is None:
-        return _fwd_op(x, shift, scale, eps)[0]
-    y, y_dot, _, _ = _jvp_op(x, shift, scale, x_dot, shift_dot, scale_dot, eps)
-    return _op.join(y, y_dot)
+
+    def run(values: Any, dots: Any) -> Any:
+        if dots is None:
+            return _fwd_op(*values, eps)[:1]
+        return _jvp_op(*values, *dots, eps)[:2]
+
+    return _op.dual(run, (x, shift, scale))[0]

@@ -608,14 +608,17 @@ def conv1d(
         _op.check(False, "conv1d", needs, x=x, weight=weight, bias=bias)
     if _op.use_reference():
         return conv1d_ref(x, weight, bias, dilation)
-    _op.refuse_tangent("conv1d", weight=weight, bias=bias)
-    x, x_dot = _op.split(x)
-    y = _jvp_rows.known(weight, (*x.shape[:2], weight.shape[0]))
-    if y is not None:
-        of_dot = None if x_dot is None else _op.autocast(x_dot, weight)
-        return _op.join(y, None if of_dot is None else _fwd_op(*of_dot, None, dilation))
-    if x_dot is None:
-        return _jvp_rows.made(weight, _value(x, weight, bias, dilation, fast))
-    x, x_dot, weight, bias = _op.autocast(x, x_dot, weight, bias)
-    _check_alike(x, weight, bias)
-    return _op.join(*_jvp_op(x, x_dot, weight, bias, dilation))
+
+    def run(values: Any, dots: Any) -> Any:
+        x, weight, bias = values
+        y = _jvp_rows.known(weight, (*x.shape[:2], weight.shape[0]))
+        if y is not None:
+            of_dot = None if dots is None else _op.autocast(dots[0], weight)
+            return (y,) if of_dot is None else (y, _fwd_op(*of_dot, None, dilation))
+        if dots is None:
+            return (_jvp_rows.made(weight, _value(x, weight, bias, dilation, fast)),)
+        x, x_dot, weight, bias = _op.autocast(x, dots[0], weight, bias)
+        _check_alike(x, weight, bias)
+        return _jvp_op(x, x_dot, weight, bias, dilation)
+
+    return _op.dual(run, (x,), "conv1d", {"weight": weight, "bias": bias})[0]

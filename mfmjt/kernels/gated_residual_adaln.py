@@ -401,8 +401,9 @@ def _saves(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def _backward(ctx: Any, total_bar: Tensor | None, y_bar: Tensor | None) -> tuple[Tensor, ...]:
-    *bars, shift_bar, scale_bar = _bwd_op(total_bar, y_bar, *ctx.saved_tensors)
-    return *bars, _norm.whole_shift_bar(shift_bar, y_bar, ctx.saved_tensors[3]), scale_bar
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
+    *bars, shift_bar, scale_bar = _bwd_op(total_bar, y_bar, *saved)
+    return *bars, _norm.whole_shift_bar(shift_bar, y_bar, saved[3]), scale_bar
 
 
 def _jvp_backward(
@@ -452,14 +453,11 @@ def gated_residual_adaln(
     _norm.check_modulation("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
     _op.check_tensors("gated_residual_adaln", h=h)
     _op.check(h.shape == x.shape, "gated_residual_adaln", "h of the shape of x", x=x, h=h)
-    x, x_dot = _op.split(x)
-    h, h_dot = _op.split(h)
-    gate, gate_dot = _op.split(gate)
-    shift, shift_dot = _op.split(shift)
-    scale, scale_dot = _op.split(scale)
-    dots = (x_dot, h_dot, gate_dot, shift_dot, scale_dot)
-    if all(dot is None for dot in dots):
-        total, y, _, _ = _fwd_op(x, h, gate, shift, scale, eps)
-        return total, y
-    total, total_dot, y, y_dot, _, _ = _jvp_op(x, h, gate, shift, scale, *dots, eps)
-    return _op.join(total, total_dot), _op.join(y, y_dot)
+
+    def run(values: Any, dots: Any) -> Any:
+        if dots is None:
+            return _fwd_op(*values, eps)[:2]
+        return _jvp_op(*values, *dots, eps)[:4]
+
+    total, y = _op.dual(run, (x, h, gate, shift, scale))
+    return total, y

@@ -1216,20 +1216,24 @@ def joint_attention(
             _op.check(False, "joint_attention", needs, lengths=limit)
     if _op.use_reference():
         return joint_attention_ref(q, k, v, scale, lengths)
-    parts, dots = zip(*(_op.split(s) for s in (*queries, *keys, *values)), strict=True)
-    parts = _op.autocast(*parts)
-    same = all(x.dtype == parts[0].dtype for x in parts)
-    _op.check(same, "joint_attention", "q, k, v of one dtype", q=parts[0], k=keys[0], v=values[0])
-    first, second = len(queries), len(queries) + len(keys)
-    arguments = [list(x) for x in (parts[:first], parts[first:second], parts[second:])]
+    ends = len(queries), len(queries) + len(keys), len(queries) + 2 * len(keys)
     scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
-    if all(dot is None for dot in dots) and _is_left_to_flash(arguments[0][0]):
-        out = list(_flash_alone(*(arguments[0], arguments[1], arguments[2]), limits, scale))
-    elif all(dot is None for dot in dots):
-        out = _fwd_op(*arguments, limits, scale)[0]
-    else:
-        dots = _op.autocast(*dots)
-        moving = [list(x) for x in (dots[:first], dots[first:second], dots[second:])]
-        outs, out_dots, _ = _jvp_op(*arguments, *moving, limits, scale)
-        out = [_op.join(*pair) for pair in zip(outs, out_dots, strict=True)]
+
+    def grouped(xs: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        xs = _op.autocast(*xs[: ends[2]])
+        return list(xs[: ends[0]]), list(xs[ends[0] : ends[1]]), list(xs[ends[1] :])
+
+    def run(values: Any, dots: Any) -> Any:
+        (q, k, v), limits = grouped(values), list(values[ends[2] :])
+        same = all(x.dtype == q[0].dtype for x in (*q, *k, *v))
+        _op.check(same, "joint_attention", "q, k, v of one dtype", q=q[0], k=k[0], v=v[0])
+        if dots is not None:
+            outs, out_dots, _ = _jvp_op(q, k, v, *grouped(dots), limits, scale)
+            return [y for pair in zip(outs, out_dots, strict=True) for y in pair]
+        if _is_left_to_flash(q[0]):
+            return _flash_alone(q, k, v, limits, scale)
+        return _fwd_op(q, k, v, limits, scale)[0]
+
+    counts = {f"lengths[{i}]": limit for i, limit in enumerate(limits)}
+    out = _op.dual(run, (*queries, *keys, *values), "joint_attention", counts)
     return out[0] if isinstance(q, Tensor) else tuple(out)

@@ -87,11 +87,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _op.check(False, "linear", needs, x=x, weight=weight, bias=bias)
     if _op.use_reference():
         return linear_ref(x, weight, bias)
-    _op.refuse_tangent("linear", weight=weight, bias=bias)
-    x, x_dot = _op.split(x)
-    y = _jvp_rows.known(weight, (*x.shape[:-1], weight.shape[0]))
-    if y is not None:
-        return _op.join(y, None if x_dot is None else F.linear(x_dot, weight))
-    if x_dot is None:
-        return _jvp_rows.made(weight, F.linear(x, weight, bias))
-    return _op.join(*_jvp_op(*_op.autocast(x, x_dot, weight, bias)))
+
+    def run(values: Any, dots: Any) -> Any:
+        x, weight, bias = values
+        y = _jvp_rows.known(weight, (*x.shape[:-1], weight.shape[0]))
+        if y is not None:
+            return (y,) if dots is None else (y, F.linear(dots[0], weight))
+        if dots is None:
+            return (_jvp_rows.made(weight, F.linear(x, weight, bias)),)
+        return _jvp_op(*_op.autocast(x, dots[0], weight, bias))
+
+    return _op.dual(run, (x,), "linear", {"weight": weight, "bias": bias})[0]

@@ -591,10 +591,13 @@ def qk_norm_rope(
         needs = "qkv (B, N, 3, H, D), weights (D,) and rope (N, D/2, 2) or None"
         given = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "rope": rope}
         _op.check(False, "qk_norm_rope", needs, **given)
-    _op.refuse_tangent("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, rope=rope)
-    qkv, qkv_dot = _op.split(qkv)
-    if qkv_dot is None:
-        q, k, v, _, _ = _fwd_op(qkv, q_weight, k_weight, rope, eps)
-        return q, k, v
-    q, q_dot, k, k_dot, v, v_dot, _, _ = _jvp_op(qkv, qkv_dot, q_weight, k_weight, rope, eps)
-    return _op.join(q, q_dot), _op.join(k, k_dot), _op.join(v, v_dot)
+
+    def run(values: Any, dots: Any) -> Any:
+        if dots is None:
+            return _fwd_op(*values, eps)[:3]
+        qkv, *others = values
+        return _jvp_op(qkv, *dots, *others, eps)[:6]
+
+    still = {"q_weight": q_weight, "k_weight": k_weight, "rope": rope}
+    q, k, v = _op.dual(run, (qkv,), "qk_norm_rope", still)
+    return q, k, v

@@ -401,8 +401,11 @@ def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         _op.check(False, "snake", needs, x=x, alpha=alpha, beta=beta)
     if _op.use_reference():
         return snake_ref(x, alpha, beta)
-    _op.refuse_tangent("snake", alpha=alpha, beta=beta)
-    x, x_dot = _op.split(x)
-    if x_dot is None:
-        return _fwd_op(x, alpha, beta)
-    return _op.join(*_jvp_op(x, x_dot, alpha, beta))
+
+    def run(values: Any, dots: Any) -> Any:
+        if dots is None:
+            return (_fwd_op(*values),)
+        x, *others = values
+        return _jvp_op(x, *dots, *others)
+
+    return _op.dual(run, (x,), "snake", {"alpha": alpha, "beta": beta})[0]

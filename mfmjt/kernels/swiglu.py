@@ -223,8 +223,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     _op.check_tensors("swiglu", gate=gate, up=up)
     fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.is_floating_point()
     _op.check(fits, "swiglu", "gate and up of one shape and floating dtype", gate=gate, up=up)
-    gate, gate_dot = _op.split(gate)
-    up, up_dot = _op.split(up)
-    if gate_dot is None and up_dot is None:
-        return _fwd_op(gate, up)
-    return _op.join(*_jvp_op(gate, up, gate_dot, up_dot))
+
+    def run(values: Any, dots: Any) -> Any:
+        return (_fwd_op(*values),) if dots is None else _jvp_op(*values, *dots)
+
+    return _op.dual(run, (gate, up))[0]
