@@ -62,8 +62,8 @@ def recipe(folder: Path, store: Path, seed: int, steps: int, tiny: bool) -> Netw
         batch=4,
         window=20,
         full_every=0,
-        lr=2e-3,
-        warmup=steps // 10,
+        lr=5e-4,  # at 2e-3 errors leap, and roundings grow until seeds do not matter
+        warmup=steps // 3,
         ratio=0.5,
         one_step=0.25,
         time_mean=0.0,

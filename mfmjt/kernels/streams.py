@@ -30,10 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _op, _streams, _triton
-from mfmjt.kernels.adaln import _fwd_op as _adaln_fwd
-from mfmjt.kernels.gated_residual_adaln import _fwd_op as _gated_residual_adaln_fwd
-from mfmjt.kernels.qk_norm_rope import _fwd_op as _qk_norm_rope_fwd
-from mfmjt.kernels.swiglu import _fwd_op as _swiglu_fwd
 
 __all__ = [
     "ACTIVATIONS",
@@ -261,7 +257,7 @@ def _project(
     for x, weight, bias, act in zip(xs, weights, biases, acts, strict=True):
         y = _product(x, weight, bias)
         if glu:
-            y = _swiglu_fwd(*y.chunk(2, dim=-1))
+            y = torch.ops.mfmjt.swiglu_fwd(*y.chunk(2, dim=-1))
         elif act:
             y = (F.silu if ACTIVATIONS[act] == "silu" else F.selu)(y, inplace=True)
         results.append(y)
@@ -284,7 +280,7 @@ def _project_qkv(
     ):
         qkv = _product(x, weight, bias)
         qkv = qkv.view(*qkv.shape[:2], 3, num_heads, qkv.shape[2] // (3 * num_heads))
-        q, k, v, *_ = _qk_norm_rope_fwd(qkv, *of_heads, eps)
+        q, k, v, *_ = torch.ops.mfmjt.qk_norm_rope_fwd(qkv, *of_heads, eps)
         qs.append(q)
         ks.append(k)
         vs.append(v)
@@ -305,10 +301,12 @@ def _gated_residual_norm(
         shift, scale = (_spread(m[i], row, x) for m in (shifts, scales))
         if hs:
             gate = _spread(gates[i], row, x)
-            total, y, *_ = _gated_residual_adaln_fwd(x, hs[i], gate, shift, scale, eps)
+            total, y, *_ = torch.ops.mfmjt.gated_residual_adaln_fwd(
+                x, hs[i], gate, shift, scale, eps
+            )
             totals.append(total)
         else:
-            y, *_ = _adaln_fwd(x, shift, scale, eps)
+            y, *_ = torch.ops.mfmjt.adaln_fwd(x, shift, scale, eps)
         results.append(y)
     return totals, results
 
