@@ -1,95 +1,161 @@
 // Anti-aliased SnakeBeta: twice the rate by 6 taps a phase, x + sin(a x)^2 / b, back by 12 taps.
 //
-// Channels-first (B, C, T), each row by itself, in blocks that stay in the first-level cache. In the
-// two phases of the doubled rate, with f the 12 taps and x, even, odd continued by their last value:
-//   even[i] = act(2 sum_j f[2j+1] x[i+2-j]),   odd[i] = act(2 sum_j f[2j] x[i+3-j]),     j = 0..5
-//   y[i]    = sum_j f[2j+1] even[i+j-2] + f[2j] odd[i+j-3]
+// Channels-first (B, C, T), each row by itself. The doubled rate goes by in pairs, the q-th of them
+// even[q] and odd[q-1], for both come of x[q-3 .. q+2]. With f the 12 taps, and x, even, odd
+// continued by their last value, and k = 0..5,
+//   even[q] = act(2 sum_k f[2k] x[q-3+k]),   odd[q-1] = act(2 sum_k f[2k+1] x[q-3+k])
+//   y[i]    = sum_k f[2k+1] even[i-2+k] + f[2k] odd[i-3+k]
+// The taps are symmetric: f[2k], k = 0..5, backwards are f[2k+1]. By sums and differences of them
+// there are half of the products: with s_k = (f[2k] + f[2k+1]) / 2, d_k = (f[2k] - f[2k+1]) / 2 and
+// k = 0..2,
+//   S = sum_k s_k (x[q-3+k] + x[q+2-k]),     D = sum_k d_k (x[q-3+k] - x[q+2-k])
+//   even[q] = act(2 (S + D)),                odd[q-1] = act(2 (S - D))
+// and back likewise from even + odd and odd - even. The factor 2 is shared out, sqrt(2) to each
+// filter, so that the constants are the same; what is between them is smaller by sqrt(2).
 // One read and one write of x, against 13 passes over doubled memory op by op.
 
 #include "common.h"
 #include "ops.h"
 
+#if defined(__x86_64__)
+#if !defined(__clang__)  // of operands that GCC's header leaves undefined
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
 namespace mfmjt {
 namespace {
 
 constexpr const char* kOp = "snake_fwd";
-// Kaiser-windowed sinc: cutoff a quarter of the doubled rate, transition 0.3, sum one.
-constexpr float kTaps[12] = {
-    0x1.09f0d2p-9f, 0x1.33ac88p-7f, -0x1.a2810ep-6f, -0x1.d85448p-5f,
-    0x1.075114p-3f, 0x1.c5d8cap-2f, 0x1.c5d8cap-2f,  0x1.075114p-3f,
-    -0x1.d85448p-5f, -0x1.a2810ep-6f, 0x1.33ac88p-7f, 0x1.09f0d2p-9f};
-constexpr int64_t kBlock = 1024;  // outputs; the block's 4 buffers take 16 KiB
-constexpr int64_t kHalo = 3;      // of even and odd on each side; twice that of x
-constexpr int64_t kPad = 16;      // loops run in whole vectors, over their end
+constexpr double kRoot = 1.4142135623730951;
+// Half of a Kaiser-windowed sinc: cutoff a quarter of the doubled rate, transition 0.3, sum one.
+constexpr double kTaps[6] = {0x1.09f0d2p-9,  0x1.33ac88p-7, -0x1.a2810ep-6,
+                             -0x1.d85448p-5, 0x1.075114p-3, 0x1.c5d8cap-2};
+constexpr float sum_of_taps(int k) {
+  return static_cast<float>((kTaps[2 * k] + kTaps[2 * k + 1]) / kRoot);
+}
+constexpr float difference_of_taps(int k) {
+  return static_cast<float>((kTaps[2 * k] - kTaps[2 * k + 1]) / kRoot);
+}
+constexpr float kSums[3] = {sum_of_taps(0), sum_of_taps(1), sum_of_taps(2)};
+constexpr float kDifferences[3] = {
+    difference_of_taps(0), difference_of_taps(1), difference_of_taps(2)};
+constexpr int64_t kStretch = 4096;  // outputs
+constexpr int64_t kAhead = 512;     // how far x is asked for ahead of its use
 
-struct Row {  // what a channel needs
-  float turns_hi, turns_lo;  // frequency / pi as a sum of two floats
-  float height;              // 1 / (exp(beta) + 1e-9)
+// Minimax polynomials of sin(pi r) / r in r^2 for r in [-1/2, 1/2], relative errors 5e-9 and 9e-7.
+template <class T>
+constexpr int kTerms = std::is_same_v<T, float> ? 5 : 4;
+constexpr double kSine5[5] = {
+    0x1.3dafeap-4, -0x1.324ccap-1, 0x1.4668b0p+1, -0x1.4abbc2p+2, 0x1.921fb6p+1};
+constexpr double kSine4[4] = {-0x1.1de616p-1, 0x1.4594d8p+1, -0x1.4ab628p+2, 0x1.921f9cp+1};
+
+struct Row {      // what a channel needs
+  float turns;    // sqrt(2) frequency / pi
+  float sine[5];  // the polynomial times the root of height / sqrt(2)
 };
 
-// sin(pi r)^2 for r in [-1/2, 1/2] given r; relative error 2e-7. The coefficients are the minimax
-// polynomial of sin(pi r) / r in r^2 (its own error 5e-9).
-MFMJT_BODY float sine_squared(float r) {
-  float z = r * r;
-  z = z > 0.25f ? 0.25f : z;  // beyond 2^22 turns r is noise; keep its square bounded, and NaN a NaN
-  float p = 0x1.3dafeap-4f;
-  p = p * z + -0x1.324ccap-1f;
-  p = p * z + 0x1.4668b0p+1f;
-  p = p * z + -0x1.4abbc2p+2f;
-  p = p * z + 0x1.921fb6p+1f;
-  return z * (p * p);
-}
-
-MFMJT_BODY float activate(float u, Row row) {
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer
-  const float whole = (u * row.turns_hi + shift) - shift;
-  const float r = (u * row.turns_hi - whole) + u * row.turns_lo;
-  return u + row.height * sine_squared(r);
+template <class T>
+Row row_of(double alpha, double beta) {
+  const double height = 1 / (std::exp(beta) + 1e-9), root = std::sqrt(height / kRoot);
+  Row row = {static_cast<float>(kRoot * std::exp(alpha) / M_PI), {}};
+  for (int i = 0; i < kTerms<T>; ++i) {
+    row.sine[i] = static_cast<float>(root * (kTerms<T> == 5 ? kSine5 : kSine4)[i]);
+  }
+  return row;
 }
 
 template <class T>
-MFMJT_BODY void snake_body(
-    const T* __restrict__ x, T* __restrict__ y, int64_t begin, int64_t end, int64_t length,
-    Row row) {
-  alignas(64) float wide[kBlock + 2 * kPad], even[kBlock + 2 * kPad], odd[kBlock + 2 * kPad];
-  constexpr const float* f = kTaps;
-  const int64_t n = end - begin, first = begin - 2 * kHalo, last = end + 2 * kHalo + kPad;
-  const int64_t inside_begin = std::max<int64_t>(first, 0), inside_end = std::min(last, length);
+MFMJT_BODY float activate(float u, const Row& row) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer
+  const float turns = u * row.turns;
+  const float r = turns - ((turns + shift) - shift);
+  float z = r * r;
+  z = z > 0.25f ? 0.25f : z;  // beyond 2^22 turns r is noise; keep it bounded, and NaN a NaN
+  float p = row.sine[0];
+  for (int i = 1; i < kTerms<T>; ++i) p = p * z + row.sine[i];
+  return u + z * (p * p);
+}
+
+// x from `first` on, continued by its ends.
+template <class T>
+MFMJT_BODY void copy(const T* x, int64_t length, int64_t first, int64_t count, float* to) {
+  const int64_t end = first + count;
+  const int64_t from = std::clamp<int64_t>(0, first, end), past = std::clamp(length, first, end);
   const float left = load(x[0]), right = load(x[length - 1]);
-  for (int64_t i = first; i < 0; ++i) wide[i - first] = left;
+  for (int64_t i = first; i < from; ++i) to[i - first] = left;
 #pragma omp simd
-  for (int64_t i = inside_begin; i < inside_end; ++i) wide[i - first] = load(x[i]);
-  for (int64_t i = length; i < last; ++i) wide[i - first] = right;
+  for (int64_t i = from; i < past; ++i) to[i - first] = load(x[i]);
+  for (int64_t i = past; i < end; ++i) to[i - first] = right;
+}
 
-  const int64_t count = (n + 2 * kHalo + kPad - 1) / kPad * kPad;
-#pragma omp simd aligned(even, odd : 64)
-  for (int64_t i = 0; i < count; ++i) {
-    const float* w = wide + i;
-    float e = 2 * f[11] * w[0], o = 2 * f[10] * w[1];
-    e += 2 * f[9] * w[1], o += 2 * f[8] * w[2];
-    e += 2 * f[7] * w[2], o += 2 * f[6] * w[3];
-    e += 2 * f[5] * w[3], o += 2 * f[4] * w[4];
-    e += 2 * f[3] * w[4], o += 2 * f[2] * w[5];
-    e += 2 * f[1] * w[5], o += 2 * f[0] * w[6];
-    even[i] = activate(e, row);
-    odd[i] = activate(o, row);
+// Of pairs from the q-th on, those that reach beyond an end are twice what is at it. `last` is that
+// of the right end, for those pairs that come in later calls.
+inline void repeat_ends(
+    float* sum, float* difference, int64_t q, int64_t count, int64_t length, float& last) {
+  if (q <= 0) {
+    const float even = sum[-q] - difference[-q];
+    for (int64_t i = 0; i <= -q; ++i) sum[i] = even, difference[i] = 0;
   }
-  // even[i] and odd[i] stand for position begin - kHalo + i
-  const int64_t zero = kHalo - begin, past = length - begin + kHalo;
-  for (int64_t i = 0; i < zero; ++i) even[i] = odd[i] = even[zero];
-  for (int64_t i = past; i < n + 2 * kHalo; ++i) even[i] = odd[i] = odd[past - 1];
+  for (int64_t i = std::max<int64_t>(length - q, 0); i < count; ++i) {
+    if (q + i == length) last = sum[i] + difference[i];
+    sum[i] = last, difference[i] = 0;
+  }
+}
 
+// y[begin .. end) of a row, in plain loops by way of the first-level cache.
+template <class T>
+void stretch(const T* x, T* y, int64_t begin, int64_t end, int64_t length, Row row) {
+  constexpr int64_t most = 1024, pad = 16;  // loops run in whole vectors, over their end
+  alignas(64) float wide[most + 2 * pad], sum[most + 2 * pad], difference[most + 2 * pad];
+  constexpr const float *s = kSums, *d = kDifferences;
+  float last = 0;
+  for (; begin < end; begin += most) {
+    const int64_t n = std::min(end - begin, most), count = (n + 5 + pad - 1) / pad * pad;
+    copy(x, length, begin - 5, count + 5, wide);
+#pragma omp simd aligned(sum, difference : 64)
+    for (int64_t i = 0; i < count; ++i) {
+      const float* w = wide + i;
+      const float a = s[0] * (w[0] + w[5]) + s[1] * (w[1] + w[4]) + s[2] * (w[2] + w[3]);
+      const float b = d[0] * (w[0] - w[5]) + d[1] * (w[1] - w[4]) + d[2] * (w[2] - w[3]);
+      const float even = activate<T>(a + b, row), odd = activate<T>(a - b, row);
+      sum[i] = even + odd;
+      difference[i] = odd - even;
+    }
+    repeat_ends(sum, difference, begin - 2, n + 5, length, last);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float *e = even + i, *o = odd + i;
-    float a = f[1] * e[1], b = f[0] * o[0];
-    a += f[3] * e[2], b += f[2] * o[1];
-    a += f[5] * e[3], b += f[4] * o[2];
-    a += f[7] * e[4], b += f[6] * o[3];
-    a += f[9] * e[5], b += f[8] * o[4];
-    a += f[11] * e[6], b += f[10] * o[5];
-    store(y + begin + i, a + b);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *v = sum + i, *w = difference + i;
+      const float a = s[0] * (v[0] + v[5]) + s[1] * (v[1] + v[4]) + s[2] * (v[2] + v[3]);
+      const float b = d[0] * (w[0] - w[5]) + d[1] * (w[1] - w[4]) + d[2] * (w[2] - w[3]);
+      store(y + begin + i, a + b);
+    }
   }
+}
+
+#if defined(__x86_64__)
+namespace avx512 {
+#define SNAKE_TARGET MFMJT_AVX512
+#define SNAKE_LANES 16
+#include "snake_tile.h"
+}  // namespace avx512
+
+namespace avx2 {
+#define SNAKE_TARGET MFMJT_AVX2
+#define SNAKE_LANES 8
+#include "snake_tile.h"
+}  // namespace avx2
+#endif
+
+template <class T>
+auto stretch_for_this_cpu() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::stretch<T>;
+  if (isa() == Isa::avx2) return avx2::stretch<T>;
+#endif
+  return stretch<T>;
 }
 
 }  // namespace
@@ -107,26 +173,21 @@ Tensor snake_fwd(Tensor x, Tensor alpha, Tensor beta) {
   const Tensor x_dense = dense(x);
   Tensor y = new_like(x);
   const auto a = to_floats(alpha), b = to_floats(beta);
-  std::vector<Row> params(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double turns = std::exp(static_cast<double>(a[c])) / M_PI;
-    const float hi = static_cast<float>(turns);
-    params[c] = {
-        hi, static_cast<float>(turns - hi),
-        static_cast<float>(1 / (std::exp(static_cast<double>(b[c])) + 1e-9))};
-  }
-  const int64_t blocks = (length + kBlock - 1) / kBlock;
+  const int64_t stretches = (length + kStretch - 1) / kStretch;
   by_dtype(x, [&](auto type) {
     using T = decltype(type);
     const T* from = data<T>(x_dense);
     T* to = mutable_data<T>(y);
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(length, kBlock));
-    parallel_for(rows * blocks, grain, [&](int64_t item, int64_t stop) {
-      for (; item < stop; ++item) {
-        const int64_t row = item / blocks, begin = item % blocks * kBlock;
-        Clones<&snake_body<T>>::run(
-            from + row * length, to + row * length, begin, std::min(begin + kBlock, length), length,
-            params[row % channels]);
+    const auto run = stretch_for_this_cpu<T>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(length, kStretch));
+    parallel_for(rows * stretches, grain, [&](int64_t item, int64_t stop) {
+      Row row = {};
+      for (int64_t known = -1; item < stop; ++item) {
+        const int64_t r = item / stretches, begin = item % stretches * kStretch;
+        if (r != known) row = row_of<T>(a[r % channels], b[r % channels]);
+        known = r;
+        run(from + r * length, to + r * length, begin, std::min(begin + kStretch, length), length,
+            row);
       }
     });
   });
