@@ -343,20 +343,23 @@ def define(
 def _or_straight(op: Any, name: str, native: Callable[..., Any]) -> Callable[..., Any]:
     """The op; or its C++ kernel alone, where all that lies between would do nothing.
 
-    Between are reverse mode and the checks of the op, in Python, and the dispatcher on either side.
+    Between are the checks of the op, in Python, the dispatcher on either side of them, and reverse
+    mode by torch.library, which is dearer than an `autograd.Function`.
     """
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not (_is_plain(args) and _ext.takes(name, *args)):
             return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return call.taped(*args)  # type: ignore[attr-defined]
         return native(*args)
 
-    call._schema = op._schema  # type: ignore[attr-defined]
+    call._schema, call.native, call.taped = op._schema, native, op  # type: ignore[attr-defined]
     return call
 
 
 def _is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether these are tensors on the CPU, nobody watches, and no gradient is wanted of them."""
+    """Whether these are plain tensors on the CPU, outside of functorch, and nobody watches."""
     if _functorch is None or _functorch.maybe_current_level() is not None or _is_watched():
         return False
     for x in args:
@@ -365,7 +368,7 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
                 return False
         elif isinstance(x, Tensor):
             return False
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+    return True
 
 
 _STRIDED = torch.strided
@@ -386,24 +389,34 @@ def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> C
     def tensors(arg: Any) -> Any:
         return arg if isinstance(arg, (list, tuple)) else (arg,)
 
-    def check_one(name: str, x: Tensor, first: Tensor) -> None:
-        if x.device != first.device and (x.is_floating_point() or x.device.type != "cpu"):
-            where = f"on {first.device} as its first argument"
-            raise ValueError(f"mfmjt::{op} needs {name} {where}; got {x.device}.")
-        if x.layout is not torch.strided or x.is_complex():
-            got = f"{x.layout}, {x.dtype}".replace("torch.", "")
-            raise ValueError(f"mfmjt::{op} needs {name} dense and real; got {got}.")
-
-    @functools.wraps(implementation)
-    def kernel(*args: Any) -> Any:
+    def check_places(args: tuple[Any, ...]) -> None:
         first = None
         for name, arg in zip(names, args, strict=True):
             for x in tensors(arg):
-                if isinstance(x, Tensor):
-                    first = x if first is None else first
-                    check_one(name, x, first)
+                if not isinstance(x, Tensor):
+                    continue
+                first = x if first is None else first
+                if x.device != first.device and (x.is_floating_point() or x.device.type != "cpu"):
+                    where = f"on {first.device} as its first argument"
+                    raise ValueError(f"mfmjt::{op} needs {name} {where}; got {x.device}.")
+                if x.layout is not torch.strided or x.is_complex():
+                    got = f"{x.layout}, {x.dtype}".replace("torch.", "")
+                    raise ValueError(f"mfmjt::{op} needs {name} dense and real; got {got}.")
+
+    @functools.wraps(implementation)
+    def kernel(*args: Any) -> Any:
+        for x in args:  # the usual, quickly
+            if isinstance(x, Tensor):
+                if not x.is_cpu or x.layout is not _STRIDED or x.is_complex():
+                    check_places(args)
+                    break
+            elif isinstance(x, (list, tuple)):
+                check_places(args)
+                break
         for i, j in tangents:
-            for dot, x in zip(tensors(args[i]), tensors(args[j]), strict=True):
+            dots, xs = args[i], args[j]
+            one = isinstance(xs, Tensor)
+            for dot, x in ((dots, xs),) if one else zip(dots, xs, strict=True):
                 if dot is not None and dot.shape != x.shape:
                     needs = f"{names[i]} of the shape of {names[j]}, {tuple(x.shape)}"
                     raise ValueError(f"mfmjt::{op} needs {needs}; got {tuple(dot.shape)}.")
@@ -469,6 +482,28 @@ def backward_of(
 
     name = op._schema.name  # type: ignore[attr-defined]
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+    native = getattr(op, "native", None)
+    if native is not None:
+        op.taped = _taped(native, backward, setup_context)  # type: ignore[attr-defined]
+
+
+def _taped(
+    native: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """A C++ kernel with reverse mode, what torch.library would do without the dispatcher."""
+
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = native(*args)
+            setup_context(ctx, args, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *bars: Tensor | None) -> Any:
+            return backward(ctx, *bars)
+
+    return Straight.apply
 
 
 def _refuse(y_bar: Tensor, y_dot_bar: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mfmjt import kernels
-from mfmjt.kernels import _ext, _op
+from mfmjt.kernels import _ext, _op, _triton
 from tests import oracle
 
 
@@ -580,24 +580,56 @@ def straight(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
 )
-def test_straight_to_the_kernel_where_no_gradient_is_wanted(name, straight):
-    if _op._triton.ON_CPU:
+def test_straight_to_the_kernel(name, straight):
+    if _triton.ON_CPU:
         pytest.skip("the Triton kernels take the CPU's place")
     moving, still, op = OPS[name]
     given = [make() for make in (*moving, *still)]
-    found = op(*given)
-    assert straight == [True]
-    given[0].requires_grad_()
-    truth = op(*given)
-    assert straight == [True, False]
-    found, truth = ((y,) if isinstance(y, Tensor) else y for y in (found, truth))
-    assert all(y.requires_grad for y in truth)
-    assert_same(found, [y.detach() for y in truth])
-    with torch.no_grad():
-        assert not (op(*given)[0]).requires_grad
-    with torch.inference_mode():
-        assert (op(*given)[0]).is_inference()
-    assert straight[2:] == [True, True]
+
+    def results(wanted=()):
+        ys = op(*given)
+        ys = (ys,) if isinstance(ys, Tensor) else ys
+        assert [y.requires_grad for y in ys] == [bool(wanted)] * len(ys)
+        # One result may have no gradient, and a second pass may follow
+        loss = ys[-1].sin().sum()
+        for _ in wanted[:2]:
+            ys = (*ys, *torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True))
+        return [y.detach() for y in ys if y is not None]
+
+    def both_ways(wanted=()):
+        straight.clear()
+        found = results(wanted)
+        assert straight[0]
+        with through_functorch():
+            assert_same(found, results(wanted))
+        assert not straight[-1]
+        return found
+
+    value = both_ways()
+    leaves = [t for t in given if t is not ROPE]
+    for wanted in (leaves, leaves[:1], leaves[-1:]):
+        for leaf in wanted:
+            leaf.requires_grad_()
+        assert_same(both_ways(wanted)[: len(value)], value)
+        with torch.no_grad():
+            assert_same(both_ways(), value)
+        with torch.inference_mode():
+            y = op(*given)
+            assert (y if isinstance(y, Tensor) else y[0]).is_inference()
+        for leaf in wanted:
+            leaf.requires_grad_(False)
+
+
+def test_a_second_derivative_is_refused_as_by_the_op():
+    def second():
+        x = rows().requires_grad_()
+        slope = torch.autograd.grad(kernels.swiglu(x, x).sum(), x, create_graph=True)[0]
+        return [torch.autograd.grad(slope.sum(), x)[0]]
+
+    found = outcome(second)
+    with through_functorch():
+        assert found == outcome(second)
+    assert found[0] is RuntimeError
 
 
 def test_what_is_refused_is_refused_by_the_op():
