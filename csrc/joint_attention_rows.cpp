@@ -9,9 +9,12 @@
 #include "common.h"
 #include "ops.h"
 
+#include <memory>
+
 #if defined(__x86_64__)
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of operands that GCC's header leaves so
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif
@@ -71,7 +74,8 @@ MFMJT_PAIRS inline __m512 power(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-template <int R, int C>
+// `Step` words lie between neighbours along a row of a: it may be a panel, see Panels.
+template <int R, int C, int Step>
 MFMJT_PAIRS inline void tile(
     const bf16* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c, int64_t c_row,
     int64_t depth, bool add) {
@@ -89,7 +93,7 @@ MFMJT_PAIRS inline void tile(
     for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + k * b_row + 16 * j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m512i left = _mm512_set1_epi32(static_cast<int>(words(a + r * a_row)[k]));
+      const __m512i left = _mm512_set1_epi32(static_cast<int>(words(a + r * a_row)[k * Step]));
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], pairs(left), pairs(right[j]));
     }
@@ -101,40 +105,83 @@ MFMJT_PAIRS inline void tile(
   }
 }
 
-template <int R>
+template <int R, int Step>
 MFMJT_PAIRS inline void tiles(
     const bf16* a, int64_t a_row, const uint32_t* b, int64_t b_row, int64_t columns, float* c,
     int64_t c_row, int64_t depth, bool add) {
   int64_t j = 0;
-  for (; j + 64 <= columns; j += 64) tile<R, 4>(a, a_row, b + j, b_row, c + j, c_row, depth, add);
-  for (; j < columns; j += 16) tile<R, 1>(a, a_row, b + j, b_row, c + j, c_row, depth, add);
+  for (; j + 64 <= columns; j += 64) tile<R, 4, Step>(a, a_row, b + j, b_row, c + j, c_row, depth, add);
+  for (; j < columns; j += 16) tile<R, 1, Step>(a, a_row, b + j, b_row, c + j, c_row, depth, add);
 }
 
 // c (rows, columns) = a b, or + a b; `depth` counts words, `columns` is a multiple of 16.
+template <int Step = 1>
 MFMJT_PAIRS void product(
     const bf16* a, int64_t a_row, int64_t rows, const uint32_t* b, int64_t b_row, int64_t columns,
     float* c, int64_t c_row, int64_t depth, bool add = false) {
   for (int64_t i = 0; i < rows;) {
     const int64_t left = rows - i;
-    const auto part = left >= kRows ? tiles<kRows> : left >= 4 ? tiles<4> : left >= 2 ? tiles<2> : tiles<1>;
+    const auto part = left >= kRows ? tiles<kRows, Step>
+                      : left >= 4   ? tiles<4, Step>
+                      : left >= 2   ? tiles<2, Step>
+                                    : tiles<1, Step>;
     part(a + i * a_row, a_row, b, b_row, columns, c + i * c_row, c_row, depth, add);
     i += left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
   }
 }
 
-MFMJT_PAIRS inline __m512i gathered(const bf16* from, int64_t stride, int64_t count) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride)));
-  const __mmask16 mask = static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
-  return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, at, from, 2);
+MFMJT_PAIRS inline __mmask16 first(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// The transpose of 16 x 16 words.
+MFMJT_PAIRS inline void turn(__m512i (&x)[16]) {
+  __m512i y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
 // The transpose of x (rows, width) for a product that sums over the width: to (width / 2, up(rows)).
 MFMJT_PAIRS void pack_across(Matrix x, int64_t rows, int64_t width, uint32_t* to) {
-  const int64_t wide = up(rows, 16);
+  const int64_t wide = up(rows, 16), half = width / 2;
   for (int64_t i = 0; i < wide; i += 16) {
-    for (int64_t k = 0; k < width / 2; ++k) {
-      _mm512_storeu_si512(to + k * wide + i, gathered(x.row(i) + 2 * k, x.stride, rows - i));
+    for (int64_t k = 0; k < half; k += 16) {
+      __m512i block[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        block[r] = _mm512_setzero_si512();
+        if (i + r < rows) {
+          block[r] = _mm512_maskz_loadu_epi32(first(half - k), x.row(i + r) + 2 * k);
+        }
+      }
+      turn(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) {
+        if (k + j < half) _mm512_storeu_si512(to + (k + j) * wide + i, block[j]);
+      }
     }
   }
 }
@@ -145,8 +192,7 @@ MFMJT_PAIRS void pack_along(
   const int64_t wide = up(width, 16);
   for (int64_t i = 0; i < up(rows, 16); i += 2) {
     for (int64_t j = 0; j < wide; j += 16) {
-      const int64_t left = width - j;
-      const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+      const __mmask16 mask = first(width - j);
       __m512i word = _mm512_setzero_si512();
       for (int64_t half = 0; half < 2 && i + half < rows; ++half) {
         const __m256i values = _mm256_maskz_loadu_epi16(mask, x.row(i + half) + j);
@@ -159,21 +205,6 @@ MFMJT_PAIRS void pack_along(
         word = _mm512_or_si512(word, half == 0 ? _mm512_srli_epi32(bits, 16) : bits);
       }
       _mm512_storeu_si512(to + i / 2 * wide + j, word);
-    }
-  }
-}
-
-// The transpose of x as rows of a: to (width, up(rows)); `room` for x packed along.
-MFMJT_PAIRS void transpose(Matrix x, int64_t rows, int64_t width, bf16* to, uint32_t* room) {
-  pack_along(x, rows, width, room);
-  const int64_t deep = up(rows, 16), wide = up(width, 16);
-  for (int64_t j = 0; j < width; ++j) {
-    for (int64_t k = 0; k < deep / 2; k += 16) {
-      const Matrix words_of{reinterpret_cast<const bf16*>(room + k * wide + j), 2 * wide};
-      const int64_t left = deep / 2 - k;
-      const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
-      _mm512_mask_storeu_epi32(
-          to + j * deep + 2 * k, mask, gathered(words_of.x, words_of.stride, left));
     }
   }
 }
@@ -193,7 +224,7 @@ MFMJT_PAIRS inline float prepare(float* s, const Sizes& n, const float* bias) {
     __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + j), scale);
     if (bias != nullptr) x = _mm512_add_ps(x, _mm512_loadu_ps(bias + j));
     if (j + 16 > n.keys) {
-      x = _mm512_mask_mov_ps(none, static_cast<__mmask16>((1 << (n.keys - j)) - 1), x);
+      x = _mm512_mask_mov_ps(none, first(n.keys - j), x);
     }
     _mm512_storeu_ps(s + j, x);
     top = _mm512_max_ps(top, x);
@@ -244,9 +275,7 @@ MFMJT_PAIRS inline void write(
     if (other != nullptr) {
       x = _mm512_fmadd_ps(_mm512_loadu_ps(other + j), _mm512_set1_ps(other_factor), x);
     }
-    const int64_t left = width - j;
-    const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
-    _mm256_mask_storeu_epi16(to + j, mask, (__m256i)_mm512_cvtneps_pbh(x));
+    _mm256_mask_storeu_epi16(to + j, first(width - j), (__m256i)_mm512_cvtneps_pbh(x));
   }
 }
 
@@ -319,36 +348,77 @@ struct Backward {
   bf16 *q_bar, *k_bar, *v_bar;
 };
 
-// S and its cotangent's precursor o_bar v^T to P and the cotangent of S, in place.
-MFMJT_PAIRS inline void softmax_bar(
-    float* s, float* bar, float lse, const Sizes& n, const float* bias) {
-  prepare(s, n, bias);
-  const __m512 offset = _mm512_set1_ps(*bar);
-  __m512 mean = _mm512_setzero_ps();
-  for (int64_t j = 0; j < n.deep(); j += 16) {
-    const __m512 p = power(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(lse)));
-    _mm512_storeu_ps(s + j, p);
-    mean = _mm512_fmadd_ps(p, _mm512_sub_ps(_mm512_loadu_ps(bar + j), offset), mean);
-  }
-  const __m512 centre = _mm512_set1_ps(_mm512_reduce_add_ps(mean));
-  for (int64_t j = 0; j < n.deep(); j += 16) {
-    const __m512 moved = _mm512_sub_ps(_mm512_sub_ps(_mm512_loadu_ps(bar + j), offset), centre);
-    const __m512 p = _mm512_mul_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(n.scale));
-    _mm512_storeu_ps(bar + j, _mm512_mul_ps(p, moved));
-  }
+// A matrix of queries x keys for a product that sums over the queries: words of two neighbours among
+// these, in panels of 16 keys, (up(keys) / 16, queries / 2, 16). A panel of the block of queries stays
+// in the first-level cache, and its rows come by in the order in which they are made.
+struct Panels {
+  uint32_t* x;
+  int64_t pairs;
+  uint32_t* at(int64_t pair, int64_t key) const { return x + (key / 16 * pairs + pair) * 16; }
+};
+
+// Two vectors of floats as words, low halves first.
+MFMJT_PAIRS inline __m512i rounded_pairs(__m512 low, __m512 high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+MFMJT_PAIRS inline __m512i interleaved(__m512i halves) {
+  alignas(64) static constexpr uint16_t order[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 }
 
-// Two rows as the words of one row of b.
-MFMJT_PAIRS inline void merge_rows(const float* a, const float* b, int64_t count, uint32_t* to) {
-  for (int64_t j = 0; j < count; j += 16) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + j)));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + j)));
-    _mm512_storeu_si512(to + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+// Of two rows: S to P in `s` and `p`; returns how P weighs the precursors o_bar v^T of the cotangent
+// of S, less the first of each.
+struct Centres {
+  float low, high;
+};
+MFMJT_PAIRS inline Centres powers_bar(
+    float* s, const float* bar, const float* lse, const Sizes& n, const float* bias, Panels p,
+    int64_t pair) {
+  const int64_t deep = n.deep();
+  const __m512 scale = _mm512_set1_ps(n.scale);
+  const __m512 sum[2] = {_mm512_set1_ps(lse[0]), _mm512_set1_ps(lse[1])};
+  const __m512 offset[2] = {_mm512_set1_ps(bar[0]), _mm512_set1_ps(bar[deep])};
+  __m512 mean[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t j = 0; j < deep; j += 16) {
+    const __m512 shift = bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(bias + j);
+    __m512 x[2];
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+      const __m512 score = _mm512_fmadd_ps(_mm512_loadu_ps(s + r * deep + j), scale, shift);
+      x[r] = _mm512_maskz_mov_ps(first(n.keys - j), power(_mm512_sub_ps(score, sum[r])));
+      _mm512_storeu_ps(s + r * deep + j, x[r]);
+      const __m512 moved = _mm512_sub_ps(_mm512_loadu_ps(bar + r * deep + j), offset[r]);
+      mean[r] = _mm512_fmadd_ps(x[r], moved, mean[r]);
+    }
+    _mm512_storeu_si512(p.at(pair, j), interleaved(rounded_pairs(x[0], x[1])));
   }
+  return {_mm512_reduce_add_ps(mean[0]), _mm512_reduce_add_ps(mean[1])};
 }
 
-MFMJT_PAIRS void round_row(const float* from, int64_t count, bf16* to) {
-  for (int64_t j = 0; j < count; j += 16) rounded(_mm512_loadu_ps(from + j), to + j);
+// Of two rows: P and those precursors to the cotangent of S, as rows and as words of a panel.
+MFMJT_PAIRS inline void scores_bar(
+    const float* p, const float* bar, Centres centres, const Sizes& n, bf16* rows, Panels ds,
+    int64_t pair) {
+  const int64_t deep = n.deep();
+  const __m512 scale = _mm512_set1_ps(n.scale);
+  const __m512 offset[2] = {_mm512_set1_ps(bar[0]), _mm512_set1_ps(bar[deep])};
+  const __m512 centre[2] = {_mm512_set1_ps(centres.low), _mm512_set1_ps(centres.high)};
+  for (int64_t j = 0; j < deep; j += 16) {
+    __m512 x[2];
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+      const __m512 moved = _mm512_sub_ps(_mm512_loadu_ps(bar + r * deep + j), offset[r]);
+      const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(p + r * deep + j), scale);
+      x[r] = _mm512_mul_ps(weight, _mm512_sub_ps(moved, centre[r]));
+    }
+    const __m512i halves = rounded_pairs(x[0], x[1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + j), _mm512_castsi512_si256(halves));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(rows + deep + j), _mm512_extracti64x4_epi64(halves, 1));
+    _mm512_storeu_si512(ds.at(pair, j), interleaved(halves));
+  }
 }
 
 // Means of the columns of keys, zero where small: taking them off costs a rounding. It is nothing to
@@ -369,79 +439,89 @@ MFMJT_PAIRS void common_part(Matrix k, const Sizes& n, float* mean) {
   }
 }
 
-// from (up(width), up(keys)) to (B, keys, H, width).
-MFMJT_PAIRS void write_transposed(
-    const float* from, const Sizes& n, int64_t b, int64_t h, bf16* to) {
-  const int64_t deep = n.deep();
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(deep)));
-  for (int64_t i = 0; i < n.keys; ++i) {
-    alignas(64) float row[16];
-    for (int64_t j = 0; j < n.width; j += 16) {
-      _mm512_store_ps(row, _mm512_i32gather_ps(at, from + j * deep + i, 4));
-      const int64_t index = ((b * n.keys + i) * n.heads + h) * n.width + j;
-      write(row, 1, nullptr, 0, std::min<int64_t>(16, n.width - j), to + index);
-    }
+// What a thread keeps for one head after another: as it is, for it is written before it is read.
+struct Room {
+  int64_t block;  // queries at a time: whole tiles, and an even number
+  std::unique_ptr<uint32_t[]> k_across, v_across, k_along, q_along, p, ds;
+  std::unique_ptr<float[]> mean, s, bar, q_bar, k_bar, v_bar;
+  std::unique_ptr<bf16[]> ds_rows;
+
+  explicit Room(const Sizes& n) {
+    const int64_t deep = n.deep(), wide = n.wide(), half = n.width / 2;
+    block = std::min(up(n.queries, 48), std::max<int64_t>(48, kBytes / (2 * deep) / 48 * 48));
+    k_across.reset(new uint32_t[half * deep]), v_across.reset(new uint32_t[half * deep]);
+    k_along.reset(new uint32_t[deep / 2 * wide]), q_along.reset(new uint32_t[up(block, 16) / 2 * wide]);
+    p.reset(new uint32_t[block / 2 * deep]), ds.reset(new uint32_t[block / 2 * deep]);
+    mean.reset(new float[wide]), q_bar.reset(new float[kRows * wide]);
+    s.reset(new float[kRows * deep]), bar.reset(new float[kRows * deep]);
+    k_bar.reset(new float[deep * wide]), v_bar.reset(new float[deep * wide]);
+    ds_rows.reset(new bf16[kRows * deep]);
+  }
+};
+
+// x (keys, up(width)) = the transpose of a matrix in panels times the rows of a block, or + that.
+MFMJT_PAIRS void product_of_panels(
+    Panels a, int64_t pairs, const uint32_t* b, const Sizes& n, float* x, bool add) {
+  for (int64_t j = 0; j < n.keys; j += 16) {
+    product<16>(
+        reinterpret_cast<const bf16*>(a.at(0, j)), 2, 16, b, n.wide(), n.wide(), x + j * n.wide(),
+        n.wide(), pairs, add);
   }
 }
 
-MFMJT_PAIRS void backward(const Backward& f, int64_t b, int64_t h) {
+MFMJT_PAIRS void backward(const Backward& f, Room& room, int64_t b, int64_t h) {
   const Sizes& n = f.n;
   const int64_t deep = n.deep(), wide = n.wide(), half = n.width / 2;
   const Matrix q = f.q.at(b, h), k = f.k.at(b, h), o_bar = f.o_bar.at(b, h);
   const float* bias = f.bias == nullptr ? nullptr : f.bias + b * deep;
-  std::vector<uint32_t> k_across(half * deep), v_across(half * deep), k_along(deep / 2 * wide);
-  std::vector<float> mean(wide);
-  common_part(k, n, mean.data());
-  pack_across(k, n.keys, n.width, k_across.data());
-  pack_across(f.v.at(b, h), n.keys, n.width, v_across.data());
-  pack_along(k, n.keys, n.width, k_along.data(), mean.data());
+  std::fill_n(room.mean.get(), wide, 0.0f);
+  common_part(k, n, room.mean.get());
+  pack_across(k, n.keys, n.width, room.k_across.get());
+  pack_across(f.v.at(b, h), n.keys, n.width, room.v_across.get());
+  pack_along(k, n.keys, n.width, room.k_along.get(), room.mean.get());
 
-  // queries kept at a time: whole tiles, and an even number
-  const int64_t block =
-      std::min(up(n.queries, 48), std::max<int64_t>(48, kBytes / (2 * deep) / 48 * 48));
-  std::vector<uint32_t> p(block / 2 * deep), ds(block / 2 * deep), room(block / 2 * wide);
-  std::vector<float> s(kRows * deep), bar(kRows * deep), q_bar(kRows * wide);
-  std::vector<float> k_bar(wide * deep), v_bar(wide * deep);
-  std::vector<bf16> ds_rows(kRows * deep), turned(n.width * block);
-  for (int64_t begin = 0; begin < n.queries; begin += block) {
-    const int64_t count = std::min(block, n.queries - begin);
+  const Panels p{room.p.get(), room.block / 2}, ds{room.ds.get(), room.block / 2};
+  float *s = room.s.get(), *bar = room.bar.get(), *q_bar = room.q_bar.get();
+  bf16* ds_rows = room.ds_rows.get();
+  for (int64_t begin = 0; begin < n.queries; begin += room.block) {
+    const int64_t count = std::min(room.block, n.queries - begin);
     for (int64_t i = 0; i < count; i += kRows) {
       const int64_t rows = std::min(kRows, count - i);
-      product(q.row(begin + i), q.stride, rows, k_across.data(), deep, deep, s.data(), deep, half);
       product(
-          o_bar.row(begin + i), o_bar.stride, rows, v_across.data(), deep, deep, bar.data(), deep,
+          q.row(begin + i), q.stride, rows, room.k_across.get(), deep, deep, s, deep, half);
+      product(
+          o_bar.row(begin + i), o_bar.stride, rows, room.v_across.get(), deep, deep, bar, deep,
           half);
-      const float* lse = f.lse + (b * n.heads + h) * n.queries + begin + i;
-      for (int64_t r = 0; r < kRows; ++r) {
-        float *p_row = s.data() + r * deep, *ds_row = bar.data() + r * deep;
-        if (r < rows) {
-          softmax_bar(p_row, ds_row, lse[r], n, bias);
-          round_row(ds_row, deep, ds_rows.data() + r * deep);
-        } else {
-          std::fill(p_row, p_row + deep, 0.0f);
-          std::fill(ds_row, ds_row + deep, 0.0f);
-        }
-        if (r % 2 == 1) {
-          merge_rows(p_row - deep, p_row, deep, p.data() + (i + r) / 2 * deep);
-          merge_rows(ds_row - deep, ds_row, deep, ds.data() + (i + r) / 2 * deep);
-        }
+      float lse[kRows];
+      std::copy_n(f.lse + (b * n.heads + h) * n.queries + begin + i, rows, lse);
+      if (rows % 2 == 1) {  // a row of which P is zero beside the last
+        lse[rows] = std::numeric_limits<float>::infinity();
+        std::fill_n(s + rows * deep, deep, 0.0f);
+        std::fill_n(bar + rows * deep, deep, 0.0f);
       }
-      product(ds_rows.data(), deep, rows, k_along.data(), wide, wide, q_bar.data(), wide, deep / 2);
+      for (int64_t r = 0; r < rows; r += 2) {
+        const int64_t pair = (i + r) / 2;
+        float *p_rows = s + r * deep, *bars = bar + r * deep;
+        const Centres centres = powers_bar(p_rows, bars, lse + r, n, bias, p, pair);
+        scores_bar(p_rows, bars, centres, n, ds_rows + r * deep, ds, pair);
+      }
+      product(ds_rows, deep, rows, room.k_along.get(), wide, wide, q_bar, wide, deep / 2);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = ((b * n.queries + begin + i + r) * n.heads + h) * n.width;
-        write(q_bar.data() + r * wide, 1, nullptr, 0, n.width, f.q_bar + at);
+        write(q_bar + r * wide, 1, nullptr, 0, n.width, f.q_bar + at);
       }
     }
-    const int64_t deep_q = up(count, 16), pairs_q = up(count, 2) / 2;
-    const bool add = begin > 0;
-    transpose({o_bar.row(begin), o_bar.stride}, count, n.width, turned.data(), room.data());
-    product(turned.data(), deep_q, n.width, p.data(), deep, deep, v_bar.data(), deep, pairs_q, add);
-    transpose({q.row(begin), q.stride}, count, n.width, turned.data(), room.data());
-    product(turned.data(), deep_q, n.width, ds.data(), deep, deep, k_bar.data(), deep, pairs_q, add);
+    const int64_t pairs = up(count, 2) / 2;
+    pack_along({o_bar.row(begin), o_bar.stride}, count, n.width, room.q_along.get());
+    product_of_panels(p, pairs, room.q_along.get(), n, room.v_bar.get(), begin > 0);
+    pack_along({q.row(begin), q.stride}, count, n.width, room.q_along.get());
+    product_of_panels(ds, pairs, room.q_along.get(), n, room.k_bar.get(), begin > 0);
   }
-  write_transposed(k_bar.data(), n, b, h, f.k_bar);
-  write_transposed(v_bar.data(), n, b, h, f.v_bar);
+  for (int64_t i = 0; i < n.keys; ++i) {
+    const int64_t at = ((b * n.keys + i) * n.heads + h) * n.width;
+    write(room.k_bar.get() + i * wide, 1, nullptr, 0, n.width, f.k_bar + at);
+    write(room.v_bar.get() + i * wide, 1, nullptr, 0, n.width, f.v_bar + at);
+  }
 }
 
 }  // namespace
@@ -553,7 +633,8 @@ std::tuple<Tensor, Tensor, Tensor> joint_attention_rows_bar(
   f.k_bar = mutable_data<bf16>(k_bar);
   f.v_bar = mutable_data<bf16>(v_bar);
   parallel_for(batch * heads, 1, [&](int64_t item, int64_t stop) {
-    for (; item < stop; ++item) backward(f, item / heads, item % heads);
+    Room room(f.n);
+    for (; item < stop; ++item) backward(f, room, item / heads, item % heads);
   });
 #else
   (void)sums, (void)scale;

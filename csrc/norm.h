@@ -28,14 +28,167 @@ Rows<T> rows(
   return t ? rows<T>(op, name, *t, x) : Rows<T>(zeros.data());
 }
 
-// Sums run over the channels of one token in two sweeps over its row, which is in the first-level
-// cache by then: means first, centred products second, and with them what rounding left in the mean
-// (`rest`). So a large offset costs no digits, and a constant row is normalised to zeros.
+// Sums run over the channels of one token in one sweep over its row, of what is left when the mean of
+// the first few is taken off (`centre`); the mean that remains (`rest`) is taken off the results. So a
+// large offset costs no digits, and a constant row is normalised to zeros. Where those few alone are far
+// off, squares lose to `rest` what they come to times C / kFew: they are part of the variance too.
 
 // What a value and its tangent come to at one element; the latter 0 where there is none.
 struct Dual {
   float value, dot;
 };
+
+// Neighbours are summed apart, as many as the widest vectors hold: a loop over them is one addition
+// of vectors, and what the compiler makes of a reduction ends in one addition after the other.
+constexpr int64_t kWide = 16;
+constexpr int64_t kFew = 2 * kWide;  // elements or words
+
+MFMJT_BODY float sum_of(const float* lanes) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four four[kWide / 4];
+  std::memcpy(four, lanes, sizeof four);
+  const Four sum = (four[0] + four[1]) + (four[2] + four[3]);
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+template <bool tangent>
+struct Sums {
+  float value[kWide] = {}, square[kWide] = {}, dot[kWide] = {}, product[kWide] = {};
+
+  MFMJT_BODY void add(int64_t lane, Dual a, Dual centre) {
+    const float moved = a.value - centre.value;
+    value[lane] += moved;
+    square[lane] += moved * moved;
+    if (tangent) {
+      const float moved_dot = a.dot - centre.dot;
+      dot[lane] += moved_dot;
+      product[lane] += moved * moved_dot;
+    }
+  }
+};
+
+// A row of which the norm is taken: x itself.
+template <bool tangent, class T>
+struct OneRow {
+  const T *x, *x_dot;
+
+  template <class Lane>
+  MFMJT_BODY Dual at(Lane lane, int64_t i) const {
+    float dot = 0;
+    if constexpr (tangent) dot = mfmjt::at(lane, x_dot, i);
+    return {mfmjt::at(lane, x, i), dot};
+  }
+  MFMJT_BODY void keep(Single, int64_t, Dual&) const {}
+  MFMJT_BODY void keep(int64_t, Dual&, Dual&) const {}
+};
+
+// The sum of the residual and the gated update, which is kept; its value goes into the norm as it is
+// stored, its tangent as it was computed.
+template <bool tangent, class T>
+struct SumRow {
+  const T *x, *h, *gate, *x_dot, *h_dot, *gate_dot;
+  T *total, *total_dot;
+  Scratch dots;  // for bfloat16
+
+  template <class Lane>
+  MFMJT_BODY Dual at(Lane lane, int64_t i) const {
+    const float g = mfmjt::at(lane, gate, i), a = mfmjt::at(lane, h, i);
+    float dot = 0;
+    if constexpr (tangent) {
+      dot = mfmjt::at(lane, x_dot, i) + mfmjt::at(lane, gate_dot, i) * a +
+            g * mfmjt::at(lane, h_dot, i);
+    }
+    return {mfmjt::at(lane, x, i) + g * a, dot};
+  }
+  MFMJT_BODY void keep(Single lane, int64_t i, Dual& a) const {
+    store(total + i, a.value);
+    a.value = load(total[i]);
+    if constexpr (tangent) {
+      store(total_dot + i, a.dot);
+      if constexpr (kLanes<T> == 2) mfmjt::at(lane, dots, i) = a.dot;
+    }
+  }
+  MFMJT_BODY void keep(int64_t i, Dual& a, Dual& b) const {
+    const uint32_t word = merge(a.value, b.value);
+    words(total)[i] = word;
+    a.value = low(word);
+    b.value = high(word);
+    if constexpr (tangent) {
+      mfmjt::at(Low{}, dots, i) = a.dot;
+      mfmjt::at(High{}, dots, i) = b.dot;
+      words(total_dot)[i] = merge(a.dot, b.dot);
+    }
+  }
+};
+
+// Lane `lane` of the sums gets element or word i of the row.
+template <bool tangent, class T, class Row>
+MFMJT_BODY void add_to(Sums<tangent>& sums, const Row& row, int64_t lane, int64_t i, Dual centre) {
+  Dual a = row.at(First<T>{}, i);
+  if constexpr (kLanes<T> == 2) {
+    Dual b = row.at(High{}, i);
+    row.keep(i, a, b);
+    sums.add(lane, b, centre);
+  } else {
+    row.keep(Single{}, i, a);
+  }
+  sums.add(lane, a, centre);
+}
+
+// What the sums of a row come to.
+struct Moments {
+  Dual centre, rest;
+  float rstd, share;  // share: mean(n x_dot)
+};
+
+template <bool tangent, class T, class Row>
+MFMJT_BODY Moments moments_of(const Row& row, int64_t width, float eps) {
+  const int64_t groups = width / kLanes<T>;
+  Dual centre{0, 0};
+  if (groups >= kWide) {
+    const int64_t few = groups >= kFew ? kFew : kWide;
+    float value[kWide] = {}, dot[kWide] = {};
+    for (int64_t k = 0; k < few; k += kWide) {
+#pragma omp simd
+      for (int64_t j = 0; j < kWide; ++j) {
+        const Dual a = row.at(First<T>{}, k + j);
+        value[j] += a.value;
+        dot[j] += a.dot;
+      }
+    }
+    const float over = 1.0f / static_cast<float>(few);
+    centre = {sum_of(value) * over, tangent ? sum_of(dot) * over : 0.0f};
+  } else {
+    for (int64_t j = 0; j < width; ++j) {
+      const Dual a = row.at(Single{}, j);
+      centre.value += a.value;
+      centre.dot += a.dot;
+    }
+    centre.value /= static_cast<float>(width);
+    centre.dot /= static_cast<float>(width);
+  }
+  Sums<tangent> sums;
+  int64_t i = 0;
+  for (; i + kWide <= groups; i += kWide) {
+#pragma omp simd
+    for (int64_t j = 0; j < kWide; ++j) add_to<tangent, T>(sums, row, j, i + j, centre);
+  }
+  for (; i < groups; ++i) add_to<tangent, T>(sums, row, i % kWide, i, centre);
+  for (i *= kLanes<T>; i < width; ++i) {
+    Dual a = row.at(Single{}, i);
+    row.keep(Single{}, i, a);
+    sums.add(0, a, centre);
+  }
+  const float over = 1.0f / static_cast<float>(width);
+  Moments m{centre, {sum_of(sums.value) * over, 0}, 0, 0};
+  const float variance = sum_of(sums.square) * over - m.rest.value * m.rest.value;
+  m.rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
+  if (tangent) {
+    m.rest.dot = sum_of(sums.dot) * over;
+    m.share = (sum_of(sums.product) * over - m.rest.value * m.rest.dot) * m.rstd;
+  }
+  return m;
+}
 
 template <class T, class Dot>
 struct NormRow {
@@ -43,101 +196,29 @@ struct NormRow {
   Dot x_dot;  // this and the next two are read by the tangent only
   const T *shift_dot, *scale_dot;
   T *y, *y_dot;
-  float *mean, *rstd;
 };
 
-// Summands of the second sweep.
-struct Products {
-  float rest, square, dot;
-};
-
-// The three sweeps at one element; each needs what the one before it found.
-template <bool tangent, class T, class Dot>
-struct NormRowAt {
-  NormRow<T, Dot> r;
-  float mean = 0, mean_dot = 0, rest = 0, rstd = 0, share = 0;
-
-  template <class Lane>
-  MFMJT_BODY Dual sums(Lane lane, int64_t i) const {
-    float dot = 0;
-    if constexpr (tangent) dot = at(lane, r.x_dot, i);
-    return {at(lane, r.x, i), dot};
+template <bool tangent, class T, class Dot, class Lane>
+MFMJT_BODY Dual modulated(const NormRow<T, Dot>& r, const Moments& m, Lane lane, int64_t i) {
+  const float n = (at(lane, r.x, i) - m.centre.value - m.rest.value) * m.rstd;
+  const float factor = 1.0f + at(lane, r.scale, i);
+  float dot = 0;
+  if constexpr (tangent) {
+    const float n_dot = m.rstd * (at(lane, r.x_dot, i) - m.centre.dot - m.rest.dot - n * m.share);
+    dot = n_dot * factor + n * at(lane, r.scale_dot, i) + at(lane, r.shift_dot, i);
   }
-  template <class Lane>
-  MFMJT_BODY Products products(Lane lane, int64_t i) const {
-    const float centred = at(lane, r.x, i) - mean;
-    float dot = 0;
-    if constexpr (tangent) dot = centred * (at(lane, r.x_dot, i) - mean_dot);
-    return {centred, centred * centred, dot};
-  }
-  template <class Lane>
-  MFMJT_BODY Dual result(Lane lane, int64_t i) const {
-    const float n = (at(lane, r.x, i) - mean - rest) * rstd, factor = 1.0f + at(lane, r.scale, i);
-    float dot = 0;
-    if constexpr (tangent) {
-      const float n_dot = rstd * (at(lane, r.x_dot, i) - mean_dot - n * share);
-      dot = n_dot * factor + n * at(lane, r.scale_dot, i) + at(lane, r.shift_dot, i);
-    }
-    return {n * factor + at(lane, r.shift, i), dot};
-  }
-};
+  return {n * factor + at(lane, r.shift, i), dot};
+}
 
 template <bool tangent, class T, class Dot>
-MFMJT_BODY void norm_row(const NormRow<T, Dot>& r, int64_t width, float eps) {
-  const float over = 1.0f / static_cast<float>(width);
+MFMJT_BODY void norm_row(const NormRow<T, Dot>& r, const Moments& m, int64_t width) {
   const int64_t groups = width / kLanes<T>;
-  NormRowAt<tangent, T, Dot> row{r};
-  float sum = 0, sum_dot = 0;
-#pragma omp simd reduction(+ : sum, sum_dot)
-  for (int64_t i = 0; i < groups; ++i) {
-    Dual a = row.sums(First<T>{}, i);
-    if constexpr (kLanes<T> == 2) {
-      const Dual b = row.sums(High{}, i);
-      a.value += b.value;
-      a.dot += b.dot;
-    }
-    sum += a.value;
-    sum_dot += a.dot;
-  }
-  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    const Dual a = row.sums(Single{}, i);
-    sum += a.value;
-    sum_dot += a.dot;
-  }
-  row.mean = sum * over;
-  row.mean_dot = sum_dot * over;
-  float rest = 0, square = 0, product = 0;
-#pragma omp simd reduction(+ : rest, square, product)
-  for (int64_t i = 0; i < groups; ++i) {
-    Products a = row.products(First<T>{}, i);
-    if constexpr (kLanes<T> == 2) {
-      const Products b = row.products(High{}, i);
-      a.rest += b.rest;
-      a.square += b.square;
-      a.dot += b.dot;
-    }
-    rest += a.rest;
-    square += a.square;
-    product += a.dot;
-  }
-  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    const Products a = row.products(Single{}, i);
-    rest += a.rest;
-    square += a.square;
-    product += a.dot;
-  }
-  row.rest = rest * over;
-  const float variance = square * over - row.rest * row.rest;
-  row.rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
-  row.share = product * over * row.rstd;  // mean(n x_dot)
-  *r.mean = row.mean + row.rest;
-  *r.rstd = row.rstd;
   T *y = r.y, *y_dot = r.y_dot;
 #pragma omp simd
   for (int64_t i = 0; i < groups; ++i) {
-    const Dual a = row.result(First<T>{}, i);
+    const Dual a = modulated<tangent>(r, m, First<T>{}, i);
     if constexpr (kLanes<T> == 2) {
-      const Dual b = row.result(High{}, i);
+      const Dual b = modulated<tangent>(r, m, High{}, i);
       words(y)[i] = merge(a.value, b.value);
       if (tangent) words(y_dot)[i] = merge(a.dot, b.dot);
     } else {
@@ -146,55 +227,9 @@ MFMJT_BODY void norm_row(const NormRow<T, Dot>& r, int64_t width, float eps) {
     }
   }
   for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    const Dual a = row.result(Single{}, i);
+    const Dual a = modulated<tangent>(r, m, Single{}, i);
     store(y + i, a.value);
     if (tangent) store(y_dot + i, a.dot);
-  }
-}
-
-// The sum of the residual and the gated update.
-template <bool tangent, class T>
-struct SumAt {
-  const T *x, *h, *gate, *x_dot, *h_dot, *gate_dot;
-
-  template <class Lane>
-  MFMJT_BODY Dual result(Lane lane, int64_t i) const {
-    const float g = at(lane, gate, i), a = at(lane, h, i);
-    float dot = 0;
-    if constexpr (tangent) {
-      dot = at(lane, x_dot, i) + at(lane, gate_dot, i) * a + g * at(lane, h_dot, i);
-    }
-    return {at(lane, x, i) + g * a, dot};
-  }
-};
-
-template <bool tangent, class T>
-MFMJT_BODY void sum_row(
-    const SumAt<tangent, T>& row, T* total, T* total_dot, Scratch dots, int64_t width) {
-  const int64_t groups = width / kLanes<T>;
-#pragma omp simd
-  for (int64_t i = 0; i < groups; ++i) {
-    const Dual a = row.result(First<T>{}, i);
-    if (tangent) at(First<T>{}, dots, i) = a.dot;
-    if constexpr (kLanes<T> == 2) {
-      const Dual b = row.result(High{}, i);
-      words(total)[i] = merge(a.value, b.value);
-      if (tangent) {
-        at(High{}, dots, i) = b.dot;
-        words(total_dot)[i] = merge(a.dot, b.dot);
-      }
-    } else {
-      total[i] = a.value;
-      if (tangent) total_dot[i] = a.dot;
-    }
-  }
-  for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    const Dual a = row.result(Single{}, i);
-    store(total + i, a.value);
-    if (tangent) {
-      at(Single{}, dots, i) = a.dot;
-      store(total_dot + i, a.dot);
-    }
   }
 }
 
@@ -211,41 +246,45 @@ struct NormPass {
 
 template <class T, bool gated, bool tangent>
 MFMJT_BODY void norm_pass(const NormPass<T>* pass, float* scratch, int64_t begin, int64_t end) {
-  // The sum's tangent goes into the norm as it was computed, not as it was stored.
-  using Dot = std::conditional_t<gated, Scratch, const T*>;
+  constexpr bool kept = gated && kLanes<T> == 2;
+  using Dot = std::conditional_t<kept, Scratch, const T*>;
   const int64_t width = pass->width;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / pass->tokens, t = row % pass->tokens, at = row * width;
     NormRow<T, Dot> r{};
     r.x = pass->x.at(b, t);
-    const Scratch dots{scratch, width / 2};
+    const T* x_dot = tangent ? pass->x_dot.at(b, t) : nullptr;
+    if constexpr (kept) {
+      r.x_dot = Scratch{scratch, width / 2};
+    } else if constexpr (gated) {
+      r.x_dot = pass->total_dot + at;
+    } else {
+      r.x_dot = x_dot;
+    }
+    Moments m;
     if constexpr (gated) {
-      SumAt<tangent, T> sum{r.x, pass->h.at(b, t), pass->gate.at(b, t), nullptr, nullptr, nullptr};
+      SumRow<tangent, T> sum{r.x, pass->h.at(b, t), pass->gate.at(b, t), x_dot, nullptr, nullptr,
+                             pass->total + at, pass->total_dot + at, Scratch{scratch, width / 2}};
       if (tangent) {
-        sum.x_dot = pass->x_dot.at(b, t);
         sum.h_dot = pass->h_dot.at(b, t);
         sum.gate_dot = pass->gate_dot.at(b, t);
       }
-      T* total = pass->total + at;
-      sum_row(sum, total, tangent ? pass->total_dot + at : nullptr, dots, width);
-      r.x = total;
+      m = moments_of<tangent, T>(sum, width, pass->eps);
+      r.x = sum.total;
+    } else {
+      m = moments_of<tangent, T>(OneRow<tangent, T>{r.x, x_dot}, width, pass->eps);
     }
     r.shift = pass->shift.at(b, t);
     r.scale = pass->scale.at(b, t);
     if (tangent) {
-      if constexpr (gated) {
-        r.x_dot = dots;
-      } else {
-        r.x_dot = pass->x_dot.at(b, t);
-      }
       r.shift_dot = pass->shift_dot.at(b, t);
       r.scale_dot = pass->scale_dot.at(b, t);
       r.y_dot = pass->y_dot + at;
     }
     r.y = pass->y + at;
-    r.mean = pass->mean + row;
-    r.rstd = pass->rstd + row;
-    norm_row<tangent>(r, width, pass->eps);
+    pass->mean[row] = m.centre.value + m.rest.value;
+    pass->rstd[row] = m.rstd;
+    norm_row<tangent>(r, m, width);
   }
 }
 
