@@ -8,10 +8,39 @@
 namespace mfmjt {
 namespace {
 
+// 1 / (1 + e^-x); a NaN counts as a large number. As `exponential` in common.h with r of the other sign,
+// but for what is far: the power of two ends at infinity and at zero, and so does the sigmoid.
 template <class T>
 MFMJT_BODY float sigmoid(float x) {
-  const float e = exponential<T>(-std::fabs(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = static_cast<uint32_t>(std::min<int32_t>(static_cast<int32_t>(bits), 0x42b00000));  // 88
+  bits = std::min<uint32_t>(bits, 0xc2b20000u);                                              // -89
+  std::memcpy(&x, &bits, sizeof x);
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer
+  const float shifted = shift - x * 0x1.715476p+0f;
+  const float n = shifted - shift;
+  const float r = x + n * 0x1.62e430p-1f;
+  float p;
+  if (std::is_same_v<T, float>) {
+    p = 0x1.1062500p-7f;
+    p = p * r - 0x1.572a64p-5f;
+    p = p * r + 0x1.5557b0p-3f;
+    p = p * r - 0x1.fffdfcp-2f;
+    p = p * r + 1.0f;
+    p = 1.0f - p * r;
+  } else {
+    p = 0x1.5224eap-5f;
+    p = p * r - 0x1.571d1ep-3f;
+    p = p * r + 0x1.0006b8p-1f;
+    p = p * r - 1.0f;
+    p = p * r + 1.0f;
+  }
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;  // 2^n: the low bits of `shifted` are n, from -127 to 128
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return 1.0f / (1.0f + p * power);
 }
 
 template <class T>
@@ -44,9 +73,8 @@ struct Dual {
 template <class T, bool has_gate_dot, bool has_up_dot>
 MFMJT_BODY Dual dual_of(float g, float u, float g_dot, float u_dot) {
   const float sigma = sigmoid<T>(g), s = g * sigma;
-  float dot = 0;
-  if (has_gate_dot) dot += (sigma + s * (1.0f - sigma)) * g_dot * u;
-  if (has_up_dot) dot += s * u_dot;
+  float dot = has_up_dot ? s * u_dot : 0.0f;
+  if (has_gate_dot) dot += (sigma + s * (1.0f - sigma)) * (g_dot * u);
   return {s * u, dot};
 }
 
