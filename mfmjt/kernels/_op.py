@@ -213,18 +213,27 @@ def dual(
     return [join(y, y_dot) for y, y_dot in zip(ys[::2], ys[1::2], strict=True)]
 
 
-_FUNCTORCH_NAMES = (
-    "maybe_current_level",
-    "maybe_get_level",
-    "get_unwrapped",
-    "_wrap_for_grad",
-    "pop_dynamic_layer_stack",
-    "push_dynamic_layer_stack",
-)
-# PyTorch's own and private: where one has gone, everything goes through functorch.
-_functorch = (
-    torch._C._functorch if all(hasattr(torch._C._functorch, n) for n in _FUNCTORCH_NAMES) else None
-)
+# What is PyTorch's own and private. Where any of it has gone, nothing is left out of a call.
+_PRIVATE = {
+    torch._C: (
+        "_any_requires_grad",
+        "_get_function_stack_at",
+        "_get_tracing_state",
+        "_len_torch_dispatch_stack",
+        "_len_torch_function_stack",
+    ),
+    torch._C._functorch: (
+        "_wrap_for_grad",
+        "get_unwrapped",
+        "maybe_current_level",
+        "maybe_get_level",
+        "pop_dynamic_layer_stack",
+        "push_dynamic_layer_stack",
+    ),
+    torch._VF: ("_make_dual", "_unpack_dual"),
+}
+_known = all(hasattr(module, name) for module, names in _PRIVATE.items() for name in names)
+_functorch = torch._C._functorch if _known else None
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
