@@ -58,12 +58,15 @@ def check_modulation(op: str, x: Tensor, **modulations: Tensor) -> None:
     _op.check_tensors(op, x=x, **modulations)
     shape, floating = x.shape, x.is_floating_point()
     for name, m in modulations.items():
-        of_m = m.shape
-        fits = floating and m.is_floating_point() and len(of_m) <= len(shape)
-        for i in range(-len(of_m) if fits else 0, 0):
-            fits = fits and (of_m[i] == 1 or of_m[i] == shape[i])
-        if not fits:
+        fits = floating and m.is_floating_point()
+        if not (fits and (m.shape == shape or _broadcasts(m.shape, shape))):
             _op.check(False, op, f"{name} that broadcasts to x", x=x, **{name: m})
+
+
+def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
+    return len(shape) <= len(whole) and all(
+        shape[i] == 1 or shape[i] == whole[i] for i in range(-len(shape), 0)
+    )
 
 
 def fits_kernel(x: Tensor) -> bool:

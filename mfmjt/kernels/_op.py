@@ -230,10 +230,12 @@ _PRIVATE = {
         "pop_dynamic_layer_stack",
         "push_dynamic_layer_stack",
     ),
-    torch._VF: ("_make_dual", "_unpack_dual"),
 }
+# Bound once: looking them up in torch._VF takes as long as a call of them.
+_make_dual: Any = getattr(torch._VF, "_make_dual", None)
+_unpack_dual: Any = getattr(torch._VF, "_unpack_dual", None)
 _known = all(hasattr(module, name) for module, names in _PRIVATE.items() for name in names)
-_functorch = torch._C._functorch if _known else None
+_functorch = torch._C._functorch if _known and _make_dual and _unpack_dual else None
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -263,35 +265,35 @@ def _below(
     get_level, unwrap = _functorch.maybe_get_level, _functorch.get_unwrapped
     values: list[Tensor | None] = []
     dots: list[Tensor | None] = []
+    moves = False
     for x in (*moving, *still.values()):
         value, dot = x, None
-        if x is not None and get_level(x) == 1 and type(x) is Tensor and not x.requires_grad:
-            value, (_, dot) = unwrap(x), torch._VF._unpack_dual(x, level=0)
-            if dot is not None and get_level(dot) == 1:
-                dot = unwrap(dot)
-        for t in (value, dot):
-            if t is not None and (type(t) not in _PLAIN or get_level(t) != -1):
+        if x is not None:
+            if get_level(x) == 1 and type(x) is Tensor and not x.requires_grad:
+                value, dot = unwrap(x), _unpack_dual(x, level=0)[1]
+            if dot is not None:
+                dot = unwrap(dot) if get_level(dot) == 1 else dot
+                if get_level(dot) != -1 or type(dot) not in _PLAIN:
+                    return None
+                moves = True
+            if get_level(value) != -1 or type(value) not in _PLAIN:
                 return None
         values.append(value)
         dots.append(dot)
-    for name, dot in zip(still, dots[len(moving) :], strict=True):
-        if dot is not None:
+    for name in reversed(still):
+        if dots.pop() is not None:
             raise NotImplementedError(_NO_TANGENT.format(op=op, name=name))
-    del dots[len(moving) :]
-    moves = any(dot is not None for dot in dots)
     level = _functorch.pop_dynamic_layer_stack()
     try:
-        off_tape = [dot.detach() if dot is not None and dot.requires_grad else dot for dot in dots]
-        ys = run(values, off_tape if moves else None)
+        if moves:
+            dots = [d.detach() if d is not None and d.requires_grad else d for d in dots]
+        ys = run(values, dots if moves else None)
     finally:
         _functorch.push_dynamic_layer_stack(level)
     if not moves:
         return [_functorch._wrap_for_grad(y, 1) for y in ys]
-    make_dual = torch._VF._make_dual
-    return [
-        y if y_dot is None else make_dual(y, y_dot, level=0)
-        for y, y_dot in zip(ys[::2], ys[1::2], strict=True)
-    ]
+    pairs = zip(ys[::2], ys[1::2], strict=True)
+    return [y if dot is None else _make_dual(y, dot, level=0) for y, dot in pairs]
 
 
 def _is_watched() -> bool:

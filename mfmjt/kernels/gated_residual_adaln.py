@@ -452,7 +452,8 @@ def gated_residual_adaln(
         return gated_residual_adaln_ref(x, h, gate, shift, scale, eps)
     _norm.check_modulation("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
     _op.check_tensors("gated_residual_adaln", h=h)
-    _op.check(h.shape == x.shape, "gated_residual_adaln", "h of the shape of x", x=x, h=h)
+    if h.shape != x.shape:
+        _op.check(False, "gated_residual_adaln", "h of the shape of x", x=x, h=h)
 
     def run(values: Any, dots: Any) -> Any:
         if dots is None:
