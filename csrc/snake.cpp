@@ -43,7 +43,6 @@ constexpr float kSums[3] = {sum_of_taps(0), sum_of_taps(1), sum_of_taps(2)};
 constexpr float kDifferences[3] = {
     difference_of_taps(0), difference_of_taps(1), difference_of_taps(2)};
 constexpr int64_t kStretch = 4096;  // outputs
-constexpr int64_t kAhead = 512;     // how far x is asked for ahead of its use
 
 // Minimax polynomials of sin(pi r) / r in r^2 for r in [-1/2, 1/2], relative errors 5e-9 and 9e-7.
 template <class T>

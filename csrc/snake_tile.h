@@ -74,10 +74,6 @@ template <class T>
 SNAKE_INLINE Window window(const T* x) {
   return {{fetch(x), fetch(x + 1), fetch(x + 2), fetch(x + 3), fetch(x + 4), fetch(x + 5)}};
 }
-SNAKE_INLINE Window window(Vector a, Vector b) {
-  return {{a, shifted<1>(a, b), shifted<2>(a, b), shifted<3>(a, b), shifted<4>(a, b),
-           shifted<5>(a, b)}};
-}
 template <class T>
 SNAKE_INLINE Window read(const T* x, int64_t length, int64_t first) {
   constexpr int64_t count = SNAKE_LANES + 5;
@@ -94,22 +90,13 @@ SNAKE_INLINE void write(T* y, Vector v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(y + i, values[i]);
 }
 
-SNAKE_INLINE Vector by_sums(const Window& w) {
-  Vector y = (w.of[0] + w.of[5]) * kSums[0];
-  y += (w.of[1] + w.of[4]) * kSums[1];
-  return y + (w.of[2] + w.of[3]) * kSums[2];
-}
-SNAKE_INLINE Vector by_differences(const Window& w) {
-  Vector y = (w.of[0] - w.of[5]) * kDifferences[0];
-  y += (w.of[1] - w.of[4]) * kDifferences[1];
-  return y + (w.of[2] - w.of[3]) * kDifferences[2];
-}
-
 struct Pairs {  // even and odd
   Vector of[2];
 };
 SNAKE_INLINE Pairs up(const Window& x) {
-  const Vector sum = by_sums(x), difference = by_differences(x);
+  Vector sum = (x.of[0] + x.of[5]) * kSums[0], difference = (x.of[0] - x.of[5]) * kDifferences[0];
+  sum += (x.of[1] + x.of[4]) * kSums[1], difference += (x.of[1] - x.of[4]) * kDifferences[1];
+  sum += (x.of[2] + x.of[3]) * kSums[2], difference += (x.of[2] - x.of[3]) * kDifferences[2];
   return {{sum + difference, sum - difference}};
 }
 // `activate` of snake.cpp, step by step for both, since each step waits for the one before.
@@ -129,40 +116,62 @@ SNAKE_INLINE Pairs activated(const Pairs& u, const Row& row) {
   SNAKE_BOTH y.of[i] = u.of[i] + z[i] * p[i];
   return y;
 }
+// even + odd and odd - even
 struct Sums {
   Vector sum, difference;
 };
 SNAKE_INLINE Sums sums(const Pairs& y) { return {y.of[0] + y.of[1], y.of[1] - y.of[0]}; }
-SNAKE_INLINE Vector down(const Sums& a, const Sums& b) {
-  return by_sums(window(a.sum, b.sum)) + by_differences(window(a.difference, b.difference));
+
+// What a pair gives to each of the six outputs around it, the last of them first. Shifting these
+// takes half of the permutations that shifting both sums would.
+struct Shares {
+  Vector of[6];
+};
+SNAKE_INLINE Shares shares(const Sums& y) {
+  Shares v;
+  for (int k = 0; k < 3; ++k) {
+    const Vector part = y.sum * kSums[k];
+    v.of[k] = part + y.difference * kDifferences[k];
+    v.of[5 - k] = part - y.difference * kDifferences[k];
+  }
+  return v;
+}
+SNAKE_INLINE Vector down(const Shares& a, const Shares& b) {
+  const Vector first = a.of[0] + shifted<1>(a.of[1], b.of[1]);
+  const Vector second = shifted<2>(a.of[2], b.of[2]) + shifted<3>(a.of[3], b.of[3]);
+  const Vector third = shifted<4>(a.of[4], b.of[4]) + shifted<5>(a.of[5], b.of[5]);
+  return first + second + third;
 }
 
-// A stretch goes by in one loop, and nothing between the filters is stored. The three steps of
-// a turn belong to three vectors, one behind the other, so that none of them waits for another.
+// A stretch goes by in one loop, and nothing between the filters is stored. The steps of a turn
+// belong to three vectors, one behind the other, so that none of them waits for another.
 template <class T>
 static __attribute__((noinline, target(SNAKE_TARGET))) void stretch(
     const T* x, T* y, int64_t begin, int64_t end, int64_t length, Row row) {
   constexpr int64_t n = SNAKE_LANES;
+  const int64_t past = end + 3;  // of the pairs that outputs are made of
   float last = 0;
-  Sums before = {}, now = {};
+  Shares before = {};
+  Sums ready = {};
   Pairs pairs = up(read(x, length, begin - 5));
-  for (int64_t q = begin - 2;; q += n) {
-    __builtin_prefetch(x + q + kAhead);
-    const Pairs next = up(read(x, length, q + n - 3));
+  for (int64_t q = begin - 2; q + 2 < end + 2 * n; q += n) {
+    Pairs next = pairs;
+    if (__builtin_expect(q + n < past, 1)) next = up(read(x, length, q + n - 3));
+
     const Pairs acted = activated<T>(pairs, row);
+
+    const Shares now = shares(ready);
     const int64_t i = q + 2 - 2 * n;
-    if (__builtin_expect(i >= begin, 1)) {
-      write(y + i, down(before, now), end - i);
-      if (i + n >= end) return;
-    }
+    if (__builtin_expect(i >= begin, 1)) write(y + i, down(before, now), end - i);
+
     before = now;
-    now = sums(acted);
-    if (__builtin_expect(q < 0 || q + n > length, 0)) {
+    ready = sums(acted);
+    if (__builtin_expect(q < 0 || (q + n > length && q < past), 0)) {
       float sum[n], difference[n];
-      put(sum, now.sum);
-      put(difference, now.difference);
+      put(sum, ready.sum);
+      put(difference, ready.difference);
       repeat_ends(sum, difference, q, n, length, last);
-      now = {fetch(sum), fetch(difference)};
+      ready = {fetch(sum), fetch(difference)};
     }
     pairs = next;
   }

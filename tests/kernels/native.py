@@ -173,6 +173,8 @@ def cases() -> Iterator[tuple[str, Arguments]]:
                 whole = arguments(name, rows=None, dtype=dtype)
                 yield name, {**whole, **dict.fromkeys(key for key in optional if key != present)}
 
+    for dtype in (torch.float32, torch.bfloat16):  # a row of several stretches
+        yield "snake_fwd", arguments("snake_fwd", (1, 2, 4110), 1, dtype)
     for size in ((1, 260, 40), (2, 17, 1700)):  # threads share channels, and blocks of samples
         yield "conv1d_toom", arguments("conv1d_toom", size)
 

@@ -177,10 +177,18 @@ def test_swiglu_far_from_zero(way, sign, far, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(2, 3, 1), (1, 2, 2), (1, 1, 1023), (2, 1, 1030), (1, 1, 2049)])
+@pytest.mark.parametrize("size", [(2, 3, 1), (1, 2, 2), (2, 1, 1030), (1, 1, 4094), (1, 2, 8210)])
 def test_snake(way, size, dtype):
     values = vocoder(*size)
     oracle.check_op(kernels.snake, reference_of("snake"), values, (), dtype, terms=24)
+
+
+@pytest.mark.parametrize("stretches", [0, 1])
+def test_snake_of_every_length_modulo_its_vectors(way, stretches):
+    """Ends fall on each lane of a vector, and on each of a vector that begins a stretch."""
+    for samples in range(1, 40):
+        values = vocoder(1, 2, 4096 * stretches + samples)
+        oracle.check_op(kernels.snake, reference_of("snake"), values, (), torch.float32, terms=24)
 
 
 @pytest.mark.parametrize("taps", [1, 3, 11])
