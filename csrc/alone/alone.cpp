@@ -269,6 +269,13 @@ GIVES(torch_delete_list, StableListHandle list) {
   return AOTI_TORCH_SUCCESS;
 }
 
+GIVES(
+    aoti_torch_empty_strided, int64_t rank, const int64_t* sizes, const int64_t*, int32_t dtype, int32_t,
+    int32_t, AtenTensorHandle* to) {
+  BEGIN * to = empty({sizes, sizes + rank}, dtype);
+  END
+}
+
 // Takes what is on the stack and leaves the result there.
 GIVES(torch_call_dispatcher, const char* op, const char*, StableIValue* stack, uint64_t) {
   BEGIN const std::unique_ptr<AtenTensorOpaque> self(reinterpret_cast<AtenTensorHandle>(stack[0]));
@@ -278,12 +285,6 @@ GIVES(torch_call_dispatcher, const char* op, const char*, StableIValue* stack, u
   } else if (std::strcmp(op, "aten::zero_") == 0 && self->is_contiguous()) {
     std::memset(self->data(), 0, static_cast<size_t>(product(self->sizes)) * bytes_of(self->dtype));
     result = new AtenTensorOpaque(*self);
-  } else if (std::strcmp(op, "aten::new_empty") == 0) {
-    const std::unique_ptr<StableListOpaque> list(reinterpret_cast<StableListHandle>(stack[1]));
-    const std::unique_ptr<StableIValue> dtype(reinterpret_cast<StableIValue*>(stack[2]));
-    std::vector<int64_t> sizes;
-    for (const StableIValue item : list->items) sizes.push_back(static_cast<int64_t>(item));
-    result = empty(std::move(sizes), dtype ? static_cast<int32_t>(*dtype) : self->dtype);
   } else {
     throw std::runtime_error(std::string("csrc/alone/alone.cpp lacks ") + op);
   }
