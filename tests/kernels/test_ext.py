@@ -99,6 +99,33 @@ def test_gated_residual_adaln(way, size, rows, dtype):
     oracle.check_op(op, ref, values, ("x", "h", "gate", "scale"), dtype, terms)
 
 
+@pytest.mark.parametrize("far", ["x", "x_dot", "first", "last"])
+@pytest.mark.parametrize("width", [21, 133, 448])
+def test_norms_of_what_is_far_from_zero(way, width, far):
+    """A large offset, and outliers where the centre of the sums is taken and where it is not."""
+    if way == "formulas" and far == "x_dot":
+        pytest.skip("a large offset of a tangent costs the formula digits")
+    given = arguments("adaln_jvp", (1, 3, width), rows=None)
+    some = {"first": slice(32), "last": slice(width - 5, None)}.get(far, slice(None))
+    given["x_dot" if far == "x_dot" else "x"][..., some] += 1000
+    wide = {k: t.double() if isinstance(t, torch.Tensor) else t for k, t in given.items()}
+    plain = torch.func.jvp(*_modulated_norm(given))
+    truth = torch.func.jvp(*_modulated_norm(wide))
+    found = torch.ops.mfmjt.adaln_jvp(*given.values())
+    for y, near, exact in zip(found, plain, truth, strict=False):
+        limit = 2 * oracle.error(near, exact) + oracle.allowance(exact, y.dtype, terms=width)
+        assert oracle.error(y, exact) <= limit
+
+
+def _modulated_norm(given):
+    x, shift, scale, x_dot, shift_dot, scale_dot, eps = given.values()
+
+    def function(x, shift, scale):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+    return function, (x, shift, scale), (x_dot, shift_dot, scale_dot)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize("size", [(2, 3, 2, 64), (1, 70, 1, 80), (1, 1, 3, 2)])
