@@ -198,7 +198,6 @@ def _conv1d_fwd_kernel(
     out_blocks = tl.cdiv(outs, BLOCK_OUTS)
     block = tl.program_id(0) // out_blocks
     source, source_sample, source_token, result = x, x_sample, x_token, y
-    is_dot = False
     if x_dot is not None:
         value_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
         is_dot = block >= value_blocks
@@ -234,7 +233,10 @@ def _conv1d_fwd_kernel(
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
     if bias is not None:
-        total += tl.load(bias + out, (out < outs) & (is_dot == 0), 0.0).to(total.dtype)[None, :]
+        of_value = out < outs
+        if x_dot is not None:
+            of_value = of_value & (is_dot == 0)
+        total += tl.load(bias + out, of_value, 0.0).to(total.dtype)[None, :]
     inside = (row < n_rows)[:, None] & (out < outs)[None, :]
     tl.store(result + row[:, None] * outs + out[None, :], total, inside)
 
