@@ -233,10 +233,10 @@ def _conv1d_fwd_kernel(
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
     if bias is not None:
-        of_value = out < outs
+        biased = outs
         if x_dot is not None:
-            of_value = of_value & (is_dot == 0)
-        total += tl.load(bias + out, of_value, 0.0).to(total.dtype)[None, :]
+            biased = tl.where(is_dot, 0, outs)
+        total += tl.load(bias + out, out < biased, 0.0).to(total.dtype)[None, :]
     inside = (row < n_rows)[:, None] & (out < outs)[None, :]
     tl.store(result + row[:, None] * outs + out[None, :], total, inside)
 
