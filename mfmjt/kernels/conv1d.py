@@ -35,16 +35,16 @@ conv1d over transposes takes:
     (16, 250, 128 -> 512), 3     18.0 / 48.2      1.30 / 1.46
     (16, 250, 20 -> 448), 7       5.2 / 18.4      1.65 / 1.55
 Between one and two times as much weight as activations the two are equal within some 5 %. K
-products of shifted rows and an im2col were slower throughout for the value. The cotangents were
-timed apart, on two threads, ms by PyTorch's convolution_backward and by what is done instead:
-    (B, N, C -> O), K          W_bar as a product    x_bar as a forward conv2d
-    (10, 63, 448 -> 1280), 3    15.2, 12.1            12.6, 13.1, left to it
-    (10, 250, 448 -> 1280), 3   48.7, 45.9            45.7, 42.5
-    (10, 250, 1280 -> 448), 3   49.1, 47.0            46.5, 42.2
-    (40, 250, 128 -> 384), 3    15.9, 17.3 left to it 19.4, 13.9
-So W_bar is a product with im2col'd x or y_bar, whichever has fewer channels, where there is a
-quarter as much weight as activations, and x_bar a convolution with W turned about where there is
-less than half.
+products of shifted rows and an im2col were slower throughout for the value. Not for W_bar: two
+threads, ms of convolution_backward, of the product by an im2col of x or y_bar, whichever has fewer
+channels, and of x_bar beside:
+    (10, 63, 448 -> 1280), 3    16.9, 13.3    12.7
+    (10, 63, 1280 -> 448), 3    16.5, 13.5    13.5
+    (10, 250, 448 -> 1280), 3   51.2, 46.9    40.9
+    (2, 250, 448 -> 1280), 3    12.0, 11.4    10.3
+    (32, 250, 128 -> 384), 3    13.7, 13.9    11.6, left to it
+So it is a product where there is a quarter as much weight as activations. Both cotangents by one
+call of PyTorch take as long as by two; with no tangent about, its own convolution has its own.
 
 `fast=True` lets the CPU compute a value that nobody differentiates by Toom and Cook's method
 (Winograd's, in one dimension), where x lies channels-first as vocoders have it: taps in segments of
@@ -125,14 +125,9 @@ def _jvp(
 
 
 def _bwd_x(y_bar: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    over = _filters_over_activations(y_bar, weight)
-    if over < 1 / 2:
-        turned = weight.flip(2).transpose(0, 1).unsqueeze(2)
-        filters = turned.contiguous(memory_format=torch.channels_last)
-        return _filtered(y_bar, filters, None, dilation).contiguous()
     x = y_bar.new_empty(1).expand(*y_bar.shape[:2], weight.shape[1])  # its values do not matter
     padding = dilation * (weight.shape[2] // 2)
-    if over > 1:
+    if _filters_over_activations(y_bar, weight) > 1:
         x_bar, _, _ = torch.ops.aten.convolution_backward(
             *(y_bar.transpose(1, 2), x.transpose(1, 2), weight, None),
             *([1], [padding], [dilation], False, [0], 1, [True, False, False]),
