@@ -43,8 +43,8 @@ channels, and of x_bar beside:
     (10, 250, 448 -> 1280), 3   51.2, 46.9    40.9
     (2, 250, 448 -> 1280), 3    12.0, 11.4    10.3
     (32, 250, 128 -> 384), 3    13.7, 13.9    11.6, left to it
-So it is a product where there is a quarter as much weight as activations. Both cotangents by one
-call of PyTorch take as long as by two; with no tangent about, its own convolution has its own.
+So it is a product where there is a quarter as much weight as activations. PyTorch takes as long for
+both cotangents in one call as in two. Without a tangent its convolution keeps its own backward.
 
 `fast=True` lets the CPU compute a value that nobody differentiates by Toom and Cook's method
 (Winograd's, in one dimension), where x lies channels-first as vocoders have it: taps in segments of
