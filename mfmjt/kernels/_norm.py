@@ -5,7 +5,8 @@
 The Jacobian of n with respect to x is symmetric, so PyTorch's fused backward kernel serves for the
 tangent too. The PyTorch formulas work in the dtype of x, which callers raise to float32 at least.
 Rows are centred twice, everywhere: what rounding left in the mean goes with the second, so that a
-large offset costs no digits and a constant row is normalised to zeros.
+large offset costs no digits and a constant row is normalised to zeros. In C++ the first centre is
+the mean of a row's first elements, for one sweep to make all sums.
 
 The Triton kernels keep a block of whole rows in registers. Tensors are seen as (B, N, C), "samples"
 and "tokens", by strides (`Layout`): a modulation that is the same for all tokens of a sample is
