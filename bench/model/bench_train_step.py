@@ -21,9 +21,9 @@ x flow is the median over turns. `of GEMM` is a provider's counted FLOPs a secon
 matrix product reaches in the same run.
 
 A CPU has no peak here: saved bytes stand for it. A small_16k step at full length and batch 10 is
-1.8 TFLOP, many seconds of a CPU, and with the tape of func.jvp takes 12 GB, so it is timed at few
-ratios; at 1.0 also with latents of 2 s instead of 8. The rest is nano. What --minutes does not
-reach is said to be skipped.
+1.8 TFLOP, many seconds of a CPU, and func.jvp's tape keeps 8.7 GB, so it is timed at few ratios; at
+1.0 also with latents of 2 s instead of 8. The rest is nano. What --minutes does not reach is said
+to be skipped.
 
 DIR/train_step.jsonl is written anew. The exit status is 1 if a bar is missed, or a provider wrong.
 Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not taken for work.

@@ -36,6 +36,7 @@ __all__ = [
     "check_tensors",
     "define",
     "dual",
+    "is_watched",
     "join",
     "reference",
     "refuse_gradient",
@@ -259,7 +260,7 @@ def _below(
         _functorch is None
         or _functorch.maybe_current_level() != 1
         or torch._C._functorch.peek_interpreter_stack().key() != _JVP
-        or _is_watched()
+        or is_watched()
     ):
         return None
     get_level, unwrap = _functorch.maybe_get_level, _functorch.get_unwrapped
@@ -296,8 +297,13 @@ def _below(
     return [y if dot is None else _make_dual(y, dot, level=0) for y, dot in pairs]
 
 
-def _is_watched() -> bool:
-    """Whether someone sees every call of PyTorch: a mode other than a default device, a tracer."""
+def is_watched() -> bool:
+    """Whether someone sees every call of PyTorch: a mode other than a default device, a tracer.
+
+    Where PyTorch cannot be asked, someone may.
+    """
+    if not _known:
+        return True
     modes = torch._C._len_torch_function_stack()
     if modes == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext:
         modes = 0
@@ -371,7 +377,7 @@ def _or_straight(op: Any, name: str, native: Callable[..., Any]) -> Callable[...
 
 def _is_plain(args: tuple[Any, ...]) -> bool:
     """Whether these are plain tensors on the CPU, outside of functorch, and nobody watches."""
-    if _functorch is None or _functorch.maybe_current_level() is not None or _is_watched():
+    if _functorch is None or _functorch.maybe_current_level() is not None or is_watched():
         return False
     for x in args:
         if type(x) in _PLAIN:

@@ -111,7 +111,7 @@ def _blocked(data: Tensor) -> Tensor | None:
 
 def _watched() -> bool:
     """Whether somebody traces or counts what is called, and must see our ops."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or _op.is_watched()
 
 
 # --- References
