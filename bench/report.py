@@ -148,6 +148,9 @@ def _op_table(op: str, groups: dict[tuple[str, ...], list[Row]]) -> str:
         names += [n for n in map(name_of, group) if n not in names and n != OURS]
     unit = "ms" if any(r["malloc"] == "cuda" for g in groups.values() for r in g) else "CPU ms"
     head = [f"{op}", "dtype", "mode", f"{OURS}, {unit}", "of the roofline", *names]
+    compiled = "compile", f"{OURS}_compile"
+    if {*compiled} <= {*names}:
+        head.append(f"compile / {OURS}_compile")
     lines = [_line(head), _line(["---"] * len(head))]
     for (_, case, dtype, mode), group in groups.items():
         by = {name_of(row): row for row in group}
@@ -155,6 +158,10 @@ def _op_table(op: str, groups: dict[tuple[str, ...], list[Row]]) -> str:
         ours = own[metric(own)] if own and own["status"] == "ok" else None
         share = f"{100 * own['floor_ms'] / own['ms_p50']:.0f} %" if own and ours else ""
         cells = [_cell(by.get(name), ours) for name in names]
+        if len(head) > 5 + len(names):
+            theirs, own_compiled = map(by.get, compiled)
+            good = own_compiled if own_compiled and own_compiled["status"] == "ok" else None
+            cells.append(_cell(theirs, good[metric(good)]) if good else "")
         about = f"{ours:.4g}" if ours else (own["status"] if own else "")
         lines.append(_line([case, dtype, mode, about, share, *cells]))
     return "\n".join(lines) + "\n" + _vocoders(groups)

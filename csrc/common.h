@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -310,13 +311,39 @@ void by_dtype(const Tensor& t, const F& f) {
   }
 }
 
-// f(begin, end) for parts of a range, on PyTorch's threads.
+// f(begin, end) for parts of a range, on PyTorch's threads. Each has a share of the range, and whoever is
+// through with his own goes on with parts of the others': a thread that sleeps takes some ten
+// microseconds to wake, as long as a short kernel runs.
 template <class F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
-  torch::stable::parallel_for(0, size, grain, f);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int64_t kMost = 256, kParts = 4;  // threads; parts of a share
+  const int64_t threads = std::min<int64_t>(
+      {torch::stable::get_num_threads(), kMost, (size + grain - 1) / grain});
+  if (threads <= 1) return f(0, size);
+  Share shares[kMost];
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next.store(size * t / threads, std::memory_order_relaxed);
+    shares[t].end = size * (t + 1) / threads;
+  }
+  const int64_t part = std::max(grain, size / (threads * kParts));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t t = first; t < first + threads; ++t) {
+      Share& share = shares[t % threads];
+      for (int64_t i; (i = share.next.fetch_add(part, std::memory_order_relaxed)) < share.end;) {
+        f(i, std::min(i + part, share.end));
+      }
+    }
+  });
 }
 
 // Work below this many elements is not worth waking a thread for.
-constexpr int64_t kGrain = 1 << 14;
+#ifndef MFMJT_GRAIN
+#define MFMJT_GRAIN (1 << 14)
+#endif
+constexpr int64_t kGrain = MFMJT_GRAIN;
 
 }  // namespace mfmjt

@@ -292,7 +292,11 @@ GIVES(torch_call_dispatcher, const char* op, const char*, StableIValue* stack, u
   END
 }
 
-// Whatever the grain, so that small cases have threads too.
+GIVES(torch_get_num_threads, uint32_t* ret) {
+  *ret = kThreads;
+  return AOTI_TORCH_SUCCESS;
+}
+
 GIVES(
     torch_parallel_for, int64_t begin, int64_t end, int64_t, ParallelFunc function, void* context) {
   BEGIN const int64_t parts = std::clamp<int64_t>(end - begin, 0, kThreads);

@@ -109,8 +109,8 @@ def _alike(first: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _modulated(x: Tensor, *others: Tensor | None) -> bool:
-    """X (B, N, C) and what has a row for each token or for each sample.
+def _modulated(x: Tensor, *others: Tensor | None, dots: tuple[Tensor | None, ...] = ()) -> bool:
+    """X (B, N, C) and what has a row for each token or for each sample; like them their tangents.
 
     A single channel is left to PyTorch: its normalised value is zero up to rounding, of which the
     formula has none.
@@ -119,7 +119,10 @@ def _modulated(x: Tensor, *others: Tensor | None) -> bool:
         return False
     batch, tokens, width = x.shape
     shapes = ((batch, tokens, width), (batch, 1, width))
-    return all(t is None or (t.dtype == x.dtype and t.shape in shapes) for t in others)
+    return all(t is None or (t.dtype == x.dtype and t.shape in shapes) for t in others) and all(
+        dot is None or (dot.dtype == x.dtype and dot.shape == t.shape)
+        for dot, t in zip(dots, (x, *others), strict=bool(dots))
+    )
 
 
 def _heads(qkv: Tensor, *others: Tensor | None) -> bool:
@@ -178,12 +181,12 @@ def _toom(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool
 # For every op with a C++ kernel, whether that takes these arguments.
 _TAKES: dict[str, Callable[..., bool]] = {
     "adaln_fwd": lambda x, shift, scale, eps: _modulated(x, shift, scale),
-    "adaln_jvp": lambda x, *others: _modulated(x, *others[:-1]),
+    "adaln_jvp": lambda x, shift, scale, *others: _modulated(x, shift, scale, dots=others[:-1]),
     "adaln_bwd": lambda y_bar, x, shift, scale, mean, rstd: _modulated(x, y_bar, shift, scale),
     "conv1d_fwd": _convolution,
     "conv1d_toom": _toom,
     "gated_residual_adaln_fwd": lambda x, *others: _modulated(x, *others[:-1]),
-    "gated_residual_adaln_jvp": lambda x, *others: _modulated(x, *others[:-1]),
+    "gated_residual_adaln_jvp": lambda x, *others: _modulated(x, *others[:4], dots=others[4:-1]),
     "gated_residual_adaln_bwd": lambda total_bar, y_bar, total, *others: _modulated(
         total, total_bar, y_bar, *others[:-2]
     ),

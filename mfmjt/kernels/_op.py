@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _library = torch.library.Library("mfmjt", "FRAGMENT")
+_native_library = torch.library.Library("mfmjt_cpu", "FRAGMENT")  # what csrc/ has
 _forced_reference = False
 
 
@@ -349,23 +350,34 @@ def define(
         _library.impl(name, guarded(_on_its_device(triton)), "CUDA")
     if triton is not None and _triton.ON_CPU:
         cpu = triton
+    fake = guarded(fake or implementation)
+    torch.library.register_fake(f"mfmjt::{name}", fake, lib=_library)
     native = None if cpu else _ext.native(name)
-    cpu = cpu or _ext.kernel(name, implementation)
     if cpu is not None:
         _library.impl(name, guarded(cpu), "CPU")
-    torch.library.register_fake(f"mfmjt::{name}", guarded(fake or implementation), lib=_library)
-    return op if native is None else _or_straight(op, name, native)
+    if native is None:
+        return op
+    _library.impl(name, _ext.kernel(name, guarded(implementation)), "CPU")
+    torch.library.register_fake(f"mfmjt_cpu::{name}", fake, lib=_native_library)
+    return _or_straight(op, name, native)
 
 
 def _or_straight(op: Any, name: str, native: Callable[..., Any]) -> Callable[..., Any]:
     """The op; or its C++ kernel alone, where all that lies between would do nothing.
 
     Between are the checks of the op, in Python, the dispatcher on either side of them, and reverse
-    mode by torch.library, which is dearer than an `autograd.Function`.
+    mode by torch.library, which is dearer than an `autograd.Function`. Compiled code, which is for
+    this machine, has the kernel by its own name where no gradient can be wanted.
     """
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not (_is_plain(args) and _ext.takes(name, *args)):
+        if torch.compiler.is_compiling():
+            straight = not (torch.is_grad_enabled() or torch.compiler.is_exporting())
+            plain = straight and all(
+                type(x) in _PLAIN and x.is_cpu for x in args if isinstance(x, Tensor)
+            )
+            return native(*args) if plain and _ext.takes(name, *args) else op(*args)
+        if not (_is_plain(args) and _ext.takes(name, *args)):
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return call.taped(*args)  # type: ignore[attr-defined]

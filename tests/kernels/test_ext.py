@@ -343,7 +343,7 @@ def test_a_bad_argument_raises_and_is_named(name, damage):
             match = "mfmjt_cpu|Meta|meta"
         else:
             match = r"\w+ (is|must)" if key in leaders else key
-        with pytest.raises((RuntimeError, NotImplementedError), match=match):
+        with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=match):
             raw(name)(**{**given, key: DAMAGE[damage](given[key])})
 
 
