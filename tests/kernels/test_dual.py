@@ -639,3 +639,87 @@ def test_what_is_refused_is_refused_by_the_op():
         kernels.swiglu(a.to_sparse(), a.to_sparse())
     with pytest.raises(ValueError, match="got meta"):
         kernels.adaln(a, a.to("meta"), a)
+
+
+# --- Named in compiled code
+
+
+def names_in(function, *args):
+    """Namespaces of the ops in what torch.compile makes of a call, which must give the same."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    found = torch.compile(function, fullgraph=True, backend=backend)(*args)
+    assert_same(found, function(*args))
+    (graph,) = graphs
+    return {
+        node.target.namespace
+        for node in graph.graph.nodes
+        if getattr(node.target, "namespace", "").startswith("mfmjt")
+    }
+
+
+@pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+@pytest.mark.parametrize(
+    "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
+)
+def test_compiled_code_names_the_kernel_where_no_gradient_can_be_wanted(name):
+    if _triton.ON_CPU:
+        pytest.skip("the Triton kernels take the CPU's place")
+    moving, still, op = OPS[name]
+    xs, dots, others = (tuple(make() for make in group) for group in (moving, moving, still))
+
+    def value(*xs):
+        y = op(*xs, *others)
+        return (y,) if isinstance(y, Tensor) else y
+
+    def tangent(*given):
+        return flat(torch.func.jvp(value, given[: len(xs)], given[len(xs) :]))
+
+    # snake's tangent is PyTorch's formula
+    calls = [(value, xs)] if name == "snake" else [(value, xs), (tangent, (*xs, *dots))]
+    for function, given in calls:
+        assert names_in(function, *given) == {"mfmjt"}
+        with torch.no_grad():
+            assert names_in(function, *given) == {"mfmjt_cpu"}
+            wide = [x.double() for x in given]
+            if name != "qk_norm_rope":  # whose weights stay as they are
+                assert names_in(function, *wide) == {"mfmjt"}
+            with _ext.formulas():
+                assert names_in(function, *given) == {"mfmjt"}
+
+
+class _Adaln(torch.nn.Module):
+    def forward(self, x, shift, scale):
+        return kernels.adaln(x, shift, scale)
+
+
+def test_what_is_exported_names_the_op():
+    """It may be run on another machine."""
+    given = (rows(), rows(), rows())
+    with torch.no_grad():
+        program = torch.export.export(_Adaln(), given)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "mfmjt.adaln_fwd.default" in targets
+    assert not any(target.startswith("mfmjt_cpu") for target in targets)
+    assert torch.equal(program.module()(*given), kernels.adaln(*given))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_with_sizes_left_open(backend):
+    torch.compiler.reset()
+    op = torch.compile(kernels.gated_residual_adaln, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for tokens in (5, 7, 1):
+            given = [torch.randn(2, tokens, 8) for _ in range(5)]
+            assert_same(op(*given), kernels.gated_residual_adaln(*given))
+
+
+def test_a_tangent_of_another_shape_is_refused():
+    x = rows()
+    with pytest.raises(ValueError, match="shift_dot of the shape of shift"):
+        torch.ops.mfmjt.adaln_jvp(x, x, x, x, x[:, :1], x, 1e-6)

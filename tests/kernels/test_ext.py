@@ -281,7 +281,9 @@ def test_threads_make_no_difference():
         y, mean, rstd = torch.ops.mfmjt.adaln_fwd(x, x[:, :1], x[:, :1], 1e-6)
         grads = torch.ops.mfmjt.adaln_bwd(bars, x, x[:, :1], x[:, :1], mean, rstd)
         wave = torch.ops.mfmjt.snake_fwd(x, torch.zeros(300), torch.zeros(300))
-        return (y, *grads, wave, torch.ops.mfmjt.swiglu_fwd(x, bars))
+        odd = x.bfloat16()[:, :, :95]
+        dual = torch.ops.mfmjt.swiglu_jvp(odd, odd, odd, odd)
+        return (y, *grads, wave, torch.ops.mfmjt.swiglu_fwd(x, bars), *dual)
 
     one = everything()
     before = torch.get_num_threads()
