@@ -119,9 +119,11 @@ def _modulated(x: Tensor, *others: Tensor | None, dots: tuple[Tensor | None, ...
         return False
     batch, tokens, width = x.shape
     shapes = ((batch, tokens, width), (batch, 1, width))
-    return all(t is None or (t.dtype == x.dtype and t.shape in shapes) for t in others) and all(
-        dot is None or (dot.dtype == x.dtype and dot.shape == t.shape)
-        for dot, t in zip(dots, (x, *others), strict=bool(dots))
+    if not all(t is None or (t.dtype == x.dtype and t.shape in shapes) for t in others):
+        return False
+    pairs = zip(dots, (x, *others), strict=True) if dots else ()
+    return all(
+        d is None or (t is not None and d.dtype == t.dtype and d.shape == t.shape) for d, t in pairs
     )
 
 
