@@ -108,6 +108,8 @@ def step(provider: Provider, case: Case, mode: str) -> Callable[[Operands], Resu
         if not mode.startswith("jvp"):
             return moved(*primals), ()
         values, tangents, *_ = torch.func.jvp(moved, primals, dots)
+        if mode == JVP_BACKWARD:  # as in a MeanFlow target; a compiler would go back through them
+            tangents = tuple(y_dot.detach() for y_dot in tangents)
         return values, tangents
 
     run = forward

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -691,6 +693,33 @@ def test_compiled_code_names_the_kernel_where_no_gradient_can_be_wanted(name):
                 assert names_in(function, *wide) == {"mfmjt"}
             with _ext.formulas():
                 assert names_in(function, *given) == {"mfmjt"}
+
+
+@pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+@pytest.mark.parametrize("name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope"])
+def test_compiled_backward_names_the_kernel(name):
+    if _triton.ON_CPU:
+        pytest.skip("the Triton kernels take the CPU's place")
+    moving, still, op = OPS[name]
+    given = [make() for make in (*moving, *still)]
+    leaves = [x.requires_grad_() for x in given if x is not ROPE]
+
+    def loss(*given):
+        ys = op(*given)
+        ys = (ys,) if isinstance(ys, Tensor) else ys
+        return torch.stack([y.sin().sum() for y in ys]).sum()
+
+    def compiler(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph)
+
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    found = torch.autograd.grad(compiled(*given), leaves)
+    assert_same(found, torch.autograd.grad(loss(*given), leaves))
+    assert f"mfmjt.{name}_fwd.default" in graphs[0]
+    assert f"mfmjt_cpu.{name}_bwd.default" in graphs[1]
 
 
 class _Adaln(torch.nn.Module):
