@@ -312,7 +312,7 @@ void by_dtype(const Tensor& t, const F& f) {
 }
 
 // f(begin, end) for parts of a range, on PyTorch's threads. Each has a share of the range, and whoever is
-// through with his own goes on with parts of the others': a thread that sleeps takes some ten
+// through with his own goes on with parts of the others': a thread that sleeps takes up to a hundred
 // microseconds to wake, as long as a short kernel runs.
 template <class F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
