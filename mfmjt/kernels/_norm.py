@@ -58,6 +58,8 @@ def check_modulation(op: str, x: Tensor, **modulations: Tensor) -> None:
     """Raise unless every modulation broadcasts to x without growing it."""
     _op.check_tensors(op, x=x, **modulations)
     shape, floating = x.shape, x.is_floating_point()
+    if not shape:
+        _op.check(False, op, "x (B, N, C)", x=x)
     for name, m in modulations.items():
         fits = floating and m.is_floating_point()
         if not (fits and (m.shape == shape or _broadcasts(m.shape, shape))):

@@ -187,6 +187,8 @@ def test_refuses_what_does_not_broadcast():
     x = torch.zeros(2, 3, 8)
     with pytest.raises(ValueError, match=r"shift that broadcasts to x; got x \(2, 3, 8\) float32"):
         adaln(x, torch.zeros(2, 2, 8), x)
+    with pytest.raises(ValueError, match=r"x \(B, N, C\); got x \(\) float32"):
+        adaln(x.sum(), x.sum(), x.sum())
 
 
 def test_refuses_a_gradient_at_the_tangent():
