@@ -55,7 +55,7 @@ def providers(case: Case, device: torch.device, mode: str) -> list[Provider]:
         Provider(REFERENCE, case.reference),
         Provider(OURS, case.function),
         Provider("compile", case.reference, compiled=True),
-        # Calling torch.func.jvp takes some 0.2 ms, which a network pays once and not for each op;
+        # Calling torch.func.jvp takes some 0.3 ms, which a network pays once and not for each op;
         # the compiler takes it out of both. Device time has none of it.
         Provider(
             f"{OURS}_compile",
