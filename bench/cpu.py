@@ -203,7 +203,9 @@ def _worker(threads: int, malloc: dict[str, str]) -> Iterator[_Worker]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     theirs.close()
     try:
-        yield _Worker(ours)
+        worker = _Worker(ours)
+        worker.ask("started")  # while one imports PyTorch, another's ceilings come out too low
+        yield worker
     finally:
         ours.close()
         process.join(timeout=30)
@@ -218,6 +220,8 @@ def _serve(connection: Connection) -> None:
     def answer(request: str, *given: Any) -> Any:
         if request == "call":
             return samplers[given[0]]()
+        if request == "started":
+            return None
         samplers.clear()
         if request == "environment":
             stamp = environment(CPU) | {"extension": _ext.status()}
