@@ -35,7 +35,7 @@ def blind(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pipe.encoders, "encode_frames", looked)
     monkeypatch.setattr(pipe.encoders, "encode_sync", looked)
-    monkeypatch.setattr("mfmjt.media._open_video", looked)
+    monkeypatch.setattr("mfmjt.media.video.open_video", looked)
 
 
 @pytest.mark.parametrize("window", [8, 2])

@@ -1,0 +1,344 @@
+"""A video's pictures on a uniform time grid, as many a second as a network is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from mfmjt.errors import InputError
+from mfmjt.media._open import declared_duration, open_video, reason
+
+__all__ = ["Fit", "Pick", "Video", "VideoStream", "read_video"]
+
+_TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
+_MAX_PIXELS = 8192 * 8192
+_MAX_JUMP = 10  # seconds of time stamps beyond the stated end: more is damage
+_BLOCK = 1  # seconds
+
+
+@dataclass(frozen=True)
+class Video:
+    """What `read_video` found.
+
+    Attributes:
+        frames: One uint8 array `(T, size, size, 3)` per rate, T = round(duration x rate).
+        duration: Seconds that the frames cover.
+        fps: Average frame rate of the file.
+        width: Pixels across, as shown (after rotation).
+        height: Pixels down, as shown.
+        notes: One line each on what was odd but could be read, such as a file cut short.
+    """
+
+    frames: tuple[np.ndarray, ...]
+    duration: float
+    fps: float
+    width: int
+    height: int
+    notes: tuple[str, ...]
+
+
+Pick = Literal["shown", "next"]
+"""Which picture stands for a time: the one on the screen then, or the next that comes."""
+Fit = Callable[[np.ndarray], Any]
+"""Makes a uint8 `(1, H, W, 3)` picture, as it is decoded, what a network is given."""
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    rates: Sequence[int] = (8, 25),
+    size: int | Sequence[int] = 64,
+    duration: float | None = None,
+    limit: float | None = None,
+) -> Video:
+    """Read a video's pictures at uniform rates, each squashed to a square.
+
+    The picture for time k / rate is the frame on the screen at that time, as in training, whatever
+    the file's own and perhaps variable frame rate. Rotation is applied. Frames are scaled down as
+    they are decoded, so memory does not grow with the resolution.
+
+    Args:
+        path: Any file that PyAV can open.
+        rates: Pictures per second, one array for each.
+        size: Side of the pictures in pixels: one for all rates, or one for each.
+        duration: Read only so many seconds from the start; None reads the whole video.
+        limit: Refuse a video longer than so many seconds when `duration` is None.
+
+    Raises:
+        InputError: The file is missing, is no video, has nothing that can be decoded, has a single
+            frame, is longer than `limit` or shorter than `duration`.
+    """
+    stream = VideoStream(path, rates, size, duration, limit)
+    found: list[list[np.ndarray]] = [[] for _ in rates]
+    for block in stream:
+        for pieces, new in zip(found, block, strict=True):
+            pieces += new
+    return Video(
+        frames=tuple(np.concatenate(pieces) for pieces in found),
+        duration=stream.duration,
+        fps=stream.fps,
+        width=stream.width,
+        height=stream.height,
+        notes=stream.notes,
+    )
+
+
+class VideoStream:
+    """A video's pictures at uniform rates, a second at a time: memory does not grow with it.
+
+    Iterating, once, gives for each block one list per rate of uint8 arrays `(1, H, W, 3)`, the
+    pictures in order of time; the lists together hold round(duration x rate) of them. Frames that
+    no time picks are decoded, because others are predicted from them, and never converted.
+
+    Args:
+        path: Any file that PyAV can open.
+        rates: Pictures per second, one list for each.
+        size: Side of the squares that pictures are squashed to while they are converted, one for
+            all rates or one for each; for where no `fit` is given.
+        duration: Read only so many seconds from the start; None reads the whole video.
+        limit: Refuse a video longer than so many seconds when `duration` is None.
+        fit: One function for each rate, called with each picked picture (rotated as shown) in full
+            size, whose results are what the lists hold; they may be tensors on a device.
+        pick: Which picture stands for a time.
+        formats: Only these containers may be opened, FFmpeg's names with commas; None for all.
+
+    Attributes:
+        declared: Seconds that the file states, None where it does not, once iteration has begun.
+        duration: Seconds that the pictures cover. This and the others below are known at the end.
+        fps: Average frame rate of the file.
+        width: Pixels across, as shown (after rotation).
+        height: Pixels down, as shown.
+        notes: One line each on what was odd but could be read, such as a file cut short.
+
+    Raises:
+        InputError: As `read_video`, while it is iterated.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        rates: Sequence[int] = (8, 25),
+        size: int | Sequence[int] = 64,
+        duration: float | None = None,
+        limit: float | None = None,
+        fit: Sequence[Fit] | None = None,
+        pick: Pick = "shown",
+        formats: str | None = None,
+    ) -> None:
+        if pick not in get_args(Pick):
+            raise InputError(f"No pick {pick!r}: choose one of {', '.join(get_args(Pick))}.")
+        self.path = Path(path)
+        self._asked, self._limit, self._formats = duration, limit, formats
+        sizes = [size] * len(rates) if isinstance(size, int) else list(size)
+        fits = [None] * len(rates) if fit is None else list(fit)
+        self._samplers = [
+            _Sampler(rate, side, fitting, pick)
+            for rate, side, fitting in zip(rates, sizes, fits, strict=True)
+        ]
+        self.declared: float | None = None
+        self.duration = self.fps = 0.0
+        self.width = self.height = 0
+        self.notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[list[Any], ...]]:
+        path, asked, limit = self.path, self._asked, self._limit
+        samplers = self._samplers
+        counts = [] if asked is None else [_frame_count(asked, s.rate) for s in samplers]
+        with open_video(path, self._formats) as (container, stream):
+            declared = declared_duration(container, stream)
+            self.declared = None if declared is None else float(declared)
+            if asked is None and limit is not None and declared is not None and declared > limit:
+                raise _too_long(path, f"{float(declared):.1f} s", limit)
+            decoder = _Decoder(path, stream, declared)
+            block = _BLOCK
+            for time, frame in decoder.frames(container):
+                if asked is None and limit is not None and time > limit:
+                    raise _too_long(path, f"more than {limit:g} s", limit)
+                # Before the frame is seen: what the last one adds may be cut off again.
+                if time >= block:
+                    yield tuple(sampler.take() for sampler in samplers)
+                    block = int(time) + _BLOCK
+                picture = _Picture(frame)
+                for sampler in samplers:
+                    sampler.push(time, picture)
+                if counts and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
+                    break
+        end = self._end(decoder)
+        self.duration, self.fps = float(end), float(1 / decoder.step)
+        self.width, self.height = decoder.width, decoder.height
+        self.notes = decoder.notes(declared if asked is None else None)
+        yield tuple(sampler.finish(_frame_count(end, sampler.rate)) for sampler in samplers)
+
+    def _end(self, decoder: _Decoder) -> Fraction:
+        """Seconds that the pictures cover, once all frames are seen."""
+        if decoder.count == 0:
+            raise InputError(f"No frame of {self.path} can be decoded. Give a video that plays.")
+        if self._asked is None:
+            if decoder.count == 1:
+                raise InputError(
+                    f"{self.path} has a single frame, so nothing in it moves. Give a video, "
+                    "or leave it out and describe the sound with a prompt."
+                )
+            return decoder.end
+        if decoder.end + decoder.step < self._asked:
+            raise InputError(
+                f"{self.path} lasts {float(decoder.end):.2f} s, less than the {self._asked:g} s "
+                "asked for. Leave out the duration, or give a shorter one."
+            )
+        return Fraction(self._asked)
+
+
+class _Decoder:
+    """Frames in order of time from the first one at 0 s, past whatever is damaged."""
+
+    def __init__(self, path: Path, stream: Any, declared: Fraction | None) -> None:
+        rate = stream.average_rate or stream.guessed_rate or 25
+        # A damaged header can state any rate; the step only closes gaps in the time stamps.
+        self.step = 1 / Fraction(min(max(rate, 1), 1000))
+        self.path, self.stream, self.declared = path, stream, declared
+        self.count = self.damaged = self.width = self.height = 0
+        self.end = Fraction(0)
+
+    def frames(self, container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+        """Yield (seconds, frame); `count`, `end`, `width` and `height` follow along."""
+        first: Fraction | None = None
+        previous = Fraction(-1)
+        for frame in self._decoded(container):
+            if frame.width * frame.height > _MAX_PIXELS:
+                raise InputError(
+                    f"{self.path} has frames of {frame.width}x{frame.height}, more than "
+                    f"{_MAX_PIXELS >> 20} million pixels. Scale the video down first."
+                )
+            base = Fraction(frame.time_base or self.stream.time_base or Fraction(1, 25))
+            time = previous + self.step if frame.pts is None else frame.pts * base
+            if first is None:
+                first = time
+            time -= first
+            if self.count and time <= previous:
+                time = previous + self.step
+            if self.declared is not None and time > max(previous, self.declared) + _MAX_JUMP:
+                self.damaged += 1
+                time = previous + self.step
+            previous = time
+            self.count += 1
+            held = (frame.duration or 0) * base
+            self.end = time + (held if held > 0 else self.step)
+            self.width, self.height = frame.width, frame.height
+            if frame.rotation % 180:
+                self.width, self.height = frame.height, frame.width
+            yield time, frame
+
+    def _decoded(self, container: Any) -> Iterator[av.VideoFrame]:
+        packets = container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.error.EOFError):
+                return
+            except (av.error.FFmpegError, ValueError):
+                self.damaged += 1
+                return
+            try:
+                yield from packet.decode()
+            except av.error.EOFError:
+                return
+            except (av.error.FFmpegError, ValueError):
+                self.damaged += 1
+
+    def notes(self, declared: Fraction | None) -> tuple[str, ...]:
+        """Say what was lost; `declared` is the length in the header, None if not to be judged."""
+        notes = []
+        if declared is not None and self.end + 3 * self.step < declared:
+            notes.append(
+                f"{self.path} is cut short: {float(self.end):.2f} s of {float(declared):.2f} s "
+                "could be read, and only those get sound."
+            )
+        if self.damaged:
+            notes.append(f"{self.path} is damaged in {self.damaged} places, which were skipped.")
+        return tuple(notes)
+
+
+class _Picture:
+    """A decoded frame as RGB, rotated as shown; each size is made when it is first asked for."""
+
+    def __init__(self, frame: av.VideoFrame) -> None:
+        self._frame = frame
+        self._made: dict[int | None, np.ndarray] = {}
+
+    def rgb(self, reformatter: VideoReformatter, side: int | None) -> np.ndarray:
+        """uint8 `(H, W, 3)`: squashed to a square of `side` pixels, or whole for None."""
+        if side not in self._made:
+            way = {} if side is None else {"interpolation": Interpolation.AREA}
+            try:
+                small = reformatter.reformat(self._frame, side, side, "rgb24", **way)
+                pixels = small.to_ndarray()
+            except (av.error.FFmpegError, ValueError) as error:
+                raise InputError(
+                    f"A frame in the pixel format {self._frame.format.name} cannot be converted: "
+                    f"{reason(error)}. Convert the video to H.264 first."
+                ) from error
+            turns = round(self._frame.rotation / 90)  # counterclockwise
+            self._made[side] = np.ascontiguousarray(np.rot90(pixels, turns))
+        return self._made[side]
+
+
+class _Sampler:
+    """Keeps, for each k / rate, the frame that stands for that time."""
+
+    def __init__(self, rate: int, size: int, fit: Fit | None, pick: Pick) -> None:
+        self.rate, self.count = rate, 0
+        self._size, self._fit, self._pick = size, fit, pick
+        self._reformatter = VideoReformatter()
+        self._held: _Picture | None = None
+        self._pieces: list[Any] = []  # since the last block
+        self._last: tuple[_Picture, Any] | None = None
+
+    def push(self, time: Fraction, picture: _Picture) -> None:
+        if self._pick == "next":
+            while Fraction(self.count, self.rate) <= time + _TIME_ROUNDING:
+                self._keep(picture)
+        elif self._held is not None:
+            while Fraction(self.count, self.rate) + _TIME_ROUNDING < time:
+                self._keep(self._held)
+        self._held = picture
+
+    def take(self) -> list[Any]:
+        """What was picked since the last call, as pieces `(1, H, W, 3)`."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def finish(self, count: int) -> list[Any]:
+        """The rest of `count` pictures in all, the last one held or what is beyond cut off."""
+        assert self._held is not None
+        while self.count < count:
+            self._keep(self._held)
+        pieces = self.take()
+        return pieces[: len(pieces) - (self.count - count)]
+
+    def _keep(self, picture: _Picture) -> None:
+        self.count += 1
+        if self._last is None or self._last[0] is not picture:
+            if self._fit is None:
+                piece = picture.rgb(self._reformatter, self._size)[None]
+            else:
+                piece = self._fit(picture.rgb(self._reformatter, None)[None])
+            self._last = picture, piece
+        self._pieces.append(self._last[1])
+
+
+def _frame_count(duration: float | Fraction, rate: int) -> int:
+    return max(1, round(duration * rate))
+
+
+def _too_long(path: Path, length: str, limit: float) -> InputError:
+    return InputError(
+        f"{path} lasts {length}, and sound is made for at most {limit:g} s unless told otherwise. "
+        "Choose how much of it with --duration (duration= in Python)."
+    )
