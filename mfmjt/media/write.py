@@ -18,7 +18,14 @@ from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path, check_writable
 from mfmjt.media._open import open_video, reason
 
-__all__ = ["AUDIO_SUFFIXES", "VIDEO_SUFFIXES", "check_output", "mux", "write_audio"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "check_output",
+    "containers_for",
+    "mux",
+    "write_audio",
+]
 
 # Suffix -> (soundfile's format, its subtype).
 AUDIO_SUFFIXES = {
@@ -78,16 +85,15 @@ def mux(
         sample_rate = 48_000
     opened = open_video(video_path, formats)
     with opened as (source, stream), atomic_path(out_path) as temporary:
+        _check_holds(stream, suffix)
         options = _CONTAINER_OPTIONS.get(container_name, {})
         try:
             with av.open(str(temporary), "w", format=container_name, options=options) as target:
-                pictures = _add_pictures(target, stream, suffix)
+                pictures = target.add_stream_from_template(stream, opaque=True)
                 sound = _add_sound(target, codec_name, len(samples), sample_rate)
                 _write_tracks(source, stream, target, pictures, sound, samples, end)
         except (av.error.FFmpegError, OSError) as error:
-            raise RunError(
-                f"Cannot write {out_path}: {reason(error)}. Check the disk, or choose .mkv."
-            ) from error
+            raise RunError(f"Cannot write {out_path}: {reason(error)}. Check the disk.") from error
 
 
 def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: int) -> None:
@@ -144,18 +150,39 @@ def check_output(
     _refuse_same(video_path, out_path)
     with open_video(video_path) as (_, stream):
         if suffix in VIDEO_SUFFIXES:
-            with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
-                _add_pictures(target, stream, suffix)
+            _check_holds(stream, suffix)
 
 
-def _add_pictures(target: Any, stream: Any, suffix: str) -> Any:
+def containers_for(stream: Any) -> tuple[str, ...]:
+    """Return the suffixes of `VIDEO_SUFFIXES` whose container holds a video stream's packets.
+
+    Each was tried: the header of such a file is written to memory.
+
+    Args:
+        stream: A video stream of an open PyAV container.
+    """
+    return tuple(suffix for suffix in VIDEO_SUFFIXES if _holds(stream, suffix))
+
+
+def _holds(stream: Any, suffix: str) -> bool:
     try:
-        return target.add_stream_from_template(stream, opaque=True)
-    except ValueError as error:
-        raise InputError(
-            f"A {suffix} file cannot hold {stream.codec_context.name} video as it is. "
-            "Choose another suffix, such as .mkv, or write only the sound (.wav)."
-        ) from error
+        with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
+            target.add_stream_from_template(stream, opaque=True)
+            target.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def _check_holds(stream: Any, suffix: str) -> None:
+    if _holds(stream, suffix):
+        return
+    others = containers_for(stream)
+    instead = f"Choose {' or '.join(others)}, or write" if others else "Write"
+    raise InputError(
+        f"A {suffix} file cannot hold {stream.codec_context.codec.canonical_name} video as it is. "
+        f"{instead} only the sound (.wav)."
+    )
 
 
 def _add_sound(target: Any, codec_name: str, channels: int, sample_rate: int) -> Any:
