@@ -17,13 +17,17 @@ import soxr
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path, check_writable
 from mfmjt.media._open import open_video, reason
+from mfmjt.media.encode import encoded
+from mfmjt.media.pictures import Pictures, as_source
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "VIDEO_SUFFIXES",
     "check_output",
     "containers_for",
+    "default_suffix",
     "mux",
+    "refuse_same",
     "write_audio",
 ]
 
@@ -45,55 +49,70 @@ VIDEO_SUFFIXES = {
 }
 _FAST_START = {"movflags": "faststart"}  # the index comes first: plays while it loads
 _CONTAINER_OPTIONS = {"mp4": _FAST_START, "mov": _FAST_START}
+_NEVER_COPIED = ("gif", "rawvideo")  # which .mov has names for and players do not show
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _BIT_RATE_PER_CHANNEL = 96_000
 
 
 def mux(
-    video_path: str | os.PathLike[str],
+    video_path: Any,
     waveform: np.ndarray,
     sample_rate: int,
     out_path: str | os.PathLike[str],
     formats: str | None = None,
-) -> None:
+    fps: Any = None,
+) -> tuple[str, ...]:
     """Write the video with this sound; its pictures are copied packet by packet, unchanged.
 
     The sound replaces any the video has. Pictures that start after the sound's end are left out,
-    save those that an earlier picture is predicted from.
+    save those that an earlier picture is predicted from. What no container holds, such as a GIF,
+    arrays and folders of pictures, is encoded once (`mfmjt.media.encode`).
 
     Args:
-        video_path: The video to take the pictures from; rotation is kept.
+        video_path: The video to take the pictures from, as for `as_source`; rotation is kept.
         waveform: Float samples `(channels, samples)` in [-1, 1], one or two channels.
         sample_rate: Of the waveform, in Hz.
         out_path: Where to write; the suffix chooses the container (`VIDEO_SUFFIXES`).
         formats: As for `VideoStream`, of the input.
+        fps: As for `as_source`.
+
+    Returns:
+        One line each on what was not copied as it is.
 
     Raises:
         InputError: The input is no video, the suffix is not known, the container cannot hold the
             video's codec, or the output is the input itself.
         RunError: The output cannot be written.
     """
-    video_path, out_path = Path(video_path), Path(out_path)
+    out_path = Path(out_path)
+    # What is limited to some containers is a file.
+    source = as_source(video_path, fps) if formats is None else Path(video_path)
     suffix = _suffix(out_path, VIDEO_SUFFIXES)
-    _refuse_same(video_path, out_path)
+    refuse_same(source, out_path)
     samples = _checked(waveform)
     end = Fraction(samples.shape[1], sample_rate)
+    if (unheld := _unheld(source, formats)) is not None:
+        with encoded(source, suffix, end, formats) as copy:
+            mux(copy, samples, sample_rate, out_path)
+        return (f"The pictures are encoded once, since no container holds {unheld}.",)
+    assert isinstance(source, Path)
     container_name, codec_name = VIDEO_SUFFIXES[suffix]
     codec = av.Codec(codec_name, "w")
     if sample_rate not in (codec.audio_rates or [sample_rate]):
         samples = soxr.resample(samples.T, sample_rate, 48_000).T
         sample_rate = 48_000
-    opened = open_video(video_path, formats)
-    with opened as (source, stream), atomic_path(out_path) as temporary:
+    opened = open_video(source, formats)
+    with opened as (container, stream), atomic_path(out_path) as temporary:
         _check_holds(stream, suffix)
         options = _CONTAINER_OPTIONS.get(container_name, {})
         try:
             with av.open(str(temporary), "w", format=container_name, options=options) as target:
                 pictures = target.add_stream_from_template(stream, opaque=True)
                 sound = _add_sound(target, codec_name, len(samples), sample_rate)
-                _write_tracks(source, stream, target, pictures, sound, samples, end)
+                _write_tracks(container, stream, target, pictures, sound, samples, end)
         except (av.error.FFmpegError, OSError) as error:
             raise RunError(f"Cannot write {out_path}: {reason(error)}. Check the disk.") from error
+    return ()
 
 
 def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: int) -> None:
@@ -125,14 +144,14 @@ def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate:
             raise RunError(f"Cannot write {path}: {reason(error)}. Check the disk.") from error
 
 
-def check_output(
-    video_path: str | os.PathLike[str] | None, out_path: str | os.PathLike[str]
-) -> None:
+def check_output(video_path: Any, out_path: str | os.PathLike[str], fps: Any = None) -> None:
     """Raise the error that writing would end with, as far as it can be known before any work.
 
     Args:
-        video_path: The video whose sound is to be written, None if there is only sound.
+        video_path: The video whose sound is to be written, as for `as_source`; None if there is
+            only sound.
         out_path: The file to be written, of sound or of video.
+        fps: As for `as_source`.
 
     Raises:
         InputError: As from `write_audio` and `mux`.
@@ -146,11 +165,41 @@ def check_output(
     check_writable(out_path)
     if video_path is None:
         return
-    video_path = Path(video_path)
-    _refuse_same(video_path, out_path)
-    with open_video(video_path) as (_, stream):
-        if suffix in VIDEO_SUFFIXES:
-            _check_holds(stream, suffix)
+    source = as_source(video_path, fps)
+    refuse_same(source, out_path)
+    if _unheld(source) is None:
+        assert isinstance(source, Path)
+        with open_video(source) as (_, stream):
+            if suffix in VIDEO_SUFFIXES:
+                _check_holds(stream, suffix)
+
+
+def default_suffix(source: Path | Pictures) -> str:
+    """Return the suffix of a video that may be written with a source's pictures.
+
+    Args:
+        source: A result of `as_source`.
+
+    Raises:
+        InputError: The source cannot be opened.
+    """
+    if _unheld(source) is not None:
+        return ".mp4"
+    assert isinstance(source, Path)
+    with open_video(source) as (_, stream):
+        there = containers_for(stream)
+    own = source.suffix.lower()
+    return own if own in there else there[0]
+
+
+def _unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
+    """What a source's pictures are, if there is no container to copy them into; else None."""
+    if isinstance(source, Pictures):
+        return source.kind
+    with open_video(source, formats) as (_, stream):
+        codec: str = stream.codec_context.codec.canonical_name
+        copied = codec not in _NEVER_COPIED and containers_for(stream)
+    return None if copied else codec
 
 
 def containers_for(stream: Any) -> tuple[str, ...]:
@@ -253,8 +302,10 @@ def _packets_until(source: Any, stream: Any, end: Fraction) -> Iterator[Any]:
         return  # cut short: what was read is what the sound was made for
 
 
-def _refuse_same(video_path: Path, out_path: Path) -> None:
-    if out_path.exists() and video_path.exists() and out_path.samefile(video_path):
+def refuse_same(source: Path | Pictures | None, out_path: Path) -> None:
+    """Raise InputError if a file to be written is one that the source is made of."""
+    files = source.files if isinstance(source, Pictures) else [source] if source else []
+    if out_path.exists() and any(f.exists() and out_path.samefile(f) for f in files):
         raise InputError(f"The output {out_path} is the input itself. Choose another name.")
 
 
