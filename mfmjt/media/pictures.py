@@ -40,8 +40,8 @@ class Pictures:
         stem: What files made from it are named after.
         times: When each picture begins, and after that when the last one ends, in seconds.
         decode: Gives the pictures anew each time it is called; None for one that is damaged.
+        kind: What it is, as something that no container holds.
         files: The pictures' files, if there are any.
-        kind: What it is, in one word.
         notes: One line each on how it was understood.
     """
 
@@ -51,7 +51,7 @@ class Pictures:
         stem: str,
         times: Sequence[Fraction],
         decode: Callable[[], Iterator[av.VideoFrame | None]],
-        kind: str = "pictures",
+        kind: str,
         files: Sequence[Path] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
@@ -184,9 +184,7 @@ def over_white(frame: av.VideoFrame) -> av.VideoFrame:
     if alpha.min() == 255:
         return frame
     mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-    laid = av.VideoFrame.from_ndarray(mixed.astype(np.uint8), "rgb24")
-    laid.pts, laid.time_base = frame.pts, frame.time_base
-    return laid
+    return av.VideoFrame.from_ndarray(mixed.astype(np.uint8), "rgb24")
 
 
 def _rate(fps: Any) -> Fraction:
@@ -262,7 +260,7 @@ def _pattern(path: Path, rate: Fraction | None) -> Pictures:
     notes: tuple[str, ...] = ()
     if missing > 0:
         notes = (f"{path}: {missing} numbers are missing; no time is left for them.",)
-    stem = (before + Path(after).stem).strip("_-. ") or path.resolve().parent.name or "pictures"
+    stem = (before + after.removesuffix(path.suffix)).strip("_-. ") or path.resolve().parent.name or "pictures"
     return _files(str(path), stem, [file for _, file in found], rate, notes)
 
 
@@ -276,7 +274,7 @@ def _files(
     def decode() -> Iterator[av.VideoFrame | None]:
         return map(_still, files)
 
-    return Pictures(name, stem, _uniform(len(files), rate), decode, "pictures", files, notes)
+    return Pictures(name, stem, _uniform(len(files), rate), decode, "picture files", files, notes)
 
 
 def _still(path: Path) -> av.VideoFrame | None:
