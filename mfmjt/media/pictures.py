@@ -16,7 +16,6 @@ import numpy as np
 
 from mfmjt.errors import InputError
 from mfmjt.media._open import open_container
-from mfmjt.media.hdr import Hdr
 
 __all__ = ["Pictures", "as_source", "content", "over_white"]
 
@@ -26,7 +25,6 @@ PICTURE_SUFFIXES = (
 )
 DEFAULT_FPS = 25
 _MOST_FPS = 1000
-_MIN_WEBP_DELAY, _WEBP_DELAY = 11, 100  # ms; shorter ones are shown so long by every browser
 _NUMBER = re.compile(r"%(?:0(\d+))?d")
 _BLOCK = 2**20
 _MAX_PIXELS = 8192 * 8192
@@ -74,7 +72,7 @@ class PictureDecoder:
         self.step = source.times[-1] / (len(source.times) - 1)
         self.count = self.damaged = self.width = self.height = 0
         self.end = Fraction(0)
-        self.hdr: Hdr | None = None
+        self.about, self.hdr = source.notes, None
 
     def frames(self) -> Iterator[tuple[Fraction, av.VideoFrame]]:
         """Yield (seconds, frame); `count`, `end`, `width` and `height` follow along."""
@@ -92,7 +90,7 @@ class PictureDecoder:
         """Say what was lost."""
         lost = f"{self.damaged} of the pictures of {self.source} cannot be read; those before "
         lost += "them are shown longer."
-        return (*self.source.notes, *([lost] if self.damaged else []))
+        return (lost,) if self.damaged else ()
 
 
 def as_source(video: Any, fps: Any = None) -> Path | Pictures:
@@ -158,6 +156,11 @@ def content(source: Path | Pictures) -> Iterator[bytes]:
                 yield repr(os.fstat(stream.fileno()).st_size).encode()
             while block := stream.read(_BLOCK):
                 yield block
+
+
+def browser_delay(seconds: Fraction) -> Fraction:
+    """For how long a picture is shown that asks for so long: no browser does 10 ms or less."""
+    return seconds if seconds > Fraction(1, 100) else Fraction(1, 10)
 
 
 def refuse_huge(source: Path | Pictures, frame: av.VideoFrame) -> None:
@@ -260,7 +263,11 @@ def _pattern(path: Path, rate: Fraction | None) -> Pictures:
     notes: tuple[str, ...] = ()
     if missing > 0:
         notes = (f"{path}: {missing} numbers are missing; no time is left for them.",)
-    stem = (before + after.removesuffix(path.suffix)).strip("_-. ") or path.resolve().parent.name or "pictures"
+    stem = (
+        (before + after.removesuffix(path.suffix)).strip("_-. ")
+        or path.resolve().parent.name
+        or "pictures"
+    )
     return _files(str(path), stem, [file for _, file in found], rate, notes)
 
 
@@ -285,9 +292,9 @@ def _still(path: Path) -> av.VideoFrame | None:
         return None
 
 
-def _webp_durations(path: Path) -> list[int]:
-    """Milliseconds of each picture of an animated WebP; nothing for any other file."""
-    durations: list[int] = []
+def _webp_durations(path: Path) -> list[Fraction]:
+    """Seconds of each picture of an animated WebP; nothing for any other file."""
+    durations: list[Fraction] = []
     with contextlib.suppress(OSError), path.open("rb") as stream:
         head = stream.read(12)
         if head[:4] != b"RIFF" or head[8:] != b"WEBP":
@@ -297,12 +304,12 @@ def _webp_durations(path: Path) -> list[int]:
             start = stream.tell()
             if chunk[:4] == b"ANMF":
                 delay = int.from_bytes(stream.read(16)[12:15], "little")
-                durations.append(delay if delay >= _MIN_WEBP_DELAY else _WEBP_DELAY)
+                durations.append(browser_delay(Fraction(delay, 1000)))
             stream.seek(start + size + size % 2)
     return durations
 
 
-def _webp(path: Path, durations: list[int]) -> Pictures:
+def _webp(path: Path, durations: list[Fraction]) -> Pictures:
     """An animated WebP, which FFmpeg knows the first picture of at most."""
     try:
         from PIL import Image
@@ -324,7 +331,7 @@ def _webp(path: Path, durations: list[int]) -> Pictures:
                     frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGBA")), "rgba")
             yield frame
 
-    times = [Fraction(ms, 1000) for ms in accumulate(durations, initial=0)]
+    times = list(accumulate(durations, initial=Fraction(0)))
     return Pictures(str(path), path.stem, times, decode, "webp", [path])
 
 
