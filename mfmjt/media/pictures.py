@@ -23,6 +23,7 @@ PICTURE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"),
     *(".tga", ".jp2", ".ppm", ".pgm"),
 )
+_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 DEFAULT_FPS = 25
 _MOST_FPS = 1000
 _NUMBER = re.compile(r"%(?:0(\d+))?d")
@@ -226,15 +227,19 @@ def _array(frames: Any, rate: Fraction | None) -> Pictures:
 
 
 def _folder(path: Path, rate: Fraction | None) -> Pictures:
-    files = [
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
-    ]
+    there = [file for file in path.iterdir() if not file.name.startswith(".")]
+    files = [file for file in there if file.suffix.lower() in PICTURE_SUFFIXES]
     if not files:
         raise InputError(
             f"{path} is a folder without pictures. Give a video file, or a folder of pictures "
             f"({', '.join(PICTURE_SUFFIXES)})."
+        )
+    # What was written beside them by default is no reason to doubt.
+    videos = [f.name for f in there if f.suffix in _VIDEOS and ".mfmjt" not in f.suffixes]
+    if videos:
+        raise InputError(
+            f"{path} holds videos beside pictures, such as {min(videos)}. Give one of them, or a "
+            f"pattern that the pictures are named by, such as {path / '%04d.png'}."
         )
     kinds = sorted({file.suffix.lower() for file in files})
     notes: tuple[str, ...] = ()

@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 
 from mfmjt.errors import InputError
-from mfmjt.media import as_source, check_output, content, default_suffix, mux, read_video
+from mfmjt.media import (
+    Pictures,
+    as_source,
+    check_output,
+    content,
+    default_suffix,
+    mux,
+    read_video,
+)
 from tests.clips import BLACK, STEP, grey, write_video
 
 RATE = 16_000
@@ -163,6 +171,16 @@ def test_a_folder_without_a_rate_is_taken_at_25_with_a_note(tmp_path: Path) -> N
     video = read_video(folder, (25,), 32)
     assert index(video.frames[0]) == list(range(10))
     assert any("25 pictures a second" in note for note in video.notes)
+
+
+def test_a_folder_of_videos_is_not_taken_for_pictures(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "frames.mfmjt.mp4").touch()
+    assert isinstance(as_source(tmp_path), Pictures)
+    (tmp_path / "clip.mov").touch()
+    with pytest.raises(InputError, match=r"such as clip.mov.*pattern"):
+        as_source(tmp_path)
+    assert isinstance(as_source(tmp_path / "%d.png"), Pictures)
 
 
 def test_a_pattern_takes_its_numbers(tmp_path: Path) -> None:
