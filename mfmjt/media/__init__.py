@@ -5,6 +5,7 @@ sound track beside them; only what no container holds is encoded, once.
 """
 
 from mfmjt.media.audio import read_audio
+from mfmjt.media.check import Report, check
 from mfmjt.media.pictures import Pictures, as_source, content
 from mfmjt.media.video import Fit, Pick, Video, VideoStream, read_video
 from mfmjt.media.write import (
@@ -23,9 +24,11 @@ __all__ = [
     "Fit",
     "Pick",
     "Pictures",
+    "Report",
     "Video",
     "VideoStream",
     "as_source",
+    "check",
     "check_output",
     "content",
     "default_suffix",
