@@ -238,8 +238,8 @@ def _folder(path: Path, rate: Fraction | None) -> Pictures:
     videos = [f.name for f in there if f.suffix in _VIDEOS and ".mfmjt" not in f.suffixes]
     if videos:
         raise InputError(
-            f"{path} holds videos beside pictures, such as {min(videos)}. Give one of them, or a "
-            f"pattern that the pictures are named by, such as {path / '%04d.png'}."
+            f"{path} is a folder of videos, such as {min(videos)}, and pictures. Give one of them, "
+            f"or a pattern that the pictures are named by, such as {path / '%04d.png'}."
         )
     kinds = sorted({file.suffix.lower() for file in files})
     notes: tuple[str, ...] = ()

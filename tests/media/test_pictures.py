@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from mfmjt.errors import InputError
 from mfmjt.media import (
@@ -62,6 +62,19 @@ def animate(path: Path, delays: Sequence[int], frames: np.ndarray | None = None)
     return path
 
 
+def write_hevc(path: Path, frames: np.ndarray) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx265", rate=20)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"x265-params": "bframes=0:pools=1:log-level=none"}
+        for i, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 20)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
 def index(frames: np.ndarray) -> list[int]:
     return [round((float(picture.mean()) - BLACK) / STEP) for picture in frames]
 
@@ -104,6 +117,25 @@ def test_an_animation_is_read_and_encoded_with_its_own_times(tmp_path: Path, suf
         assert stream.duration * stream.time_base == Fraction(6, 10)
     with av.open(str(tmp_path / "a.webm")) as container:
         assert container.streams.video[0].codec_context.name == "vp9"
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".heic"])
+def test_animations_that_are_coded_as_video_are_copied(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    frames = np.stack([grey(2 * i, 48, 64) for i in range(8)])
+    if suffix == ".heic":
+        write_hevc(tmp_path / "a.mp4", frames)
+        path.write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"ftypisom", b"ftyphevc", 1))
+    elif features.check("avif"):
+        animate(path, [50] * 8, frames)
+    else:
+        pytest.skip("this Pillow cannot write AVIF")
+    suffix = default_suffix(as_source(path))
+    assert suffix == ".mp4"
+    assert not any("encoded" in note for note in mux(path, silence(0.4), RATE, tmp_path / "o.mp4"))
+    for name in (path, tmp_path / "o.mp4"):
+        video = read_video(name, (20,), 32)
+        assert [i // 2 for i in index(video.frames[0] + 1)] == list(range(8))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
@@ -178,7 +210,7 @@ def test_a_folder_of_videos_is_not_taken_for_pictures(tmp_path: Path) -> None:
     (tmp_path / "frames.mfmjt.mp4").touch()
     assert isinstance(as_source(tmp_path), Pictures)
     (tmp_path / "clip.mov").touch()
-    with pytest.raises(InputError, match=r"such as clip.mov.*pattern"):
+    with pytest.raises(InputError, match=r"such as clip.mov, .*pattern"):
         as_source(tmp_path)
     assert isinstance(as_source(tmp_path / "%d.png"), Pictures)
 
