@@ -194,11 +194,11 @@ def over_white(frame: av.VideoFrame) -> av.VideoFrame:
 def _rate(fps: Any) -> Fraction:
     with contextlib.suppress(ValueError, ZeroDivisionError):
         rate = Fraction(str(fps))
-        if 0 < rate <= _MOST_FPS:
+        if 1 / _MOST_FPS <= rate <= _MOST_FPS:
             return rate
     raise InputError(
-        f"fps is {' '.join(str(fps).split()):.40}. Give pictures per second: more than 0 and at "
-        f"most {_MOST_FPS}, such as 24 or 30000/1001."
+        f"fps is {' '.join(str(fps).split()):.40}. Give pictures per second, from "
+        f"{1 / _MOST_FPS} to {_MOST_FPS}, such as 24 or 30000/1001."
     )
 
 

@@ -29,7 +29,7 @@ __all__ = ["Fit", "Pick", "Picture", "Video", "VideoStream", "decoding", "read_v
 
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _BLOCK = 1  # seconds
-_MOST_HDR = 1536  # pixels of the shorter side, far more than networks see: mapping them takes time
+_MOST_HDR = 1024  # pixels of the shorter side, far more than networks see: mapping them takes time
 
 
 @dataclass(frozen=True)
