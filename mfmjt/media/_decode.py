@@ -82,7 +82,9 @@ class Decoder:
             previous = time
             self.count += 1
             held = (frame.duration or 0) * base
-            self.end = time + (held if held > 0 else self.step)
+            if not 0 < held <= max(0, (self.declared or 0) - time) + MAX_JUMP:
+                held = self.step
+            self.end = time + held
             self.width, self.height = frame.width, frame.height
             if frame.rotation % 180:
                 self.width, self.height = frame.height, frame.width
