@@ -84,9 +84,11 @@ class Decoder:
             if animated:
                 time = self.end if self.count else time
                 held = browser_delay(held)
+            elif not 0 < held <= max(time, self.declared or time) - time + MAX_JUMP:
+                held = self.step
             previous = time
             self.count += 1
-            self.end = time + (held if held > 0 else self.step)
+            self.end = time + held
             self.width, self.height = shown_size(frame)
             yield time, frame
 

@@ -117,6 +117,12 @@ def mux(
         _check_holds(stream, suffix)
         _check_hides(video_path, times, suffix)
         notes = others_note(video_path, source) + left_out(video_path, source, stream, suffix)
+        if times.until is not None and suffix not in HIDING:
+            beyond = sum(ticks >= times.until for ticks in times.shown)
+            notes += (
+                f"{out_path} shows {beyond} of the pictures after its sound's end: earlier ones "
+                "are predicted from them. An .mp4 or .mov hides them.",
+            )
         options = container_options(source, suffix)
         try:
             with av.open(str(temporary), "w", format=container_name, options=options) as target:
@@ -270,6 +276,7 @@ def _add_sound(target: Any, codec_name: str, channels: int, sample_rate: int) ->
         rate=sample_rate,
         layout=_LAYOUTS[channels],
         bit_rate=_BIT_RATE_PER_CHANNEL * channels,
+        disposition=av.stream.Disposition.default,
     )
 
 

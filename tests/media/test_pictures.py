@@ -145,6 +145,16 @@ def test_delays_that_no_browser_keeps(tmp_path: Path, suffix: str) -> None:
     assert index(read_video(path, (50,), 8).frames[0])[::5] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".apng", ".webp"])
+def test_a_picture_may_be_shown_long(tmp_path: Path, suffix: str) -> None:
+    path = animate(tmp_path / f"a{suffix}", [15_000, 40, 20_000])
+    video = read_video(path, (1,), 8)
+    assert (video.duration, video.notes) == (35.04, ())
+    mux(path, silence(35.04), RATE, tmp_path / "a.mp4")
+    assert shown(tmp_path / "a.mp4") == [(0, 0), (15_000, 1), (15_040, 2)]
+    assert read_video(tmp_path / "a.mp4", (1,), 8).duration == pytest.approx(35.04)
+
+
 def test_pictures_that_begin_after_the_sound_are_left_out(tmp_path: Path) -> None:
     mux(animate(tmp_path / "a.gif", DELAYS), silence(0.3), RATE, tmp_path / "a.mp4")
     assert shown(tmp_path / "a.mp4") == [(0, 0), (40, 1), (120, 2), (160, 3)]
