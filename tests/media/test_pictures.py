@@ -316,6 +316,7 @@ FRAMES = pictures(4)
         ((FRAMES, float("inf")), None, "fps is inf"),
         ((FRAMES, "fast"), None, "fps is fast"),
         ((FRAMES, "1/0"), None, "fps is 1/0"),
+        ((FRAMES, "1e999999999"), None, "fps is 1e999999999"),
         ((FRAMES, np.ones((9, 9))), None, "fps is"),
         ((FRAMES / 255, 25), None, r"dtype float64. Give uint8 from 0 to 255"),
         ((torch.from_numpy(FRAMES).float(), 25), None, "dtype torch.float32. Give uint8"),
