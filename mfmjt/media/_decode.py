@@ -82,7 +82,7 @@ class Decoder:
             previous = time
             self.count += 1
             held = (frame.duration or 0) * base
-            if not 0 < held <= max(0, (self.declared or 0) - time) + MAX_JUMP:
+            if not 0 < held <= max(Fraction(0), (self.declared or Fraction(0)) - time) + MAX_JUMP:
                 held = self.step
             self.end = time + held
             self.width, self.height = frame.width, frame.height
