@@ -100,10 +100,10 @@ def mux(
     refuse_same(given, out_path)
     samples = _checked(waveform)
     end = Fraction(samples.shape[1], sample_rate)
-    if (unheld := _unheld(given, formats)) is not None:
+    if (kind := unheld(given, formats)) is not None:
         with encoded(given, suffix, end, formats) as copy:
             mux(copy, samples, sample_rate, out_path)
-        return (f"The pictures are encoded once, since no container holds {unheld}.",)
+        return (f"The pictures are encoded once, since no container holds {kind}.",)
     assert isinstance(given, Path)
     video_path = given
     container_name, codec_name = VIDEO_SUFFIXES[suffix]
@@ -189,7 +189,7 @@ def check_output(video_path: Any, out_path: str | os.PathLike[str], fps: Any = N
         return
     given = as_source(video_path, fps)
     refuse_same(given, out_path)
-    if _unheld(given) is not None:
+    if unheld(given) is not None:
         return
     assert isinstance(given, Path)
     video_path = given
@@ -211,7 +211,7 @@ def default_suffix(source: Path | Pictures) -> str:
     Raises:
         InputError: The source cannot be opened.
     """
-    if _unheld(source) is not None:
+    if unheld(source) is not None:
         return ".mp4"
     assert isinstance(source, Path)
     with open_video(source) as (_, stream):
@@ -220,7 +220,7 @@ def default_suffix(source: Path | Pictures) -> str:
     return own if own in there else there[0]
 
 
-def _unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
+def unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
     """What a source's pictures are, if there is no container to copy them into; else None."""
     if isinstance(source, Pictures):
         return source.kind
