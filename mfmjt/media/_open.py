@@ -59,7 +59,7 @@ def video_streams(container: Any) -> list[Any]:
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     best = container.streams.best("video")
-    return sorted(streams, key=lambda stream: stream is not best)
+    return sorted(streams, key=lambda s: (s.codec_context is None, s is not best))
 
 
 def others_note(path: Path, container: Any) -> tuple[str, ...]:
