@@ -116,6 +116,11 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
 ]
 
+Fps = Annotated[
+    str | None,
+    typer.Option(help="Pictures per second of a folder or pattern. Default: 25.", metavar="N"),
+]
+
 
 @app.command()
 def generate(
@@ -154,10 +159,7 @@ def generate(
         float | None,
         typer.Option(help="Seconds from the start. Default: the whole video; 8 for text alone."),
     ] = None,
-    fps: Annotated[
-        str | None,
-        typer.Option(help="Pictures per second of a folder or pattern. Default: 25.", metavar="N"),
-    ] = None,
+    fps: Fps = None,
     model: Annotated[
         str,
         typer.Option(
@@ -257,11 +259,12 @@ def generate(
 
 @app.command()
 def check(
-    video: Annotated[Path, typer.Argument(help="Video file.")],
+    video: Annotated[Path, typer.Argument(help="Video file, folder or pattern of pictures.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Check that this file could be written, too."),
     ] = None,
+    fps: Fps = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -276,10 +279,12 @@ def check(
     - `mfmjt check recording.webm -o out.mp4`
 
     - `mfmjt check clip.mkv --json`
+
+    - `mfmjt check frames/%04d.png --fps 24`
     """
     with _undisturbed():
         from mfmjt import media
-    report = media.check(video, output)
+    report = media.check(media.as_source(video, fps), output)
     typer.echo(json.dumps(dataclasses.asdict(report), indent=2) if as_json else str(report))
 
 

@@ -62,16 +62,14 @@ def _tag(source: Any, stream: Any, suffix: str) -> str:
 
 def _takes(stream: Any, suffix: str, tag: str) -> bool:
     """Whether a file with this tag can be written, and read again as what it is."""
-    name = stream.codec_context.codec.canonical_name
+    codec = stream.codec_context.codec.canonical_name
     memory = io.BytesIO()
     packet = av.Packet(bytes(64))
     packet.pts = packet.dts = 0
     packet.is_keyframe = True
     try:
-        options = {"strict": "unofficial"}
-        with av.open(
-            memory, "w", format="mov" if suffix == ".mov" else "mp4", options=options
-        ) as target:
+        container = "mov" if suffix == ".mov" else "mp4"
+        with av.open(memory, "w", format=container, options=_UNOFFICIAL) as target:
             packet.stream = target.add_stream_from_template(stream, opaque=True)
             packet.stream.codec_context.codec_tag = tag
             target.mux(packet)
@@ -79,7 +77,7 @@ def _takes(stream: Any, suffix: str, tag: str) -> bool:
         with av.open(memory) as again:
             (written,) = again.streams.video
             context = written.codec_context
-            return context.codec_tag == tag and context.codec.canonical_name == name
+            return context.codec_tag == tag and context.codec.canonical_name == codec
     except (av.error.FFmpegError, ValueError, AttributeError):
         return False
 

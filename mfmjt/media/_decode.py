@@ -21,6 +21,7 @@ from mfmjt.media.pictures import browser_delay, refuse_huge, shown_size
 
 __all__ = ["MAX_JUMP", "Decoder", "first_time"]
 
+_MAX_PAUSE = 86_400  # seconds between pictures of a file that does not state how long it is
 MAX_JUMP = 10
 """Seconds of time stamps beyond the stated end: more is damage."""
 
@@ -77,10 +78,11 @@ class Decoder:
                 time = previous + self.step if stamp is None else stamp * base - self.first
             if self.count and time <= previous:
                 time = previous + self.step
-            if self.declared is not None and time > max(previous, self.declared) + MAX_JUMP:
+            last = previous + _MAX_PAUSE if self.declared is None else self.declared
+            if time > max(previous, last) + MAX_JUMP:
                 self.damaged += 1
                 time = previous + self.step
-            held = (frame.duration or 0) * base
+            held = self.step if untimed else (frame.duration or 0) * base
             if animated:
                 time = self.end if self.count else time
                 held = browser_delay(held)

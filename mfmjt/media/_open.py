@@ -59,7 +59,7 @@ def video_streams(container: Any) -> list[Any]:
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     best = container.streams.best("video")
-    return sorted(streams, key=lambda stream: stream is not best)
+    return sorted(streams, key=lambda s: (s.codec_context is None, s is not best))
 
 
 def others_note(path: Path, container: Any) -> tuple[str, ...]:
@@ -112,19 +112,18 @@ def in_mov(container: Any) -> bool:
 
 def in_decoding_order(container: Any, stream: Any) -> bool:
     """Whether the file's times are those of decoding, or there are none: AVI and bare streams."""
-    timeless = _bare(container) or container.format.name == "avi"
-    return bool(stream.codec_context.codec.reorder and timeless)
+    return bool(stream.codec_context.codec.reorder and _tells_no_times(container))
 
 
-def _bare(container: Any) -> bool:
-    """Whether a file is a stream in no container."""
-    return bool(container.format.flags & av.format.Flags.no_timestamps.value)
+def _tells_no_times(container: Any) -> bool:
+    bare = container.format.flags & av.format.Flags.no_timestamps.value
+    return bool(bare or container.format.name == "avi")
 
 
 def step_of(stream: Any) -> Fraction:
     """Seconds from one picture to the next, on the whole."""
-    # A bare stream's average is FFmpeg's default, its guess what the codec says.
-    average = None if _bare(stream.container) else stream.average_rate
+    # The average of a bare stream is FFmpeg's default; its guess is what the codec says.
+    average = None if _tells_no_times(stream.container) else stream.average_rate
     rate = average or stream.guessed_rate or 25
     return 1 / Fraction(min(max(rate, 1), 1000))  # a damaged header can state any
 

@@ -20,6 +20,7 @@ __all__ = ["Times", "copied_times"]
 _UNKNOWN = -(2**63)  # FFmpeg's own
 _KEY, _DISCARD = 1, 2
 _REORDERED = 32  # pictures that may come between one that is decoded early and its time
+_MAX_BEFORE = 86_400  # seconds from where decoding begins to what is shown: more is damage
 _MAX_DISORDER = 1  # seconds that the time of decoding may go back: more is another clock
 
 
@@ -77,27 +78,29 @@ def _stated(path: Path, zero: Fraction, end: Fraction | None, formats: str | Non
         declared = declared_duration(container, stream) or Fraction(0)
         latest = declared / base
         shown, decoded, flags = array("q"), array("q"), bytearray()
-        previous = _UNKNOWN
+        previous: int | None = None
         for packet in _until_damage(container, stream):
             if packet.pts is None:
                 return None
             pts = packet.pts - start
-            dts = _UNKNOWN if packet.dts is None else packet.dts - start
-            if pts > latest + MAX_JUMP / base:
+            unknown = packet.dts is None or packet.dts > packet.pts
+            dts = None if unknown else packet.dts - start
+            earliest = pts if dts is None else dts
+            if pts > latest + MAX_JUMP / base or earliest < -_MAX_BEFORE / base:
                 return None
             latest = max(latest, pts)
-            if _UNKNOWN not in (dts, previous) and dts < previous - _MAX_DISORDER / base:
-                return None
-            if dts != _UNKNOWN:
-                previous = dts
+            if dts is not None:
+                if previous is not None and dts < previous - _MAX_DISORDER / base:
+                    return None
                 if stop is not None and dts >= stop:
                     break
+                previous = dts
             shown.append(pts)
-            decoded.append(dts)
+            decoded.append(_UNKNOWN if dts is None else dts)
             flags.append(_KEY * packet.is_keyframe + _DISCARD * packet.is_discard)
-    if 0 not in shown:
-        return None
     seen = [i for i, pts in enumerate(shown) if not flags[i] & _DISCARD and pts >= 0]
+    if not any(shown[i] == 0 for i in seen):
+        return None
     last = max(i for i in seen if stop is None or shown[i] < stop)
     first = _first(shown, flags)
     del shown[last + 1 :], decoded[last + 1 :]

@@ -24,7 +24,15 @@ from mfmjt.media._copy import (
     hide_from,
     left_out,
 )
-from mfmjt.media._open import in_mov, open_video, others_note, packets, reason, step_of
+from mfmjt.media._open import (
+    in_decoding_order,
+    in_mov,
+    open_video,
+    others_note,
+    packets,
+    reason,
+    step_of,
+)
 from mfmjt.media._times import Times, copied_times
 from mfmjt.media.encode import encoded
 from mfmjt.media.pictures import Pictures, as_source
@@ -100,10 +108,10 @@ def mux(
     refuse_same(given, out_path)
     samples = _checked(waveform)
     end = Fraction(samples.shape[1], sample_rate)
-    if (unheld := _unheld(given, formats)) is not None:
+    if (kind := unheld(given, formats)) is not None:
         with encoded(given, suffix, end, formats) as copy:
             mux(copy, samples, sample_rate, out_path)
-        return (f"The pictures are encoded once, since no container holds {unheld}.",)
+        return (f"The pictures are encoded once, since no container holds {kind}.",)
     assert isinstance(given, Path)
     video_path = given
     container_name, codec_name = VIDEO_SUFFIXES[suffix]
@@ -189,7 +197,7 @@ def check_output(video_path: Any, out_path: str | os.PathLike[str], fps: Any = N
         return
     given = as_source(video_path, fps)
     refuse_same(given, out_path)
-    if _unheld(given) is not None:
+    if unheld(given) is not None:
         return
     assert isinstance(given, Path)
     video_path = given
@@ -211,7 +219,7 @@ def default_suffix(source: Path | Pictures) -> str:
     Raises:
         InputError: The source cannot be opened.
     """
-    if _unheld(source) is not None:
+    if unheld(source) is not None:
         return ".mp4"
     assert isinstance(source, Path)
     with open_video(source) as (_, stream):
@@ -220,7 +228,7 @@ def default_suffix(source: Path | Pictures) -> str:
     return own if own in there else there[0]
 
 
-def _unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
+def unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
     """What a source's pictures are, if there is no container to copy them into; else None."""
     if isinstance(source, Pictures):
         return source.kind
@@ -297,11 +305,12 @@ def _write_tracks(
     heard = next(encoded, None)
     last = len(times.shown) - 1
     step = max(1, round(step_of(stream) / stream.time_base))
+    untimed = in_decoding_order(source, stream)
     for number, packet in enumerate(packets(source, stream)):
         if number < times.first:
             continue
         packet.pts, packet.dts = times.shown[number] + shift, times.decoded[number] + shift
-        packet.duration = packet.duration or step
+        packet.duration = step if untimed else packet.duration or step
         # Sound goes in beside its pictures: players read both without seeking.
         while heard is not None and heard.pts * heard.time_base <= packet.dts * packet.time_base:
             target.mux(heard)
