@@ -129,7 +129,7 @@ class _Encoder:
         size = context.width, context.height
         if self._plain:
             return self._reformatter.reformat(frame, *size, "yuv420p")
-        pixels = Picture(frame, None).rgb(self._to_rgb, None)
+        pixels = Picture(frame, self._decoder.hdr).rgb(self._to_rgb, None)
         height, width = pixels.shape[:2]
         if (width + width % 2, height + height % 2) == size:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
