@@ -23,6 +23,7 @@ __all__ = [
     "INTERPRETED",
     "ON_CPU",
     "cdiv",
+    "fma",
     "jit",
     "power_of_2",
     "rows",
@@ -43,6 +44,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 if AVAILABLE:
     import triton
     import triton.language as tl
+    _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
 else:
     triton, tl = None, None
 
@@ -56,6 +58,14 @@ def jit(kernel: F) -> Any:
 def wide(x):
     """The same numbers in the dtype of sums: float32, or float64 for float64."""
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+@jit
+def fma(x, y, z):
+    """x y + z with one rounding, which Triton's interpreter has no instruction for."""
+    if _ROUNDS_PRODUCTS:
+        return (x.to(tl.float64) * y + z).to(x.dtype)
+    return tl.fma(x, y, z)
 
 
 def target() -> tuple[str, Any]:

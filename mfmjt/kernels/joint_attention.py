@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.kernels import _ext, _op, _triton, _tuning
-from mfmjt.kernels._triton import INTERPRETED, cdiv, jit, target, tl
+from mfmjt.kernels._triton import INTERPRETED, cdiv, fma, jit, target, tl
 
 __all__ = ["joint_attention", "joint_attention_ref"]
 
@@ -664,10 +664,12 @@ def _attention_fwd_kernel(
                         own, k_dots, sample, head, first, count, start, limit, score_dot,
                         UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                     )  # fmt: skip
-            score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
+            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
-            p = tl.exp2(score - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            # What rounds is the same for a whole row, and so leaves P as it is
+            new_top_2 = new_top * scale_2
+            p = tl.exp2(fma(score, scale_2, -new_top_2[:, None]))
+            shrink = tl.exp2(fma(top, scale_2, -new_top_2))
             top = new_top
             sum_p = tl.sum(p, 1)
             p_rounded = p.to(STORED)
@@ -713,7 +715,7 @@ def _attention_fwd_kernel(
         pointer = _choose_pointer(o_dot, stream)
         _store(pointer, dot, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
-    sums = top + tl.log2(tl.where(nothing, 1.0, total))
+    sums = top * scale_2 + tl.log2(tl.where(nothing, 1.0, total))
     pointer = _choose_pointer(lse, stream) + pair * all_queries + first
     here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
     tl.store(pointer + token, tl.where(nothing, 0.0, sums), here)
@@ -796,8 +798,8 @@ def _attention_bwd_q_kernel(
                     own_o_bar, v[s], sample, head, first, count, start, limit, p_bar,
                     UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                 )  # fmt: skip
-            score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
-            p = tl.exp2(score - sums[:, None])
+            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
+            p = tl.exp2(fma(score, scale_2, -sums[:, None]))
             score_bar = (p * (p_bar - centre[:, None])).to(STORED)
             if BLOCK_OUT != BLOCK_IN or not WHOLE:
                 a = _load(
@@ -899,7 +901,7 @@ def _attention_bwd_kv_kernel(
             here = token < stop - start
             sums = tl.load(lse[s] + row + token, here, float("inf"))
             centre = tl.load(delta[s] + row + token, here, 0.0)
-            p = tl.exp2(score * scale_2 - sums[None, :])
+            p = tl.exp2(fma(score, scale_2, -sums[None, :]))
             value_bar = tl.dot(
                 p.to(STORED), b, value_bar, input_precision=PRECISION, out_dtype=TYPE
             )
@@ -1218,6 +1220,9 @@ def joint_attention(
         return joint_attention_ref(q, k, v, scale, lengths)
     ends = len(queries), len(queries) + len(keys), len(queries) + 2 * len(keys)
     scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # kernels look for a row's largest score by its largest product
+        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        queries = tuple(sign * x for x in queries)
 
     def grouped(xs: Any) -> tuple[list[Any], list[Any], list[Any]]:
         xs = _op.autocast(*xs[: ends[2]])
