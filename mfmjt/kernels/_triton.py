@@ -44,6 +44,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 if AVAILABLE:
     import triton
     import triton.language as tl
+
     _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
 else:
     triton, tl = None, None
@@ -62,7 +63,7 @@ def wide(x):
 
 @jit
 def fma(x, y, z):
-    """x y + z with one rounding, which Triton's interpreter has no instruction for."""
+    """Return x y + z, rounded once; Triton's interpreter has no instruction for that."""
     if _ROUNDS_PRODUCTS:
         return (x.to(tl.float64) * y + z).to(x.dtype)
     return tl.fma(x, y, z)

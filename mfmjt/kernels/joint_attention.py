@@ -134,7 +134,9 @@ def _flash_alone(
     valid = _valid_keys(k, lengths)
     joined = (_join(q), _join(k, valid), _join(v, valid))
     o = _flash(
-        *(x.transpose(1, 2) for x in joined), attn_mask=_bias(valid, q[0].dtype), scale=scale
+        *(x.transpose(1, 2) for x in joined),
+        attn_mask=_bias(valid, _op.work_dtype(q[0])),
+        scale=scale,
     )[0]
     return o.transpose(1, 2).split([x.shape[1] for x in q], dim=1)
 
@@ -406,7 +408,7 @@ def _fwd_cpu(
     valid = _valid_keys(k, lengths)
     o, lse = _flash(
         *(t.transpose(1, 2) for t in (_join(q), _join(k, valid), _join(v, valid))),
-        attn_mask=_bias(valid, q[0].dtype),
+        attn_mask=_bias(valid, _op.work_dtype(q[0])),
         scale=scale,
     )
     return _part(o.transpose(1, 2), q), lse.contiguous()
@@ -437,7 +439,7 @@ def _bwd_cpu(
         lse,
         0.0,
         False,
-        attn_mask=_bias(valid, lse.dtype if lse.dtype == torch.float64 else q[0].dtype),
+        attn_mask=_bias(valid, lse.dtype),
         scale=scale,
     )
     q_bar, k_bar, v_bar = (bar.transpose(1, 2) for bar in bars)

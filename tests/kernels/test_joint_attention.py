@@ -72,6 +72,14 @@ def test_lengths_and_scale(dtype, scale):
     oracle.check_op(op, ref, values, ALL, dtype, terms=16)
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_a_sample_without_any_key(dtype):
+    """Zeros, gradients included, where forward mode has left its sums to the backward pass too."""
+    options = {"lengths": torch.tensor([0, 2])}
+    op, ref = streams(joint_attention, **options), streams(joint_attention_ref, **options)
+    oracle.check_op(op, ref, inputs(2, (3,), (2,)), ("q0", "k0", "v0"), dtype, terms=16)
+
+
 def test_keys_beyond_the_length_have_no_influence():
     q, k, v = randn(2, 5, 2, 8), randn(2, 6, 2, 8), randn(2, 6, 2, 8)
     lengths = torch.tensor([4, 0])
