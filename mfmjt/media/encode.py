@@ -13,7 +13,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from mfmjt.errors import RunError
+from mfmjt.errors import InputError, RunError
 from mfmjt.media._open import reason
 from mfmjt.media.pictures import PictureDecoder, Pictures, shown_size
 from mfmjt.media.video import Picture, decoding
@@ -57,6 +57,10 @@ def encoded(
                 for time, frame in frames:
                     if not encoder.add(time, frame, end):
                         break
+                if decoder.count == 0:
+                    raise InputError(
+                        f"No frame of {source} can be decoded. Give a video that plays."
+                    )
                 encoder.finish(decoder.end)
         except (av.error.FFmpegError, OSError) as error:
             raise RunError(
@@ -97,9 +101,8 @@ class _Encoder:
 
     def finish(self, end: Fraction) -> None:
         """Encode what is left; the last picture is shown until `end` seconds."""
-        if self._first is not None:
-            self._lasts[self._previous] = max(1, self._ticks(end) - self._previous)
-            self._write(None)
+        self._lasts[self._previous] = max(1, self._ticks(end) - self._previous)
+        self._write(None)
 
     def _ticks(self, time: Fraction) -> int:
         assert self._first is not None
