@@ -28,7 +28,7 @@ from mfmjt.serve.metrics import Metrics
 from mfmjt.serve.reader import Reader
 from mfmjt.serve.schema import Fault, Health, JobState, Model, Models, Sound, asked_schema
 from mfmjt.serve.settings import MAX_COUNT, MAX_STEPS, Settings
-from mfmjt.serve.shield import Shield
+from mfmjt.serve.shield import HEAD, Shield
 from mfmjt.serve.upload import read_request
 
 __all__ = ["create_app"]
@@ -260,7 +260,7 @@ async def generate(request: Request, response: Response) -> JobState:
         raise HTTPException(499, "The client went away.") from error
     finally:
         service.metrics.requests.labels(str(status)).inc()
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Location"] = f"{service.settings.root}/v1/jobs/{job.id}"
     return service.state(job)
 
 
@@ -293,6 +293,8 @@ async def job_events(request: Request, job: JobName) -> StreamingResponse:
     service, found = _service(request), _job(request, job)
 
     async def events() -> AsyncIterator[str]:
+        if request.scope[HEAD]:
+            return  # nobody listens
         found.listeners += 1
         told = ""
         try:
@@ -403,7 +405,7 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.include_router(router)
-    _add_page(app)
+    _add_page(app, settings.root)
     _add_faults(app)
     app.add_middleware(Shield, settings=settings)
     published = app.openapi
@@ -413,8 +415,12 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
         schema["paths"]["/v1/generate"]["post"]["requestBody"] = {
             "required": True,
             "content": {
-                "application/json": {"schema": asked_schema(settings, video=False)},
-                "multipart/form-data": {"schema": asked_schema(settings, video=True)},
+                kind: {"schema": asked_schema(settings, video, form)}
+                for kind, video, form in (
+                    ("application/json", False, False),
+                    ("application/x-www-form-urlencoded", False, True),
+                    ("multipart/form-data", True, True),
+                )
             },
         }
         if settings.token is not None:
@@ -428,13 +434,20 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
     return app
 
 
-def _add_page(app: FastAPI) -> None:
-    """The page's files, read once: no path of a request is ever opened."""
+def _add_page(app: FastAPI, root: str) -> None:
+    """The page's files, read once: no path of a request is ever opened.
+
+    Their addresses are relative, so that the page works under any path. Only below a path that is
+    shown without a slash at its end they lead elsewhere: `root` is put before them for that.
+    """
     files = {
         path.name: (path.read_bytes(), mimetypes.guess_type(path.name)[0] or "text/plain")
         for path in PAGE.iterdir()
         if path.is_file()
     }
+    if root:
+        content, kind = files["index.html"]
+        files["index.html"] = content.replace(b'="page/', f'="{root}/page/'.encode()), kind
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

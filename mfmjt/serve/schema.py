@@ -134,8 +134,14 @@ class Models(BaseModel):
     models: list[Model]
 
 
-def asked_schema(settings: Settings, video: bool) -> dict[str, Any]:
-    """JSON schema of a request with or without a video, with this server's limits."""
+def asked_schema(settings: Settings, video: bool, form: bool) -> dict[str, Any]:
+    """JSON schema of a request with or without a video, with this server's limits.
+
+    Args:
+        settings: Has the limits.
+        video: Whether there is one.
+        form: Whether fields are text, of which one that is left out stands for null.
+    """
     schema = TypeAdapter(Asked).json_schema()
     properties = schema["properties"]
     for option in properties["duration"]["anyOf"]:
@@ -149,11 +155,6 @@ def asked_schema(settings: Settings, video: bool) -> dict[str, Any]:
             "description": "An .mp4, .mov, .webm, .mkv, .avi or .ts file.",
         }
         schema["required"] = ["video"]
-        for name, value in properties.items():
-            if "anyOf" in value:  # a form leaves out what JSON calls null
-                (kept,) = (o for o in value.pop("anyOf") if o.get("type") != "null")
-                value.pop("default", None)
-                properties[name] = kept | value
     else:
         properties["prompt"] = {
             "type": "string",
@@ -163,5 +164,11 @@ def asked_schema(settings: Settings, video: bool) -> dict[str, Any]:
             "description": properties["prompt"]["description"],
         }
         schema["required"] = ["prompt"]
+    if form:
+        for name, value in properties.items():
+            if "anyOf" in value:
+                (kept,) = (o for o in value.pop("anyOf") if o.get("type") != "null")
+                value.pop("default", None)
+                properties[name] = kept | value
     schema["title"] = "VideoRequest" if video else "TextRequest"
     return schema

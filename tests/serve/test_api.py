@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import numpy as np
 import pytest
@@ -360,10 +361,10 @@ def test_small_questions(server: Client, pipe: Pipeline) -> None:
     assert model["sample_rate"] == pipe.codec.sample_rate
     page = server.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    names = re.findall(rb'(?:href|src)="(/[^"]+)"', page.body)
+    names = re.findall(rb'(?:href|src)="([^"#]+)"', page.body)
     assert names
     for name in names:
-        assert server.get(name.decode()).status == 200
+        assert server.get(urljoin("/", name.decode())).status == 200
 
 
 def test_the_examples_are_drawn(server: Client, tmp_path: Path) -> None:

@@ -306,6 +306,10 @@ def test_the_command_serves_until_it_is_told_to_end(
         ({"port": 70_000}, "port"),
         ({"token": "short"}, "too short"),
         ({"token": "no header carries ü"}, "ASCII"),
+        ({"names": ("https://sound.example/",)}, "no host name"),
+        ({"names": ("",)}, "no host name"),
+        ({"root_path": "https://sound.example/foley"}, "root path"),
+        ({"root_path": "/v1"}, "the server's own"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], says: str) -> None:
