@@ -38,9 +38,7 @@ def open_container(path: Path, what: str, formats: str | None) -> Iterator[Any]:
 @contextlib.contextmanager
 def open_video(path: Path, formats: str | None = None) -> Iterator[tuple[Any, Any]]:
     with open_container(path, "a video file", formats) as container:
-        # A cover image in a song's file is a video stream too.
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
+        streams = video_streams(container)
         if not streams:
             kind = "only sound" if container.streams.audio else "no pictures"
             raise InputError(f"{path} has {kind}, no video stream. Give a file with video.")
@@ -51,21 +49,88 @@ def open_video(path: Path, formats: str | None = None) -> Iterator[tuple[Any, An
         yield container, streams[0]
 
 
+def video_streams(container: Any) -> list[Any]:
+    """Streams of moving pictures, the one that players show first."""
+    # A cover image in a song's file is a video stream too.
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    best = container.streams.best("video")
+    return sorted(streams, key=lambda stream: stream is not best)
+
+
+def others_note(path: Path, container: Any) -> tuple[str, ...]:
+    """One line that says which of several video streams is used, none where there is one."""
+    chosen, *others = video_streams(container)
+    if not others:
+        return ()
+    left = ", ".join(described(stream) for stream in others[:5])
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    return (
+        f"{path} has {len(others) + 1} video streams. Used is the one that players show, "
+        f"{described(chosen)}; left out: {left}{more}.",
+    )
+
+
+def described(stream: Any) -> str:
+    """A stream in a few words, such as "#1 h264 1920x1080"."""
+    context = stream.codec_context
+    name = "of an unknown codec" if context is None else context.codec.canonical_name
+    size = f" {context.width}x{context.height}" if stream.type == "video" and context else ""
+    return f"#{stream.index} {name}{size}"
+
+
+def sound_stream(container: Any) -> Any | None:
+    """The sound track that players play, None if there is none."""
+    return container.streams.best("audio") or next(iter(container.streams.audio), None)
+
+
+def packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The stream's packets as decoders and other containers take them, one picture in each.
+
+    Their number is the same every time that a file is read. FFmpeg's errors come through.
+    """
+    split = None
+    if stream.codec_context.codec.canonical_name == "mpeg4" and not in_mov(container):
+        # Two pictures in one packet, and an empty one after it: what only AVI knows.
+        split = av.bitstream.BitStreamFilterContext("mpeg4_unpack_bframes", stream)
+    for packet in container.demux(stream):
+        if packet.size == 0:
+            continue  # what flushes decoders, or says that nothing has changed
+        for whole in [packet] if split is None else split.filter(packet):
+            whole.stream = stream
+            yield whole
+
+
+def in_mov(container: Any) -> bool:
+    """Whether the file is of QuickTime's family, .mp4 included, which alone has edit lists."""
+    return "mp4" in container.format.name.split(",")
+
+
+def in_decoding_order(container: Any, stream: Any) -> bool:
+    """Whether the file's times are those of decoding, or there are none: AVI and bare streams."""
+    timeless = _bare(container) or container.format.name == "avi"
+    return bool(stream.codec_context.codec.reorder and timeless)
+
+
+def _bare(container: Any) -> bool:
+    """Whether a file is a stream in no container."""
+    return bool(container.format.flags & av.format.Flags.no_timestamps.value)
+
+
+def step_of(stream: Any) -> Fraction:
+    """Seconds from one picture to the next, on the whole."""
+    # A bare stream's average is FFmpeg's default, its guess what the codec says.
+    average = None if _bare(stream.container) else stream.average_rate
+    rate = average or stream.guessed_rate or 25
+    return 1 / Fraction(min(max(rate, 1), 1000))  # a damaged header can state any
+
+
 def declared_duration(container: Any, stream: Any) -> Fraction | None:
     if stream.duration and stream.time_base:
         return Fraction(stream.duration * stream.time_base)
     if container.duration and not container.streams.audio:
         return Fraction(container.duration, av.time_base)
     return None
-
-
-def first_picture(container: Any, otherwise: Fraction) -> Fraction:
-    """When a video's pictures begin, in seconds; sound alone begins with itself."""
-    cover = av.stream.Disposition.attached_pic
-    for stream in container.streams.video:
-        if not stream.disposition & cover and stream.start_time is not None:
-            return Fraction(stream.start_time * stream.time_base)
-    return otherwise
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import soxr
 
 from mfmjt.errors import InputError
-from mfmjt.media._open import first_picture, open_container
+from mfmjt.media._decode import first_time
+from mfmjt.media._open import open_container, sound_stream, video_streams
 
 __all__ = ["read_audio"]
 
@@ -22,10 +23,11 @@ __all__ = ["read_audio"]
 def read_audio(
     path: str | os.PathLike[str], sample_rate: int, duration: float | None = None
 ) -> np.ndarray:
-    """Read the first sound track of a file of sound or of video as one channel.
+    """Read the sound track of a file of sound or of video as one channel.
 
-    Time 0 is the first picture of a video: a track that begins later begins with silence, and what
-    comes before is cut off. Channels are averaged.
+    Of several tracks it is the one that players play. Time 0 is the first picture of a video: a
+    track that begins later begins with silence, and what comes before is cut off. Channels are
+    averaged.
 
     Args:
         path: Any file that PyAV can open.
@@ -41,13 +43,16 @@ def read_audio(
     path = Path(path)
     parts: list[np.ndarray] = []
     with open_container(path, "a file of sound or video", None) as container:
-        if not container.streams.audio or container.streams.audio[0].codec_context is None:
+        stream = sound_stream(container)
+        if stream is None or stream.codec_context is None:
             raise InputError(f"{path} has no sound track that can be read. Give a file with one.")
+        pictures = video_streams(container)
+        pictured = first_time(path) if pictures and pictures[0].codec_context else None
         rate, wanted, skipped = 0, 0.0, 0
-        for samples, rate, time in _decoded_sound(path, container):
+        for samples, rate, time in _decoded_sound(path, container, stream):
             if not parts:
                 wanted = math.inf if duration is None else math.ceil(duration * rate)
-                skipped = round((first_picture(container, time) - time) * rate)
+                skipped = 0 if pictured is None else round((pictured - time) * rate)
                 # As long as the file says, which may be damaged, but not longer than is wanted.
                 parts.append(np.zeros(int(min(max(0, -skipped), wanted)), np.float32))
                 skipped = max(0, skipped)
@@ -63,9 +68,10 @@ def read_audio(
     return resampled
 
 
-def _decoded_sound(path: Path, container: Any) -> Iterator[tuple[np.ndarray, int, Fraction]]:
+def _decoded_sound(
+    path: Path, container: Any, stream: Any
+) -> Iterator[tuple[np.ndarray, int, Fraction]]:
     """Pieces of one channel (S,), their rate in Hz, and when each begins, past what is damaged."""
-    stream = container.streams.audio[0]
     planes = av.AudioResampler(format="fltp")
     packets = container.demux(stream)
     while True:

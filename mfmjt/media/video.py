@@ -14,13 +14,12 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from mfmjt.errors import InputError
-from mfmjt.media._open import declared_duration, open_video, reason
+from mfmjt.media._decode import Decoder
+from mfmjt.media._open import declared_duration, open_video, others_note, reason
 
 __all__ = ["Fit", "Pick", "Video", "VideoStream", "read_video"]
 
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
-_MAX_PIXELS = 8192 * 8192
-_MAX_JUMP = 10  # seconds of time stamps beyond the stated end: more is damage
 _BLOCK = 1  # seconds
 
 
@@ -154,9 +153,10 @@ class VideoStream:
         with open_video(path, self._formats) as (container, stream):
             declared = declared_duration(container, stream)
             self.declared = None if declared is None else float(declared)
+            notes = others_note(path, container)
             if asked is None and limit is not None and declared is not None and declared > limit:
                 raise _too_long(path, f"{float(declared):.1f} s", limit)
-            decoder = _Decoder(path, stream, declared)
+            decoder = Decoder(path, stream, declared)
             block = _BLOCK
             for time, frame in decoder.frames(container):
                 if asked is None and limit is not None and time > limit:
@@ -173,10 +173,10 @@ class VideoStream:
         end = self._end(decoder)
         self.duration, self.fps = float(end), float(1 / decoder.step)
         self.width, self.height = decoder.width, decoder.height
-        self.notes = decoder.notes(declared if asked is None else None)
+        self.notes = notes + decoder.notes(declared if asked is None else None)
         yield tuple(sampler.finish(_frame_count(end, sampler.rate)) for sampler in samplers)
 
-    def _end(self, decoder: _Decoder) -> Fraction:
+    def _end(self, decoder: Decoder) -> Fraction:
         """Seconds that the pictures cover, once all frames are seen."""
         if decoder.count == 0:
             raise InputError(f"No frame of {self.path} can be decoded. Give a video that plays.")
@@ -193,76 +193,6 @@ class VideoStream:
                 "asked for. Leave out the duration, or give a shorter one."
             )
         return Fraction(self._asked)
-
-
-class _Decoder:
-    """Frames in order of time from the first one at 0 s, past whatever is damaged."""
-
-    def __init__(self, path: Path, stream: Any, declared: Fraction | None) -> None:
-        rate = stream.average_rate or stream.guessed_rate or 25
-        # A damaged header can state any rate; the step only closes gaps in the time stamps.
-        self.step = 1 / Fraction(min(max(rate, 1), 1000))
-        self.path, self.stream, self.declared = path, stream, declared
-        self.count = self.damaged = self.width = self.height = 0
-        self.end = Fraction(0)
-
-    def frames(self, container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-        """Yield (seconds, frame); `count`, `end`, `width` and `height` follow along."""
-        first: Fraction | None = None
-        previous = Fraction(-1)
-        for frame in self._decoded(container):
-            if frame.width * frame.height > _MAX_PIXELS:
-                raise InputError(
-                    f"{self.path} has frames of {frame.width}x{frame.height}, more than "
-                    f"{_MAX_PIXELS >> 20} million pixels. Scale the video down first."
-                )
-            base = Fraction(frame.time_base or self.stream.time_base or Fraction(1, 25))
-            time = previous + self.step if frame.pts is None else frame.pts * base
-            if first is None:
-                first = time
-            time -= first
-            if self.count and time <= previous:
-                time = previous + self.step
-            if self.declared is not None and time > max(previous, self.declared) + _MAX_JUMP:
-                self.damaged += 1
-                time = previous + self.step
-            previous = time
-            self.count += 1
-            held = (frame.duration or 0) * base
-            self.end = time + (held if held > 0 else self.step)
-            self.width, self.height = frame.width, frame.height
-            if frame.rotation % 180:
-                self.width, self.height = frame.height, frame.width
-            yield time, frame
-
-    def _decoded(self, container: Any) -> Iterator[av.VideoFrame]:
-        packets = container.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets)
-            except (StopIteration, av.error.EOFError):
-                return
-            except (av.error.FFmpegError, ValueError):
-                self.damaged += 1
-                return
-            try:
-                yield from packet.decode()
-            except av.error.EOFError:
-                return
-            except (av.error.FFmpegError, ValueError):
-                self.damaged += 1
-
-    def notes(self, declared: Fraction | None) -> tuple[str, ...]:
-        """Say what was lost; `declared` is the length in the header, None if not to be judged."""
-        notes = []
-        if declared is not None and self.end + 3 * self.step < declared:
-            notes.append(
-                f"{self.path} is cut short: {float(self.end):.2f} s of {float(declared):.2f} s "
-                "could be read, and only those get sound."
-            )
-        if self.damaged:
-            notes.append(f"{self.path} is damaged in {self.damaged} places, which were skipped.")
-        return tuple(notes)
 
 
 class _Picture:

@@ -16,9 +16,25 @@ import soxr
 
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path, check_writable
-from mfmjt.media._open import open_video, reason
+from mfmjt.media._copy import (
+    HIDING,
+    add_pictures,
+    container_options,
+    copy_tags,
+    hide_from,
+    left_out,
+)
+from mfmjt.media._open import in_mov, open_video, others_note, packets, reason, step_of
+from mfmjt.media._times import Times, copied_times
 
-__all__ = ["AUDIO_SUFFIXES", "VIDEO_SUFFIXES", "check_output", "mux", "write_audio"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "check_output",
+    "containers_for",
+    "mux",
+    "write_audio",
+]
 
 # Suffix -> (soundfile's format, its subtype).
 AUDIO_SUFFIXES = {
@@ -36,8 +52,6 @@ VIDEO_SUFFIXES = {
     ".mkv": ("matroska", "aac"),
     ".webm": ("webm", "libopus"),
 }
-_FAST_START = {"movflags": "faststart"}  # the index comes first: plays while it loads
-_CONTAINER_OPTIONS = {"mp4": _FAST_START, "mov": _FAST_START}
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _BIT_RATE_PER_CHANNEL = 96_000
 
@@ -48,22 +62,26 @@ def mux(
     sample_rate: int,
     out_path: str | os.PathLike[str],
     formats: str | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Write the video with this sound; its pictures are copied packet by packet, unchanged.
 
-    The sound replaces any the video has. Pictures that start after the sound's end are left out,
-    save those that an earlier picture is predicted from.
+    The sound replaces any the video has. Each picture is shown when it is in the video, from the
+    first one on, at 0 s. Pictures that start after the sound's end are left out, save those that
+    an earlier picture is predicted from; of these, .mp4, .m4v and .mov tell players to hide them.
 
     Args:
-        video_path: The video to take the pictures from; rotation is kept.
+        video_path: The video to take the pictures from; rotation, colours and tags are kept.
         waveform: Float samples `(channels, samples)` in [-1, 1], one or two channels.
         sample_rate: Of the waveform, in Hz.
         out_path: Where to write; the suffix chooses the container (`VIDEO_SUFFIXES`).
         formats: As for `VideoStream`, of the input.
 
+    Returns:
+        One line each on what of the video is not in the output, its sound apart.
+
     Raises:
         InputError: The input is no video, the suffix is not known, the container cannot hold the
-            video's codec, or the output is the input itself.
+            video's codec or hide what an edit list does, or the output is the input itself.
         RunError: The output cannot be written.
     """
     video_path, out_path = Path(video_path), Path(out_path)
@@ -76,18 +94,24 @@ def mux(
     if sample_rate not in (codec.audio_rates or [sample_rate]):
         samples = soxr.resample(samples.T, sample_rate, 48_000).T
         sample_rate = 48_000
+    times = copied_times(video_path, end, formats)
     opened = open_video(video_path, formats)
     with opened as (source, stream), atomic_path(out_path) as temporary:
-        options = _CONTAINER_OPTIONS.get(container_name, {})
+        _check_holds(stream, suffix)
+        _check_hides(video_path, times, suffix)
+        notes = others_note(video_path, source) + left_out(video_path, source, stream, suffix)
+        options = container_options(source, suffix)
         try:
             with av.open(str(temporary), "w", format=container_name, options=options) as target:
-                pictures = _add_pictures(target, stream, suffix)
+                pictures = add_pictures(target, source, stream, suffix)
+                copy_tags(source, target, times.zero, end)
                 sound = _add_sound(target, codec_name, len(samples), sample_rate)
-                _write_tracks(source, stream, target, pictures, sound, samples, end)
+                _write_tracks(source, stream, target, pictures, sound, samples, times)
+            if times.until is not None and suffix in HIDING:
+                hide_from(temporary, times.until * stream.time_base)
         except (av.error.FFmpegError, OSError) as error:
-            raise RunError(
-                f"Cannot write {out_path}: {reason(error)}. Check the disk, or choose .mkv."
-            ) from error
+            raise RunError(f"Cannot write {out_path}: {reason(error)}. Check the disk.") from error
+    return notes
 
 
 def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: int) -> None:
@@ -142,20 +166,53 @@ def check_output(
         return
     video_path = Path(video_path)
     _refuse_same(video_path, out_path)
-    with open_video(video_path) as (_, stream):
-        if suffix in VIDEO_SUFFIXES:
-            with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
-                _add_pictures(target, stream, suffix)
+    with open_video(video_path) as (source, stream):
+        if suffix not in VIDEO_SUFFIXES:
+            return
+        _check_holds(stream, suffix)
+        edited = in_mov(source)
+    if edited and suffix not in HIDING:
+        _check_hides(video_path, copied_times(video_path), suffix)
 
 
-def _add_pictures(target: Any, stream: Any, suffix: str) -> Any:
+def containers_for(stream: Any) -> tuple[str, ...]:
+    """Return the suffixes of `VIDEO_SUFFIXES` whose container holds a video stream's packets.
+
+    Each was tried: the header of such a file is written to memory.
+
+    Args:
+        stream: A video stream of an open PyAV container.
+    """
+    return tuple(suffix for suffix in VIDEO_SUFFIXES if _holds(stream, suffix))
+
+
+def _holds(stream: Any, suffix: str) -> bool:
     try:
-        return target.add_stream_from_template(stream, opaque=True)
-    except ValueError as error:
+        with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
+            target.add_stream_from_template(stream, opaque=True)
+            target.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def _check_holds(stream: Any, suffix: str) -> None:
+    if _holds(stream, suffix):
+        return
+    others = containers_for(stream)
+    instead = f"Choose {' or '.join(others)}, or write" if others else "Write"
+    raise InputError(
+        f"A {suffix} file cannot hold {stream.codec_context.codec.canonical_name} video as it is. "
+        f"{instead} only the sound (.wav)."
+    )
+
+
+def _check_hides(path: Path, times: Times, suffix: str) -> None:
+    if times.edited and suffix not in HIDING:
         raise InputError(
-            f"A {suffix} file cannot hold {stream.codec_context.name} video as it is. "
-            "Choose another suffix, such as .mkv, or write only the sound (.wav)."
-        ) from error
+            f"The edit list of {path} hides pictures that others are predicted from, and a "
+            f"{suffix} file would show them. Choose {' or '.join(HIDING)}."
+        )
 
 
 def _add_sound(target: Any, codec_name: str, channels: int, sample_rate: int) -> Any:
@@ -174,56 +231,45 @@ def _write_tracks(
     pictures: Any,
     sound: Any,
     samples: np.ndarray,
-    end: Fraction,
+    times: Times,
 ) -> None:
-    """Write both tracks, interleaved; pictures that start at `end` seconds or later are left."""
-    encoded = _encoded(sound, samples)
+    """Write both tracks, interleaved."""
+    shift = 0
+    if target.format.name not in {VIDEO_SUFFIXES[suffix][0] for suffix in HIDING}:
+        shift = -min(0, *times.shown[times.first :])  # no time is below 0 in such a file
+    encoded = _encoded(sound, samples, shift * stream.time_base)
     heard = next(encoded, None)
-    for packet in _packets_until(source, stream, end):
+    last = len(times.shown) - 1
+    step = max(1, round(step_of(stream) / stream.time_base))
+    for number, packet in enumerate(packets(source, stream)):
+        if number < times.first:
+            continue
+        packet.pts, packet.dts = times.shown[number] + shift, times.decoded[number] + shift
+        packet.duration = packet.duration or step
         # Sound goes in beside its pictures: players read both without seeking.
         while heard is not None and heard.pts * heard.time_base <= packet.dts * packet.time_base:
             target.mux(heard)
             heard = next(encoded, None)
         packet.stream = pictures
         target.mux(packet)
+        if number == last:
+            break
     while heard is not None:
         target.mux(heard)
         heard = next(encoded, None)
 
 
-def _encoded(sound: Any, samples: np.ndarray) -> Iterator[Any]:
+def _encoded(sound: Any, samples: np.ndarray, begins: Fraction) -> Iterator[Any]:
     """Packets of the sound track, encoded a second at a time as they are asked for."""
     rate = sound.rate
+    shift = round(begins * rate)
     for start in range(0, samples.shape[1], rate):
         part = np.ascontiguousarray(samples[:, start : start + rate].clip(-1.0, 1.0))
         frame = av.AudioFrame.from_ndarray(part, "fltp", _LAYOUTS[len(part)])
-        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+        frame.pts = start + shift
         yield from sound.encode(frame)
     yield from sound.encode(None)
-
-
-def _packets_until(source: Any, stream: Any, end: Fraction) -> Iterator[Any]:
-    """The stream's packets, starting at 0 s, whose picture is needed for the time before `end`."""
-    start = stream.start_time or 0
-    waiting = []
-    previous = None
-    try:
-        for packet in source.demux(stream):
-            if packet.dts is None and packet.pts is None:
-                continue  # the empty packet that flushes decoders
-            packet.dts = (packet.pts if packet.dts is None else packet.dts) - start
-            packet.pts = packet.dts if packet.pts is None else packet.pts - start
-            if previous is not None and packet.dts <= previous:
-                continue  # no container takes time that stands still
-            previous = packet.dts
-            if packet.dts * packet.time_base >= end:
-                return
-            waiting.append(packet)
-            if packet.pts * packet.time_base < end:
-                yield from waiting
-                waiting.clear()
-    except (av.error.EOFError, av.error.InvalidDataError):
-        return  # cut short: what was read is what the sound was made for
 
 
 def _refuse_same(video_path: Path, out_path: Path) -> None:

@@ -416,7 +416,7 @@ def test_an_interrupt_while_writing_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mfmjt.media.write._packets_until", interrupted)
+    monkeypatch.setattr("mfmjt.media.write.packets", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mux(source, tone(), RATE, tmp_path / "out.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]

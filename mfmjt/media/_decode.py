@@ -1,0 +1,123 @@
+"""Decodes a video's pictures one after the other, and says when each is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+
+from mfmjt.errors import InputError
+from mfmjt.media._open import (
+    declared_duration,
+    in_decoding_order,
+    open_video,
+    packets,
+    step_of,
+)
+
+__all__ = ["MAX_JUMP", "Decoder", "first_time"]
+
+_MAX_PIXELS = 8192 * 8192
+MAX_JUMP = 10
+"""Seconds of time stamps beyond the stated end: more is damage."""
+
+
+class Decoder:
+    """Frames in order of time from the first one at 0 s, past whatever is damaged.
+
+    Attributes:
+        first: When the first frame is shown by the file's own clock, in seconds.
+        count: Frames so far; `end`, `width` and `height` follow along.
+        damaged: Places that could not be decoded.
+    """
+
+    def __init__(self, path: Path, stream: Any, declared: Fraction | None) -> None:
+        self.step = step_of(stream)
+        self.path, self.stream, self.declared = path, stream, declared
+        self.count = self.damaged = self.width = self.height = 0
+        self.first = self.end = Fraction(0)
+
+    def frames(self, container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+        """Yield (seconds, frame); a frame's `opaque` is the number of its packet."""
+        previous = Fraction(-1)
+        untimed = in_decoding_order(container, self.stream)
+        for frame in self._decoded(container, untimed):
+            if frame.width * frame.height > _MAX_PIXELS:
+                raise InputError(
+                    f"{self.path} has frames of {frame.width}x{frame.height}, more than "
+                    f"{_MAX_PIXELS >> 20} million pixels. Scale the video down first."
+                )
+            base = Fraction(frame.time_base or self.stream.time_base or Fraction(1, 25))
+            # A decoder gives a frame back when it is shown: with the packet that is decoded then.
+            stamp = frame.dts if untimed else frame.pts
+            if self.count == 0:
+                self.first = Fraction(0) if stamp is None else stamp * base
+                time = Fraction(0)
+            else:
+                time = previous + self.step if stamp is None else stamp * base - self.first
+            if self.count and time <= previous:
+                time = previous + self.step
+            if self.declared is not None and time > max(previous, self.declared) + MAX_JUMP:
+                self.damaged += 1
+                time = previous + self.step
+            previous = time
+            self.count += 1
+            held = (frame.duration or 0) * base
+            self.end = time + (held if held > 0 else self.step)
+            self.width, self.height = frame.width, frame.height
+            if frame.rotation % 180:
+                self.width, self.height = frame.height, frame.width
+            yield time, frame
+
+    def _decoded(self, container: Any, untimed: bool) -> Iterator[av.VideoFrame]:
+        self.stream.codec_context.copy_opaque = True
+        source = packets(container, self.stream)
+        number = 0
+        while True:
+            try:
+                packet = next(source)
+            except (StopIteration, av.error.EOFError):
+                break
+            except (av.error.FFmpegError, ValueError):
+                self.damaged += 1
+                break
+            packet.opaque = number
+            if untimed:
+                packet.pts = None
+                if packet.dts is None:
+                    packet.dts = round(number * self.step / self.stream.time_base)
+            number += 1
+            yield from self._from(packet)
+        yield from self._from(None)
+
+    def _from(self, packet: Any) -> Iterator[av.VideoFrame]:
+        try:
+            yield from self.stream.decode(packet)
+        except av.error.EOFError:
+            return
+        except (av.error.FFmpegError, ValueError):
+            self.damaged += 1
+
+    def notes(self, declared: Fraction | None) -> tuple[str, ...]:
+        """Say what was lost; `declared` is the length in the header, None if not to be judged."""
+        notes = []
+        if declared is not None and self.end + 3 * self.step < declared:
+            notes.append(
+                f"{self.path} is cut short: {float(self.end):.2f} s of {float(declared):.2f} s "
+                "could be read, and only those get sound."
+            )
+        if self.damaged:
+            notes.append(f"{self.path} is damaged in {self.damaged} places, which were skipped.")
+        return tuple(notes)
+
+
+def first_time(path: Path, formats: str | None = None) -> Fraction | None:
+    """When the first picture that can be decoded is shown by the file's own clock, in seconds."""
+    with open_video(path, formats) as (container, stream):
+        decoder = Decoder(path, stream, declared_duration(container, stream))
+        for _ in decoder.frames(container):
+            return decoder.first
+    return None
