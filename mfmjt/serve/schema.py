@@ -8,9 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from mfmjt.serve.settings import MAX_COUNT, MAX_PROMPT, MAX_STEPS, Settings
 
-__all__ = ["Asked", "Fault", "Health", "JobState", "Models", "Sound", "asked_schema"]
+__all__ = ["Asked", "Container", "Fault", "Health", "JobState", "Models", "Sound", "asked_schema"]
 
 Mode = Literal["cfg_scaled", "cfg", "none"]
+Container = Literal["mp4", "webm", "mov", "mkv"]
+"""What a video is saved in with its sound, the one that most players know first."""
 
 
 def _whole(value: object) -> object:
@@ -95,9 +97,22 @@ class JobState(BaseModel):
     ahead: Annotated[int, Field(description="Jobs before it in the queue.")]
     error: str | None
     video: bool
+    containers: Annotated[
+        list[Container],
+        Field(
+            description="Kinds of files that hold the video as it is, the best first: "
+            "`sounds/{number}.{container}` is the video with a sound."
+        ),
+    ]
     sounds: list[Sound]
     timings: Annotated[dict[str, float], Field(description="Seconds of each stage.")]
-    notes: list[str]
+    notes: Annotated[
+        list[str],
+        Field(
+            description="What was odd about the request and its video, and what files with the "
+            "video that were asked for do not hold of it."
+        ),
+    ]
 
 
 class Fault(BaseModel):

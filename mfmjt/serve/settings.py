@@ -18,7 +18,7 @@ MAX_PROMPT = 2000
 """Characters; what the encoders do not read of them is said in a note."""
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{0,5}))?", re.ASCII | re.IGNORECASE)
 # No part of the server's own paths: whether a proxy left the root path out is seen by its presence.
-_ROOT = re.compile(r"/?(?!(v1|page|examples)(/|$))[\w./~-]*", re.ASCII)
+_ROOT = re.compile(r"(?!/?(v1|page|examples)(/|$))[\w./~-]*", re.ASCII)
 
 
 def authority(text: str) -> tuple[str, int | None]:

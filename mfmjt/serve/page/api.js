@@ -76,6 +76,7 @@ export async function follow(job, told, signal) {
 const file = (job, number, kind) => request(`v1/jobs/${job.id}/sounds/${number}.${kind}`);
 export const sound = async (job, number) => (await file(job, number, "wav")).blob();
 export const drawing = async (job, number) => (await file(job, number, "json")).json();
-export const muxed = async (job, number) => (await file(job, number, "mp4")).blob();
+export const muxed = async (job, number, kind) => (await file(job, number, kind)).blob();
+export const state = async (job) => (await request(`v1/jobs/${job.id}`)).json();
 export const example = async (name) => (await request(`examples/${name}.mp4`)).blob();
 export const forget = (job) => request(`v1/jobs/${job.id}`, { method: "DELETE" }).catch(() => {});
