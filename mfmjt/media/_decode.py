@@ -28,20 +28,31 @@ MAX_JUMP = 10
 class Decoder:
     """Frames in order of time from the first one at 0 s, past whatever is damaged.
 
+    Args:
+        path: Of the file, for messages.
+        stream: What to decode.
+        declared: Seconds that the file states; what is shown far later is damaged.
+        numbered: Whether `number` is wanted.
+
     Attributes:
         first: When the first frame is shown by the file's own clock, in seconds.
         count: Frames so far; `end`, `width` and `height` follow along.
+        number: Of the packet that the last frame came in, None if its decoder does not say.
         damaged: Places that could not be decoded.
     """
 
-    def __init__(self, path: Path, stream: Any, declared: Fraction | None) -> None:
+    def __init__(
+        self, path: Path, stream: Any, declared: Fraction | None, numbered: bool = False
+    ) -> None:
         self.step = step_of(stream)
+        self.number: int | None = None
+        self._stamps: list[int | None] | None = [] if numbered else None
         self.path, self.stream, self.declared = path, stream, declared
         self.count = self.damaged = self.width = self.height = 0
         self.first = self.end = Fraction(0)
 
     def frames(self, container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-        """Yield (seconds, frame); a frame's `opaque` is the number of its packet."""
+        """Yield (seconds, frame)."""
         previous = Fraction(-1)
         untimed = in_decoding_order(container, self.stream)
         for frame in self._decoded(container, untimed):
@@ -53,6 +64,11 @@ class Decoder:
             base = Fraction(frame.time_base or self.stream.time_base or Fraction(1, 25))
             # A decoder gives a frame back when it is shown: with the packet that is decoded then.
             stamp = frame.dts if untimed else frame.pts
+            if self._stamps is not None:
+                known = frame.pts is not None and 0 <= frame.pts < len(self._stamps)
+                self.number = frame.pts if known else None
+                if not untimed:
+                    stamp = self._stamps[frame.pts] if known else None
             if self.count == 0:
                 self.first = Fraction(0) if stamp is None else stamp * base
                 time = Fraction(0)
@@ -73,7 +89,6 @@ class Decoder:
             yield time, frame
 
     def _decoded(self, container: Any, untimed: bool) -> Iterator[av.VideoFrame]:
-        self.stream.codec_context.copy_opaque = True
         source = packets(container, self.stream)
         number = 0
         while True:
@@ -84,11 +99,13 @@ class Decoder:
             except (av.error.FFmpegError, ValueError):
                 self.damaged += 1
                 break
-            packet.opaque = number
-            if untimed:
-                packet.pts = None
-                if packet.dts is None:
-                    packet.dts = round(number * self.step / self.stream.time_base)
+            if untimed and packet.dts is None:
+                packet.dts = round(number * self.step / self.stream.time_base)
+            if self._stamps is not None:
+                # Decoders hand a packet's time on to its frame. (Its `opaque` would do, too, but
+                # a thread of dav1d's that frees one waits for Python, which waits for it.)
+                self._stamps.append(packet.pts)
+                packet.pts = number
             number += 1
             yield from self._from(packet)
         yield from self._from(None)

@@ -125,19 +125,18 @@ def _learned(path: Path, end: Fraction | None, formats: str | None) -> Times:
     """The times at which the decoder shows the picture of each packet."""
     with open_video(path, formats) as (container, stream):
         base, step = stream.time_base, step_of(stream)
-        decoder = Decoder(path, stream, declared_duration(container, stream))
+        decoder = Decoder(path, stream, declared_duration(container, stream), numbered=True)
         found: dict[int, int] = {}
         until, beyond = None, 0
-        for time, frame in decoder.frames(container):
-            number: Any = frame.opaque
-            if number is None:
+        for time, _ in decoder.frames(container):
+            if decoder.number is None:
                 raise InputError(
                     f"{path} does not tell when its pictures are shown, and the decoder of its "
                     "codec does not say. Convert it to H.264 in .mp4, or write only the sound "
                     "(.wav)."
                 )
             ticks = round(time / base)
-            found.setdefault(number, ticks)
+            found.setdefault(decoder.number, ticks)
             if end is not None and time >= end:
                 until, beyond = ticks if until is None else until, beyond + 1
                 if beyond > _REORDERED:
@@ -164,7 +163,7 @@ def _first(shown: array[int], flags: bytearray) -> int:
     """The packet that decoding the picture at 0 begins with, if nothing before it is shown."""
     at_zero = shown.index(0)
     for i in range(at_zero, 0, -1):
-        if flags[i] & _KEY:
+        if flags[i] & _KEY and shown[i] <= 0:
             return i if all(pts < 0 for pts in shown[:i]) else 0
     return 0
 
