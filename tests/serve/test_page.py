@@ -369,6 +369,10 @@ def test_behind_a_path_and_another_host(
             with page.expect_response(lambda answer: answer.request.method == "DELETE") as removed:
                 page.click("#go")  # the first sound is not needed any more
             assert removed.value.status == 204
+            made(page)
+            drop(page, bytes(2**20 + 1))  # more than nginx takes unless told otherwise
+            page.wait_for_selector("#error:not([hidden])")
+            assert "client_max_body_size" in page.inner_text("#error")
 
 
 def test_cancelling(page: Any, clip: bytes, server: Client) -> None:
