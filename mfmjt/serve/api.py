@@ -456,8 +456,8 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
 def _add_page(app: FastAPI, root: str) -> None:
     """The page's files, read once: no path of a request is ever opened.
 
-    Their addresses are relative, so that the page works under any path. Only below a path that is
-    shown without a slash at its end they lead elsewhere: `root` is put before them for that.
+    Their addresses are relative, so that the page works under any path. Where its own path is shown
+    without a slash at the end they would lead elsewhere: `root` stands before them for that.
     """
     files = {
         path.name: (path.read_bytes(), mimetypes.guess_type(path.name)[0] or "text/plain")

@@ -102,10 +102,11 @@ class Shield:
         host = headers.get("host", "")
         name, _ = authority(host)
         if not self._known(name):
+            given = f"[{name}]" if ":" in name else name[:100] or "NAME"
             return _refused(
                 421,
                 f"This server does not go by the name {host[:100]!r}, which the Host header says. "
-                f"Use its address, or start it with --name {name[:100] or 'NAME'}.",
+                f"Use its address, or start it with --name {given}.",
             )
         if method not in ("GET", "HEAD", "OPTIONS"):
             if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):

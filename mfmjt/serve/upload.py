@@ -197,7 +197,8 @@ def _from_fields(items: list[tuple[str, Any]]) -> Asked:
     given: dict[str, list[str]] = {}
     for name, text in items:
         if name not in _FIELDS or not isinstance(text, str):
-            raise HTTPException(422, f"{name[:40]}: there is no such field.")
+            instead = "" if isinstance(text, str) else " That of the file is video."
+            raise HTTPException(422, f"{name[:40]}: there is no such field.{instead}")
         if text.strip():
             given.setdefault(name, []).append(text)
     return _asked({name: _value(name, texts) for name, texts in given.items()})

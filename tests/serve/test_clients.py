@@ -114,7 +114,8 @@ def test_text_that_comes_as_a_file(server: Client, clip: bytes) -> None:
     state = server.wait(answer.json["id"])
     assert [sound["seed"] for sound in state["sounds"]] == [7, 8]
     answer = post(server, parts((head % "clip", clip), (head % "prompt", b"x")))
-    assert (answer.status, answer.json["detail"]) == (422, "clip: there is no such field.")
+    says = "clip: there is no such field. That of the file is video."
+    assert (answer.status, answer.json["detail"]) == (422, says)
     for wrong in (b"2.5", b"1_0", b"0x2", b"two"):
         assert post(server, parts((VIDEO, clip), (head % "count", wrong))).status == 422
 

@@ -277,8 +277,10 @@ def test_the_command_serves_until_it_is_told_to_end(
 ) -> None:
     pytest.importorskip("uvicorn", reason="serving needs the extra 'web'")
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN.format(path=sys.path), "serve", "--port", "0"]
-        + ["--name", "sound.example", "--root-path", "/foley"],
+        [
+            *(sys.executable, "-c", RUN.format(path=sys.path), "serve", "--port", "0"),
+            *("--name", "sound.example", "--root-path", "/foley"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
