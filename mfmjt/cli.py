@@ -1,10 +1,12 @@
-"""The command line: `mfmjt generate | serve | train | evaluate | convert | data | info`.
+"""The command line: `mfmjt generate | check | serve | train | evaluate | convert | data | info`.
 
 Heavy imports happen inside the commands, so that `mfmjt --help` is quick.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import select
 import signal
 import sys
@@ -234,6 +236,34 @@ def generate(
         pictured = f", with {path.with_suffix('.png')}" if plot else ""
         typer.echo(f"Wrote {path}: {sound.duration:.2f} s of sound, seed {sound.seed}{pictured}.")
     typer.echo(_time_report(sounds[0], timings))
+
+
+@app.command()
+def check(
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Check that this file could be written, too."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what would be read of a video, and what would be copied, without making sound.
+
+    That is: which stream, its codec and size, when its pictures are shown, into which files they
+    can be copied as they are, what is left out, and all that is odd, such as damage.
+
+    For example:
+    - `mfmjt check clip.mp4`
+
+    - `mfmjt check recording.webm -o out.mp4`
+
+    - `mfmjt check clip.mkv --json`
+    """
+    with _undisturbed():
+        from mfmjt import media
+    report = media.check(video, output)
+    typer.echo(json.dumps(dataclasses.asdict(report), indent=2) if as_json else str(report))
 
 
 @app.command()

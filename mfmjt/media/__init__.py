@@ -5,6 +5,7 @@ they are and adds a sound track beside them.
 """
 
 from mfmjt.media.audio import read_audio
+from mfmjt.media.check import Report, check
 from mfmjt.media.video import Fit, Pick, Video, VideoStream, read_video
 from mfmjt.media.write import AUDIO_SUFFIXES, VIDEO_SUFFIXES, check_output, mux, write_audio
 
@@ -13,8 +14,10 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Fit",
     "Pick",
+    "Report",
     "Video",
     "VideoStream",
+    "check",
     "check_output",
     "mux",
     "read_audio",

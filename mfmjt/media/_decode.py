@@ -68,7 +68,7 @@ class Decoder:
                 known = frame.pts is not None and 0 <= frame.pts < len(self._stamps)
                 self.number = frame.pts if known else None
                 if not untimed:
-                    stamp = self._stamps[frame.pts] if known else None
+                    stamp = None if self.number is None else self._stamps[self.number]
             if self.count == 0:
                 self.first = Fraction(0) if stamp is None else stamp * base
                 time = Fraction(0)

@@ -16,7 +16,7 @@ from mfmjt import cli
 from mfmjt.media import read_video
 from tests.clips import packets, write_sound, write_video
 
-COMMANDS = ("generate", "serve", "train", "evaluate", "convert", "data preview", "info")
+COMMANDS = ("generate", "check", "serve", "train", "evaluate", "convert", "data preview", "info")
 
 
 def run(*arguments: str | Path) -> Result:
