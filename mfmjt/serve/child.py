@@ -27,7 +27,7 @@ import soundfile
 from mfmjt import media
 from mfmjt.errors import InputError, MfmjtError
 from mfmjt.media._copy import HIDING
-from mfmjt.media._open import in_mov, open_video
+from mfmjt.media._open import open_video
 from mfmjt.media._times import copied_times
 from mfmjt.media.write import containers_for
 
@@ -134,14 +134,13 @@ def _plain(text: str, name: str = "the video") -> str:
 
 def _containers(video: Path, duration: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Suffixes of the files that can hold the pictures as they are, and why there is none."""
-    with open_video(video, FORMATS) as (container, stream):
-        suffixes, may_hide = containers_for(stream), in_mov(container)
     try:
-        if may_hide and copied_times(video, Fraction(duration), FORMATS).edited:
-            suffixes = tuple(suffix for suffix in suffixes if suffix in HIDING)
+        edited = copied_times(video, Fraction(duration), FORMATS).edited
     except InputError as error:
         return (), (str(error),)
-    return suffixes, ()
+    with open_video(video, FORMATS) as (_, stream):
+        held = containers_for(stream)
+    return tuple(suffix for suffix in held if suffix in HIDING or not edited), ()
 
 
 def _survey(video: Path, duration: float | None, limit: float) -> None:
