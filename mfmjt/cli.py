@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from mfmjt.meanflow.guidance import GuidanceMode
+    from mfmjt.media import Pictures
     from mfmjt.pipeline import Audio
 
 __all__ = ["app", "main"]
@@ -115,11 +116,20 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
 ]
 
+Fps = Annotated[
+    str | None,
+    typer.Option(help="Pictures per second of a folder or pattern. Default: 25.", metavar="N"),
+]
+
 
 @app.command()
 def generate(
     video: Annotated[
-        Path | None, typer.Argument(help="Video file. Leave it out to make sound from text alone.")
+        Path | None,
+        typer.Argument(
+            help="Video file, folder of pictures, or pattern such as frames/%04d.png. Leave it "
+            "out to make sound from text alone."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to be heard, in words.")] = None,
     output: Annotated[
@@ -149,6 +159,7 @@ def generate(
         float | None,
         typer.Option(help="Seconds from the start. Default: the whole video; 8 for text alone."),
     ] = None,
+    fps: Fps = None,
     model: Annotated[
         str,
         typer.Option(
@@ -172,7 +183,8 @@ def generate(
 ) -> None:
     """Make sound for a video, a text, or both.
 
-    The video's pictures are copied as they are; its own sound, if any, is replaced.
+    The video's pictures are copied as they are; its own sound, if any, is replaced. What no
+    container holds (GIF, APNG, WebP, folders of pictures) is encoded once.
 
     For example:
     - `mfmjt generate clip.mp4`
@@ -183,27 +195,34 @@ def generate(
 
     - `mfmjt generate clip.mp4 --count 4 --guidance 2 --plot`
 
+    - `mfmjt generate frames/%04d.png --fps 24 -o out.mp4`
+
     - `mfmjt generate clip.mp4 --model weights/mmaudio_small_16k.pth --steps 25 --guidance 4.5`
     """
     began = time.perf_counter()
     with _undisturbed():
         from mfmjt import media
-    outputs = _output_paths(video, output, seed, count)
+    if video is None and fps is not None:
+        raise InputError("--fps is for a folder or pattern of pictures. Give one, or leave it out.")
+    source = None if video is None else media.as_source(video, fps)
+    outputs = _output_paths(source, output, seed, count)
     with _bar(STAGE_TITLES) as report:
         report("load", 0.0)
         for path in outputs:
-            media.check_output(video, path)
+            media.check_output(source, path)
         if plot:
             from mfmjt.plot import check_plot
 
             check_plot()
+            for path in outputs:
+                media.refuse_same(source, path.with_suffix(".png"))
         with _undisturbed():
             from mfmjt.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(model, device, _dtype(dtype))
         timings = {"load": time.perf_counter() - began}
         made = pipeline(
-            video,
+            source,
             prompt,
             steps,
             guidance,
@@ -215,13 +234,13 @@ def generate(
             cache,
         )
         sounds = made if isinstance(made, list) else [made]
+        notes = dict.fromkeys(sounds[0].notes)
         timings |= sounds[0].timings
         began = time.perf_counter()
         report("write", 0.0)
         for sound, path in zip(sounds, outputs, strict=True):
             if path.suffix.lower() in media.VIDEO_SUFFIXES:
-                assert video is not None  # check_output refuses a video without pictures
-                sound.mux(video, path)
+                notes |= dict.fromkeys(sound.mux(source, path))
             else:
                 sound.save(path)
         timings["write"] = time.perf_counter() - began
@@ -229,8 +248,8 @@ def generate(
             from mfmjt.plot import save_plot
 
             for sound, path in zip(sounds, outputs, strict=True):
-                save_plot(path.with_suffix(".png"), sound.waveform[0], sound.sample_rate, video)
-    for note in sounds[0].notes:
+                save_plot(path.with_suffix(".png"), sound.waveform[0], sound.sample_rate, source)
+    for note in notes:
         typer.echo(f"Note: {note}", err=True)
     for sound, path in zip(sounds, outputs, strict=True):
         pictured = f", with {path.with_suffix('.png')}" if plot else ""
@@ -240,11 +259,12 @@ def generate(
 
 @app.command()
 def check(
-    video: Annotated[Path, typer.Argument(help="Video file.")],
+    video: Annotated[Path, typer.Argument(help="Video file, folder or pattern of pictures.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Check that this file could be written, too."),
     ] = None,
+    fps: Fps = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -259,10 +279,12 @@ def check(
     - `mfmjt check recording.webm -o out.mp4`
 
     - `mfmjt check clip.mkv --json`
+
+    - `mfmjt check frames/%04d.png --fps 24`
     """
     with _undisturbed():
         from mfmjt import media
-    report = media.check(video, output)
+    report = media.check(media.as_source(video, fps), output)
     typer.echo(json.dumps(dataclasses.asdict(report), indent=2) if as_json else str(report))
 
 
@@ -462,15 +484,15 @@ def main() -> None:
     app(prog_name="mfmjt")
 
 
-def _output_paths(video: Path | None, output: Path | None, seed: int, count: int) -> list[Path]:
+def _output_paths(
+    source: Path | Pictures | None, output: Path | None, seed: int, count: int
+) -> list[Path]:
     """One path for each sound; several are told apart by their seeds."""
-    from mfmjt.media import VIDEO_SUFFIXES
+    from mfmjt.media import default_suffix
 
-    if video is None:
-        default = Path("sound.wav")
-    else:
-        known = video.suffix.lower() in VIDEO_SUFFIXES
-        default = Path(f"{video.stem}.mfmjt{video.suffix.lower() if known else '.mp4'}")
+    default = Path("sound.wav")
+    if source is not None and (output is None or output.is_dir()):
+        default = Path(f"{source.stem}.mfmjt{default_suffix(source)}")
     path = default if output is None else output / default if output.is_dir() else output
     if count == 1:
         return [path]

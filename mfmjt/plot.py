@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from mfmjt.errors import InputError
 from mfmjt.evaluate.onsets import detect_onsets
 from mfmjt.files import atomic_path
-from mfmjt.media import VideoStream
+from mfmjt.media import VideoStream, as_source
 
 __all__ = ["check_plot", "save_plot"]
 
@@ -34,7 +35,7 @@ def save_plot(
     path: str | os.PathLike[str],
     waveform: Tensor,
     sample_rate: int,
-    video: str | os.PathLike[str] | None = None,
+    video: Any = None,
 ) -> None:
     """Save frames of the video, the waveform and its spectrogram over one time axis.
 
@@ -44,8 +45,8 @@ def save_plot(
         path: Picture to write, such as a `.png` or `.svg`.
         waveform: Samples `(S,)`.
         sample_rate: In Hz.
-        video: The video the sound was made for, if any; its first S / sample_rate seconds are
-            shown.
+        video: The video the sound was made for, if any, as for `Pipeline`; its first
+            S / sample_rate seconds are shown.
 
     Raises:
         InputError: matplotlib is not installed, or the video cannot be read.
@@ -89,9 +90,9 @@ def save_plot(
         figure.savefig(temporary, dpi=110)
 
 
-def _thumbnails(video: str | os.PathLike[str], seconds: float) -> tuple[list[np.ndarray], float]:
+def _thumbnails(video: Any, seconds: float) -> tuple[list[np.ndarray], float]:
     """Pictures from the middles of equal parts of a video, and the second at which they end."""
-    stream = VideoStream(video, (RATE,), 96, duration=seconds)
+    stream = VideoStream(as_source(video), (RATE,), 96, duration=seconds)
     part = max(1.0, seconds * RATE / THUMBNAILS)
     shown: list[np.ndarray] = []
     place = 0

@@ -27,7 +27,7 @@ def container_options(source: Any, suffix: str) -> dict[str, str]:
     options = dict(_UNOFFICIAL)
     if suffix in HIDING:
         options["movflags"] = "faststart"  # the index comes first: plays while it loads
-        if any(key.startswith("com.") for key in source.metadata):
+        if any(key.lower().startswith("com.") for key in source.metadata):
             options["movflags"] += "+use_metadata_tags"  # place and maker, as phones write them
     return options
 
@@ -45,7 +45,7 @@ def add_pictures(target: Any, source: Any, stream: Any, suffix: str) -> Any:
     for key, value in stream.metadata.items():
         if not key.startswith(_STATISTICS):
             pictures.metadata[key] = value
-    pictures.disposition = stream.disposition
+    pictures.disposition = stream.disposition | av.stream.Disposition.default
     return pictures
 
 
@@ -110,7 +110,7 @@ def left_out(path: Path, source: Any, stream: Any, suffix: str) -> tuple[str, ..
         # Titles of chapters come as a track that is not read; a time code is a tag, too.
         nothing = other.discard == av.stream.Discard.all or "timecode" in other.metadata
         if other.index not in used and not (other.type == "data" and nothing):
-            kind = {"video": "cover image", "subtitle": "subtitle track"}.get(other.type)
+            kind = {"video": "cover image", "attachment": "attachment"}.get(other.type)
             kind = kind or f"{other.type} track"
             kinds[kind] = kinds.get(kind, 0) + 1
     if kinds:

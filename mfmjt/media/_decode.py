@@ -9,7 +9,6 @@ from typing import Any
 
 import av
 
-from mfmjt.errors import InputError
 from mfmjt.media._open import (
     declared_duration,
     in_decoding_order,
@@ -17,10 +16,11 @@ from mfmjt.media._open import (
     packets,
     step_of,
 )
+from mfmjt.media.hdr import find_hdr
+from mfmjt.media.pictures import browser_delay, refuse_huge, shown_size
 
 __all__ = ["MAX_JUMP", "Decoder", "first_time"]
 
-_MAX_PIXELS = 8192 * 8192
 MAX_JUMP = 10
 """Seconds of time stamps beyond the stated end: more is damage."""
 
@@ -36,6 +36,8 @@ class Decoder:
 
     Attributes:
         first: When the first frame is shown by the file's own clock, in seconds.
+        about: Notes on what was chosen before decoding began.
+        hdr: How the pictures' high dynamic range is coded, None where it is the ordinary one.
         count: Frames so far; `end`, `width` and `height` follow along.
         number: Of the packet that the last frame came in, None if its decoder does not say.
         damaged: Places that could not be decoded.
@@ -48,6 +50,8 @@ class Decoder:
         self.number: int | None = None
         self._stamps: list[int | None] | None = [] if numbered else None
         self.path, self.stream, self.declared = path, stream, declared
+        self.hdr = find_hdr(stream.codec_context)
+        self.about: tuple[str, ...] = ()
         self.count = self.damaged = self.width = self.height = 0
         self.first = self.end = Fraction(0)
 
@@ -55,12 +59,9 @@ class Decoder:
         """Yield (seconds, frame)."""
         previous = Fraction(-1)
         untimed = in_decoding_order(container, self.stream)
+        animated = self.stream.codec_context.name in ("gif", "apng")
         for frame in self._decoded(container, untimed):
-            if frame.width * frame.height > _MAX_PIXELS:
-                raise InputError(
-                    f"{self.path} has frames of {frame.width}x{frame.height}, more than "
-                    f"{_MAX_PIXELS >> 20} million pixels. Scale the video down first."
-                )
+            refuse_huge(self.path, frame)
             base = Fraction(frame.time_base or self.stream.time_base or Fraction(1, 25))
             # A decoder gives a frame back when it is shown: with the packet that is decoded then.
             stamp = frame.dts if untimed else frame.pts
@@ -79,13 +80,16 @@ class Decoder:
             if self.declared is not None and time > max(previous, self.declared) + MAX_JUMP:
                 self.damaged += 1
                 time = previous + self.step
+            held = (frame.duration or 0) * base
+            if animated:
+                time = self.end if self.count else time
+                held = browser_delay(held)
+            elif not 0 < held <= max(time, self.declared or time) - time + MAX_JUMP:
+                held = self.step
             previous = time
             self.count += 1
-            held = (frame.duration or 0) * base
-            self.end = time + (held if held > 0 else self.step)
-            self.width, self.height = frame.width, frame.height
-            if frame.rotation % 180:
-                self.width, self.height = frame.height, frame.width
+            self.end = time + held
+            self.width, self.height = shown_size(frame)
             yield time, frame
 
     def _decoded(self, container: Any, untimed: bool) -> Iterator[av.VideoFrame]:

@@ -12,7 +12,11 @@ import av
 
 from mfmjt.errors import InputError
 
-_OPENING = {"protocol_whitelist": "file"}  # no file makes FFmpeg open an address
+_OPENING = {
+    "protocol_whitelist": "file",  # no file makes FFmpeg open an address
+    "m3u8_hold_counters": "0",  # or wait for one that it may not open
+    "max_reload": "0",
+}
 _DECODER_THREADS = 4  # each holds a frame: enough for 4K in real time, small in memory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -14,8 +15,9 @@ from mfmjt.media._copy import HIDING, left_out
 from mfmjt.media._decode import Decoder
 from mfmjt.media._open import declared_duration, described, open_video, sound_stream, video_streams
 from mfmjt.media._times import Times, copied_times
+from mfmjt.media.pictures import Pictures, as_source
 from mfmjt.media.video import VideoStream
-from mfmjt.media.write import check_output, containers_for
+from mfmjt.media.write import VIDEO_SUFFIXES, check_output, containers_for, unheld
 
 __all__ = ["Report", "check"]
 
@@ -29,8 +31,8 @@ class Report:
 
     Attributes:
         path: The video.
-        container: FFmpeg's name of its format.
-        stream: Number of the stream of pictures that is read.
+        container: FFmpeg's name of its format, or what else the pictures are.
+        stream: Number of the stream of pictures that is read, None if there are no streams.
         codec: Of the pictures.
         width: Pixels across, as shown (after rotation).
         height: Pixels down, as shown.
@@ -43,13 +45,14 @@ class Report:
         start: What the file's clock says at the first one, in seconds; it becomes 0.
         others: Streams of moving pictures that are not read.
         sound: The sound track that is replaced, None if there is none.
-        containers: Suffixes of the files that the pictures can be copied to as they are.
+        containers: Suffixes of the video files that can be written.
+        encoded: Whether the pictures are encoded for them, since none holds them as they are.
         notes: One line each on what is odd, and what a copy leaves out.
     """
 
     path: str
     container: str
-    stream: int
+    stream: int | None
     codec: str
     width: int
     height: int
@@ -63,6 +66,7 @@ class Report:
     others: tuple[str, ...]
     sound: str | None
     containers: tuple[str, ...]
+    encoded: bool
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -76,21 +80,24 @@ class Report:
             "File": f"{self.container}, stream #{self.stream}"
             + (f"; not read: {', '.join(self.others)}" if self.others else ""),
             "Sound": "none" if self.sound is None else f"{self.sound}, would be replaced",
-            "Can go to": " ".join(self.containers) or "no video file as it is",
+            "Can go to": (" ".join(self.containers) or "no video file")
+            + (", encoded once" if self.encoded else ""),
         }
+        if self.stream is None:
+            del rows["File"]
         lines = [f"{self.path}", *(f"  {name:<10}{text}" for name, text in rows.items())]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
 def check(
-    path: str | os.PathLike[str],
+    video: str | os.PathLike[str] | Pictures,
     output: str | os.PathLike[str] | None = None,
     formats: str | None = None,
 ) -> Report:
     """Decode a video as for making sound, and find what a copy of it would be.
 
     Args:
-        path: Any file that PyAV can open.
+        video: Any file that PyAV can open, or a result of `as_source`.
         output: Also raise what writing this file would end with; None asks for no file.
         formats: As for `VideoStream`.
 
@@ -98,71 +105,95 @@ def check(
         InputError: As from `read_video` without a limit, and from `check_output`.
         RunError: As from `check_output`.
     """
-    path = Path(path)
-    seen = VideoStream(path, (), formats=formats)
+    source = as_source(video)
+    seen = VideoStream(source, (), formats=formats)
     for _ in seen:
         pass
     if output is not None:
-        check_output(path, output)
+        check_output(source, output)
+    if isinstance(source, Pictures):
+        return _report(source, seen, source.times[:-1], container=source.kind, codec=source.kind)
+    encoded = unheld(source, formats) is not None
     times: Times | None = None
-    notes = list(seen.notes)
+    notes: tuple[str, ...] = ()
     try:
-        times = copied_times(path, None, formats)
+        times = copied_times(source, None, formats)
     except InputError as error:
-        notes.append(str(error))
-    with open_video(path, formats) as (container, stream):
-        context = stream.codec_context
-        suffixes = containers_for(stream) if times is not None else ()
-        if times is not None and times.edited:
-            suffixes = tuple(suffix for suffix in suffixes if suffix in HIDING)
+        notes = (str(error),)
+    with open_video(source, formats) as (container, stream):
+        suffixes = tuple(VIDEO_SUFFIXES) if encoded else containers_for(stream)
+        if times is None or times.edited:
+            suffixes = () if times is None else tuple(s for s in suffixes if s in HIDING)
         target = None if output is None else Path(output).suffix.lower()
-        if suffixes:
+        if suffixes and not encoded:
             chosen = target if target in suffixes else suffixes[0]
-            notes += left_out(path, container, stream, chosen)
-        shown = _shown(times)
-        base = stream.time_base
-        gaps = [(after - before) * base for before, after in pairwise(shown)]
-        return Report(
-            path=str(path),
+            notes += left_out(source, container, stream, chosen)
+        return _report(
+            source,
+            seen,
+            _shown(times, stream.time_base),
             container=container.format.long_name,
+            codec=stream.codec_context.codec.canonical_name,
             stream=stream.index,
-            codec=context.codec.canonical_name,
-            width=seen.width,
-            height=seen.height,
-            rotation=_rotation(path, formats),
-            range=_CURVES.get(context.color_trc, "SDR"),
-            frames=len(shown),
-            fps=len(shown) / seen.duration if times is not None else seen.fps,
-            variable=bool(gaps) and max(gaps) - min(gaps) > _UNEVEN,
-            duration=seen.duration,
+            rotation=_rotation(source, formats),
+            range=_CURVES.get(stream.codec_context.color_trc, "SDR"),
             start=0.0 if times is None else float(times.zero),
             others=tuple(described(other) for other in video_streams(container)[1:]),
             sound=_sound(container),
             containers=suffixes,
-            notes=tuple(notes),
+            encoded=encoded,
+            notes=notes,
         )
 
 
-def _shown(times: Times | None) -> list[int]:
-    """When pictures are shown, in ticks and in order."""
-    if times is None:
-        return []
-    end = times.until
-    return sorted(
-        ticks for ticks in times.shown[times.first :] if ticks >= 0 and (end is None or ticks < end)
+def _report(
+    source: Path | Pictures, seen: VideoStream, shown: Sequence[Fraction], **found: Any
+) -> Report:
+    """What is the same for files and for pictures, with the rest of what was `found`."""
+    gaps = [after - before for before, after in pairwise(shown)]
+    usual = {
+        "stream": None,
+        "rotation": 0,
+        "range": "SDR",
+        "start": 0.0,
+        "others": (),
+        "sound": None,
+        "containers": tuple(VIDEO_SUFFIXES),
+        "encoded": True,
+        "notes": (),
+    }
+    values = usual | found
+    values["notes"] = tuple(dict.fromkeys((*seen.notes, *values["notes"])))
+    return Report(
+        path=str(source),
+        width=seen.width,
+        height=seen.height,
+        frames=len(shown),
+        fps=len(shown) / seen.duration if shown else seen.fps,
+        variable=bool(gaps) and max(gaps) - min(gaps) > _UNEVEN,
+        duration=seen.duration,
+        **values,
     )
 
 
+def _shown(times: Times | None, base: Fraction) -> list[Fraction]:
+    """When pictures are shown, in seconds and in order."""
+    if times is None:
+        return []
+    end = times.until
+    kept = times.shown[times.first :]
+    return sorted(t * base for t in kept if t >= 0 and (end is None or t < end))
+
+
 def _rotation(path: Path, formats: str | None) -> int:
+    """Degrees, counterclockwise, that players turn the pictures by."""
     with open_video(path, formats) as (container, stream):
-        for _, frame in Decoder(path, stream, declared_duration(container, stream)).frames(
-            container
-        ):
-            return round(frame.rotation) % 360
-    return 0
+        decoder = Decoder(path, stream, declared_duration(container, stream))
+        return next((round(frame.rotation) % 360 for _, frame in decoder.frames(container)), 0)
 
 
 def _sound(container: Any) -> str | None:
+    """The sound track in a few words, and how many more there are."""
     stream = sound_stream(container)
     if stream is None:
         return None

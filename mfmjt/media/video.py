@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,19 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from mfmjt.errors import InputError
 from mfmjt.media._decode import Decoder
 from mfmjt.media._open import declared_duration, open_video, others_note, reason
+from mfmjt.media.hdr import Hdr, to_sdr
+from mfmjt.media.pictures import (
+    PictureDecoder,
+    Pictures,
+    as_source,
+    over_white,
+)
 
-__all__ = ["Fit", "Pick", "Video", "VideoStream", "read_video"]
+__all__ = ["Fit", "Pick", "Picture", "Video", "VideoStream", "decoding", "read_video"]
 
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _BLOCK = 1  # seconds
+_MOST_HDR = 1024  # pixels of the shorter side, far more than networks see: mapping them takes time
 
 
 @dataclass(frozen=True)
@@ -51,30 +60,33 @@ Fit = Callable[[np.ndarray], Any]
 
 
 def read_video(
-    path: str | os.PathLike[str],
+    path: Any,
     rates: Sequence[int] = (8, 25),
     size: int | Sequence[int] = 64,
     duration: float | None = None,
     limit: float | None = None,
+    fps: Any = None,
 ) -> Video:
     """Read a video's pictures at uniform rates, each squashed to a square.
 
     The picture for time k / rate is the frame on the screen at that time, as in training, whatever
-    the file's own and perhaps variable frame rate. Rotation is applied. Frames are scaled down as
-    they are decoded, so memory does not grow with the resolution.
+    the file's own and perhaps variable frame rate. Rotation is applied, what is transparent is laid
+    over white, and HDR is mapped to SDR. Frames are scaled down as they are decoded, so memory does
+    not grow with the resolution.
 
     Args:
-        path: Any file that PyAV can open.
+        path: Any file that PyAV can open, or whatever else `as_source` takes.
         rates: Pictures per second, one array for each.
         size: Side of the pictures in pixels: one for all rates, or one for each.
         duration: Read only so many seconds from the start; None reads the whole video.
         limit: Refuse a video longer than so many seconds when `duration` is None.
+        fps: As for `as_source`.
 
     Raises:
         InputError: The file is missing, is no video, has nothing that can be decoded, has a single
             frame, is longer than `limit` or shorter than `duration`.
     """
-    stream = VideoStream(path, rates, size, duration, limit)
+    stream = VideoStream(as_source(path, fps), rates, size, duration, limit)
     found: list[list[np.ndarray]] = [[] for _ in rates]
     for block in stream:
         for pieces, new in zip(found, block, strict=True):
@@ -97,7 +109,7 @@ class VideoStream:
     no time picks are decoded, because others are predicted from them, and never converted.
 
     Args:
-        path: Any file that PyAV can open.
+        path: Any file that PyAV can open, or a result of `as_source`.
         rates: Pictures per second, one list for each.
         size: Side of the squares that pictures are squashed to while they are converted, one for
             all rates or one for each; for where no `fit` is given.
@@ -122,7 +134,7 @@ class VideoStream:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Pictures,
         rates: Sequence[int] = (8, 25),
         size: int | Sequence[int] = 64,
         duration: float | None = None,
@@ -133,7 +145,7 @@ class VideoStream:
     ) -> None:
         if pick not in get_args(Pick):
             raise InputError(f"No pick {pick!r}: choose one of {', '.join(get_args(Pick))}.")
-        self.path = Path(path)
+        self.path = path if isinstance(path, Pictures) else Path(path)
         self._asked, self._limit, self._formats = duration, limit, formats
         sizes = [size] * len(rates) if isinstance(size, int) else list(size)
         fits = [None] * len(rates) if fit is None else list(fit)
@@ -150,22 +162,20 @@ class VideoStream:
         path, asked, limit = self.path, self._asked, self._limit
         samplers = self._samplers
         counts = [] if asked is None else [_frame_count(asked, s.rate) for s in samplers]
-        with open_video(path, self._formats) as (container, stream):
-            declared = declared_duration(container, stream)
+        with decoding(path, self._formats) as (decoder, decoded):
+            declared = decoder.declared
             self.declared = None if declared is None else float(declared)
-            notes = others_note(path, container)
             if asked is None and limit is not None and declared is not None and declared > limit:
                 raise _too_long(path, f"{float(declared):.1f} s", limit)
-            decoder = Decoder(path, stream, declared)
             block = _BLOCK
-            for time, frame in decoder.frames(container):
+            for time, frame in decoded:
                 if asked is None and limit is not None and time > limit:
                     raise _too_long(path, f"more than {limit:g} s", limit)
                 # Before the frame is seen: what the last one adds may be cut off again.
                 if time >= block:
                     yield tuple(sampler.take() for sampler in samplers)
                     block = int(time) + _BLOCK
-                picture = _Picture(frame)
+                picture = Picture(frame, decoder.hdr)
                 for sampler in samplers:
                     sampler.push(time, picture)
                 if counts and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
@@ -173,10 +183,11 @@ class VideoStream:
         end = self._end(decoder)
         self.duration, self.fps = float(end), float(1 / decoder.step)
         self.width, self.height = decoder.width, decoder.height
-        self.notes = notes + decoder.notes(declared if asked is None else None)
+        self.notes = decoder.about + decoder.notes(declared if asked is None else None)
+        self.notes += () if decoder.hdr is None else (decoder.hdr.note,)
         yield tuple(sampler.finish(_frame_count(end, sampler.rate)) for sampler in samplers)
 
-    def _end(self, decoder: Decoder) -> Fraction:
+    def _end(self, decoder: Decoder | PictureDecoder) -> Fraction:
         """Seconds that the pictures cover, once all frames are seen."""
         if decoder.count == 0:
             raise InputError(f"No frame of {self.path} can be decoded. Give a video that plays.")
@@ -195,20 +206,36 @@ class VideoStream:
         return Fraction(self._asked)
 
 
-class _Picture:
+@contextlib.contextmanager
+def decoding(
+    source: Path | Pictures, formats: str | None = None
+) -> Iterator[tuple[Decoder | PictureDecoder, Iterator[tuple[Fraction, av.VideoFrame]]]]:
+    """Open a result of `as_source`; yields what decodes it, and its (seconds, frame) in order."""
+    if isinstance(source, Pictures):
+        shown = PictureDecoder(source)
+        yield shown, shown.frames()
+        return
+    with open_video(source, formats) as (container, stream):
+        decoder = Decoder(source, stream, declared_duration(container, stream))
+        decoder.about = others_note(source, container)
+        yield decoder, decoder.frames(container)
+
+
+class Picture:
     """A decoded frame as RGB, rotated as shown; each size is made when it is first asked for."""
 
-    def __init__(self, frame: av.VideoFrame) -> None:
-        self._frame = frame
+    def __init__(self, frame: av.VideoFrame, hdr: Hdr | None) -> None:
+        self._frame, self._hdr = frame, hdr
         self._made: dict[int | None, np.ndarray] = {}
 
     def rgb(self, reformatter: VideoReformatter, side: int | None) -> np.ndarray:
-        """uint8 `(H, W, 3)`: squashed to a square of `side` pixels, or whole for None."""
+        """uint8 `(H, W, 3)`: squashed to a square of `side` pixels, or whole for None.
+
+        Whole HDR pictures are of half the size, or less, where they are large.
+        """
         if side not in self._made:
-            way = {} if side is None else {"interpolation": Interpolation.AREA}
             try:
-                small = reformatter.reformat(self._frame, side, side, "rgb24", **way)
-                pixels = small.to_ndarray()
+                pixels = self._converted(reformatter, side)
             except (av.error.FFmpegError, ValueError) as error:
                 raise InputError(
                     f"A frame in the pixel format {self._frame.format.name} cannot be converted: "
@@ -218,6 +245,17 @@ class _Picture:
             self._made[side] = np.ascontiguousarray(np.rot90(pixels, turns))
         return self._made[side]
 
+    def _converted(self, reformatter: VideoReformatter, side: int | None) -> np.ndarray:
+        frame, width, height = over_white(self._frame), side, side
+        if self._hdr is not None and side is None:
+            smaller = -(-min(frame.width, frame.height) // _MOST_HDR)
+            width, height = frame.width // smaller, frame.height // smaller
+        way = {} if width is None else {"interpolation": Interpolation.AREA}
+        if self._hdr is None:
+            return reformatter.reformat(frame, width, height, "rgb24", **way).to_ndarray()
+        deep = reformatter.reformat(frame, width, height, "rgb48le", **way)
+        return to_sdr(deep.to_ndarray(), self._hdr)
+
 
 class _Sampler:
     """Keeps, for each k / rate, the frame that stands for that time."""
@@ -226,11 +264,11 @@ class _Sampler:
         self.rate, self.count = rate, 0
         self._size, self._fit, self._pick = size, fit, pick
         self._reformatter = VideoReformatter()
-        self._held: _Picture | None = None
+        self._held: Picture | None = None
         self._pieces: list[Any] = []  # since the last block
-        self._last: tuple[_Picture, Any] | None = None
+        self._last: tuple[Picture, Any] | None = None
 
-    def push(self, time: Fraction, picture: _Picture) -> None:
+    def push(self, time: Fraction, picture: Picture) -> None:
         if self._pick == "next":
             while Fraction(self.count, self.rate) <= time + _TIME_ROUNDING:
                 self._keep(picture)
@@ -252,7 +290,7 @@ class _Sampler:
         pieces = self.take()
         return pieces[: len(pieces) - (self.count - count)]
 
-    def _keep(self, picture: _Picture) -> None:
+    def _keep(self, picture: Picture) -> None:
         self.count += 1
         if self._last is None or self._last[0] is not picture:
             if self._fit is None:
@@ -267,7 +305,7 @@ def _frame_count(duration: float | Fraction, rate: int) -> int:
     return max(1, round(duration * rate))
 
 
-def _too_long(path: Path, length: str, limit: float) -> InputError:
+def _too_long(path: Path | Pictures, length: str, limit: float) -> InputError:
     return InputError(
         f"{path} lasts {length}, and sound is made for at most {limit:g} s unless told otherwise. "
         "Choose how much of it with --duration (duration= in Python)."

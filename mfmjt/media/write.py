@@ -26,13 +26,17 @@ from mfmjt.media._copy import (
 )
 from mfmjt.media._open import in_mov, open_video, others_note, packets, reason, step_of
 from mfmjt.media._times import Times, copied_times
+from mfmjt.media.encode import encoded
+from mfmjt.media.pictures import Pictures, as_source
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "VIDEO_SUFFIXES",
     "check_output",
     "containers_for",
+    "default_suffix",
     "mux",
+    "refuse_same",
     "write_audio",
 ]
 
@@ -52,43 +56,56 @@ VIDEO_SUFFIXES = {
     ".mkv": ("matroska", "aac"),
     ".webm": ("webm", "libopus"),
 }
+_NEVER_COPIED = ("gif", "rawvideo")  # which .mov has names for and players do not show
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _BIT_RATE_PER_CHANNEL = 96_000
 
 
 def mux(
-    video_path: str | os.PathLike[str],
+    video_path: Any,
     waveform: np.ndarray,
     sample_rate: int,
     out_path: str | os.PathLike[str],
     formats: str | None = None,
+    fps: Any = None,
 ) -> tuple[str, ...]:
     """Write the video with this sound; its pictures are copied packet by packet, unchanged.
 
     The sound replaces any the video has. Each picture is shown when it is in the video, from the
     first one on, at 0 s. Pictures that start after the sound's end are left out, save those that
     an earlier picture is predicted from; of these, .mp4, .m4v and .mov tell players to hide them.
+    What no container holds, such as a GIF or a folder of pictures, is encoded once.
 
     Args:
-        video_path: The video to take the pictures from; rotation, colours and tags are kept.
+        video_path: The video to take the pictures from, as for `as_source`; rotation, colours and
+            tags are kept.
         waveform: Float samples `(channels, samples)` in [-1, 1], one or two channels.
         sample_rate: Of the waveform, in Hz.
         out_path: Where to write; the suffix chooses the container (`VIDEO_SUFFIXES`).
         formats: As for `VideoStream`, of the input.
+        fps: As for `as_source`.
 
     Returns:
-        One line each on what of the video is not in the output, its sound apart.
+        One line each on what of the video is not in the output as it was, its sound apart.
 
     Raises:
         InputError: The input is no video, the suffix is not known, the container cannot hold the
             video's codec or hide what an edit list does, or the output is the input itself.
         RunError: The output cannot be written.
     """
-    video_path, out_path = Path(video_path), Path(out_path)
+    out_path = Path(out_path)
+    # What is limited to some containers is a file.
+    given = as_source(video_path, fps) if formats is None else Path(video_path)
     suffix = _suffix(out_path, VIDEO_SUFFIXES)
-    _refuse_same(video_path, out_path)
+    refuse_same(given, out_path)
     samples = _checked(waveform)
     end = Fraction(samples.shape[1], sample_rate)
+    if (kind := unheld(given, formats)) is not None:
+        with encoded(given, suffix, end, formats) as copy:
+            mux(copy, samples, sample_rate, out_path)
+        return (f"The pictures are encoded once, since no container holds {kind}.",)
+    assert isinstance(given, Path)
+    video_path = given
     container_name, codec_name = VIDEO_SUFFIXES[suffix]
     codec = av.Codec(codec_name, "w")
     if sample_rate not in (codec.audio_rates or [sample_rate]):
@@ -100,6 +117,12 @@ def mux(
         _check_holds(stream, suffix)
         _check_hides(video_path, times, suffix)
         notes = others_note(video_path, source) + left_out(video_path, source, stream, suffix)
+        if times.until is not None and suffix not in HIDING:
+            beyond = sum(ticks >= times.until for ticks in times.shown)
+            notes += (
+                f"{out_path} shows {beyond} of the pictures after its sound's end: earlier ones "
+                "are predicted from them. An .mp4 or .mov hides them.",
+            )
         options = container_options(source, suffix)
         try:
             with av.open(str(temporary), "w", format=container_name, options=options) as target:
@@ -143,14 +166,14 @@ def write_audio(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate:
             raise RunError(f"Cannot write {path}: {reason(error)}. Check the disk.") from error
 
 
-def check_output(
-    video_path: str | os.PathLike[str] | None, out_path: str | os.PathLike[str]
-) -> None:
+def check_output(video_path: Any, out_path: str | os.PathLike[str], fps: Any = None) -> None:
     """Raise the error that writing would end with, as far as it can be known before any work.
 
     Args:
-        video_path: The video whose sound is to be written, None if there is only sound.
+        video_path: The video whose sound is to be written, as for `as_source`; None if there is
+            only sound.
         out_path: The file to be written, of sound or of video.
+        fps: As for `as_source`.
 
     Raises:
         InputError: As from `write_audio` and `mux`.
@@ -164,8 +187,12 @@ def check_output(
     check_writable(out_path)
     if video_path is None:
         return
-    video_path = Path(video_path)
-    _refuse_same(video_path, out_path)
+    given = as_source(video_path, fps)
+    refuse_same(given, out_path)
+    if unheld(given) is not None:
+        return
+    assert isinstance(given, Path)
+    video_path = given
     with open_video(video_path) as (source, stream):
         if suffix not in VIDEO_SUFFIXES:
             return
@@ -173,6 +200,34 @@ def check_output(
         edited = in_mov(source)
     if edited and suffix not in HIDING:
         _check_hides(video_path, copied_times(video_path), suffix)
+
+
+def default_suffix(source: Path | Pictures) -> str:
+    """Return the suffix of a video that may be written with a source's pictures.
+
+    Args:
+        source: A result of `as_source`.
+
+    Raises:
+        InputError: The source cannot be opened.
+    """
+    if unheld(source) is not None:
+        return ".mp4"
+    assert isinstance(source, Path)
+    with open_video(source) as (_, stream):
+        there = containers_for(stream)
+    own = source.suffix.lower()
+    return own if own in there else there[0]
+
+
+def unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
+    """What a source's pictures are, if there is no container to copy them into; else None."""
+    if isinstance(source, Pictures):
+        return source.kind
+    with open_video(source, formats) as (_, stream):
+        codec: str = stream.codec_context.codec.canonical_name
+        copied = codec not in _NEVER_COPIED and containers_for(stream)
+    return None if copied else codec
 
 
 def containers_for(stream: Any) -> tuple[str, ...]:
@@ -221,6 +276,7 @@ def _add_sound(target: Any, codec_name: str, channels: int, sample_rate: int) ->
         rate=sample_rate,
         layout=_LAYOUTS[channels],
         bit_rate=_BIT_RATE_PER_CHANNEL * channels,
+        disposition=av.stream.Disposition.default,
     )
 
 
@@ -272,8 +328,10 @@ def _encoded(sound: Any, samples: np.ndarray, begins: Fraction) -> Iterator[Any]
     yield from sound.encode(None)
 
 
-def _refuse_same(video_path: Path, out_path: Path) -> None:
-    if out_path.exists() and video_path.exists() and out_path.samefile(video_path):
+def refuse_same(source: Path | Pictures | None, out_path: Path) -> None:
+    """Raise InputError if a file to be written is one that the source is made of."""
+    files = source.files if isinstance(source, Pictures) else [source] if source else []
+    if out_path.exists() and any(f.exists() and out_path.samefile(f) for f in files):
         raise InputError(f"The output {out_path} is the input itself. Choose another name.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -60,11 +61,22 @@ class Audio:
         """
         media.write_audio(path, self.waveform.numpy(), self.sample_rate)
 
-    def mux(self, video: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    def mux(self, video: Any, path: str | os.PathLike[str], fps: Any = None) -> tuple[str, ...]:
         """Write `video` with this sound to `path`; the pictures are copied, not encoded again.
+
+        Only what no container holds, such as a GIF, a folder of pictures or an array, is encoded,
+        once, as H.264 (VP9 for .webm).
+
+        Args:
+            video: As for `Pipeline`.
+            path: Where to write; the suffix chooses the container, such as `.mp4`.
+            fps: As for `Pipeline`.
+
+        Returns:
+            One line each on what was not copied as it is.
 
         Raises:
             InputError: `video` is no video, or `path` names no container that can hold it.
             RunError: The file cannot be written.
         """
-        media.mux(video, self.waveform.numpy(), self.sample_rate, path)
+        return media.mux(video, self.waveform.numpy(), self.sample_rate, path, fps=fps)

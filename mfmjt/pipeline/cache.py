@@ -1,6 +1,6 @@
 """Features of videos on disk, found again by the file's content.
 
-An entry is one safetensors file for each window, named by a digest of the video's bytes, the
+An entry is one safetensors file for each window, named by a digest of the video's content, the
 encoders' weights, how pictures are prepared and what was asked for. Files appear whole or not at
 all and carry a checksum: what is damaged is noticed and made again.
 """
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
+from mfmjt.media import Pictures, content
 from mfmjt.pipeline.windows import Window
 
 __all__ = ["Entry", "entry", "identity"]
 
-PREPARATION = "1"
+PREPARATION = "2"
 """Another number whenever pictures are picked, scaled or cut into windows in another way."""
 _PATH = "\0"  # stands for the video's name in notes: the same content may have another one
 _DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
@@ -46,7 +47,7 @@ def identity(encoders: nn.Module) -> str:
 
 def entry(
     folder: str | os.PathLike[str],
-    video: str | os.PathLike[str],
+    video: Path | Pictures,
     encoders: str,
     asked: tuple[object, ...],
 ) -> Entry:
@@ -54,7 +55,7 @@ def entry(
 
     Args:
         folder: Of the cache; made where it is not there.
-        video: The file, whose bytes are read.
+        video: The file or pictures, which are read.
         encoders: Result of `identity`.
         asked: What else decides on the features, such as the duration.
 
@@ -62,12 +63,11 @@ def entry(
         InputError: There is no such video.
         RunError: The folder cannot be made.
     """
-    folder, video = Path(folder), Path(video)
+    folder = Path(folder)
     digest = hashlib.sha256(repr((PREPARATION, encoders, asked)).encode())
     try:
-        with video.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
+        for block in content(video):
+            digest.update(block)
     except OSError as error:
         reason = "no file" if isinstance(error, FileNotFoundError) else error.strerror
         raise InputError(f"Cannot read {video}: {reason}. Give a video file.") from error

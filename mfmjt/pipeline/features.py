@@ -1,12 +1,12 @@
-"""From a video file to the features of each window, read ahead and kept for the next time."""
+"""From a video to the features of each window, read ahead and kept for the next time."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from mfmjt.encoders import MMAudioEncoders, NanoEncoders
 from mfmjt.encoders.mmaudio import FRAMES_AT_ONCE
 from mfmjt.errors import InputError
-from mfmjt.media import Video, VideoStream
+from mfmjt.media import Pictures, Video, VideoStream
 from mfmjt.model import ModelConfig
 from mfmjt.model.config import SYNC_SEGMENT
 from mfmjt.pipeline.ahead import ahead
@@ -55,7 +55,7 @@ class VideoFeatures:
     """The windows of a video and their features.
 
     Args:
-        path: The video, or its pictures as they were read before.
+        source: The video, a result of `as_source`, or its pictures as they were read before.
         duration: Seconds of it from the start; None for all.
         limit: Refuse a video longer than so many seconds when `duration` is None.
         length: Seconds of a window.
@@ -71,7 +71,7 @@ class VideoFeatures:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Video,
+        source: Path | Pictures | Video,
         duration: float | None,
         limit: float,
         length: int,
@@ -83,7 +83,7 @@ class VideoFeatures:
         self.declared = duration
         self.notes: tuple[str, ...] = ()
         self._length, self._encoders, self._config = length, encoders, config
-        self._frames = _Frames(path, duration, limit, encoders, device)
+        self._frames = _Frames(source, duration, limit, encoders, device)
         self._device, self._cached = device, cached
 
     def windows(self, stage: Stage) -> Iterator[tuple[Window, dict[str, Tensor]]]:
@@ -127,7 +127,7 @@ class _Frames:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Video,
+        source: Path | Pictures | Video,
         duration: float | None,
         limit: float,
         encoders: Encoders,
@@ -141,10 +141,10 @@ class _Frames:
             wanted = {"fit": [_on(device, fit) for fit in fits], "pick": "next"}
         else:
             wanted = {"size": encoders.frame_size}
-        if isinstance(path, Video):
-            self._stream = _Held(path, duration, self.rates)
+        if isinstance(source, Video):
+            self._stream = _Held(source, duration, self.rates)
         else:
-            self._stream = VideoStream(path, self.rates, duration=duration, limit=limit, **wanted)
+            self._stream = VideoStream(source, self.rates, duration=duration, limit=limit, **wanted)
         self._encoders, self._device = encoders, device
         self._singly = isinstance(encoders, MMAudioEncoders)
         self._waiting: list[Tensor] = []  # pictures that will be encoded singly

@@ -25,7 +25,7 @@ from mfmjt.errors import InputError, RunError
 from mfmjt.meanflow import sample
 from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode
-from mfmjt.media import Video
+from mfmjt.media import Pictures, Video, as_source
 from mfmjt.model import MFMJT, load_mmaudio
 from mfmjt.model.checkpoint import NETWORK_FILES
 from mfmjt.model.conditioning import Conditions
@@ -246,7 +246,7 @@ class Pipeline:
     @torch.inference_mode()
     def __call__(
         self,
-        video: str | os.PathLike[str] | Video | None = None,
+        video: Any = None,
         prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -256,12 +256,16 @@ class Pipeline:
         count: int = 1,
         progress: Progress | None = None,
         cache: str | os.PathLike[str] | None = None,
+        fps: Any = None,
     ) -> Audio | list[Audio]:
         """Make sound for a video, a prompt, or both, of any duration.
 
         Args:
-            video: A file that PyAV can read, or what `mfmjt.media.read_video` made of one at the
-                rates and in the size of `encoders`.
+            video: A file that PyAV can read; a folder of pictures, in the natural order of their
+                names, or a pattern such as "frames/%04d.png"; a pair (frames, fps) of uint8
+                pictures `(T, H, W, 3)`, as an array or a tensor on any device, and their rate; or
+                what `mfmjt.media.read_video` made of one of these at the rates and in the size of
+                `encoders`.
             prompt: What is to be heard, in words.
             steps: Evaluations of the network; by default 1, or 25 for one of flow matching.
             guidance: Strength of guidance; 1 follows the conditions as they are. By default 1.5,
@@ -274,7 +278,9 @@ class Pipeline:
             count: Number of different sounds to make, all at once.
             progress: Called as (stage, fraction done) at the beginning and end of each stage and
                 after each step; where there are several windows, after each step of them.
-            cache: Folder in which a video file's features are kept, and looked for next time.
+            cache: Folder in which a video's features are kept, and looked for next time.
+            fps: Pictures per second of a folder, a pattern or an array, which have no times of
+                their own. Folders and patterns are taken at 25 where it is not given.
 
         Returns:
             An `Audio`, or a list of `count` of them if `count` is above 1.
@@ -291,7 +297,7 @@ class Pipeline:
         if prompt and (note := self._unread(prompt)):
             notes += (note,)
         config, rate = self.network.config, self.codec.sample_rate
-        source = None if video is None else self._video(video, duration, cache)
+        source = None if video is None else self._video(video, duration, cache, fps)
         noise = Noise(seed, count, config.latent_dim)
         end = 0.0
 
@@ -383,17 +389,20 @@ class Pipeline:
 
     def _video(
         self,
-        video: str | os.PathLike[str] | Video,
+        video: Any,
         duration: float | None,
         cache: str | os.PathLike[str] | None,
+        fps: Any = None,
     ) -> VideoFeatures:
         cached = None
-        if cache is not None and not isinstance(video, Video):
+        source: Path | Pictures | Video
+        source = video if isinstance(video, Video) and fps is None else as_source(video, fps)
+        if cache is not None and not isinstance(source, Video):
             self._identity = self._identity or identity(self.encoders)
             asked = (duration, self.window, self.encoders.frame_size)
-            cached = entry(cache, video, self._identity, asked)
+            cached = entry(cache, source, self._identity, asked)
         return VideoFeatures(
-            video,
+            source,
             duration,
             MAX_DURATION,
             self.window,

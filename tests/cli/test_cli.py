@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from mfmjt import cli
 from mfmjt.media import read_video
-from tests.clips import packets, write_sound, write_video
+from tests.clips import frame_index, grey, packets, write_sound, write_video
 
 COMMANDS = ("generate", "check", "serve", "train", "evaluate", "convert", "data preview", "info")
 
@@ -96,6 +97,50 @@ def test_a_video_cut_short_is_used_with_a_note(here: Path, model_folder: Path) -
 
 
 @pytest.mark.parametrize(
+    ("video", "options", "out", "seconds", "notes"),
+    [
+        ("a.gif", [], "a.mfmjt.mp4", 0.9, ["no container holds gif"]),
+        ("my.frames", ["--fps", "20"], "my.frames.mfmjt.mp4", 0.5, ["encoded once"]),
+        ("my.frames", ["--plot"], "my.frames.mfmjt.mp4", 0.4, ["25 pictures a", "encoded once"]),
+        ("my.frames/%02d.png", ["--fps", "10/1"], "my.frames.mfmjt.mp4", 1.0, ["encoded once"]),
+        ("my.frames/%02d.png", ["-o", "o.webm"], "o.webm", 0.4, ["25 pictures a", "encoded once"]),
+        ("a.gif", ["-o", "a.wav"], "a.wav", 0.9, []),
+        ("a.avi", [], "a.mfmjt.mp4", 0.4, ["no container holds huffyuv"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_what_is_no_video_file(
+    here: Path,
+    model_folder: Path,
+    video: str,
+    options: list[str],
+    out: str,
+    seconds: float,
+    notes: list[str],
+) -> None:
+    (here / "my.frames").mkdir()
+    for i in range(10):
+        Image.fromarray(grey(i, 15, 21)).save(here / "my.frames" / f"{i:02d}.png")
+    first, *others = (Image.fromarray(grey(i, 15, 21)) for i in range(10))
+    first.save(here / "a.gif", save_all=True, append_images=others, duration=90)
+    write_video(here / "a.avi", frames=10, codec="huffyuv", pixels="yuv422p")
+    before = set(here.rglob("*"))
+    result = run("generate", video, *options, "--model", model_folder)
+    assert result.exit_code == 0, result.output
+    made = {str(path.relative_to(here)) for path in set(here.rglob("*")) - before}
+    assert made == {out, *([str(Path(out).with_suffix(".png"))] if "--plot" in options else [])}
+    assert f"Wrote {out}: {seconds:.2f} s of sound" in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(notes)
+    assert all(note in line for note, line in zip(notes, lines, strict=True))
+    if not out.endswith(".wav"):
+        shown = read_video(here / out, (100,), 16)
+        assert shown.duration == pytest.approx(seconds, abs=0.09)
+        middles = shown.frames[0][int(5 * seconds) :: int(10 * seconds)]
+        assert frame_index(middles - 1) == list(range(10))
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["missing.mp4"], "no file"),
@@ -103,6 +148,13 @@ def test_a_video_cut_short_is_used_with_a_note(here: Path, model_folder: Path) -
         (["garbage.mp4"], "cannot be opened"),
         (["sound.m4a"], "only sound"),
         (["one.mp4"], "single frame"),
+        (["still.png"], "single frame"),
+        (["stills"], "single frame"),
+        (["stills/%d.jpg"], "No picture is named like"),
+        (["stills", "--fps", "0"], "fps is 0"),
+        (["clip.mp4", "--fps", "25"], "times of its own"),
+        (["--prompt", "a", "--fps", "25"], "--fps is for a folder"),
+        (["apng.png", "-o", "apng.mp4", "--plot"], "input itself"),
         ([], "nothing to make sound for"),
         (["--prompt", ""], "nothing to make sound for"),
         (["clip.mp4", "-o", "clip.mp4"], "input itself"),
@@ -125,10 +177,15 @@ def test_misuse(here: Path, model_folder: Path, arguments: list[str], says: str)
     write_video(here / "clip.mp4", frames=5)
     write_video(here / "one.mp4", frames=1)
     write_sound(here / "sound.m4a")
+    (here / "stills").mkdir()
+    still = Image.fromarray(grey(0, 16, 16))
+    for name in ("still.png", "stills/1.png"):
+        still.save(here / name)
+    still.save(here / "apng.png", save_all=True, append_images=[still.rotate(9)])
     (here / "garbage.mp4").write_bytes(bytes(range(256)) * 20)
-    before = {p: p.read_bytes() for p in here.iterdir()}
+    before = {p: p.is_file() and p.read_bytes() for p in here.rglob("*")}
     refused(run("generate", *arguments, "--model", model_folder), 2, says)
-    assert {p: p.read_bytes() for p in here.iterdir()} == before
+    assert {p: p.is_file() and p.read_bytes() for p in here.rglob("*")} == before
 
 
 def test_models_that_cannot_be(here: Path, clip: Path) -> None:
