@@ -29,7 +29,7 @@ from mfmjt.errors import InputError, MfmjtError
 from mfmjt.media._copy import HIDING
 from mfmjt.media._open import open_video
 from mfmjt.media._times import copied_times
-from mfmjt.media.write import containers_for
+from mfmjt.media.write import containers_for, unheld
 
 __all__ = ["FORMATS", "kind", "main"]
 
@@ -133,7 +133,9 @@ def _plain(text: str, name: str = "the video") -> str:
 
 
 def _containers(video: Path, duration: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Suffixes of the files that can hold the pictures as they are, and why there is none."""
+    """Suffixes of the files that the pictures can go to, and why there is none."""
+    if unheld(video, FORMATS) is not None:
+        return tuple(media.VIDEO_SUFFIXES), ()  # they are encoded, which `mux` says
     try:
         edited = copied_times(video, Fraction(duration), FORMATS).edited
     except InputError as error:

@@ -100,7 +100,7 @@ class JobState(BaseModel):
     containers: Annotated[
         list[Container],
         Field(
-            description="Kinds of files that hold the video as it is, the best first: "
+            description="Kinds of files that the video can be saved in, the best first: "
             "`sounds/{number}.{container}` is the video with a sound."
         ),
     ]
