@@ -80,7 +80,7 @@ class Decoder:
             if self.declared is not None and time > max(previous, self.declared) + MAX_JUMP:
                 self.damaged += 1
                 time = previous + self.step
-            held = (frame.duration or 0) * base
+            held = self.step if untimed else (frame.duration or 0) * base
             if animated:
                 time = self.end if self.count else time
                 held = browser_delay(held)

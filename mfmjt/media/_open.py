@@ -112,19 +112,18 @@ def in_mov(container: Any) -> bool:
 
 def in_decoding_order(container: Any, stream: Any) -> bool:
     """Whether the file's times are those of decoding, or there are none: AVI and bare streams."""
-    timeless = _bare(container) or container.format.name == "avi"
-    return bool(stream.codec_context.codec.reorder and timeless)
+    return bool(stream.codec_context.codec.reorder and _tells_no_times(container))
 
 
-def _bare(container: Any) -> bool:
-    """Whether a file is a stream in no container."""
-    return bool(container.format.flags & av.format.Flags.no_timestamps.value)
+def _tells_no_times(container: Any) -> bool:
+    bare = container.format.flags & av.format.Flags.no_timestamps.value
+    return bool(bare or container.format.name == "avi")
 
 
 def step_of(stream: Any) -> Fraction:
     """Seconds from one picture to the next, on the whole."""
-    # A bare stream's average is FFmpeg's default, its guess what the codec says.
-    average = None if _bare(stream.container) else stream.average_rate
+    # The average of a bare stream is FFmpeg's default; its guess is what the codec says.
+    average = None if _tells_no_times(stream.container) else stream.average_rate
     rate = average or stream.guessed_rate or 25
     return 1 / Fraction(min(max(rate, 1), 1000))  # a damaged header can state any
 

@@ -24,7 +24,15 @@ from mfmjt.media._copy import (
     hide_from,
     left_out,
 )
-from mfmjt.media._open import in_mov, open_video, others_note, packets, reason, step_of
+from mfmjt.media._open import (
+    in_decoding_order,
+    in_mov,
+    open_video,
+    others_note,
+    packets,
+    reason,
+    step_of,
+)
 from mfmjt.media._times import Times, copied_times
 from mfmjt.media.encode import encoded
 from mfmjt.media.pictures import Pictures, as_source
@@ -297,11 +305,12 @@ def _write_tracks(
     heard = next(encoded, None)
     last = len(times.shown) - 1
     step = max(1, round(step_of(stream) / stream.time_base))
+    untimed = in_decoding_order(source, stream)
     for number, packet in enumerate(packets(source, stream)):
         if number < times.first:
             continue
         packet.pts, packet.dts = times.shown[number] + shift, times.decoded[number] + shift
-        packet.duration = packet.duration or step
+        packet.duration = step if untimed else packet.duration or step
         # Sound goes in beside its pictures: players read both without seeking.
         while heard is not None and heard.pts * heard.time_base <= packet.dts * packet.time_base:
             target.mux(heard)
