@@ -46,7 +46,8 @@ class Reader:
             limit: Longest duration in seconds of what is read as a whole.
 
         Returns:
-            `duration`, `fps`, `width`, `height` and `notes` of the video.
+            `duration`, `fps`, `width`, `height` and `notes` of the video, and `containers`: the
+            suffixes of the files that `mux` can write.
 
         Raises:
             InputError: The file cannot be used.
@@ -54,13 +55,18 @@ class Reader:
         asked = {"do": "read", "duration": duration, "limit": limit, **self._spec}
         return await self._run(folder, asked)
 
-    async def mux(self, folder: Path, sound: str, output: str) -> None:
+    async def mux(self, folder: Path, sound: str, output: str) -> list[str]:
         """Write the upload's pictures with another sound to `output` in the same folder.
+
+        Returns:
+            One line each on what of the upload is not in the output.
 
         Raises:
             InputError: The container cannot hold the pictures as they are.
         """
-        await self._run(folder, {"do": "mux", "sound": sound, "output": output})
+        answer = await self._run(folder, {"do": "mux", "sound": sound, "output": output})
+        notes: list[str] = answer["notes"]
+        return notes
 
     async def _run(self, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         request = asked | {"memory": self._memory, "seconds": self._seconds}
