@@ -2,7 +2,8 @@
 
 Notation as in `objective`: z = (1 − t)x + t·e, v = e − x, time from data (0) to noise (1). A
 `Target` is called with the samples that have r < t and gives the prediction, with its graph, and
-what it should be, without one. A `Velocity` gives the v that all samples are regressed to.
+what it should be, without one. A `Velocity` gives the v that all samples are regressed to. Both
+work in float32 or wider; the f that they are given casts its latents and times itself.
 """
 
 from __future__ import annotations
