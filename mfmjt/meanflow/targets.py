@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.meanflow._forward import derivative
 
 __all__ = [
     "Target",
@@ -161,10 +162,7 @@ def _mean_velocity(
     direction: Tensor,
     cond: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    # r has no tangent, so it is no input of the derivative.
-    u, du_dt, *_ = torch.func.jvp(
-        lambda z, t: f(z, r, t, **cond), (z, t), (direction, torch.ones_like(t))
-    )
+    u, du_dt = derivative(f, z, r, t, direction, cond)
     return u, regressed_to(v, r, t, du_dt)
 
 
