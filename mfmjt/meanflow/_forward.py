@@ -89,7 +89,8 @@ def _is_checkpointed(u: Tensor, begin: int) -> bool:
         for name in _saved(node):
             saved = getattr(node, name)
             for one in saved if isinstance(saved, (tuple, list)) else (saved,):
-                if getattr(one.unpack_hook, "__module__", "") == _CHECKPOINT:
+                hook = getattr(one, "unpack_hook", None)
+                if getattr(hook, "__module__", "") == _CHECKPOINT:
                     return True
         left += [n for n, _ in node.next_functions]
     return False

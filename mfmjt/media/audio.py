@@ -70,7 +70,7 @@ def _read(
     with open_container(path, "a file of sound or video", None) as container:
         if not container.streams.audio or container.streams.audio[0].codec_context is None:
             raise InputError(f"{path} has no sound track that can be read. Give a file with one.")
-        rate, wanted, skipped = 0, 0.0, 0
+        rate, wanted, skipped, count = 0, 0.0, 0, 0
         power = _Power()
         for planes, rate, time in _decoded_sound(path, container):
             if not parts:
@@ -78,14 +78,15 @@ def _read(
                 skipped = round((first_picture(container, time) - time) * rate)
                 # As long as the file says, which may be damaged, but not longer than is wanted.
                 parts.append(np.zeros(int(min(max(0, -skipped), wanted)), np.float32))
-                skipped = max(0, skipped)
+                skipped, count = max(0, skipped), len(parts[0])
             kept = planes[:, skipped:]
             skipped = max(0, skipped - planes.shape[1])
-            kept = kept[:, : int(min(wanted - sum(map(len, parts)), kept.shape[1]))]
+            kept = kept[:, : int(min(wanted - count, kept.shape[1]))]
             mean = kept.mean(0, dtype=np.float32)
             parts.append(mean if channel is None else kept[channel])
             power.add(kept, mean)
-            if sum(map(len, parts)) >= wanted:
+            count += len(mean)
+            if count >= wanted:
                 break
     if not parts:
         raise InputError(f"No sound of {path} can be decoded. Give a file that plays.")
