@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.meanflow._dtype import network_dtype
 from mfmjt.meanflow._tree import Cond, stack
 from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode, guide
@@ -30,7 +31,7 @@ def sample(
     """Follow z_r = z_t − (t − r)·u(z_t, r, t) from t = 1 to 0 in equal steps.
 
     Args:
-        f: f(z, r, t, **cond) -> u, shaped like z; r and t are (B,).
+        f: f(z, r, t, **cond) -> u, shaped like z; r and t are (B,). Called in the dtype of noise.
         noise: z at t = 1, (B, ...), standard normal.
         steps: Number of intervals.
         cond: Keyword arguments for f.
@@ -61,6 +62,8 @@ def sample(
         both = stack(cond, null)
 
     def velocity(z: Tensor, r: float, t: float) -> Tensor:
+        z = z.to(dtype)
+
         def at(count: int) -> tuple[Tensor, Tensor]:
             now = torch.full((count,), t, dtype=z.dtype, device=z.device)
             return (now if instantaneous else torch.full_like(now, r)), now
@@ -74,6 +77,7 @@ def sample(
             u_c, u_0 = f(z, *at(batch), **cond), f(z, *at(batch), **null)
         return guide(u_c, u_0, guidance, mode)
 
+    dtype = network_dtype(noise)
     # The state is kept in float32 or wider: rounding it at every step would add up.
     z = noise.to(torch.promote_types(noise.dtype, torch.float32))
     for i in range(steps, 0, -1):

@@ -32,6 +32,7 @@ from mfmjt.model.conditioning import Conditions
 from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.cache import entry, identity
 from mfmjt.pipeline.features import Encoders, VideoFeatures, lengths
+from mfmjt.pipeline.prompt import prompt_notes
 from mfmjt.pipeline.published import mode_of, mode_there, networks_there, root_of
 from mfmjt.pipeline.windows import OVERLAP, Noise, Window, decoded, expected, joined, plan
 
@@ -293,9 +294,7 @@ class Pipeline:
         steps, guidance, mode = self.settled(steps, guidance, mode)
         check_call(video, prompt, steps, guidance, mode, seed, duration, count)
         clock = _Clock(progress)
-        notes: tuple[str, ...] = ()
-        if prompt and (note := self._unread(prompt)):
-            notes += (note,)
+        notes = prompt_notes(self.encoders, prompt)
         config, rate = self.network.config, self.codec.sample_rate
         source = None if video is None else self._video(video, duration, cache, fps)
         noise = Noise(seed, count, config.latent_dim)
@@ -376,12 +375,6 @@ class Pipeline:
             (4.5 if many else 1.5) if guidance is None else guidance,
             ("cfg" if many else "cfg_scaled") if mode is None else mode,
         )
-
-    def _unread(self, prompt: str) -> str:
-        """A note on the end of a prompt that is too long, or nothing."""
-        unread = self.encoders.unread(prompt)
-        left = f"The prompt is too long: its end, from {unread[:30]!r} on, is not read."
-        return left if unread else ""
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, n, C) to samples (B, n·hop), as a graph where that is compiled."""
