@@ -4,10 +4,8 @@ import hashlib
 import os
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from mfmjt.checkpoints import PublishedFile, find, read_state_dict
+from mfmjt.checkpoints import PublishedFile, find
 from mfmjt.errors import InputError
 
 FILE = PublishedFile("weights.pth", "https://publisher.example", "2M")
@@ -61,38 +59,3 @@ def test_the_digest_is_compared_when_asked(tmp_path):
     find(tmp_path, PublishedFile(FILE.name, "", md5=wrong))
     with pytest.raises(InputError, match=right):
         find(tmp_path, PublishedFile(FILE.name, "", md5=wrong), check="md5")
-
-
-def test_state_dicts_are_read_from_every_format(tmp_path):
-    state = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.tensor(1.5)}
-    save_file(state, tmp_path / "s.safetensors")
-    torch.save(state, tmp_path / "s.pth")
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    torch.save({"generator": state, "steps": 3}, tmp_path / "s.pt")
-    for name, inside in (
-        ("s.safetensors", ""),
-        ("s.pth", ""),
-        ("s.pth", "generator"),
-        ("old.pth", ""),
-        ("s.pt", "generator"),
-    ):
-        found = read_state_dict(tmp_path / name, inside)
-        assert found.keys() == state.keys()
-        assert all(torch.equal(found[key], value) for key, value in state.items())
-
-
-def test_files_that_hold_no_weights_are_refused(tmp_path):
-    class Surprise:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"a": Surprise()}, tmp_path / "code.pth")
-    torch.save({"a": [1, 2]}, tmp_path / "lists.pth")
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "cut.pth")
-    os.truncate(tmp_path / "cut.pth", 2000)
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "text.safetensors").write_text("no weights")
-    for name in ("code.pth", "lists.pth", "cut.pth", "empty.pth", "text.safetensors", "none.pth"):
-        with pytest.raises(InputError, match=name):
-            read_state_dict(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
