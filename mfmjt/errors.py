@@ -68,15 +68,19 @@ def some(items: Iterable[object], between: str = ", ", most: int = 5) -> str:
     return told if left <= 0 else f"{told} and {left:,} more"
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException, whole: bool = False) -> str:
     """What went wrong in another library, in at most 200 characters of its own words.
 
-    It is the first line that says something; advice to run code that a file holds is left out.
+    Advice to run the code that a file holds is left out.
+
+    Args:
+        error: What the library raised.
+        whole: Take all lines of its message, not the first that says something.
     """
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, KeyError):
         text = f"no {text}"
-    for line in text.splitlines():
+    for line in [" ".join(text.split())] if whole else text.splitlines():
         sentences = re.split(r"(?<=[.!?])\s+", line.strip())
         safe = " ".join(s for s in sentences if not _UNSAFE.search(s))
         if told := short(safe, 200).rstrip(" .;:,"):

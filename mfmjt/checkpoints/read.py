@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mfmjt.errors import InputError, reason, short
+from mfmjt.errors import InputError, reason, short, some
 
 __all__ = ["check_file", "is_safetensors", "read_content", "what_is_wrong"]
 
@@ -75,7 +75,7 @@ def read_content(path: str | os.PathLike[str]) -> dict[Any, Any]:
     try:
         content = load_file(path) if is_safetensors(path) else _read_pickle(path)
     except Exception as error:  # what is in the file decides what a parser raises
-        raise InputError(f"{path} cannot be read as weights: {_why(error)}") from error
+        raise InputError(f"{path} cannot be read as weights: {_why(error)}") from None
     if not isinstance(content, dict):
         raise InputError(
             f"{path} holds no state dict: it holds a {type(content).__name__}. "
@@ -182,8 +182,8 @@ def _why(error: Exception) -> str:
     """What stood in the way and what to do; PyTorch's own advice is to run what is in the file."""
     if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
-            f"it holds a {short(held[1], 80)}, and only tensors, numbers and text are read. Where "
-            "it was made, save the weights alone: torch.save(network.state_dict(), FILE)."
+            f"it holds {short(held[1], 80)}, and only tensors, numbers and text are read. Where it "
+            "was made, save the weights alone: torch.save(network.state_dict(), FILE)."
         )
     return f"{reason(error)}. It may be damaged or cut short. {_WANTED}"
 
@@ -201,6 +201,8 @@ def _read_parts(index: Path) -> dict[Any, Any]:
             f"{index} is no index of weights: {reason(error)}. Give one with a weight_map, or the "
             "weights themselves."
         ) from error
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise InputError(f"{index} names files that are not beside it: {some(absent)}. Get them.")
     found: dict[Any, Any] = {}
     for name in names:
         part = read_content(index.parent / name)

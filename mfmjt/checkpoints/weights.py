@@ -18,6 +18,9 @@ from mfmjt.errors import InputError, short, some
 __all__ = ["Weights", "about", "load_published", "looks_like", "weights_in"]
 
 _DEPTH = 4  # of dictionaries in each other
+_PART = re.compile(r"-\d{5}-of-\d{5}\.")
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What compiling, sharding and recomputing put into names, between any two modules."""
 _AVERAGED = re.compile(r"(?<![a-z])(ema|avg|averaged?|swa|shadow)(?![a-z])", re.IGNORECASE)
 _KINDS = {
     "vfeat_extractor.": "Synchformer",
@@ -95,14 +98,16 @@ def looks_like(names: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def about(path: str | os.PathLike[str], wanted: PublishedFile | None = None) -> Iterator[None]:
+def about(path: str | os.PathLike[str], wanted: PublishedFile) -> Iterator[None]:
     """Begin what is said about a file's content with its name; end with which file is wanted."""
     try:
         yield
     except InputError as error:
         begin = "" if str(path) in str(error) else f"{short(path, 200)}: "
-        end = f" Wanted is {wanted.name} of {wanted.publisher}." if wanted else ""
-        raise InputError(f"{begin}{error}{end}") from error
+        end = f"Wanted is what {wanted.name} of {wanted.publisher} holds."
+        if _PART.search(str(path)):
+            end = "It is one part of several: give the .index.json beside it."
+        raise InputError(f"{begin}{error} {end}") from error
 
 
 def load_published(
@@ -153,6 +158,13 @@ def load_published(
     return extra
 
 
+def _repeats(value: Tensor) -> bool:
+    """Whether a tensor's shape has more values than are stored, so that a copy may be any size."""
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
+
+
 def _wrong_with(value: Tensor, shape: tuple[int, ...]) -> str:
     if tuple(value.shape) != shape:
         return f"shape {tuple(value.shape)}, not {shape}"
@@ -166,22 +178,26 @@ def _wrong_with(value: Tensor, shape: tuple[int, ...]) -> str:
 def _sets(content: Mapping[Any, Any], mark: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Where each state dict with `mark` is, and the dict itself."""
     for place, inner in _dicts(content):
-        for name in inner:
-            if isinstance(name, str) and (name == mark or name.endswith(f".{mark}")):
+        tensors = {
+            _WRAPPERS.sub("", key): value
+            for key, value in inner.items()
+            if isinstance(key, str) and isinstance(value, Tensor)
+        }
+        for name in tensors:
+            if name == mark or name.endswith(f".{mark}"):
                 prefix = name.removesuffix(mark)
                 state = {
                     key[len(prefix) :]: value
-                    for key, value in inner.items()
-                    if isinstance(key, str) and key.startswith(prefix) and isinstance(value, Tensor)
+                    for key, value in tensors.items()
+                    if key.startswith(prefix)
                 }
                 for key, value in state.items():
-                    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    if _repeats(value):
                         raise InputError(
                             f"{short(key, 80)} is one value repeated to shape {tuple(value.shape)}."
                             " Give the file as its publisher keeps it."
                         )
-                if mark in state:
-                    yield place + prefix, state
+                yield place + prefix, state
 
 
 def _dicts(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:

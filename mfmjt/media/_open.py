@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 
 _OPENING = {"protocol_whitelist": "file"}  # no file makes FFmpeg open an address
 _DECODER_THREADS = 4  # each holds a frame: enough for 4K in real time, small in memory
@@ -66,8 +66,3 @@ def first_picture(container: Any, otherwise: Fraction) -> Fraction:
         if not stream.disposition & cover and stream.start_time is not None:
             return Fraction(stream.start_time * stream.time_base)
     return otherwise
-
-
-def reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

@@ -134,7 +134,7 @@ def load_mmaudio(
     """
     if not isinstance(source, Mapping):
         content = read_content(source)
-        with about(source, NETWORK_FILES.get(config or "small_16k")):
+        with about(source, NETWORK_FILES.get(config or "", NETWORK_FILES["small_16k"])):
             return load_mmaudio(content, config, **overrides)
     given, notes = weights_in(source, MARK, "an MMAudio network")
     state = {key: value for key, value in given.items() if key not in _NOT_PERSISTENT}

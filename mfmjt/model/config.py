@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, some
 
 __all__ = ["CONFIGS", "MAX_TOKENS", "SYNC_RATE", "VIDEO_RATE", "ModelConfig", "config_for"]
 
@@ -176,7 +176,7 @@ def config_for(name: str, **overrides: Any) -> ModelConfig:
     unknown = set(overrides) - {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown:
         raise InputError(
-            f"No configuration field {', '.join(sorted(unknown))}: see mfmjt.model.ModelConfig. "
+            f"No configuration field {some(sorted(unknown))}: see mfmjt.model.ModelConfig. "
             "Correct the name."
         )
     return dataclasses.replace(CONFIGS[name], **overrides)

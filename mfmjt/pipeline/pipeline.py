@@ -21,7 +21,7 @@ from mfmjt.codec.vae import VAEConfig
 from mfmjt.device import choose_device
 from mfmjt.encoders import CLIPConfig, MMAudioEncoders, NanoEncoders, SynchformerConfig
 from mfmjt.encoders.mmaudio import ENCODER_FILES
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, some
 from mfmjt.meanflow import sample
 from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode
@@ -240,7 +240,7 @@ class Pipeline:
         if model is None:
             there = networks_there(Path(folder))
             if len(there) > 1:
-                files = ", ".join(str(path) for path in there.values())
+                files = some(path.name for path in there.values())
                 raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
             model = next(iter(there), "small_16k")
         # All that is missing is said at once, before the first gigabyte is read.

@@ -25,7 +25,7 @@ from torch import Tensor
 from mfmjt import meanflow
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.model import MFMJT
 from mfmjt.model.lora import merged_state, save_adapter
 from mfmjt.train import distributed, preview
@@ -532,8 +532,8 @@ class _Run:
                         save_adapter(state, lora, path.parent / ADAPTER)
                 except (OSError, SafetensorError) as error:
                     raise RunError(
-                        f"Cannot write {path}: {error}. The training state is saved: make room, "
-                        "and the same command writes it."
+                        f"Cannot write {path}: {reason(error)}. The training state is saved: make "
+                        "room, and the same command writes it."
                     ) from error
         self.progress.message(f"Wrote {path}.")
 
