@@ -164,18 +164,19 @@ def _as_text(head: bytes) -> str:
     if start.startswith("<!doctype html") or "<html" in start:
         return "is a web page (HTML): the download gave a page about the file, or an error"
     kind = {"<": "XML", "{": "JSON", "[": "JSON"}.get(start[:1], "text")
-    return f"is {kind}, perhaps an answer of the server: {short(text, 60)!r}"
+    return f"is {kind}, perhaps an answer of the server: {short(text, 80)!r}"
 
 
 def _read_pickle(path: Path) -> Any:
-    # Files in PyTorch's format before 1.6 cannot be mapped.
-    mapped = zipfile.is_zipfile(path)
-    if not mapped:
-        with path.open("rb") as stream:
-            if stream.read(1) != b"\x80":
-                raise ValueError("it is in no format of weights")
-    with torch.serialization.safe_globals(_NUMPY_SCALARS):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # Files in PyTorch's format before 1.6 cannot be mapped; and PyTorch believes a suffix.
+    archive = zipfile.is_zipfile(path)
+    mapped = archive and path.suffix != ".safetensors"
+    with path.open("rb") as stream, torch.serialization.safe_globals(_NUMPY_SCALARS):
+        if not archive and stream.read(1) != b"\x80":
+            raise ValueError("it is in no format of weights")
+        stream.seek(0)
+        source = path if mapped else stream
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _why(error: Exception) -> str:

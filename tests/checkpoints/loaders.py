@@ -27,7 +27,7 @@ from mfmjt.convert import from_mmaudio, to_mmaudio
 from mfmjt.encoders import CLIP, CLIPConfig, NanoEncoders, Synchformer, SynchformerConfig
 from mfmjt.encoders.nano import NanoEncodersConfig
 from mfmjt.errors import MfmjtError
-from mfmjt.evaluate.classifier import Classifier
+from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
 from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.lora import FORMAT, merge_adapter
 from mfmjt.train.checkpoint import load_state, save_state
@@ -43,6 +43,7 @@ VAE_SIZES = VAEConfig(80, 20, 4)
 VOCODER_SIZES = BigVGANConfig(80, 8, (16, 16), (32, 32), tanh=True, bias=True)
 CODEC_SIZES = NanoCodecConfig(20, 8, 2, (8, 8, 8), (1, 1, 1))
 ENCODER_SIZES = NanoEncodersConfig(8, (4, 4, 4, 8), (4, 4, 4, 8), 32, 4, 1, 2)
+CLASSIFIER_SIZES = ClassifierConfig(("a", "b"), bands=16, widths=(4, 4, 4, 4), embedding=4)
 
 Load = Callable[[Path], object]
 
@@ -100,7 +101,7 @@ def cases(folder: Path) -> dict[Path, Load]:
     found[folder / "codec.safetensors"] = NanoCodec.load
     NanoEncoders(ENCODER_SIZES).save(folder / "encoders.safetensors")
     found[folder / "encoders.safetensors"] = NanoEncoders.load
-    Classifier().save(folder / "classifier.safetensors")
+    Classifier(CLASSIFIER_SIZES).save(folder / "classifier.safetensors")
     found[folder / "classifier.safetensors"] = Classifier.load
     weight = "fused_blocks.0.attn.qkv"
     lora = {"rank": 1, "alpha": 1.0, "targets": ["attn.qkv"]}
@@ -121,7 +122,7 @@ def cases(folder: Path) -> dict[Path, Load]:
 def damaged(content: bytes, others: list[bytes], seed: int) -> bytes:
     """`content` with bits flipped and parts lost, or the beginning of one file on another's end."""
     rng = np.random.default_rng(seed)
-    kind = rng.integers(4)
+    kind = rng.integers(5)
     if kind == 0:
         return content[: int(rng.integers(len(content)))]
     if kind == 1:
@@ -133,6 +134,11 @@ def damaged(content: bytes, others: list[bytes], seed: int) -> bytes:
         digits = [i for i, byte in enumerate(data[:20_000]) if 48 <= byte < 58]
         for at in rng.choice(digits, int(rng.integers(1, 4))) if digits else []:
             data[at] = 48 + int(rng.integers(10))
+        return bytes(data)
+    if kind == 3:  # one bit, in the header as often as anywhere
+        data = bytearray(content)
+        reach = min(len(data), 4000) if rng.random() < 0.5 else len(data)
+        data[int(rng.integers(reach))] ^= 1 << int(rng.integers(8))
         return bytes(data)
     return mutate(content, seed)
 
@@ -172,7 +178,9 @@ def main(folder: Path, count: int) -> None:
                     left.unlink()
             slowest = max(slowest, time.perf_counter() - began)
             file.unlink()
-    print(json.dumps({"ends": ends, "wrong": wrong, "slowest": slowest, "kinds": len(whole)}))
+    sys.stdout.write(
+        json.dumps({"ends": ends, "wrong": wrong, "slowest": slowest, "kinds": len(whole)})
+    )
 
 
 def convert(path: Path, out: Path) -> None:
