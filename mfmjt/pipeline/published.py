@@ -66,6 +66,6 @@ def root_of(network: Path) -> Path:
     MMAudio keeps networks in one folder and most other files in another beside it.
     """
     for root in (network.parent, network.parent.parent):
-        if mode_there(root) is not None:
+        if (root / "codec.safetensors").exists() or mode_there(root) is not None:
             return root
     return network.parent
