@@ -71,7 +71,7 @@ def load_module(
     Raises:
         InputError: No such file, not safetensors, or another module's.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise InputError(f"No {called} at {path}: no such file. Check the path.")
     metadata, tensors = read_own(path, f"not a {kind.__name__} checkpoint")
     try:

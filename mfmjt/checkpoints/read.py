@@ -90,9 +90,9 @@ def check_file(path: Path) -> None:
     Raises:
         InputError: There is none.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike a Path's, takes a name of any length
         raise InputError(f"{path} is a folder: weights are files. Give one of those in it.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"No file {path}: there is nothing to load. Check the path.")
 
 

@@ -154,13 +154,13 @@ class Pipeline:
             InputError: There is no such model, or its files are not what they should be.
         """
         folder = Path(name)
-        if folder.is_file():
+        if os.path.isfile(folder):  # which, unlike a Path's, takes a name of any length
             network, folder = folder, root_of(folder)
             if not is_ours(network):
                 model = NAMES.get(network.name, network)
                 return cls.from_mmaudio(folder, model, device, dtype, compile=compile)
         else:
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
                 if str(name) not in shipped:
                     raise InputError(
@@ -251,7 +251,7 @@ class Pipeline:
             network, *_ = find_all(folder, needed, check)
             if check != "name" and (vae, vocoder, clip, synchformer) == (None,) * 4:
                 config = str(model)
-        elif (network := Path(model)).is_file():
+        elif os.path.isfile(network := Path(model)):
             mode = mode_in(network)
             find_all(folder, [*codec_files(mode), *ENCODER_FILES], check)
         else:
