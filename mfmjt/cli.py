@@ -150,8 +150,8 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            help="A model that ships, a folder with one or with MMAudio's files, or one of "
-            "MMAudio's networks in such a folder."
+            help="A model that ships, a folder with one or with MMAudio's files, or the file of a "
+            "network in such a folder, under any name."
         ),
     ] = "nano",
     cache: Annotated[

@@ -65,7 +65,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and not 0 < value < math.inf:
                 raise InputError(f"{field.name} is {value}: it must be positive. Give another.")
         if self.hidden_dim % (2 * self.num_heads):
             raise InputError(

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mfmjt.checkpoints import PublishedFile, find
+from mfmjt.checkpoints import PublishedFile, find, find_all
 from mfmjt.errors import InputError
 
 FILE = PublishedFile("weights.pth", "https://publisher.example", "2M")
@@ -59,3 +59,46 @@ def test_the_digest_is_compared_when_asked(tmp_path):
     find(tmp_path, PublishedFile(FILE.name, "", md5=wrong))
     with pytest.raises(InputError, match=right):
         find(tmp_path, PublishedFile(FILE.name, "", md5=wrong), check="md5")
+
+
+# --- other names -------------------------------------------------------------------------------
+
+KEPT = PublishedFile("v1.pth", "https://one.example", "2M", also=("comfy_v1",))
+
+
+@pytest.mark.parametrize(
+    "name", ["v1.safetensors", "v1_fp16.safetensors", "comfy_v1_bf16.safetensors", "a/b/v1.pth"]
+)
+def test_a_file_is_found_under_its_other_names(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, 2**21 if name.endswith("pth") else 100)  # whose size is another
+    assert find(tmp_path, KEPT) == path
+
+
+def test_the_name_of_its_publisher_goes_first(tmp_path):
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner" / "v1.pth", 2**21)
+    write(tmp_path / "comfy_v1.safetensors", 100)
+    assert find(tmp_path, KEPT) == tmp_path / "inner" / "v1.pth"
+
+
+@pytest.mark.parametrize("name", ["v1_fp8.safetensors", "comfy_v1.pth", "a/b/c/v1.pth"])
+def test_other_files_are_not_taken_for_it(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, 2**21)
+    with pytest.raises(InputError, match=r"no file v1\.pth \(get it from https://one\.example\)"):
+        find(tmp_path, KEPT)
+
+
+def test_all_that_is_wrong_is_told_by_publisher(tmp_path):
+    files = [PublishedFile(f"{i}.pth", f"https://{i % 2}.example", "2M") for i in range(4)]
+    write(tmp_path / "0.pth", 10)
+    (tmp_path / "1.pth").write_text("<html>")
+    with pytest.raises(InputError) as caught:
+        find_all(tmp_path, files)
+    told = str(caught.value)
+    assert "0.pth has 1M bytes, not 2M: cut short?, no file 2.pth (get it from https://0." in told
+    assert "1.pth cannot be read: it is a web page (HTML)" in told
+    assert "no file 3.pth (get it from https://1.example)" in told
