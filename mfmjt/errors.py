@@ -60,10 +60,10 @@ def short(text: object, most: int) -> str:
     return f"{line[: most - end - 3]} … {line[-end:]}"
 
 
-def some(items: Iterable[object], between: str = ", ", most: int = 5) -> str:
-    """The first few of a list, none of them long, and how many more there are."""
+def some(items: Iterable[object], between: str = ", ", most: int = 5, each: int = 100) -> str:
+    """The first few of a list, each of so many characters at most, and how many more there are."""
     listed = list(items)
-    told = between.join(short(item, 100) for item in listed[:most])
+    told = between.join(short(item, each) for item in listed[:most])
     left = len(listed) - most
     return told if left <= 0 else f"{told} and {left:,} more"
 
@@ -71,12 +71,14 @@ def some(items: Iterable[object], between: str = ", ", most: int = 5) -> str:
 def reason(error: BaseException, whole: bool = False) -> str:
     """What went wrong in another library, in at most 200 characters of its own words.
 
-    Advice to run the code that a file holds is left out.
+    Advice to run the code that a file holds is left out. What is an error of ours is told as it is.
 
     Args:
         error: What the library raised.
         whole: Take all lines of its message, not the first that says something.
     """
+    if isinstance(error, MfmjtError):
+        return str(error).rstrip(".")
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, KeyError):
         text = f"no {text}"

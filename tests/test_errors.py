@@ -93,6 +93,7 @@ def test_what_is_told_of_another_library() -> None:
     assert reason(ValueError("\n\n first\nsecond.\n")) == "first"
     assert reason(ValueError("first\nsecond."), whole=True) == "first second"
     assert reason(MemoryError()) == "MemoryError"
+    assert reason(InputError("Ours. " * 80)) == ("Ours. " * 80).strip(" .")
 
 
 def test_lists_are_the_first_five_and_a_count() -> None:

@@ -56,7 +56,8 @@ def weights_in(content: Mapping[Any, Any], mark: str, what: str) -> Weights:
 
     So DDP's `module.`, the `_orig_mod.` of a compiled network, Lightning's `state_dict` and a
     training's `{"model": ..., "optimizer": ...}` are all read. Of several, the averaged (EMA)
-    weights are taken, as they are meant for use, and the note says so.
+    weights are taken, as they are meant for use, with the raw ones of what has no average; the note
+    says so.
 
     Args:
         content: What a file holds.
@@ -83,9 +84,14 @@ def weights_in(content: Mapping[Any, Any], mark: str, what: str) -> Weights:
             f"This holds {len(found)} sets of weights of {what}, under {places}. Save the one "
             "that is wanted alone."
         )
-    taken = short(averaged[0].rstrip("."), 100)
-    note = f"There are {len(found)} sets of weights of {what}, under {places}: {taken} was taken."
-    return Weights(found[averaged[0]], (note,))
+    taken = found[averaged[0]]
+    told = f"{short(averaged[0].rstrip('.'), 100)} was taken"
+    raw = [state for place, state in found.items() if place not in averaged]
+    if len(raw) == 1 and taken.keys() < raw[0].keys():  # what is not trained has no average
+        told += f", with {len(raw[0]) - len(taken):,} tensors of the others that it lacks"
+        taken = raw[0] | taken
+    note = f"There are {len(found)} sets of weights of {what}, under {places}: {told}."
+    return Weights(taken, (note,))
 
 
 def looks_like(names: Iterable[str]) -> str:

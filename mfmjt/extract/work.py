@@ -188,7 +188,7 @@ def verify(store: str | Path) -> int:
                 wrong.append(str(error))
             progress.update(done)
     if wrong:
-        raise RunError(some(wrong, " ", 3))
+        raise RunError(some(wrong, " ", 2, each=250))
     return len(paths)
 
 

@@ -105,6 +105,16 @@ def test_averaged_weights_are_taken_and_it_is_said(
     assert torch.equal(MFMJT.load(done.path).latent_mean, state["latent_mean"])
 
 
+def test_what_has_no_average_is_taken_from_the_raw_weights(state: dict[str, Tensor]) -> None:
+    frozen = ("latent_mean", "latent_std", "empty_string_feat")
+    mean = {name: value for name, value in state.items() if name not in frozen}
+    raw = {name: value + (name not in frozen) for name, value in state.items()}
+    net = load_mmaudio({"model": raw, "ema": mean})
+    found = to_mmaudio_state_dict(net)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert net.notes[0].endswith("ema was taken, with 3 tensors of the others that it lacks.")
+
+
 def test_of_several_that_are_not_averaged_none_is_guessed(state: dict[str, Tensor]) -> None:
     with pytest.raises(InputError, match=r"2 sets of weights .*teacher, student\. Save the one"):
         load_mmaudio(behind("teacher.", state) | behind("student.", moved(state, 1.0)))
