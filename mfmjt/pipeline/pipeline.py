@@ -33,10 +33,10 @@ from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.cache import entry, identity
 from mfmjt.pipeline.features import Encoders, VideoFeatures, lengths
 from mfmjt.pipeline.published import (
-    NAMES,
     mode_in,
     mode_of,
     mode_there,
+    name_of,
     networks_there,
     no_network,
     root_of,
@@ -157,7 +157,7 @@ class Pipeline:
         if os.path.isfile(folder):  # which, unlike a Path's, takes a name of any length
             network, folder = folder, root_of(folder)
             if not is_ours(network):
-                model = NAMES.get(network.name, network)
+                model = name_of(network, folder) or network
                 return cls.from_mmaudio(folder, model, device, dtype, compile=compile)
         else:
             if not os.path.isdir(folder):

@@ -9,10 +9,15 @@ from mfmjt.codec.mmaudio import codec_files
 from mfmjt.errors import InputError, some
 from mfmjt.model.checkpoint import MARK, NETWORK_FILES
 
-__all__ = ["mode_in", "mode_of", "mode_there", "networks_there", "no_network", "root_of"]
-
-NAMES = {name: model for model, file in NETWORK_FILES.items() for name in file.names}
-"""File names of the published networks, and which they are."""
+__all__ = [
+    "mode_in",
+    "mode_of",
+    "mode_there",
+    "name_of",
+    "networks_there",
+    "no_network",
+    "root_of",
+]
 
 
 def mode_of(model: str) -> str:
@@ -30,6 +35,11 @@ def mode_in(network: Path) -> str:
     with about(network, NETWORK_FILES["small_16k"]):
         state, _ = weights_in(content, MARK, "an MMAudio network")
     return "16k" if state[MARK].shape[1:2] == (20,) else "44k"
+
+
+def name_of(network: Path, folder: Path) -> str | None:
+    """The name of a published network by which `folder` gives this very file, if there is one."""
+    return next((name for name, path in networks_there(folder).items() if path == network), None)
 
 
 def mode_there(folder: Path) -> str | None:

@@ -103,6 +103,15 @@ def test_the_file_of_a_network_of_any_name_is_a_model(
     assert torch.equal(sound(copy / "weights" / name), expected)
 
 
+def test_the_file_that_is_given_is_taken_and_no_other_of_its_name(copy: Path) -> None:
+    old = copy / "weights" / "mmaudio_small_16k.pth"
+    state = flat(old)
+    given = old.with_name("mmaudio_small_16k_fp32.safetensors")
+    save_file(state | {"latent_mean": state["latent_mean"] + 1}, given)
+    for path, mean in ((old, state["latent_mean"]), (given, state["latent_mean"] + 1)):
+        assert torch.equal(Pipeline.from_pretrained(path, "cpu").network.latent_mean, mean)
+
+
 def test_a_network_of_ours_of_any_name_is_a_model(copy: Path) -> None:
     old = copy / "weights" / "mmaudio_small_16k.pth"
     load_mmaudio(old).save(copy / "finetuned.safetensors")
