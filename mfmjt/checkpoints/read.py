@@ -111,7 +111,7 @@ def what_is_wrong(path: Path) -> str:
         return "is empty"
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file that it stands for: run `git lfs pull`"
-    if head[_HEADER : _HEADER + 1] == b"{":
+    if _begins_safetensors(head):
         said = int.from_bytes(head[:_HEADER], "little")
         if said > size - _HEADER:
             return f"is damaged or cut short: {size:,} bytes do not hold its header of {said:,}"
@@ -129,7 +129,12 @@ def what_is_wrong(path: Path) -> str:
 def is_safetensors(path: Path) -> bool:
     """Whether a file's first bytes are those of safetensors."""
     with path.open("rb") as stream:
-        return stream.read(_HEADER + 1).endswith(b"{")
+        return _begins_safetensors(stream.read(_HEADER + 1))
+
+
+def _begins_safetensors(head: bytes) -> bool:
+    # The length of a header has zeros in front, and text has none.
+    return head[_HEADER : _HEADER + 1] == b"{" and b"\0" in head[:_HEADER]
 
 
 _WANTED = "Give a .safetensors, .pth or .pt file with a state dict."
@@ -197,6 +202,8 @@ def _read_parts(index: Path) -> dict[Any, Any]:
         names = sorted(set(where.values()))
         if any(Path(name).name != name for name in names):
             raise ValueError("it names files in other folders")
+        if any(name.endswith(".index.json") for name in names):
+            raise ValueError("it names an index")
     except Exception as error:  # what is in the file decides
         raise InputError(
             f"{index} is no index of weights: {reason(error)}. Give one with a weight_map, or the "

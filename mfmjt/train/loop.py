@@ -210,6 +210,7 @@ class _Run:
 
     def _network(self) -> MFMJT:
         net = starting_network(self.config)
+        self.notes = net.notes
         if self.config.init_from is None:
             with torch.no_grad():
                 if self.null_text is not None:
@@ -244,6 +245,8 @@ class _Run:
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")
+            for text in () if resumed else self.notes:
+                self.progress.message(f"Note: {text}")
             self._agreed(self.processes.sum(self._flags()))
             while not self._stops() and self.share() < 1:
                 self._advance()

@@ -143,6 +143,8 @@ HUGE = (2**40).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}}'
         (POINTER.encode(), "Git LFS pointer"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML.*AccessDenied"),
         (b'{"error":"Repository not found"}', "JSON.*Repository not found"),
+        (b'{"code": {"message": "Not found"}}', "JSON.*Not found"),
+        (b'{"err": {"message": "Not found"}}', "JSON.*Not found"),
         (b"Entry not found", "text.*Entry not found"),
         (gzip.compress(b"weights"), "gzip"),
         (archive("tar"), "tar archive"),
@@ -227,6 +229,7 @@ def test_an_index_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
         ({"a": str(tmp_path / "w.pth")}, "other folders"),
         ({"a": "w.pth", "b.c": "w.pth"}, r"1 tensors .* such as b\.c"),
         ({f"a{i}": f"w{i}.pth" for i in range(9)}, r"not beside it: w0\.pth.* and 4 more"),
+        ({"a": "model.safetensors.index.json"}, "it names an index"),
         ({"a": 3}, "is no index"),
         ([], "is no index"),
     ):
