@@ -3,7 +3,7 @@
 from mfmjt.checkpoints.own import check_depths, load_module, read_own, save_module
 from mfmjt.checkpoints.published import Check, PublishedFile, find, find_all, there
 from mfmjt.checkpoints.read import read_content
-from mfmjt.checkpoints.weights import about, load_published, looks_like, weights_in
+from mfmjt.checkpoints.weights import about, load_published, weights_in
 
 __all__ = [
     "Check",
@@ -14,7 +14,6 @@ __all__ = [
     "find_all",
     "load_module",
     "load_published",
-    "looks_like",
     "read_content",
     "read_own",
     "save_module",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mfmjt.checkpoints.published import PublishedFile
 from mfmjt.errors import InputError, short, some
 
-__all__ = ["Weights", "about", "load_published", "looks_like", "weights_in"]
+__all__ = ["Weights", "about", "load_published", "weights_in"]
 
 _DEPTH = 4  # of dictionaries in each other
 _PART = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -71,7 +71,7 @@ def weights_in(content: Mapping[Any, Any], mark: str, what: str) -> Weights:
     averaged = [place for place in found if _AVERAGED.search(place) and "online" not in place]
     if not found:
         names = [str(k) for _, d in _dicts(content) for k, v in d.items() if isinstance(v, Tensor)]
-        kind = f"; it looks like {kind}" if (kind := looks_like(names)) else ""
+        kind = f"; it looks like {kind}" if (kind := _looks_like(names)) else ""
         raise InputError(
             f"This is no state dict of {what}: missing {mark}{kind}. It holds "
             f"{some(names, most=3) or 'no tensors'}. Give the file as its publisher keeps it."
@@ -94,7 +94,7 @@ def weights_in(content: Mapping[Any, Any], mark: str, what: str) -> Weights:
     return Weights(taken, (note,))
 
 
-def looks_like(names: Iterable[str]) -> str:
+def _looks_like(names: Iterable[str]) -> str:
     """What a state dict with these names is of; empty where it is not known."""
     listed = list(names)
     for part, kind in _KINDS.items():
