@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.device import choose_device
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason, short, some
 from mfmjt.extract.clips import Cut, Piece, decode
 from mfmjt.extract.ends import Ends
 from mfmjt.extract.tables import Row
@@ -181,7 +181,7 @@ def verify(store: str | Path) -> int:
             index = json.loads(path.read_text())
             names = [*index["shards"], *index.get("text_shards", [])]
         except (OSError, ValueError, KeyError) as error:
-            wrong.append(f"{path} cannot be read ({error}).")
+            wrong.append(f"{path} cannot be read ({reason(error)}).")
             continue
         paths += [path.parent / name for name in names]
     with Progress("verify", len(paths), 0, "files", rank_and_world()[0] > 0) as progress:
@@ -192,7 +192,7 @@ def verify(store: str | Path) -> int:
                 wrong.append(str(error))
             progress.update(done)
     if wrong:
-        raise RunError(" ".join(wrong))
+        raise RunError(some(wrong, " ", 2, each=250))
     return len(paths)
 
 
@@ -307,7 +307,7 @@ class _Work:
             try:
                 return decode(row.path, self.settings.cut, self.ends, self.device)
             except (ValueError, OSError) as error:  # an InputError, or what FFmpeg says
-                return " ".join(str(error).split())
+                return short(error, 300)
 
         workers = self.settings.workers
         if workers == 0:

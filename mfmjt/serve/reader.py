@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.media import Video
 
 __all__ = ["PICTURES", "Reader", "load_pictures"]
@@ -124,7 +124,9 @@ def load_pictures(folder: Path, found: dict[str, Any]) -> Video:
     try:
         frames = tuple(np.load(folder / name, allow_pickle=False) for name in PICTURES)
     except (OSError, ValueError) as error:
-        raise RunError(f"The pictures of the video are gone: {error}. Send it again.") from error
+        raise RunError(
+            f"The pictures of the video are gone: {reason(error)}. Send it again."
+        ) from error
     return Video(
         frames,
         found["duration"],

@@ -25,7 +25,7 @@ from torch import Tensor
 from mfmjt import meanflow
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.model import MFMJT
 from mfmjt.model.lora import merged_state, save_adapter
 from mfmjt.train import distributed, preview
@@ -210,6 +210,7 @@ class _Run:
 
     def _network(self) -> MFMJT:
         net = starting_network(self.config)
+        self.notes = net.notes
         if self.config.init_from is None:
             with torch.no_grad():
                 if self.null_text is not None:
@@ -244,6 +245,8 @@ class _Run:
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")
+            for text in () if resumed else self.notes:
+                self.progress.message(f"Note: {text}")
             self._agreed(self.processes.sum(self._flags()))
             while not self._stops() and self.share() < 1:
                 self._advance()
@@ -532,8 +535,8 @@ class _Run:
                         save_adapter(state, lora, path.parent / ADAPTER)
                 except (OSError, SafetensorError) as error:
                     raise RunError(
-                        f"Cannot write {path}: {error}. The training state is saved: make room, "
-                        "and the same command writes it."
+                        f"Cannot write {path}: {reason(error)}. The training state is saved: make "
+                        "room, and the same command writes it."
                     ) from error
         self.progress.message(f"Wrote {path}.")
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason, some
 from mfmjt.train.shards import Shard, will_need
 
 __all__ = ["FeatureStore"]
@@ -86,7 +86,7 @@ class FeatureStore:
             self.null_text = parts[0].texts[0].tensors["text"][0].float()
         elif any(part.texts for part in parts):
             raise InputError(
-                f"Of the stores {', '.join(str(p.folder) for p in parts)} some have features of "
+                f"Of the stores {some(p.folder for p in parts)} some have features of "
                 "text and others have not. Extract all of them with the same encoders."
             )
         heard = np.array([bool(caption) for caption in self.captions])
@@ -326,7 +326,7 @@ class _Part:
             self.tensors = {key: [_stream(s, key) for s in shards] for key in _STREAMS}
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"Cannot read features from {folder}: {error}. Make them with the stage "
+                f"Cannot read features from {folder}: {reason(error)}. Make them with the stage "
                 "`features` or with mfmjt extract, or give another store=."
             ) from error
         if not self.captions or sum(map(len, self.tensors["mean"])) != len(self.captions):
