@@ -45,6 +45,14 @@ def recompute(block: Any, *args: Any, preserve_rng_state: bool = True, **kwargs:
         RuntimeError: In the backward pass, where a gradient is wanted of a tensor that is neither
             an argument nor a parameter, or where gradients are differentiated.
     """
+    if torch.compiler.is_compiling():
+        # Compiled, PyTorch's own is right in forward mode, and knows the compiler's random numbers.
+        def call(*args: Any, **kwargs: Any) -> Any:  # the compiler wants a function here
+            return block(*args, **kwargs)
+
+        return checkpoint(
+            call, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
+        )
     while isinstance(block, functools.partial):
         block, args, kwargs = block.func, block.args + args, block.keywords | kwargs
     owner = block if isinstance(block, nn.Module) else getattr(block, "__self__", None)
@@ -57,11 +65,6 @@ def recompute(block: Any, *args: Any, preserve_rng_state: bool = True, **kwargs:
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not (torch.is_grad_enabled() and places):
         return block(*args, **kwargs)
-    if torch.compiler.is_compiling():
-        # Compiled, PyTorch's own is right in forward mode, and knows the compiler's random numbers.
-        return checkpoint(
-            block, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
-        )
     tensors = [leaves[i] for i in places]
     rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     same = _Surroundings(tensors, preserve_rng_state)
