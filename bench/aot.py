@@ -26,7 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -341,7 +341,7 @@ def compile_widest(op: str, target: str) -> list[dict[str, Any]]:
 
 
 def _compiled(
-    op: str, target: str, shapes: dict[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
+    op: str, target: str, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
 ) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for dtype in dtypes:

@@ -2,7 +2,7 @@
 
 Triton is loaded where PyTorch is a GPU build, which brings it; elsewhere `jit` leaves a kernel as
 the Python function that nobody calls. TRITON_INTERPRET, which Triton reads itself, is a wish for it
-on a CPU too, in front of the C++ kernels, whatever the build: with 1 kernels run there one operation
+on a CPU too, in front of the C++ kernels and on any build: with 1 kernels run there one operation
 at a time, and the tests of the ops judge the Triton kernels; with 0 they are compiled for GPUs that
 are not there and do not run (`python -m bench.aot`).
 """
