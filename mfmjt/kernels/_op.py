@@ -544,18 +544,20 @@ _ARRIVED = (
 )
 
 
-def _refuse(y_bar: Tensor, y_dot_bar: Tensor) -> Tensor:
-    # A GPU looks at it when it comes there, and the host does not wait: compiled code calls this in
-    # every backward pass. any() alone takes six times as long on a CPU.
+def _refuse(y_bar: Tensor, y_dot_bar: Tensor, wait: bool) -> Tensor:
     if y_dot_bar.numel():
-        torch._assert_async(torch.stack(y_dot_bar.aminmax()).any().logical_not(), _ARRIVED)
+        arrived = torch.stack(y_dot_bar.aminmax()).any()  # any() alone takes six times as long
+        if not wait:
+            torch._assert_async(arrived.logical_not(), _ARRIVED)
+        elif arrived:
+            raise RuntimeError(_ARRIVED)
     return y_bar.clone()
 
 
 _refuse_op = define(
-    "refuse_gradient(Tensor y_bar, Tensor y_dot_bar) -> Tensor",
+    "refuse_gradient(Tensor y_bar, Tensor y_dot_bar, bool wait) -> Tensor",
     _refuse,
-    lambda y_bar, y_dot_bar: torch.empty_like(y_bar),
+    lambda y_bar, *_: torch.empty_like(y_bar),
 )
 
 
@@ -564,13 +566,14 @@ def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
 
     The check is an op of its own, because a compiled backward is handed zeros for every tangent
     that leaves the graph: those must pass, and only when it runs can they be told from a gradient.
+    There the host does not wait for a GPU's answer, which it would do once an op and step: the GPU
+    prints the message when it comes to the check, and fails as by any assertion on the device.
 
     Raises:
-        RuntimeError: The cotangent of a tangent is not zero. A GPU prints the message when it comes
-            to the check, and fails as with any device-side assertion.
+        RuntimeError: The cotangent of a tangent is not zero.
     """
     for y_dot_bar in y_dot_bars:
         if y_dot_bar is not None:
             y_bar = torch.zeros_like(y_dot_bar) if y_bar is None else y_bar
-            y_bar = _refuse_op(y_bar, y_dot_bar)
+            y_bar = _refuse_op(y_bar, y_dot_bar, not is_watched())
     return y_bar
