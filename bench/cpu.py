@@ -32,20 +32,13 @@ from typing import Any
 
 import torch
 
-from bench.cases import JVP_BACKWARD, Case, cases, named_ops, operands
-from bench.harness import (
-    Ceilings,
-    Rows,
-    Sampler,
-    dtype_name,
-    environment,
-    on_cpu,
-    prepare,
-    row_of,
-    take_turns,
-)
+from bench.cases import JVP_BACKWARD, Case, cases, operands
+from bench.harness import Sampler, dtype_name, on_cpu, prepare, take_turns
 from bench.judge import Truth
+from bench.kernels import named_ops
+from bench.machine import Ceilings, environment, row_of
 from bench.providers import OURS, REFERENCE, providers
+from bench.rows import Rows
 from mfmjt.kernels import _ext
 
 __all__ = ["add_arguments", "run"]
