@@ -128,6 +128,19 @@ def test_off_a_gpu_a_captured_function_is_the_function():
     assert seen == [2.0, 3.0]
 
 
+@pytest.mark.parametrize("mode", ["cfg", "cfg_scaled"])
+@pytest.mark.parametrize("compile", [True, False])
+def test_the_scale_may_be_a_tensor(mode, compile):
+    """As a graph has it, which reads the scale anew each time."""
+    net = network()
+    z, _, _, features = inputs(2)
+    step = net.frozen().step if compile else OneStep(net, compile=False)._sample
+    for w in (1.5, 4.3):
+        truth = step(z, **features, guidance=w, mode=mode)
+        found = step(z, **features, guidance=torch.tensor([w], dtype=torch.double), mode=mode)
+        assert error(found, truth) <= allowance(truth, z.dtype, 4)
+
+
 def test_what_a_graph_reads_can_be_kept():
     """Graphs know addresses: null conditions and tables must outlive their caches' entries."""
     frozen = network().frozen()
