@@ -10,6 +10,7 @@ from mfmjt.errors import MfmjtError
 
 COMMANDS = {
     "gpu": "bench.gpu.drive",
+    "precompile": "bench.gpu.precompile",
     "cpu": "bench.cpu",
     "report": "bench.report",
     "compare": "bench.compare",

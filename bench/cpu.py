@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -225,6 +226,7 @@ def _serve(connection: Connection) -> None:
         wanted = [p for p in providers(case, CPU, mode) if only is None or p.name in only]
         truth = truths.of(case, DTYPES[dtype]) if only is None else None
         good, bad = prepare(case, DTYPES[dtype], mode, wanted, CPU, truth)
+        gc.collect()
         drawn = operands(case, DTYPES[dtype], CPU)
         for provider, (call, _) in good.items():
             samplers[provider] = on_cpu(functools.partial(call, drawn))

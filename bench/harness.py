@@ -11,10 +11,9 @@ time, which a busy machine stretches less, stands beside wall time.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -233,9 +232,10 @@ def prepare(
     case: Case,
     dtype: torch.dtype,
     mode: str,
-    providers: Iterable[Provider],
+    providers: Sequence[Provider],
     device: torch.device,
     truth: Truth | None,
+    given: Operands | None = None,
 ) -> tuple[dict[str, tuple[Callable[[Operands], object], float | None]], dict[str, dict[str, str]]]:
     """Build every provider's call, run it, and compare with the truth.
 
@@ -246,6 +246,7 @@ def prepare(
         providers: Who.
         device: Where.
         truth: What is right; None for calls that were verified elsewhere.
+        given: Operands, which are drawn otherwise.
 
     Returns:
         For those who may be timed the call and its error over the limit; for the others the fields
@@ -256,8 +257,9 @@ def prepare(
     """
     good: dict[str, tuple[Callable[[Operands], object], float | None]] = {}
     bad: dict[str, dict[str, str]] = {}
-    given = operands(case, dtype, device)
-    torch.compiler.reset()  # what was compiled for other comparisons counts against a limit
+    given = given or operands(case, dtype, device)
+    if any(provider.compiled for provider in providers):
+        torch.compiler.reset()  # what was compiled for other comparisons counts against a limit
     for provider in providers:
         try:
             call = step(provider, case, mode)
@@ -282,7 +284,6 @@ def prepare(
                 torch.cuda.synchronize()  # where a kernel went wrong, the next one would be blamed
             except RuntimeError as error:
                 raise DeviceLost(provider.name, line_of(error)) from error
-    gc.collect()
     return good, bad
 
 

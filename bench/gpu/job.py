@@ -45,6 +45,7 @@ class Job:
         device: Where to compute: "cpu", "cuda" or "cuda:1".
         smoke: Everything tiny, to see that it runs.
         deadline: `time.monotonic()` at which to stop.
+        stand_in: Nothing is computed, so that calls are of interest and times are not.
         facts: What the parent is told at the end.
         verdict: A row that the exit status decides upon, and the rows that it belongs to.
     """
@@ -55,6 +56,7 @@ class Job:
     device: str
     smoke: bool
     deadline: float
+    stand_in: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     verdict: tuple[Rows | None, Mapping[str, Any] | None] = (None, None)
 

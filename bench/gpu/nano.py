@@ -19,7 +19,7 @@ from mfmjt.train.config import FeatureExtraction, NetworkTraining, load_config
 from mfmjt.train.features import extract_all
 from mfmjt.train.loop import train
 
-__all__ = ["clips", "features", "training"]
+__all__ = ["clips", "extract", "features", "training"]
 
 PRETRAINED = Path(__file__).parents[2] / "mfmjt" / "pretrained" / "nano"
 CLIP_SECONDS = 0.5
@@ -35,28 +35,34 @@ def clips(seconds: float, workers: int) -> int:
 
 def features(job: Job) -> None:
     """Make as many clips as half of the time allows, on a part of the cores."""
-    ends = _ends(job)
     workers = 0 if job.smoke else max(1, len(os.sched_getaffinity(0)) * 3 // 8)
     count = 2 if job.smoke else clips(job.left() / 2, workers)
     job.facts["clips"] = count
+    extract(job, count, validation=2 if job.smoke else 40, workers=workers)
+
+
+def extract(job: Job, clips: int, validation: int, workers: int) -> None:
+    """Make clips, and encode them."""
+    ends = _ends(job)
     extract_all(
         FeatureExtraction(
             out=str(job.work / "features"),
             codec=str(ends / "codec.safetensors"),
             encoders=str(ends / "encoders.safetensors"),
-            clips=count,
-            validation=2 if job.smoke else 40,
+            clips=clips,
+            validation=validation,
             workers=workers,
         )
     )
 
 
-def training(job: Job, how: str) -> None:
+def training(job: Job, how: str, **changes: int) -> None:
     """Train for the time there is: through flow matching, and then MeanFlow.
 
     Args:
         job: The piece.
         how: "graph", every step replayed, or "eager".
+        **changes: Of the recipe.
     """
     rows = job.rows(TRAIN)
     about = {"run": how, "device": job.device}
@@ -73,7 +79,7 @@ def training(job: Job, how: str) -> None:
         "out": out,
         "device": job.device,
         "cuda_graph": json.dumps(graph),
-        "max_minutes": round(max(5.0, job.left() - 10) / 60, 3),
+        "max_minutes": round(max(5.0, min(600.0, job.left() - 10)) / 60, 3),
         "steps": 3000,
         "flow_steps": 400,
         "warmup": 100,
@@ -86,11 +92,12 @@ def training(job: Job, how: str) -> None:
     if job.smoke:
         tiny = {"steps": 3, "flow_steps": 1, "log_every": 1, "batch": 4, "full_batch": 4}
         settings |= {**tiny, "window": 20, "dtype": "float32", "overrides": json.dumps(TINY)}
+    settings |= changes
     words = [f"{name}={value}" for name, value in settings.items()]
     config = load_config(NetworkTraining, "nano_gpu", "network", words)
     began = time.monotonic()
     with job.trying(rows, about):
-        result = train(config, stop_after=max(4.0, job.left() - 8))
+        result = train(config, stop_after=max(4.0, min(600.0, job.left() - 8)))
         for line in read(out / "log.jsonl"):
             if "step" in line and "loss" in line:
                 rows.add({**about, **line})

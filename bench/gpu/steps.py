@@ -55,7 +55,7 @@ def steps(job: Job, which: str = "headline") -> None:
     """A row for each provider of each plan of a turn; see `plans`."""
     rows, work = job.rows(STEP), None
     verdicts: dict[str, Verdict] = {}
-    dtype = torch.bfloat16 if job.cuda else torch.float32
+    dtype = torch.float32 if job.smoke else torch.bfloat16
     gemm = ceilings(job).gemm_tflops[str(dtype).removeprefix("torch.")]
     for plan in plans(which, job.smoke):
         (ratio,) = plan.ratios
@@ -74,6 +74,9 @@ def steps(job: Job, which: str = "headline") -> None:
                 if verdicts[name].status != "ok":
                     wrong = {"status": verdicts[name].status, "reason": verdicts[name].reason}
                     rows.add({**about, **wrong})
+                    continue
+                if job.stand_in:
+                    work.step(PROVIDERS[name], ratio)()
                     continue
                 row = _timed(job, work, name, ratio)
                 row["gradient_error"] = verdicts[name].error
@@ -101,7 +104,7 @@ def _about(job: Job, plan: Plan, ratio: float, name: str) -> Row:
         "network": "tiny" if job.smoke else plan.network,
         "batch": plan.batch,
         "length": plan.length,
-        "dtype": "bfloat16" if job.cuda else "float32",
+        "dtype": "float32" if job.smoke else "bfloat16",
         "ratio": ratio,
         "provider": name,
     }
@@ -123,8 +126,7 @@ def _timed(job: Job, work: Work, name: str, ratio: float) -> Row:
     if provider.compiled:
         step()
     if not job.cuda:
-        seconds = 0.0 if job.smoke else 1.0
-        timing = take_turns({name: on_cpu(step)}, seconds)[name]
+        timing = take_turns({name: on_cpu(step)}, 0.0)[name]
         return row | {"peak_mib": None, **_times(timing)}
     first = _gradients(work)
     step()

@@ -176,6 +176,7 @@ def time_plan(
     tiny: bool = False,
     guard: Guard = _refused,
     has_time: Callable[[Row], bool] = lambda fields: True,
+    seconds: float | None = 6.0,
 ) -> None:
     """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
 
@@ -187,6 +188,7 @@ def time_plan(
         tiny: Nothing of real size.
         guard: Makes a row of what fails.
         has_time: Whether there is time for a provider.
+        seconds: To take the times of all in, where they take turns; None takes none.
     """
     timer = _Timer(rows, plan, device, dtype, tiny)
     torch.compiler.reset()
@@ -204,7 +206,7 @@ def time_plan(
                 timer.add({**ready[1], **({"graph_ms": timer.graph_ms()} if alone else {})}, timing)
             elif ready is not None:
                 samplers[provider], more[provider] = ready
-    for provider, timing in take_turns(samplers, 0.0 if tiny else 6.0).items():
+    for provider, timing in {} if seconds is None else take_turns(samplers, seconds).items():
         timer.add(more[provider], timing)
 
 
@@ -219,10 +221,11 @@ def latency(job: Job, which: str = "headline") -> None:
     torch.backends.cudnn.benchmark = True  # plain PyTorch shall have its best convolutions
     tiny = {"headline": [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager"))]}
     tiny["rest"] = [Plan("nano", "latents", 2, ("eager_25",))]
-    for plan in (tiny if job.smoke else plans(job.torch_device)).get(which, []):
+    for plan in (tiny if job.smoke else plans(job.cuda or job.stand_in)).get(which, []):
         time_plan(
             *(rows, plan, job.torch_device, torch.bfloat16, job.smoke, job.trying),
             has_time=functools.partial(job.has_time, rows),
+            seconds=None if job.stand_in else 0.0,
         )
     if which == "rest" and not job.smoke:
         _once(rows, job.torch_device, 3, list(ONCE), job.trying)
@@ -378,7 +381,7 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out / "generate.jsonl", KEY)
     tiny = [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager", "eager_25"))]
-    every = [plan for turn in plans(device).values() for plan in turn]
+    every = [plan for turn in plans(device.type == "cuda").values() for plan in turn]
     for plan in tiny if given.smoke else every:
         named = not given.network or plan.network in given.network
         if not named or (given.what and plan.what not in given.what):
@@ -386,7 +389,7 @@ def main() -> int:
         if time.monotonic() > end - 60 and not given.smoke:
             print("The time is up; the same command goes on from here.")
             break
-        time_plan(rows, plan, device, tiny=given.smoke)
+        time_plan(rows, plan, device, tiny=given.smoke, seconds=0.0 if given.smoke else 6.0)
     else:
         networks, what = given.network or [*CONFIGS], given.what or ([] if given.smoke else ONCE)
         once = [name for name in ONCE if name in what and ONCE[name][0] in networks]

@@ -37,10 +37,10 @@ class Plan(NamedTuple):
     providers: tuple[str, ...]
 
 
-def plans(device: torch.device) -> dict[str, list[Plan]]:
+def plans(gpu: bool) -> dict[str, list[Plan]]:
     """What is timed by default, what has a bar first: on a GPU in three turns."""
     few = (OURS, "eager")
-    if device.type == "cpu":
+    if not gpu:
         everyone = (OURS, "eager", "mfmjt_eager", "compile")
         return {
             "headline": [

@@ -42,7 +42,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(MFMJT, "frozen", off)
     found = Rows(tmp_path / "generate.jsonl", KEY)
     plan = Plan("nano", "latents", 1, ("mfmjt", "eager"))
-    time_plan(found, plan, CPU, tiny=True)
+    time_plan(found, plan, CPU, tiny=True, seconds=0.0)
     by_name = {row["provider"]: row for row in found.rows}
     assert by_name["mfmjt"]["status"] == "wrong"
     assert "relative error" in by_name["mfmjt"]["reason"]
@@ -52,7 +52,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
 def test_an_unknown_provider_is_an_error(tmp_path):
     plan = Plan("nano", "latents", 1, ("theirs",))
     with pytest.raises(bench_generate.InputError, match="theirs"):
-        time_plan(Rows(tmp_path / "x", KEY), plan, CPU, tiny=True)
+        time_plan(Rows(tmp_path / "x", KEY), plan, CPU, tiny=True, seconds=0.0)
 
 
 def test_bars_are_held_against_what_was_measured():

@@ -140,7 +140,7 @@ def test_a_replay_may_differ_as_two_calls_do():
 
 
 def test_no_time_is_spent_on_compiling_before_ours_and_eager_have_rows():
-    turns = generation.plans(torch.device("cuda"))
+    turns = generation.plans(gpu=True)
     assert [*turns] == ["headline", "compiled", "rest"]
     assert turns["headline"][0] == Plan(
         "small_16k", "latents", 1, ("mfmjt", "eager", "mfmjt_eager")
