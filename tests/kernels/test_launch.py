@@ -1,4 +1,4 @@
-"""Kernels launched as on an H200, by a driver that launches nothing: see stand_in.
+"""Kernels launched as on an H200, by a driver that launches nothing: bench/gpu/stand_in.py.
 
 All of Triton's way is real: arguments specialized and parsed, ptxas, registers and shared memory
 against a block's, grids against the driver's limits. Nothing is computed.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.stand_in.driver import build
+from bench.gpu.precompile import build_driver
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -30,9 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    build(folder)
-    return folder
+    return build_driver(sys.executable, tmp_path_factory.mktemp("driver"))
 
 
 def launched(driver: Path, code: str, *arguments: str) -> int:
@@ -52,11 +50,12 @@ def launched(driver: Path, code: str, *arguments: str) -> int:
 
 
 BEGIN = """
-import json, sys
-from tests.kernels.stand_in.driver import install
-library = install()
+import json, os, sys
+from bench.gpu.stand_in import installed  # before the kernels are imported
 import torch
 from mfmjt import kernels
+stand_in = installed(os.environ["TRITON_LIBCUDA_PATH"])
+library = stand_in.__enter__()
 torch.manual_seed(0)
 """
 
