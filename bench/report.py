@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from bench.cases import MODES, VALUE
-from bench.harness import Rows
 from bench.model import bench_generate
 from bench.providers import OURS, REFERENCE
+from bench.rows import Rows
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT

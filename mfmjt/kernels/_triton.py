@@ -2,9 +2,9 @@
 
 Triton is loaded where PyTorch is a GPU build, which brings it; elsewhere `jit` leaves a kernel as
 the Python function that nobody calls. TRITON_INTERPRET, which Triton reads itself, is a wish for it
-on a CPU too, in front of the C++ kernels: with 1 kernels run there one operation at a time, and the
-tests of the ops judge the Triton kernels; with 0 they are compiled for GPUs that are not there and
-do not run (`python -m bench.aot`).
+on a CPU too, in front of the C++ kernels and on any build: with 1 kernels run there one operation
+at a time, and the tests of the ops judge the Triton kernels; with 0 they are compiled for GPUs that
+are not there and do not run (`python -m bench.aot`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _installed = importlib.util.find_spec("triton") is not None
 _gpu_build = bool(torch.version.cuda or torch.version.hip)
 _interpret = os.environ.get("TRITON_INTERPRET")
 INTERPRETED = _installed and _interpret == "1"
-ON_CPU = INTERPRETED or (_installed and _interpret == "0" and not _gpu_build)
+ON_CPU = INTERPRETED or (_installed and _interpret == "0")
 AVAILABLE = ON_CPU or (_installed and _gpu_build)
 
 F = TypeVar("F", bound=Callable[..., Any])

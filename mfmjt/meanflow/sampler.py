@@ -24,7 +24,7 @@ def sample(
     steps: int = 1,
     cond: Cond | None = None,
     null: Cond | None = None,
-    guidance: float = 1.0,
+    guidance: float | Tensor = 1.0,
     mode: GuidanceMode = "cfg_scaled",
     instantaneous: bool = False,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def sample(
         cond: Keyword arguments for f.
         null: The same without condition, for guidance. Where names and shapes agree with `cond`,
             both passes are one batch of 2B.
-        guidance: Scale w; 1 needs no second pass.
+        guidance: Scale w, a number or as `guide` takes it; the number 1 needs no second pass.
         mode: See `guide`.
         instantaneous: f is a flow-matching network: evaluate it at r = t (Euler's method).
 
@@ -51,7 +51,7 @@ def sample(
     if steps < 1:
         raise InputError(f"steps is {steps}: sampling takes at least one. Give 1 or more.")
     cond = {} if cond is None else cond
-    guided = mode != "none" and guidance != 1.0
+    guided = mode != "none" and (isinstance(guidance, Tensor) or guidance != 1.0)
     both: dict[str, Any] | None = None
     if guided:
         if null is None:
@@ -158,7 +158,7 @@ class OneStep:
         self,
         z: Tensor,
         *,
-        guidance: float,
+        guidance: float | Tensor,
         mode: GuidanceMode,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,

@@ -195,7 +195,7 @@ def _prepared(
         seconds[name] += time.perf_counter() - begin
 
     features: dict[str, Tensor] = {}
-    notes = pipeline.notes + prompt_notes(pipeline.encoders, request.prompt)
+    notes = prompt_notes(pipeline.encoders, request.prompt)
     if request.video is not None:
         source = pipeline._video(request.video, request.duration, None)
         ((_, features),) = source.windows(stage)

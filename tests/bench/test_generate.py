@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import pytest
 import torch
 
-from bench.harness import Rows
 from bench.model import bench_generate
-from bench.model.bench_generate import KEY, Plan, missed, time_generation
+from bench.model.bench_generate import KEY, missed, time_plan
+from bench.model.generation import Plan
+from bench.rows import Rows
 from mfmjt.model import MFMJT
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(MFMJT, "frozen", off)
     found = Rows(tmp_path / "generate.jsonl", KEY)
     plan = Plan("nano", "latents", 1, ("mfmjt", "eager"))
-    assert time_generation(found, CPU, time.monotonic(), [plan], tiny=True)
+    time_plan(found, plan, CPU, tiny=True, seconds=0.0)
     by_name = {row["provider"]: row for row in found.rows}
     assert by_name["mfmjt"]["status"] == "wrong"
     assert "relative error" in by_name["mfmjt"]["reason"]
@@ -52,7 +52,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
 def test_an_unknown_provider_is_an_error(tmp_path):
     plan = Plan("nano", "latents", 1, ("theirs",))
     with pytest.raises(bench_generate.InputError, match="theirs"):
-        time_generation(Rows(tmp_path / "x", KEY), CPU, time.monotonic(), [plan], tiny=True)
+        time_plan(Rows(tmp_path / "x", KEY), plan, CPU, tiny=True, seconds=0.0)
 
 
 def test_bars_are_held_against_what_was_measured():
