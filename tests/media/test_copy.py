@@ -141,6 +141,38 @@ def test_files_without_times_of_their_own(tmp_path: Path, codec: str, suffix: st
         assert np.array_equal(again.frames[0], video.frames[0])
 
 
+def test_two_pictures_in_one_packet(tmp_path: Path) -> None:
+    """As DivX and Xvid wrote AVI: one that comes later in time, its B-picture, then a stand-in."""
+    rate = Fraction(25)
+    film = Film("mpeg4", "avi", 21, rate, {"bf": "1"}, [i / rate for i in range(21)])
+    path = film.write(tmp_path)
+    nothing = bytes.fromhex("000001b6540000")
+    with av.open(str(path)) as old, av.open(str(tmp_path / "packed.avi"), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream, opaque=True)
+        whole = [bytes(packet) for packet in old.demux(stream) if packet.size]
+        packed = whole[:1]
+        for later, between in zip(whole[1::2], whole[2::2], strict=True):
+            packed += [later + between, nothing]
+        for i, content in enumerate(packed):
+            packet = av.Packet(content)
+            packet.pts = packet.dts = i
+            packet.time_base, packet.stream = 1 / rate, copy
+            packet.is_keyframe = i == 0
+            new.mux(packet)
+    wanted = [picture for _, picture in look(path).pictures]
+    assert len(set(wanted)) == 21
+    assert len(read_video(tmp_path / "packed.avi", rates=(25,)).frames[0]) == 21
+    for suffix in (".mp4", ".mkv", ".mov"):
+        out = tmp_path / f"out{suffix}"
+        mux(tmp_path / "packed.avi", silence(0.84), RATE, out)
+        copy = look(out).pictures
+        assert [picture for _, picture in copy] == wanted
+        assert [round(float(time), 2) for time, _ in copy] == [
+            round(0.04 * i, 2) for i in range(21)
+        ]
+
+
 def test_the_zero_of_sound_that_is_read_is_the_first_picture(tmp_path: Path) -> None:
     """In AVI the first picture comes a place later, as it is decoded."""
     path = tmp_path / "a.avi"
