@@ -98,7 +98,10 @@ def stages(parts: Sequence[str], ops: Sequence[str], device: str) -> list[list[P
     # Compiling is what takes time in a check, and cores do that side by side.
     checks = each("check", lambda _: 110.0, [*ops, "network"])
     sanitizer = shutil.which("compute-sanitizer") if cuda else None
-    options = ("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20")
+    options = (
+        *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"),
+        *("--kernel-name", "kernel_substring=_kernel"),  # ours, and few others
+    )
     odd = [
         piece._replace(
             prefix=(sanitizer, *options) if sanitizer else (),

@@ -15,6 +15,7 @@ from bench.gpu.job import Job
 from bench.gpu.look import TIMED, ceilings
 from bench.harness import (
     MAX_SETS,
+    CaptureFailed,
     DeviceLost,
     Sampler,
     cuda_events,
@@ -162,8 +163,8 @@ def _sampler(
         return on_cpu(one), "cpu"
     try:
         return replayed(call, sets), "graph"
-    except Exception as error:  # it waits for the device, or allocates where a graph may not
-        print(f"No graph ({str(error).partition(chr(10))[0]}); timed between events.")
+    except CaptureFailed as error:  # it waits for the device, or allocates where a graph may not
+        print(f"No graph ({error}); timed between events.")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return cuda_events(one, device), "events"

@@ -46,6 +46,7 @@ import torch
 
 from bench.gpu.job import Job
 from bench.harness import (
+    CaptureFailed,
     Sampler,
     cuda_events,
     dtype_name,
@@ -203,7 +204,12 @@ def time_plan(
             if ready is not None and device.type == "cuda":
                 (timing,) = take_turns({provider: ready[0]}, 0.3).values()
                 alone = provider == OURS and plan.what == "latents"
-                timer.add({**ready[1], **({"graph_ms": timer.graph_ms()} if alone else {})}, timing)
+                try:
+                    more_of_it = {"graph_ms": timer.graph_ms()} if alone else {}
+                except CaptureFailed as error:
+                    timer.add({**ready[1], "graph_ms": None, "reason": str(error)}, timing)
+                    raise
+                timer.add({**ready[1], **more_of_it}, timing)
             elif ready is not None:
                 samplers[provider], more[provider] = ready
     for provider, timing in take_turns(samplers, seconds).items():
