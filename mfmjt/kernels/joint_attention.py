@@ -973,7 +973,7 @@ def _launch(
         *(None if group is None else tuple(group) for group in pointers),
         queries,
         keys,
-        tuple(None if n is None else n.to(first.device).contiguous() for n in lengths),
+        tuple(None if n is None else n.contiguous() for n in lengths),
         lse.shape[2],
         heads,
         scale,
@@ -1178,9 +1178,10 @@ def joint_attention(
         k: `(B, M, H, D)`, or a tuple of such streams, each with its own M.
         v: As k.
         scale: Factor of the scores; D ** -0.5 by default.
-        lengths: How many leading keys count, `(B,)` integers: one tensor where k is one tensor,
-            else a tuple with a tensor or None (all count) for each stream. What lies beyond may be
-            anything, NaN included, and gets zero gradients. A sample without any key gets zeros.
+        lengths: How many leading keys count, `(B,)` integers on the device of q: one tensor where
+            k is one tensor, else a tuple with a tensor or None (all count) for each stream. What
+            lies beyond may be anything, NaN included, and gets zero gradients. A sample without
+            any key gets zeros.
 
     Returns:
         The answers, of q's shape and dtype: a tensor, or a tuple of streams.
@@ -1211,8 +1212,13 @@ def joint_attention(
         _op.check(False, "joint_attention", needs, **named)
     _op.check_tensors("joint_attention", {f"lengths[{i}]": n for i, n in enumerate(limits)})
     for limit in limits:
-        if limit is not None and not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
+        if limit is None:
+            continue
+        if not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
             needs = f"lengths ({head[0]},) of integers, one for each sample"
+            _op.check(False, "joint_attention", needs, lengths=limit)
+        if limit.device != queries[0].device:  # to be copied at every call, which is waited for
+            needs = f"lengths on {queries[0].device} as q, not on {limit.device}"
             _op.check(False, "joint_attention", needs, lengths=limit)
     if _op.use_reference():
         return joint_attention_ref(q, k, v, scale, lengths)

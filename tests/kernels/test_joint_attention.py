@@ -216,6 +216,15 @@ def test_refuses_dtypes_that_differ():
         joint_attention(q, q.double(), q)
 
 
+def test_refuses_lengths_on_another_device():
+    """Which would be copied in every call, and cannot be inside a CUDA graph."""
+    q = torch.zeros(2, 3, 1, 4, device="meta")
+    lengths = torch.tensor([1, 2], device="cpu")
+    with pytest.raises(ValueError, match="lengths on meta as q, not on cpu"):
+        joint_attention(q, q, q, lengths=lengths)
+    assert joint_attention(q, q, q, lengths=lengths.to("meta")).shape == q.shape
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("tokens", [1, 17, 77, 250, 391])
 def test_lengths_of_networks(tokens, dtype):

@@ -92,6 +92,9 @@ def test_nothing_is_read_on_the_host():
         z, _, _, features = inputs(2, dtype=torch.float32)
         net = MFMJT.from_config("nano", **SMALL, **DIMS)
         assert OneStep(net)(z, **features).shape == z.shape
+        scale = torch.full((1,), 1.5, dtype=torch.double)  # as a graph has it
+        for step in (net.frozen().step, OneStep(net, compile=False)._sample):
+            assert step(z, **features, guidance=scale, mode="cfg_scaled").shape == z.shape
 
 
 def test_other_weights_need_another_step():
