@@ -50,7 +50,7 @@ from bench.kernels import named_ops
 from bench.rows import Rows, read
 from mfmjt.errors import InputError, RunError
 
-__all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "run", "stages"]
+__all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "commit", "run", "stages"]
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path("/tmp/mfmjt_triton_cache")
@@ -336,7 +336,7 @@ def run(given: argparse.Namespace) -> int:
         "GOMP_SPINCOUNT": "100",
         # Inductor would choose a place of its own.
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(CACHE)),
-        "COMMIT": os.environ.get("COMMIT") or _commit(),
+        "COMMIT": os.environ.get("COMMIT") or commit(),
     }
     smoke = ["--smoke"] if given.smoke else []
     places = ["--out", str(out), "--work", str(work), "--device", given.device]
@@ -396,7 +396,7 @@ def _has_gpu() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, or nothing where there is no git."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]

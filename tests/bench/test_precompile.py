@@ -54,14 +54,17 @@ def test_an_unknown_part_is_an_error(monkeypatch, capsys):
 
 
 @needs
-@pytest.mark.slow
-def test_what_is_compiled_is_what_is_launched_and_nothing_is_compiled_twice(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "names",
+    [["kernels swiglu"], pytest.param(["check swiglu", "latency"], marks=pytest.mark.slow)],
+    ids=" and ".join,
+)
+def test_what_is_compiled_is_what_is_launched(tmp_path, names):
     """A cache that a second run finds everything in, launchers and all."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    names, ops = ["check swiglu", "latency"], ("swiglu",)
-    counted = run_pieces(sys.executable, names, ops, tmp_path, 1, dry=True, smoke=True)
-    compiled = run_pieces(sys.executable, names, ops, tmp_path, 1, smoke=True)
-    again = run_pieces(sys.executable, names, ops, tmp_path, 1, smoke=True)
+    given = (sys.executable, names, ("swiglu",), tmp_path, 1)
+    options = {"smoke": True, "cache": tmp_path / "cache"}
+    counted = run_pieces(*given, dry=True, **options)
+    compiled, again = run_pieces(*given, **options), run_pieces(*given, **options)
     kernels = [row["kernels"] for row in counted]
     assert min(kernels) > 0
     assert [row["kernels"] for row in compiled] == kernels == [row["kernels"] for row in again]
