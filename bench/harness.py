@@ -26,6 +26,7 @@ from mfmjt.errors import RunError
 
 __all__ = [
     "MAX_SETS",
+    "CaptureFailed",
     "DeviceLost",
     "Sampler",
     "Timing",
@@ -66,6 +67,15 @@ class DeviceLost(RunError):
             "on without that."
         )
         self.provider, self.reason = provider, reason
+
+
+class CaptureFailed(RunError):
+    """A call cannot be a CUDA graph; its process is not to be trusted with another one.
+
+    PyTorch's allocator keeps a filter that belongs to the graph that is not.
+    """
+
+    taints = True
 
 
 @dataclass(frozen=True)
@@ -155,8 +165,7 @@ def recorded(
         warm_up: What to run twice before, on the same stream; the call itself by default.
 
     Raises:
-        Exception: The call cannot be captured. The process can still time between events; further
-            captures in it are not to be trusted.
+        CaptureFailed: The call cannot be captured.
     """
     before = torch.cuda.current_stream()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -166,8 +175,11 @@ def recorded(
             for _ in range(2):
                 (warm_up or call)()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = call()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = call()
+        except Exception as error:
+            raise CaptureFailed(f"{type(error).__name__}: {line_of(error)}") from error
     finally:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own
     before.wait_stream(stream)
@@ -195,7 +207,7 @@ def replayed(call: Callable[[Operands], object], sets: list[Operands]) -> Sample
     """One CUDA graph of a call on each set of operands; host time is of an ordinary call.
 
     Raises:
-        Exception: The call cannot be captured; see `recorded`.
+        CaptureFailed: The call cannot be captured.
     """
     graph, _ = recorded(lambda: [call(given) for given in sets], lambda: call(sets[0]))
     device = of_graph(graph, len(sets))

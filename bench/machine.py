@@ -73,6 +73,7 @@ def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dic
         "model": case.model,
         "batch": case.batch,
         "length": case.length,
+        "headline": case.headline,
         "dtype": dtype_name(dtype),
         "mode": mode,
         "flops": case.flops.of(mode),

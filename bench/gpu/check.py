@@ -63,9 +63,13 @@ def check(job: Job, op: str) -> None:
                 continue
             with job.trying(rows, about):
                 given = operands(case, dtype, CPU).to(dtype, job.torch_device)
+                call = step(Provider(OURS, case.function), case, mode)
+                if job.stand_in:
+                    call(given)
+                    continue
                 truth = truth or Truth(case, given, CPU)
                 _poison(job)
-                found = step(Provider(OURS, case.function), case, mode)(given)
+                found = call(given)
                 job.synchronize()
                 for kind, error in truth.judge(found).errors.items():
                     rows.add({**about, "kind": kind + where, **error})

@@ -50,7 +50,7 @@ from bench.kernels import named_ops
 from bench.rows import Rows, read
 from mfmjt.errors import InputError, RunError
 
-__all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "run", "stages"]
+__all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "commit", "run", "stages"]
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path("/tmp/mfmjt_triton_cache")
@@ -98,7 +98,10 @@ def stages(parts: Sequence[str], ops: Sequence[str], device: str) -> list[list[P
     # Compiling is what takes time in a check, and cores do that side by side.
     checks = each("check", lambda _: 110.0, [*ops, "network"])
     sanitizer = shutil.which("compute-sanitizer") if cuda else None
-    options = ("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20")
+    options = (
+        *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"),
+        *("--kernel-name", "kernel_substring=_kernel"),  # ours, and few others
+    )
     odd = [
         piece._replace(
             prefix=(sanitizer, *options) if sanitizer else (),
@@ -333,7 +336,7 @@ def run(given: argparse.Namespace) -> int:
         "GOMP_SPINCOUNT": "100",
         # Inductor would choose a place of its own.
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(CACHE)),
-        "COMMIT": os.environ.get("COMMIT") or _commit(),
+        "COMMIT": os.environ.get("COMMIT") or commit(),
     }
     smoke = ["--smoke"] if given.smoke else []
     places = ["--out", str(out), "--work", str(work), "--device", given.device]
@@ -393,7 +396,7 @@ def _has_gpu() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, or nothing where there is no git."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]

@@ -99,7 +99,7 @@ class Job:
         """Make a row of `fields` if what is inside fails, or is this process's end.
 
         A GPU reports late. So the block ends with a wait for it, and nothing is blamed on what
-        comes after.
+        comes after. What leaves the process tainted, such as a failed capture, is its end too.
         """
         self.note(rows, fields)
         try:
@@ -111,7 +111,11 @@ class Job:
             self.note(rows, {**fields, "reason": reason})
             self.leave_if_lost()
             where = traceback.format_exc().splitlines()[-6:]
-            rows.add({**fields, "status": "failed", "reason": reason, "at": where})
+            if not rows.has(**fields):
+                rows.add({**fields, "status": "failed", "reason": reason, "at": where})
+            if getattr(error, "taints", False):
+                self.note()
+                self.leave(reason)
         self.note()
 
     def note(self, rows: Rows | None = None, fields: Mapping[str, Any] | None = None) -> None:

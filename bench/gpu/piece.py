@@ -66,12 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     faulthandler.enable()
     faulthandler.dump_traceback_later(seconds + RESERVE, exit=True)
     end = time.monotonic() + seconds - RESERVE
-    job = Job(" ".join(given.name), given.out, given.work, given.device, given.smoke, end)
+    device = "cuda:0" if given.device == "cuda" else given.device
+    job = Job(" ".join(given.name), given.out, given.work, device, given.smoke, end)
     # TF32 would be PyTorch's error in the reference's place.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if job.cuda:
-        torch.cuda.set_device(job.device if ":" in job.device else "cuda:0")
+        torch.cuda.set_device(job.device)
     _count_compiled(job.facts)
     began = time.monotonic()
     run(job)

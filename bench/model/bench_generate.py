@@ -46,6 +46,7 @@ import torch
 
 from bench.gpu.job import Job
 from bench.harness import (
+    CaptureFailed,
     Sampler,
     cuda_events,
     dtype_name,
@@ -176,7 +177,7 @@ def time_plan(
     tiny: bool = False,
     guard: Guard = _refused,
     has_time: Callable[[Row], bool] = lambda fields: True,
-    seconds: float | None = 6.0,
+    seconds: float = 6.0,
 ) -> None:
     """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
 
@@ -188,7 +189,7 @@ def time_plan(
         tiny: Nothing of real size.
         guard: Makes a row of what fails.
         has_time: Whether there is time for a provider.
-        seconds: To take the times of all in, where they take turns; None takes none.
+        seconds: To take the times of all in, where they take turns.
     """
     timer = _Timer(rows, plan, device, dtype, tiny)
     torch.compiler.reset()
@@ -203,10 +204,15 @@ def time_plan(
             if ready is not None and device.type == "cuda":
                 (timing,) = take_turns({provider: ready[0]}, 0.3).values()
                 alone = provider == OURS and plan.what == "latents"
-                timer.add({**ready[1], **({"graph_ms": timer.graph_ms()} if alone else {})}, timing)
+                try:
+                    more_of_it = {"graph_ms": timer.graph_ms()} if alone else {}
+                except CaptureFailed as error:
+                    timer.add({**ready[1], "graph_ms": None, "reason": str(error)}, timing)
+                    raise
+                timer.add({**ready[1], **more_of_it}, timing)
             elif ready is not None:
                 samplers[provider], more[provider] = ready
-    for provider, timing in {} if seconds is None else take_turns(samplers, seconds).items():
+    for provider, timing in take_turns(samplers, seconds).items():
         timer.add(more[provider], timing)
 
 
@@ -222,13 +228,24 @@ def latency(job: Job, which: str = "headline") -> None:
     tiny = {"headline": [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager"))]}
     tiny["rest"] = [Plan("nano", "latents", 2, ("eager_25",))]
     for plan in (tiny if job.smoke else plans(job.cuda or job.stand_in)).get(which, []):
+        if job.stand_in:
+            _launch(plan, job)
+            continue
         time_plan(
             *(rows, plan, job.torch_device, torch.bfloat16, job.smoke, job.trying),
             has_time=functools.partial(job.has_time, rows),
-            seconds=None if job.stand_in else 0.0,
+            seconds=0.0,
         )
     if which == "rest" and not job.smoke:
         _once(rows, job.torch_device, 3, list(ONCE), job.trying)
+
+
+@torch.no_grad()
+def _launch(plan: Plan, job: Job) -> None:
+    """Call ours once, for what it launches."""
+    work = Work.make(plan, job.torch_device, torch.bfloat16, job.smoke)
+    for provider in (name for name in plan.providers if name.startswith(OURS)):
+        work.call(provider)()
 
 
 def _end_to_end(device: torch.device, calls: int) -> Row:

@@ -24,6 +24,7 @@ __all__ = [
     "OF_PYTORCH",
     "OURS",
     "PROVIDERS",
+    "VERIFIED_ROWS",
     "Plan",
     "Provider",
     "Verdict",

@@ -20,6 +20,10 @@ class Lossy(Job):
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
 
+class Tainting(Exception):
+    taints = True
+
+
 def go_wrong(way: str, job: Job) -> None:
     if way == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -27,6 +31,8 @@ def go_wrong(way: str, job: Job) -> None:
         time.sleep(600)
     if way == "loses":
         (job.work / "lost").touch()
+    if way == "taints":
+        raise Tainting("no graph")
     if way == "raises":
         raise ValueError("of no use\nand more")
 

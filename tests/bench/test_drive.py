@@ -53,7 +53,7 @@ def ended(tmp_path: Path) -> list[tuple[str, str]]:
 
 
 def test_what_breaks_is_named_and_leaves_the_others_whole(tmp_path):
-    assert not run(tmp_path, "a works", "b crashes", "c loses", "d raises", "e works")
+    assert not run(tmp_path, "a works", "b crashes", "c loses", "d raises", "e taints", "f works")
     whole = [("first", "ok"), ("second", "ok"), ("third", "ok")]
 
     def broken(status: str) -> list[tuple[str, str]]:
@@ -64,7 +64,8 @@ def test_what_breaks_is_named_and_leaves_the_others_whole(tmp_path):
         "b crashes": broken("crashed"),
         "c loses": broken("lost"),
         "d raises": broken("failed"),
-        "e works": whole,
+        "e taints": broken("failed"),
+        "f works": whole,
     }
     reasons = {
         row["op"]: row.get("reason")
@@ -83,7 +84,9 @@ def test_what_breaks_is_named_and_leaves_the_others_whole(tmp_path):
         ("c loses", "lost"),
         ("c loses", "ok"),
         ("d raises", "ok"),
-        ("e works", "ok"),
+        ("e taints", "lost"),
+        ("e taints", "ok"),
+        ("f works", "ok"),
     ]
     text = (tmp_path / "out" / "summary.txt").read_text()
     assert "b crashes crashed at" in text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
@@ -47,6 +48,29 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     assert by_name["mfmjt"]["status"] == "wrong"
     assert "relative error" in by_name["mfmjt"]["reason"]
     assert by_name["eager"]["status"] == "ok"
+
+
+def test_what_raises_anything_is_a_row_and_the_others_are_timed(monkeypatch, tmp_path):
+    """A compiler's errors are no RuntimeErrors."""
+
+    def broken(*_: object, **__: object) -> object:
+        raise TypeError("no code for this\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    found = Rows(tmp_path / "generate.jsonl", KEY)
+    time_plan(found, Plan("nano", "latents", 1, ("compile", "mfmjt")), CPU, tiny=True, seconds=0.0)
+    by_name = {row["provider"]: row for row in found.rows}
+    assert by_name["compile"]["status"] == "unsupported"
+    assert by_name["compile"]["reason"] == "TypeError: no code for this"
+    assert by_name["mfmjt"]["status"] == "ok"
+
+
+def test_what_needs_media_is_refused_without_and_takes_nothing_down(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = Rows(tmp_path / "generate.jsonl", KEY)
+    bench_generate._once(found, CPU, 1, ["end_to_end", "cold_start"])
+    assert [row["status"] for row in found.rows] == ["unsupported"] * 2
+    assert all("PyAV is not installed" in row["reason"] for row in found.rows)
 
 
 def test_an_unknown_provider_is_an_error(tmp_path):
