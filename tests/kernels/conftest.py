@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=drawn)
         items[:] = [item for item in items if item not in drawn]
 
+
 # What `--avx2` needs in the environment, for libraries that look at it when they are loaded.
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
