@@ -8,6 +8,7 @@ CLIP := examples/ball_wood.mp4
 RESULT := demo/ball_wood.mp4
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Threads of several test processes would only wait for one another.
+AVX2_ENV := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 TEST_ENV := OMP_NUM_THREADS=1 HYPOTHESIS_STORAGE_DIRECTORY=.pytest_cache/hypothesis
 WORKERS ?= 2
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
@@ -19,14 +20,17 @@ demo: $(BIN)/.installed
 	@$(BIN)/mfmjt generate $(CLIP) --output $(RESULT)
 	@echo "Play $(RESULT): the picture of $(CLIP), with sound that was made from it."
 
-# The ops' tests run twice, on the Triton kernels (interpreted) and on what a CPU uses. All checks
-# run even if the first fails, so that one run shows everything.
+# The ops' tests run on the Triton kernels (interpreted) and on what this CPU uses, and a part of
+# them once more as on a CPU with AVX2 only. All checks run even if the first fails, so that one run
+# shows everything.
 test: $(BIN)/.installed-dev
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
 	$(BIN)/mypy || status=1; \
 	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) tests/kernels || status=1; \
+	$(AVX2_ENV) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --avx2 tests/kernels \
+	  -k 'ext or toom or all_modes or reference or without_any_key or huge' || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) || status=1; \
 	exit $$status
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
-from bench import compare, cpu, gpu, report
 from mfmjt.errors import MfmjtError
+
+COMMANDS = {
+    "gpu": "bench.gpu.drive",
+    "precompile": "bench.gpu.precompile",
+    "cpu": "bench.cpu",
+    "report": "bench.report",
+    "compare": "bench.compare",
+}
 
 
 def main() -> int:
     """Parse the command line and run; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (gpu, cpu, report, compare):
-        name = module.__name__.rpartition(".")[2]
+    # Only what is asked for is imported: the parent of a GPU's pieces does without PyTorch.
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        module = importlib.import_module(COMMANDS[name])
         about, _, examples = (module.__doc__ or "").partition("Examples:")
         command = commands.add_parser(
             name,

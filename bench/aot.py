@@ -9,8 +9,10 @@ been launched, and its machine code is read: registers, spills, shared memory, m
     python -m bench.aot --out bench/results/aot          write the table of this Triton
     python -m bench.aot --quick --compare bench/results/aot   what continuous integration does
 
-The exit status is 1 if a kernel spills, needs more shared memory than the GPU has, computes a bf16
-matrix product without matrix instructions, or (with --compare) is not as the committed table says.
+The exit status is 1 if nothing was compiled, or a kernel spills, needs more registers or shared
+memory than a block may have, computes a bf16 matrix product without matrix instructions, or (with
+--compare) is not as the committed table says. Norms are also compiled for the widest rows that
+they take, which no network has: these must fit their GPUs, may spill, and are in no table.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,14 @@ from triton.runtime.jit import JITFunction
 
 from mfmjt import kernels
 from mfmjt.files import atomic_path
+from mfmjt.kernels._norm import MAX_WIDTH
 
 __all__ = [
     "OPS",
     "TARGETS",
     "Chip",
     "compile_op",
+    "compile_widest",
     "faults",
     "main",
     "offline",
@@ -60,7 +64,8 @@ class Chip:
     Attributes:
         target: What Triton compiles for.
         shared: Bytes of shared memory that one block may use.
-        registers: 32-bit registers of one multiprocessor, or of one SIMD on AMD.
+        registers: 32-bit registers of one multiprocessor, as many as one block may have; or of one
+            SIMD on AMD.
         warps: Most warps on one multiprocessor (SIMD).
         matrix: What its matrix instructions begin with, best first.
     """
@@ -87,6 +92,8 @@ SHAPES = {
     "nano": (16, 250, 346, 128, 2, 256),
 }
 QUICK = {"small_16k"}
+WIDEST = {"widest": (2, 64, 64, MAX_WIDTH, 1, MAX_WIDTH)}
+WIDE_OPS = ("adaln", "gated_residual_adaln")
 TENSOR_MEMORY = 512  # columns, on sm_100
 MATRIX_OPS = ("joint_attention", "conv1d")
 
@@ -325,11 +332,22 @@ OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
 
 def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
     """One row for each different kernel that `op` launches for the networks' shapes."""
+    return _compiled(op, target, {name: SHAPES[name] for name in shapes or SHAPES}, DTYPES)
+
+
+def compile_widest(op: str, target: str) -> list[dict[str, Any]]:
+    """The same for rows of `MAX_WIDTH`, in float32, which takes most registers."""
+    return _compiled(op, target, WIDEST, (torch.float32,)) if op in WIDE_OPS else []
+
+
+def _compiled(
+    op: str, target: str, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
+) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for dtype in DTYPES:
-        for shape in shapes or SHAPES:
+    for dtype in dtypes:
+        for shape, sizes in shapes.items():
             with offline(TARGETS[target].target) as compiled:
-                OPS[op](SHAPES[shape], dtype)
+                OPS[op](sizes, dtype)
             for kernel in compiled:
                 code = kernel.asm.get("cubin") or kernel.asm["amdgcn"].encode()
                 digest = hashlib.sha256(code).hexdigest()
@@ -345,8 +363,11 @@ def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a compiled kernel."""
     chip = TARGETS[row["target"]]
     found = []
-    if int(row["spills"]):
+    if int(row["spills"]) and row.get("shape") not in WIDEST:
         found.append(f"spills {row['spills']}")
+    needed = 32 * int(row["warps"]) * int(row["registers"])
+    if chip.target.backend == "cuda" and needed > chip.registers:
+        found.append(f"needs {needed} registers; a block has {chip.registers}")
     if int(row["shared"]) > chip.shared:
         found.append(f"needs {row['shared']} bytes of shared memory; the GPU has {chip.shared}")
     if int(row["tensor_memory"]) > TENSOR_MEMORY:  # Triton then gives an empty kernel, silently
@@ -400,12 +421,17 @@ def main() -> int:
     parser.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    widest: list[dict[str, Any]] = []
     for op in given.op or OPS:
         for target in given.target or TARGETS:
             more = compile_op(op, target, tuple(QUICK) if given.quick else None)
-            _print(more)
+            wide = compile_widest(op, target)
+            _print(more + wide)
             sys.stdout.flush()
-            rows += more
+            rows, widest = rows + more, widest + wide
+    if not rows:
+        sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")
+        return 1
     if given.out:
         path = _table(given.out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -413,7 +439,7 @@ def main() -> int:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    wrong = [f"{_name(row)}: {fault}" for row in rows for fault in faults(row)]
+    wrong = [f"{_name(row)}: {fault}" for row in rows + widest for fault in faults(row)]
     if given.compare:
         wrong += _differences(rows, _table(given.compare))
     sys.stderr.writelines(f"{line}\n" for line in wrong)

@@ -9,7 +9,6 @@ ops the two are one.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -18,9 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import kernels
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
-from mfmjt.errors import InputError
 from mfmjt.model.config import CONFIGS
 
 __all__ = [
@@ -37,11 +34,9 @@ __all__ = [
     "Input",
     "Operands",
     "Shape",
-    "bench_files",
     "cases",
     "four_calls",
     "module",
-    "named_ops",
     "operands",
     "shapes",
     "vocoder_stages",
@@ -295,28 +290,6 @@ def operands(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0
     results = (results,) if isinstance(results, Tensor) else results
     bars = tuple(randn(Input(tuple(y.shape))) for y in results)
     return Operands(leaves, dots, bars)
-
-
-def bench_files() -> tuple[str, ...]:
-    """Names of the ops that have a file here."""
-    found = (name for _, name, _ in pkgutil.iter_modules(kernels.__path__))
-    return tuple(name.removeprefix("bench_") for name in sorted(found) if name[:6] == "bench_")
-
-
-def named_ops(names: str | None) -> tuple[str, ...]:
-    """Ops of a list with commas; all where none are given.
-
-    Raises:
-        InputError: One has no benchmark.
-    """
-    known = bench_files()
-    ops = tuple(names.split(",")) if names else known
-    unknown = [op for op in ops if op not in known]
-    if unknown:
-        raise InputError(
-            f"There is no benchmark of {', '.join(unknown)}. Choose from {', '.join(known)}."
-        )
-    return ops
 
 
 def module(op: str) -> ModuleType:

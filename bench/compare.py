@@ -18,8 +18,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.plots import name_of
 from bench.providers import OURS, REFERENCE
-from bench.report import generation, load, metric, name_of
+from bench.report import generation, load, metric
 
 __all__ = ["Change", "add_arguments", "changes", "run"]
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -32,20 +33,13 @@ from typing import Any
 
 import torch
 
-from bench.cases import JVP_BACKWARD, Case, cases, named_ops, operands
-from bench.harness import (
-    Ceilings,
-    Rows,
-    Sampler,
-    dtype_name,
-    environment,
-    on_cpu,
-    prepare,
-    row_of,
-    take_turns,
-)
+from bench.cases import JVP_BACKWARD, Case, cases, operands
+from bench.harness import Sampler, dtype_name, on_cpu, prepare, take_turns
 from bench.judge import Truth
+from bench.kernels import named_ops
+from bench.machine import Ceilings, environment, row_of
 from bench.providers import OURS, REFERENCE, providers
+from bench.rows import Rows
 from mfmjt.kernels import _ext
 
 __all__ = ["add_arguments", "run"]
@@ -232,6 +226,7 @@ def _serve(connection: Connection) -> None:
         wanted = [p for p in providers(case, CPU, mode) if only is None or p.name in only]
         truth = truths.of(case, DTYPES[dtype]) if only is None else None
         good, bad = prepare(case, DTYPES[dtype], mode, wanted, CPU, truth)
+        gc.collect()
         drawn = operands(case, DTYPES[dtype], CPU)
         for provider, (call, _) in good.items():
             samplers[provider] = on_cpu(functools.partial(call, drawn))

@@ -3,10 +3,10 @@
 Writes into DIR: `table.md` (the cases to look at first), `details.md` (everything, with the reasons
 of what could not run), a plot for each op, and one of attention against its length where that was
 timed; where generation was timed, `generate.md` and a plot of it against the model's size and the
-batch. A time's distance above the diagonal of an op's plot is its distance from the roofline, the
-larger of bytes over the copy bandwidth and FLOPs over the matrix product's rate, both measured in
-the same run. Documents that name one of these tables between `<!-- DIR/table.md -->` and
-`<!-- end -->` get the new one.
+batch; where training steps were, `steps.md`. A time's distance above the diagonal of an op's plot
+is its distance from the roofline, the larger of bytes over the copy bandwidth and FLOPs over the
+matrix product's rate, both measured in the same run. Documents that name one of these tables
+between `<!-- DIR/table.md -->` and `<!-- end -->` get the new one.
 
 Examples:
   python -m bench report bench/results/zen4_2_cores
@@ -21,17 +21,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.cases import MODES, VALUE
-from bench.harness import Rows
+from bench.cases import VALUE
 from bench.model import bench_generate
-from bench.providers import OURS, REFERENCE
+from bench.plots import name_of, plot_generation, plot_ops
+from bench.providers import OURS
+from bench.rows import Rows, read
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.errors import InputError
-from mfmjt.model import MFMJT
 
-__all__ = ["add_arguments", "generation", "metric", "name_of", "run", "write_tables"]
+__all__ = ["add_arguments", "generation", "metric", "run", "write_tables"]
 
 ROOT = Path(__file__).parent.parent
 ACTIVATIONS = 18
@@ -50,32 +48,32 @@ def run(given: argparse.Namespace) -> int:
     """Run `python -m bench report`; return the exit status."""
     rows = load(given.dir)
     tables = [*write_tables(given.dir, rows), *write_generation(given.dir)]
+    tables += write_steps(given.dir)
     changed = _fill_documents(given.dir, tables)
-    plots = [] if given.no_plots else [*_plot(given.dir, rows), *_plot_generation(given.dir)]
+    plots = (
+        []
+        if given.no_plots
+        else [*plot_ops(given.dir, rows), *plot_generation(given.dir, _generation(given.dir))]
+    )
     for path in (*tables, *changed, *plots):
         print(path)
     return 0
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of a folder's kernels.jsonl.
+    """The rows of a folder's kernels.jsonl, which a short run on a GPU may lack.
 
     Raises:
-        InputError: There is none.
+        InputError: Nothing was timed.
     """
     path = folder / "kernels.jsonl"
-    if not path.exists():
+    timed = ("kernels.jsonl", "generate.jsonl", "train_step.jsonl")
+    if not any((folder / name).exists() for name in timed):
         raise InputError(
             f"{folder} has no kernels.jsonl: nothing was timed into it. Run `python -m bench cpu "
             f"--out {folder}` or `python -m bench gpu --out {folder}`."
         )
     return Rows(path).rows
-
-
-def name_of(row: Row) -> str:
-    """A provider's name in a table, with its allocator where that is not the default."""
-    raised = ", raised malloc" if row["malloc"] == "raised" else ""
-    return f"{row['provider']}{raised}"
 
 
 def metric(row: Row) -> str:
@@ -107,7 +105,7 @@ def write_tables(folder: Path, rows: list[Row]) -> list[Path]:
     }
     short = [_environment(stamp), *(_op_table(op, first[op]) for op in ops if first[op])]
     every = {op: {k: g for k, g in groups.items() if k[0] == op} for op in ops}
-    long = [_environment(stamp), _checks(folder), _networks(folder)]
+    long = [_environment(stamp), _checks(folder), _steps(folder)]
     long += [f"## {op}\n\n{_op_table(op, every[op])}\n{_reasons(every[op])}" for op in ops]
     paths = []
     for name, parts in (("table.md", short), ("details.md", long)):
@@ -118,8 +116,8 @@ def write_tables(folder: Path, rows: list[Row]) -> list[Path]:
 
 
 def _is_headline(group: list[Row]) -> bool:
-    """torch.compile was asked for there."""
-    return any(row["provider"].startswith("compile") for row in group)
+    """Of the first cases to look at, which older rows say by being compiled."""
+    return any(row.get("headline", row["provider"].startswith("compile")) for row in group)
 
 
 def _environment(stamp: Row) -> str:
@@ -239,25 +237,37 @@ def _checks(folder: Path) -> str:
     return "".join(lines)
 
 
-def _networks(folder: Path) -> str:
+def write_steps(folder: Path) -> list[Path]:
+    """Write steps.md, if training steps were timed; return its path."""
+    text, path = _steps(folder), folder / "steps.md"
+    if not text:
+        return []
+    path.write_text(text)
+    return [path]
+
+
+def _steps(folder: Path) -> str:
     path = folder / "train_step.jsonl"
     if not path.exists():
         return ""
     head = ["training step", "batch", "latents", "ratio", "provider", "ms", "x flow", "peak MiB"]
+    rows = [row for row in read(path) if row["what"] == "timed"]
+    eager = any("eager_ms" in row for row in rows)
+    head += ["issued by Python, ms"] if eager else []
     lines = [_line(head), _line(["---"] * len(head))]
-    for row in (row for row in Rows(path).rows if row["what"] == "timed"):
+    for row in rows:
         about = [str(row[k]) for k in ("network", "batch", "length", "ratio", "provider")]
-        if row["status"] == "ok":
-            over, peak = row["over_flow"], row["peak_mib"]
-            times = [
-                f"{row['ms_p50']:.4g}",
-                "" if over is None else f"{over:.3f}",
-                "" if peak is None else f"{peak:.0f}",
-            ]
-        else:
-            times = [f"{row['status']}: {row['reason']}", "", ""]
-        lines.append(_line(about + times))
+        cells = [f"{row['ms_p50']:.4g}" if "ms_p50" in row else ""]
+        if row["status"] != "ok":
+            cells[0] = f"{row['status']}: {row['reason']}"
+        cells += [_figure(row.get("over_flow"), ".3f"), _figure(row.get("peak_mib"), ".0f")]
+        cells += [_figure(row.get("eager_ms"), ".4g")] if eager else []
+        lines.append(_line(about + cells))
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _generation(folder: Path) -> list[Row]:
@@ -346,137 +356,3 @@ def _fill_documents(folder: Path, tables: list[Path]) -> list[Path]:
             path.write_text(text)
             changed.append(path)
     return changed
-
-
-# plots
-
-
-def _plot(folder: Path, rows: list[Row]) -> list[Path]:
-    good = [row for row in rows if row["status"] == "ok"]
-    dtype = "bfloat16" if any(row["malloc"] == "cuda" for row in good) else "float32"
-    good = [row for row in good if row["dtype"] == dtype]
-    paths = []
-    for op in sorted({row["op"] for row in good}):
-        of_op = [row for row in good if row["op"] == op]
-        modes = [mode for mode in MODES if any(row["mode"] == mode for row in of_op)]
-        paths.append(_roofline(folder / f"{op}.svg", op, dtype, modes, of_op))
-    peers = [row for row in good if row["model"] == "peers"]
-    if peers:
-        paths.append(_lengths(folder / "attention_length.svg", dtype, peers))
-    return paths
-
-
-def _figure(panels: int, shared: bool = True) -> tuple[Any, Any, list[Any]]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            "matplotlib is not installed: plots need it. Install mfmjt[plot], or give --no-plots."
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # Text stays text and nothing is random, so that the same results are the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9})
-    figure, axes = pyplot.subplots(
-        1, panels, figsize=(3.4 * panels, 3.6), squeeze=False, sharex=shared, sharey=shared
-    )
-    return pyplot, figure, list(axes[0])
-
-
-def _finish(pyplot: Any, figure: Any, axes: list[Any], path: Path) -> Path:
-    handles, labels = axes[0].get_legend_handles_labels()
-    for axis in axes[1:]:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(
-        handles, labels, loc="upper center", ncols=5, frameon=False, bbox_to_anchor=(0.5, 0.02)
-    )
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
-
-
-def _draw(axis: Any, rows: list[Row], x: str, line: str) -> None:
-    names = sorted({name_of(row) for row in rows}, key=lambda n: (n != OURS, n != REFERENCE, n))
-    for index, name in enumerate(names):
-        points = sorted((row[x], row["ms_p50"]) for row in rows if name_of(row) == name)
-        style = {
-            "marker": "os^vD<>PX*ph"[index % 12],
-            "markersize": 5 if name == OURS else 4,
-            "color": f"C{index % 10}",
-            "linestyle": line,
-            "linewidth": 2.0 if name == OURS else 1.0,
-            "zorder": 3 if name == OURS else 2,
-        }
-        axis.plot(*zip(*points, strict=True), label=name, **style)
-
-
-def _roofline(path: Path, op: str, dtype: str, modes: list[str], rows: list[Row]) -> Path:
-    """Time against roofline time, a panel for each mode."""
-    pyplot, figure, axes = _figure(len(modes))
-    for axis, mode in zip(axes, modes, strict=True):
-        here = [row for row in rows if row["mode"] == mode]
-        floors = sorted(row["floor_ms"] for row in here)
-        axis.plot(
-            [floors[0], floors[-1]],
-            [floors[0], floors[-1]],
-            color="black",
-            linestyle="--",
-            linewidth=1,
-            label="roofline",
-        )
-        _draw(axis, here, "floor_ms", "none")
-        axis.set(xscale="log", yscale="log", title=f"{op}, {mode}", xlabel="roofline, ms")
-        axis.xaxis.set_minor_formatter("")  # digits of minor ticks would overlap
-    axes[0].set_ylabel(f"time of one call, ms ({dtype})")
-    return _finish(pyplot, figure, axes, path)
-
-
-def _lengths(path: Path, dtype: str, rows: list[Row]) -> Path:
-    """Attention against its length on the peers' shapes of 64 channels."""
-    rows = [row for row in rows if "d=64" in row["case"] and row["length"] < 8192]
-    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
-    pyplot, figure, axes = _figure(len(modes))
-    for axis, mode in zip(axes, modes, strict=True):
-        here = [row for row in rows if row["mode"] == mode]
-        floor = sorted({(row["length"], row["floor_ms"]) for row in here})
-        axis.plot(*zip(*floor, strict=True), color="black", linestyle="--", label="roofline")
-        _draw(axis, here, "length", "-")
-        axis.set(xscale="log", yscale="log", title=mode, xlabel="tokens")
-    axes[0].set_ylabel(f"B=2, H=12, d=64: ms ({dtype})")
-    return _finish(pyplot, figure, axes, path)
-
-
-def _plot_generation(folder: Path) -> list[Path]:
-    """Time of one clip against the network's size, and clips a second against the batch."""
-    rows = [r for r in _generation(folder) if r["what"] == "latents" and r["status"] == "ok"]
-    if not rows:
-        return []
-    sizes = {name: _parameters(name) for name in {row["network"] for row in rows}}
-    pyplot, figure, axes = _figure(2, shared=False)
-    names = sorted({row["provider"] for row in rows}, key=lambda name: (name != OURS, name))
-    for index, name in enumerate(names):
-        style = {"color": f"C{index % 10}", "marker": "os^vD<>"[index % 7], "label": name}
-        single = [r for r in rows if r["provider"] == name and r["batch"] == 1]
-        points = sorted((sizes[row["network"]] / 1e6, row["ms_p50"]) for row in single)
-        axes[0].plot(*zip(*points, strict=True), **style) if points else None
-        for network in sorted(sizes):
-            of_network = [r for r in rows if r["provider"] == name and r["network"] == network]
-            points = sorted((r["batch"], r["clips_per_s"]) for r in of_network)
-            if len(points) > 1:
-                line = "-" if network.startswith("small") else ":"
-                axes[1].plot(*zip(*points, strict=True), **style | {"linestyle": line})
-    axes[0].set(xscale="log", yscale="log", title="latents of one clip")
-    axes[0].set(xlabel="parameters, millions", ylabel="ms")
-    axes[1].set(xscale="log", yscale="log", title="many clips (dotted: nano)")
-    axes[1].set(xlabel="batch", ylabel="clips a second")
-    return [_finish(pyplot, figure, axes, folder / "generate.svg")]
-
-
-def _parameters(network: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in MFMJT.from_config(network).parameters())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from mfmjt.errors import InputError, MfmjtError
+from mfmjt.errors import InputError, MfmjtError, reason, short
 from mfmjt.extract.command import extract
 from mfmjt.serve.command import serve
 
@@ -63,7 +63,7 @@ class _Commands(TyperGroup):
             if hasattr(error, "format_message"):  # misuse found by the parser of arguments
                 if not error.format_message():
                     raise  # a command without arguments, which shows its help
-                message = " ".join(error.format_message().split()).rstrip(".")
+                message = short(" ".join(error.format_message().split()).rstrip("."), 500)
                 typer.echo(f"Error: {message}. See 'mfmjt --help'.", err=True)
                 raise typer.Exit(2) from None
             if ctx.obj is True:
@@ -72,9 +72,9 @@ class _Commands(TyperGroup):
                 typer.echo(f"Error: {error}", err=True)
                 raise typer.Exit(error.exit_code) from None
             if ctx.obj is not True:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                why = f"{type(error).__name__}: {reason(error, whole=True)}"
                 typer.echo(
-                    f"Error: mfmjt failed unexpectedly ({reason}). "
+                    f"Error: mfmjt failed unexpectedly ({why}). "
                     "Run the command again with --debug for the traceback.",
                     err=True,
                 )
@@ -163,8 +163,8 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            help="A model that ships, a folder with one or with MMAudio's files, or one of "
-            "MMAudio's networks in such a folder."
+            help="A model that ships, a folder with one or with MMAudio's files, or the file of a "
+            "network in such a folder, under any name."
         ),
     ] = "nano",
     cache: Annotated[

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path, check_writable
 from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.lora import merge_adapter
@@ -29,7 +29,8 @@ class Conversion:
         path: The file that was written.
         name: Name of the network's configuration.
         parameters: Number of parameters written.
-        notes: One line each on what the new layout cannot hold.
+        notes: One line each on what the new layout cannot hold, and on which of several weights
+            in the source were taken.
     """
 
     path: Path
@@ -48,7 +49,8 @@ def from_mmaudio(
     """Write a network of MMAudio's layout as one of ours.
 
     Args:
-        source: A published `.pth` or `.safetensors` file, or a training checkpoint of MMAudio.
+        source: A published `.pth` or `.safetensors` file, the index of several, or a checkpoint of
+            a training with the weights inside; averaged (EMA) weights are taken if there are such.
         to: The `.safetensors` file to write; it appears whole or not at all.
         config: Name of the configuration that every shape must agree with; None infers it.
         dtype: Storage dtype; None keeps float32.
@@ -56,7 +58,8 @@ def from_mmaudio(
             into the weights first.
 
     Raises:
-        InputError: The source cannot be used, each wrong parameter named, or the suffix of `to`.
+        InputError: The source cannot be used, the first wrong parameters named, or the suffix of
+            `to`.
         RunError: The file cannot be written.
     """
     to = _checked(source, to, OURS)
@@ -65,7 +68,7 @@ def from_mmaudio(
         merge_adapter(net, adapter)
     net.save(to, dtype)
     count = sum(value.numel() for value in net.state_dict().values())
-    return Conversion(to, net.config.name, count)
+    return Conversion(to, net.config.name, count, net.notes)
 
 
 def to_mmaudio(
@@ -105,7 +108,7 @@ def to_mmaudio(
             else:
                 torch.save(state, temporary)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"Cannot write {to}: {error}. Check the disk.") from error
+        raise RunError(f"Cannot write {to}: {reason(error)}. Check the disk.") from error
     lost = sum(p.numel() for p in net.r_embed.parameters())
     notes = [
         f"The embedding of t - r ({lost} parameters) has no place in MMAudio's layout and is left "

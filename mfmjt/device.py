@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 
 __all__ = ["choose_device"]
 
@@ -24,8 +24,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(
-            f"The device {name} cannot be used: {reason}. Leave it out, or give cpu."
+            f"The device {name} cannot be used: {reason(error)}. Leave it out, or give cpu."
         ) from error
     return device

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mfmjt.errors import RunError
+from mfmjt.errors import RunError, reason
 
 __all__ = ["atomic_path", "check_writable"]
 
@@ -62,5 +62,5 @@ def _prefix(path: Path) -> str:
 
 def _unwritable(path: Path, error: OSError) -> RunError:
     return RunError(
-        f"Cannot write {path}: {error.strerror}. Choose a folder that exists and is writable."
+        f"Cannot write {path}: {reason(error)}. Choose a folder that exists and is writable."
     )

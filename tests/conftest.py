@@ -26,6 +26,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device", default="cpu", help="where tests/kernels run their ops, such as cuda [cpu]"
     )
+    parser.addoption(
+        "--avx2",
+        action="store_true",
+        help="use nothing beyond AVX2, as on most processors; end at once where there is nothing",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

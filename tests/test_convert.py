@@ -97,8 +97,9 @@ def test_a_configuration_that_is_named_must_fit(tmp_path: Path, published: Path)
         from_mmaudio(published, tmp_path / "out.safetensors", "small_16k")
     message = str(caught.value)
     assert "the small_16k network" in message
-    assert "audio_input_proj.0.weight has shape (128, 20, 7), not (448, 20, 7)" in message
-    assert message.count(" has shape ") > 20
+    assert re.search(r"[\w.]+ has shape \([\d, ]+\), not \([\d, ]+\); ", message)
+    assert re.search(r" and \d+ more\. Give the file as its publisher keeps it", message)
+    assert len(message) <= 600
     with pytest.raises(InputError, match="No configuration 'tiny'"):
         from_mmaudio(published, tmp_path / "out.safetensors", "tiny")
     ours = from_mmaudio(published, tmp_path / "ours.safetensors").path

@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bench.harness import environment
+from bench.machine import environment
 from mfmjt.train.features import FORMAT, INDEX
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.shards import write_shard

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.cases import MODES, VALUE, Case, Cost, Input, vocoder_stages
 from bench.providers import Provider
-from mfmjt.kernels.snake import _FILTER, snake, snake_ref
+from mfmjt.kernels.snake import snake, snake_ref, taps
 
 __all__ = ["cases", "providers"]
 
@@ -55,7 +55,7 @@ def providers(case: Case) -> list[Provider]:
 
 def _published(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     channels, ratio = x.shape[1], 2
-    filters = x.new_tensor(_FILTER).expand(channels, 1, -1)
+    filters = taps(x).expand(channels, 1, -1)
     padded = F.pad(x, (5, 5), mode="replicate")
     up = ratio * F.conv_transpose1d(padded, filters, stride=ratio, groups=channels)
     up = up[..., 15:-15]

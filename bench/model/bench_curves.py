@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import Rows, environment
+from bench.machine import environment
+from bench.rows import Rows
 from mfmjt import kernels
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders

@@ -34,7 +34,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import environment, on_cpu, take_turns
+from bench.harness import on_cpu, take_turns
+from bench.machine import environment
 from mfmjt import kernels, meanflow
 from mfmjt.files import atomic_path
 from mfmjt.kernels import _ext

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import environment
+from bench.machine import environment
 from mfmjt import media
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec
 from mfmjt.encoders import (

@@ -6,14 +6,14 @@
     cold_start  a new process: import, load, the first 8 s of sound from a text, on the CPU or GPU
     launches    kernels of the latents' step at batch 1, counted (`bench.launches`)
 
-The providers of the first two, which take turns on the same work:
+The providers of the first two, which take turns on the same work (on a GPU, where nobody else
+computes, one comes after the other, ours first):
 
     eager_25       plain PyTorch, 25 Euler steps, one pass after the other, as MMAudio samples
     eager          plain PyTorch, one step, one pass after the other
     compile        that through torch.compile; on a GPU mode="reduce-overhead", which makes graphs
-    max_autotune   that with mode="max-autotune", on a GPU
     mfmjt_eager    our ops under the network as it is trained, both passes one batch
-    mfmjt          `meanflow.OneStep`: frozen, on a GPU one graph
+    mfmjt          `meanflow.OneStep`: frozen, on a GPU one graph; `graph_ms` is a replay alone
 
 What one step gives is verified before it is timed: against the same weights in float32, no provider
 may err twice as much as plain PyTorch in its dtype. Weights are random; how long a step takes does
@@ -29,45 +29,48 @@ GOMP_SPINCOUNT=100 so that idle threads are not taken for work.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.cases import TINY
+from bench.gpu.job import Job
 from bench.harness import (
-    Rows,
+    CaptureFailed,
     Sampler,
     cuda_events,
     dtype_name,
-    environment,
+    line_of,
+    of_graph,
     on_cpu,
     peak_mib,
+    recorded,
     take_turns,
 )
+from bench.machine import environment
+from bench.model.generation import Judge, Plan, Work, plans
 from bench.providers import OURS
-from mfmjt import kernels, meanflow
-from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec
-from mfmjt.errors import InputError
-from mfmjt.model import MFMJT
+from bench.rows import GENERATE, Rows, short
+from mfmjt.errors import InputError, RunError
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["BARS", "KEY", "Plan", "Work", "main", "missed", "plans", "time_generation"]
+__all__ = ["BARS", "latency", "main", "missed", "time_plan"]
 
-KEY = ("what", "network", "provider", "batch", "dtype", "device", "threads")
+KEY = GENERATE[1]
 ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "examples" / "ball_wood.mp4"
 SECONDS = 8
 """Of sound that a network's own length is."""
-BATCHES = (1, 8, 32, 128)
 
 BARS: dict[str, tuple[str, float]] = {
     "CPU, small_16k, latents, seconds": ("<=", 0.40),
@@ -81,190 +84,38 @@ BARS: dict[str, tuple[str, float]] = {
 }
 
 Row = dict[str, Any]
+Guard = Callable[[Rows, Row], AbstractContextManager[None]]
+"""Makes a row of what fails inside, from the fields that identify it."""
 
 
-class Plan(NamedTuple):
-    """What to time of a network.
-
-    Attributes:
-        network: A named configuration.
-        what: "latents" or "waveform".
-        batch: Clips at once.
-        providers: Who.
-    """
-
-    network: str
-    what: str
-    batch: int
-    providers: tuple[str, ...]
+@contextlib.contextmanager
+def _refused(rows: Rows, fields: Row) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {line_of(error)}"
+        rows.add({**fields, "status": "unsupported", "reason": reason})
+        print(*fields.values(), "unsupported", reason, flush=True)
 
 
-def plans(device: torch.device) -> Iterator[Plan]:
-    """What is timed by default, what has a bar first."""
-    everyone = (OURS, "eager", "mfmjt_eager", "compile", "max_autotune", "eager_25")
-    few = (OURS, "eager")
-    if device.type == "cpu":
-        yield Plan("small_16k", "latents", 1, (OURS, "eager", "mfmjt_eager", "compile"))
-        yield Plan("nano", "latents", 1, (OURS, "eager", "mfmjt_eager", "compile", "eager_25"))
-        yield Plan("nano", "waveform", 1, few)
-        yield Plan("nano", "latents", 8, few)
-        yield Plan("small_44k", "latents", 1, few)
-        yield Plan("small_16k", "latents", 4, few)
-        yield Plan("small_16k", "latents", 1, ("eager_25",))
-        yield Plan("medium_44k", "latents", 1, few)
-        yield Plan("small_16k", "waveform", 1, few)
-        return
-    yield Plan("small_16k", "latents", 1, everyone)
-    yield Plan("small_16k", "waveform", 1, few)
-    for batch in BATCHES[1:]:
-        yield Plan("small_16k", "latents", batch, few)
-    yield Plan("large_44k_v2", "latents", 1, everyone)
-    for name in ("nano", "small_44k", "medium_44k", "large_44k"):
-        yield Plan(name, "latents", 1, everyone)
-    yield Plan("nano", "waveform", 1, few)
-    for name in ("nano", "large_44k_v2"):
-        for batch in BATCHES[1:]:
-            yield Plan(name, "latents", batch, few)
-
-
-@dataclass
-class Work:
-    """A network, its codec and what it is called with.
-
-    Attributes:
-        net: The network, in the dtype that is timed.
-        codec: Of its latents; None for latents alone.
-        z: Noise (B, N, C) in float32.
-        cond: Features.
-    """
-
-    net: MFMJT
-    codec: NanoCodec | MMAudioCodec | None
-    z: Tensor
-    cond: dict[str, Tensor]
-
-    @classmethod
-    def make(cls, plan: Plan, device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Work:
-        """Random weights, none of them zero, and random features."""
-        torch.manual_seed(0)
-        net = MFMJT.from_config(plan.network, **(TINY if tiny else {}))
-        with torch.no_grad():
-            for parameter in net.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.02)
-        net = net.eval().requires_grad_(False).to(device, dtype)
-        c, length = net.config, 20 if tiny else net.config.latent_length
-        video, sync = c.lengths(length)
-        sizes = {
-            "video": (video, c.video_dim),
-            "sync": (sync, c.sync_dim),
-            "text": (c.text_length, c.text_dim),
-        }
-        cond = {
-            name: torch.randn(plan.batch, *size, device=device, dtype=dtype)
-            for name, size in sizes.items()
-        }
-        z = torch.randn(plan.batch, length, c.latent_dim, device=device)
-        codec = _codec(plan.network).to(device) if plan.what == "waveform" else None
-        return cls(net, codec, z, cond)
-
-    def call(self, provider: str) -> Callable[[], Tensor]:
-        """What a provider does.
-
-        Raises:
-            InputError: There is no such provider.
-        """
-        latents = self._latents(provider)
-        if self.codec is None:
-            return lambda: latents(self.z, self.cond)
-        decode: Callable[[Tensor], Tensor] = self.codec.decode
-        if provider == OURS:
-            decode = meanflow.capture.Captured(decode)
-
-        @torch.no_grad()
-        def waveform() -> Tensor:
-            if provider.startswith(OURS):
-                return decode(latents(self.z, self.cond))
-            with kernels.reference():
-                return decode(latents(self.z, self.cond))
-
-        return waveform
-
-    def _latents(self, provider: str) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-        if provider in (OURS, "mfmjt_eager"):
-            step = meanflow.OneStep(self.net, compile=provider == OURS)
-            return lambda z, cond: step(z, **cond)
-        function: Callable[..., Tensor]
-        if provider == "eager":
-            function = _one_step
-        elif provider == "eager_25":
-            function = _twenty_five_steps
-        elif provider == "compile":
-            on_gpu = self.z.device.type == "cuda"
-            function = torch.compile(_one_step, mode="reduce-overhead" if on_gpu else "default")
-        elif provider == "max_autotune":
-            function = torch.compile(_one_step, mode="max-autotune")
-        else:
-            raise InputError(f"There is no provider {provider!r}. See --help.")
-        net = self.net
-
-        def call(z: Tensor, cond: dict[str, Tensor]) -> Tensor:
-            with torch.no_grad(), kernels.reference():
-                return function(net, z, cond)
-
-        return call
-
-
-def _codec(network: str) -> NanoCodec | MMAudioCodec:
-    if network == "nano":
-        return NanoCodec().eval().requires_grad_(False)
-    mode = "16k" if CONFIGS[network].sample_rate == 16_000 else "44k"
-    codec = MMAudioCodec(mode, VAE(mode), BigVGAN(mode))
-    return codec.eval().requires_grad_(False)
-
-
-def _off(z: Tensor) -> dict[str, Tensor]:
-    no = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
-    return {"video_mask": no, "text_mask": no}
-
-
-def _one_step(net: MFMJT, z: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    u_c, u_0 = net(z, 0.0, 1.0, **cond), net(z, 0.0, 1.0, **cond, **_off(z))
-    return z - meanflow.guide(u_c, u_0, 1.5, "cfg_scaled")
-
-
-def _twenty_five_steps(net: MFMJT, z: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    features, no = (cond["video"], cond["sync"], cond["text"]), _off(z)["video_mask"]
-    given = net.conditions(*features)
-    null = net.conditions(*features, video_mask=no, text_mask=no)
-    steps = 25
-    for i in range(steps, 0, -1):
-        t = i / steps
-        u_c, u_0 = net(z, t, t, cond=given), net(z, t, t, cond=null)
-        z = z - meanflow.guide(u_c, u_0, 4.5, "cfg") / steps
-    return z
-
-
-def time_generation(
-    rows: Rows,
-    device: torch.device,
-    end: float,
-    wanted: list[Plan],
-    dtype: torch.dtype = torch.bfloat16,
-    tiny: bool = False,
-) -> bool:
-    """Verify and time what is not in `rows` yet; return whether all is there.
+class _Timer:
+    """Verifies and times the providers of one plan.
 
     Args:
         rows: Identified by `KEY`.
+        plan: What.
         device: Where.
-        end: `time.monotonic()` a minute before which to stop.
-        wanted: What.
         dtype: Of network and features.
         tiny: Nothing of real size.
     """
-    for plan in wanted:
-        about = {
+
+    def __init__(
+        self, rows: Rows, plan: Plan, device: torch.device, dtype: torch.dtype, tiny: bool
+    ) -> None:
+        self.rows, self.plan, self.device, self.tiny = rows, plan, device, tiny
+        self.about = {
             "what": plan.what,
             "network": plan.network,
             "batch": plan.batch,
@@ -272,93 +123,129 @@ def time_generation(
             "device": device.type,
             "threads": torch.get_num_threads(),
         }
-        left = [name for name in plan.providers if not rows.has(**about, provider=name)]
-        if not left:
-            continue
-        if time.monotonic() > end - 60 and not tiny:
-            return False
-        _compare(rows, plan, left, device, dtype, tiny, about)
-    return True
+        self.dtype = dtype
+        names = (name for name in plan.providers if not rows.has(**self.about, provider=name))
+        self.left = list(names)
+
+    @functools.cached_property
+    def work(self) -> Work:
+        return Work.make(self.plan, self.device, self.dtype, self.tiny)
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        return Judge(self.work, self.plan, self.dtype)
+
+    def ready(self, provider: str) -> tuple[Sampler, Row] | None:
+        """What takes a time, and what the row has beside it; None, and a row, if it is wrong."""
+        call = self.work.call(provider)
+        began = time.monotonic()
+        found = call()
+        first = time.monotonic() - began
+        error = self.judge.error(provider, found)
+        more: Row = {"provider": provider, "status": "ok", "first_call_s": short(first)}
+        more["relative_error"] = None if error is None else short(error)
+        if error is not None and not error <= self.judge.limit:
+            reason = f"relative error {error:.3g}, allowed {self.judge.limit:.3g}"
+            self.add({**more, "status": "wrong", "reason": reason})
+            return None
+        more["peak_mib"] = peak_mib(call, self.device)
+        cuda = self.device.type == "cuda"
+        return cuda_events(call, self.device) if cuda else on_cpu(call), more
+
+    def add(self, more: Row, timing: Any = None) -> None:
+        """Make a row and say it."""
+        if timing:
+            more = {**more, "clips_per_s": short(1e3 * self.plan.batch / timing.ms_p50)}
+        row = self.rows.add({**self.about, **more}, timing)
+        about = "  ".join(str(value) for value in self.about.values())
+        ms = f"{row['ms_p50']} ms (host {row['cpu_ms_p50']} ms)" if timing else row.get("reason")
+        print(about, row["provider"], row["status"], ms, flush=True)
+
+    def graph_ms(self) -> float:
+        """Milliseconds of a replay of our latents alone, one after the other."""
+        step, z, cond = self.work.net.frozen(0.0, 1.0).step, self.work.z, self.work.cond
+        graph, _ = recorded(lambda: step(z, guidance=1.5, mode="cfg_scaled", **cond))
+        return short(take_turns({OURS: of_graph(graph)}, 0.3)[OURS].ms_p50)
 
 
 @torch.no_grad()
-def _compare(
+def time_plan(
     rows: Rows,
     plan: Plan,
-    providers: list[str],
     device: torch.device,
-    dtype: torch.dtype,
-    tiny: bool,
-    about: Row,
+    dtype: torch.dtype = torch.bfloat16,
+    tiny: bool = False,
+    guard: Guard = _refused,
+    has_time: Callable[[Row], bool] = lambda fields: True,
+    seconds: float = 6.0,
 ) -> None:
-    """A row for each provider; what fails, and why, is one too."""
-    work = Work.make(plan, device, dtype, tiny)
+    """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
+
+    Args:
+        rows: Identified by `KEY`.
+        plan: What.
+        device: Where.
+        dtype: Of network and features.
+        tiny: Nothing of real size.
+        guard: Makes a row of what fails.
+        has_time: Whether there is time for a provider.
+        seconds: To take the times of all in, where they take turns.
+    """
+    timer = _Timer(rows, plan, device, dtype, tiny)
     torch.compiler.reset()
-    calls: dict[str, Callable[[], Tensor]] = {}
-    found: dict[str, Tensor] = {}
-
-    def refuse(provider: str, status: str, reason: str) -> None:
-        rows.add({**about, "provider": provider, "status": status, "reason": reason})
-        print(*about.values(), provider, status, reason, flush=True)
-
-    for provider in providers:
-        try:
-            call = work.call(provider)
-            found[provider] = call()
-            calls[provider] = call
-        except (RuntimeError, NotImplementedError) as error:
-            refuse(provider, "unsupported", str(error).strip().partition("\n")[0][:200])
-    errors = _verified(work, plan, found, dtype)
     samplers: dict[str, Sampler] = {}
-    peaks: dict[str, float | None] = {}
-    for provider, call in calls.items():
-        if provider in errors:
-            off, limit = errors[provider]
-            if not off <= limit:
-                refuse(provider, "wrong", f"relative error {off:.3g}, allowed {limit:.3g}")
-                continue
-        peaks[provider] = peak_mib(call, device)
-        samplers[provider] = cuda_events(call, device) if device.type == "cuda" else on_cpu(call)
-    slow = device.type == "cpu" and not tiny
-    for provider, timing in take_turns(samplers, 6.0 if slow else 0.0 if tiny else 1.5).items():
-        more = {
-            "provider": provider,
-            "status": "ok",
-            "relative_error": _short(errors[provider][0]) if provider in errors else None,
-            "peak_mib": peaks[provider],
-            "clips_per_s": _short(1e3 * plan.batch / timing.ms_p50),
-        }
-        row = rows.add({**about, **more}, timing)
-        print(
-            *about.values(),
-            provider,
-            f"{row['ms_p50']} ms (host {row['cpu_ms_p50']} ms)",
-            flush=True,
+    more: dict[str, Row] = {}
+    for provider in timer.left:
+        fields = {**timer.about, "provider": provider}
+        if not has_time(fields):
+            break
+        with guard(rows, fields):
+            ready = timer.ready(provider)
+            if ready is not None and device.type == "cuda":
+                (timing,) = take_turns({provider: ready[0]}, 0.3).values()
+                alone = provider == OURS and plan.what == "latents"
+                try:
+                    more_of_it = {"graph_ms": timer.graph_ms()} if alone else {}
+                except CaptureFailed as error:
+                    timer.add({**ready[1], "graph_ms": None, "reason": str(error)}, timing)
+                    raise
+                timer.add({**ready[1], **more_of_it}, timing)
+            elif ready is not None:
+                samplers[provider], more[provider] = ready
+    for provider, timing in take_turns(samplers, seconds).items():
+        timer.add(more[provider], timing)
+
+
+def latency(job: Job, which: str = "headline") -> None:
+    """The piece of `python -m bench gpu`.
+
+    Args:
+        job: The piece.
+        which: "headline", "compiled" or "rest".
+    """
+    rows = job.rows(GENERATE)
+    torch.backends.cudnn.benchmark = True  # plain PyTorch shall have its best convolutions
+    tiny = {"headline": [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager"))]}
+    tiny["rest"] = [Plan("nano", "latents", 2, ("eager_25",))]
+    for plan in (tiny if job.smoke else plans(job.cuda or job.stand_in)).get(which, []):
+        if job.stand_in:
+            _launch(plan, job)
+            continue
+        time_plan(
+            *(rows, plan, job.torch_device, torch.bfloat16, job.smoke, job.trying),
+            has_time=functools.partial(job.has_time, rows),
+            seconds=0.0,
         )
+    if which == "rest" and not job.smoke:
+        _once(rows, job.torch_device, 3, list(ONCE), job.trying)
 
 
-def _verified(
-    work: Work, plan: Plan, found: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, tuple[float, float]]:
-    """Relative errors of latents and what they may be; of 25 steps there is no claim."""
-    if plan.what != "latents":
-        return {}
-    exact = Work(
-        MFMJT(work.net.config).to(work.z.device).eval(),
-        None,
-        work.z,
-        {name: value.float() for name, value in work.cond.items()},
-    )
-    exact.net.load_state_dict({k: v.float() for k, v in work.net.state_dict().items()})
-    truth = exact.call("eager")()
-    scale = float(truth.norm())
-
-    def error(result: Tensor) -> float:
-        return float((result.float() - truth).norm()) / scale
-
-    plain = error(found["eager"] if "eager" in found else work.call("eager")())
-    limit = 2 * plain + 8 * torch.finfo(torch.float32).eps
-    return {name: (error(x), limit) for name, x in found.items() if name != "eager_25"}
+@torch.no_grad()
+def _launch(plan: Plan, job: Job) -> None:
+    """Call ours once, for what it launches."""
+    work = Work.make(plan, job.torch_device, torch.bfloat16, job.smoke)
+    for provider in (name for name in plan.providers if name.startswith(OURS)):
+        work.call(provider)()
 
 
 def _end_to_end(device: torch.device, calls: int) -> Row:
@@ -376,8 +263,8 @@ def _end_to_end(device: torch.device, calls: int) -> Row:
         whole = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         taken.append(whole | audio.timings)
     medians = {f"{k}_s": statistics.median(t[k] for t in taken[1:]) for k in taken[0]}
-    row = {name: _short(value) for name, value in medians.items()}
-    return row | {"seconds": length, "rtf": _short(medians["wall_s"] / length), "calls": calls}
+    row = {name: short(value) for name, value in medians.items()}
+    return row | {"seconds": length, "rtf": short(medians["wall_s"] / length), "calls": calls}
 
 
 COLD = """
@@ -401,12 +288,13 @@ def _cold_start(device: torch.device, calls: int) -> Row:
             capture_output=True,
             text=True,
             check=True,
+            timeout=120,
             cwd=ROOT,
         )
         taken.append((time.perf_counter() - began, *map(float, done.stdout.split())))
     names = ("process_s", "import_s", "load_s", "first_sound_s")
     columns = zip(names, zip(*taken, strict=True), strict=True)
-    return {name: _short(statistics.median(column)) for name, column in columns} | {"calls": calls}
+    return {name: short(statistics.median(column)) for name, column in columns} | {"calls": calls}
 
 
 def _launches(network: str) -> Row:
@@ -414,12 +302,39 @@ def _launches(network: str) -> Row:
         [sys.executable, "-m", "bench.launches", "--network", network, "--json"],
         capture_output=True,
         text=True,
+        timeout=300,
         cwd=ROOT,
     )
     if not done.stdout.strip():
-        return {"status": "unsupported", "reason": (done.stderr.strip() or "?").splitlines()[-1]}
+        raise RunError(f"Nothing was counted: {(done.stderr.strip() or '?').splitlines()[-1]}.")
     counted = json.loads(done.stdout)
     return {"launches": counted["launches"], "triton": counted["triton"]}
+
+
+ONCE: dict[str, tuple[str, Callable[[torch.device, int], Row]]] = {
+    "launches": ("small_16k", lambda device, calls: _launches("small_16k")),
+    "end_to_end": ("nano", lambda device, calls: _end_to_end(device, calls)),
+    "cold_start": ("nano", lambda device, calls: _cold_start(device, calls)),
+}
+"""What has no peers: its network, and what measures it."""
+
+
+def _once(
+    rows: Rows, device: torch.device, calls: int, wanted: list[str], guard: Guard = _refused
+) -> None:
+    shared = {"device": device.type, "threads": torch.get_num_threads()}
+    stamp = {k: v for k, v in environment(device).items() if k not in shared}
+    for name in wanted:
+        network, measure = ONCE[name]
+        about = {"what": name, "network": network, "provider": OURS, **shared}
+        if rows.has(**about):
+            continue
+        with guard(rows, about):
+            if name != "launches" and importlib.util.find_spec("av") is None:
+                raise RunError("PyAV is not installed, and a pipeline needs it. Install av.")
+            found = measure(device, calls)
+            row = rows.add({**about, "status": "ok", **found, "environment": stamp})
+            print({k: v for k, v in row.items() if k != "environment"}, flush=True)
 
 
 def missed(rows: list[Row]) -> list[str]:
@@ -482,50 +397,24 @@ def main() -> int:
     end = time.monotonic() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out / "generate.jsonl", KEY)
-    finished = run(rows, device, end, given.network, given.what, given.calls, given.smoke)
-    if not finished:
-        print("The time is up; the same command goes on from here.")
+    tiny = [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager", "eager_25"))]
+    every = [plan for turn in plans(device.type == "cuda").values() for plan in turn]
+    for plan in tiny if given.smoke else every:
+        named = not given.network or plan.network in given.network
+        if not named or (given.what and plan.what not in given.what):
+            continue
+        if time.monotonic() > end - 60 and not given.smoke:
+            print("The time is up; the same command goes on from here.")
+            break
+        time_plan(rows, plan, device, tiny=given.smoke, seconds=0.0 if given.smoke else 6.0)
+    else:
+        networks, what = given.network or [*CONFIGS], given.what or ([] if given.smoke else ONCE)
+        once = [name for name in ONCE if name in what and ONCE[name][0] in networks]
+        _once(rows, device, given.calls, once)
     wrong = [row for row in rows.rows if row["status"] == "wrong"]
     for line in (misses := [] if given.smoke else missed(rows.rows)):
         print("MISSED", line)
     return int(bool(wrong or misses))
-
-
-def run(
-    rows: Rows,
-    device: torch.device,
-    end: float,
-    networks: list[str] | None = None,
-    what: list[str] | None = None,
-    calls: int = 5,
-    smoke: bool = False,
-) -> bool:
-    """Measure all that is wanted and not in `rows` yet; return whether it is all there."""
-    shared = {"device": device.type, "threads": torch.get_num_threads()}
-    stamp = {k: v for k, v in environment(device).items() if k not in shared}
-    once: dict[str, tuple[str, Callable[[], Row]]] = {
-        "launches": ("small_16k", lambda: _launches("small_16k")),
-        "end_to_end": ("nano", lambda: _end_to_end(device, calls)),
-        "cold_start": ("nano", lambda: _cold_start(device, calls)),
-    }
-    for name, (network, measure) in once.items():
-        about = {"what": name, "network": network, "provider": OURS, **shared}
-        unwanted = (what and name not in what) or (networks and network not in networks)
-        if unwanted or rows.has(**about) or (smoke and not what):
-            continue
-        row = rows.add({**about, "status": "ok", **measure(), "environment": stamp})
-        print({k: v for k, v in row.items() if k != "environment"}, flush=True)
-    tiny = [Plan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager", "eager_25"))]
-    wanted = [
-        plan
-        for plan in (tiny if smoke else plans(device))
-        if (not what or plan.what in what) and (not networks or plan.network in networks)
-    ]
-    return time_generation(rows, device, end, wanted, tiny=smoke)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":

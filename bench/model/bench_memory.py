@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.harness import Rows, environment
+from bench.machine import environment
+from bench.rows import Rows
 from mfmjt import meanflow
 from mfmjt.model import CONFIGS, MFMJT
 from mfmjt.model.lora import LoRA, add_lora

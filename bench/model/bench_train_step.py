@@ -5,6 +5,7 @@ A step is loss and gradients, without the optimiser. The providers:
     flow               flow matching with our ops: what everything is held against
     flow_pytorch       the same in plain PyTorch
     mfmjt              `meanflow.loss`: tangents in the rows with r < t, none of them on the tape
+    mfmjt_rows         that in one call with all rows, which a CPU takes anyway
     jvp                `func.jvp` over all rows in plain PyTorch, tangents on the tape
     jvp_compiled       that through torch.compile, with --compile only: it compiles for minutes
     mfmjt_compiled     ours through it, likewise
@@ -15,15 +16,14 @@ A step is loss and gradients, without the optimiser. The providers:
 
 mfmjt and the jvp are the same loss and the same gradients: in float32 they must be, before they are
 timed. The first call is counted: FLOPs, and bytes that are saved for backward, each memory once
-(small_16k at its full length on tensors without memory). Timed in turns: wall and CPU time on a
-CPU; on a GPU, in bfloat16 by autocast, time between events, with the allocator's peak beside.
-x flow is the median over turns. `of GEMM` is a provider's counted FLOPs a second over what a large
-matrix product reaches in the same run.
+(small_16k at its full length on tensors without memory). Timed in turns, wall and CPU time of this
+CPU; `python -m bench gpu --part step` times a GPU. x flow is the median over turns. `of GEMM` is a
+provider's counted FLOPs a second over what a large matrix product reaches in the same run.
 
-A CPU has no peak here: saved bytes stand for it. A small_16k step at full length and batch 10 is
-1.8 TFLOP, many seconds of a CPU, and func.jvp's tape keeps 8.7 GB, so it is timed at few ratios; at
-1.0 also with latents of 2 s instead of 8. The rest is nano. What --minutes does not reach is said
-to be skipped.
+There is no peak of memory here: saved bytes stand for it. A small_16k step at full length and batch
+10 is 1.8 TFLOP, many seconds of a CPU, and func.jvp's tape keeps 8.7 GB, so it is timed at few
+ratios; at 1.0 also with latents of 2 s instead of 8. The rest is nano. What --minutes does not
+reach is said to be skipped.
 
 DIR/train_step.jsonl is written anew. The exit status is 1 if a bar is missed, or a provider wrong.
 Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not taken for work.
@@ -36,56 +36,39 @@ Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not taken f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cases import TINY
-from bench.harness import (
-    MIN_CALLS,
-    Ceilings,
-    Rows,
-    Sampler,
-    cuda_events,
-    dtype_name,
-    environment,
-    on_cpu,
-    peak_mib,
-    take_turns,
+from bench.harness import MIN_CALLS, Sampler, on_cpu, take_turns
+from bench.machine import Ceilings, environment
+from bench.model.steps import (
+    FEW,
+    FLOW,
+    OF_PYTORCH,
+    OURS,
+    PROVIDERS,
+    Plan,
+    Verdict,
+    Work,
+    counted,
+    judged,
+    reason_of,
 )
-from bench.model.bench_dual import Given, given
-from mfmjt import kernels, meanflow
+from bench.rows import Rows
 from mfmjt.kernels import _ext
-from mfmjt.meanflow.targets import Network, Target
 from mfmjt.model.config import CONFIGS
 from mfmjt.train.memory import keep_memory
 
-__all__ = [
-    "BARS",
-    "PROVIDERS",
-    "Bench",
-    "Plan",
-    "Provider",
-    "Verdict",
-    "Work",
-    "bars",
-    "counted",
-    "judged",
-    "main",
-    "plans",
-]
+__all__ = ["BARS", "Bench", "bars", "main", "plans"]
 
-RATIOS = (0.0, 0.1, 0.25, 0.75, 1.0)
+CPU = torch.device("cpu")
 BARS: dict[str, tuple[str, float]] = {
     "FLOPs at 0.1, over flow": ("<=", 1.04),
     "saved bytes at 0.1, over flow": ("<=", 1.05),
@@ -100,230 +83,22 @@ BARRED = "small_16k"
 LEAST_BATCH = 10
 SHORT = 63
 """Latents of 2 s."""
-VERIFIED_ROWS = 4
 
 Row = dict[str, Any]
 
 
-def _without_graph(
-    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """MeanFlow's target, the derivative taken apart from the prediction."""
-    with torch.no_grad():
-        target = meanflow.mean_velocity(f, z, r, t, v, cond)[1]
-    return f(z, r, t, **cond), target
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to a training step.
-
-    Attributes:
-        target: What rows with r < t are regressed to; None for flow matching.
-        whole: All rows are treated as if they had r < t.
-        pytorch: PyTorch's own ops, not ours.
-        exact: The loss is MeanFlow's, and the gradient its.
-        compiled: Through torch.compile.
-    """
-
-    target: Target | None = meanflow.mean_velocity
-    whole: bool = False
-    pytorch: bool = False
-    exact: bool = True
-    compiled: bool = False
-
-
-PROVIDERS = {
-    "flow": Provider(None, exact=False),
-    "flow_pytorch": Provider(None, pytorch=True, exact=False),
-    "mfmjt": Provider(),
-    "jvp": Provider(whole=True, pytorch=True),
-    "jvp_compiled": Provider(whole=True, pytorch=True, compiled=True),
-    "mfmjt_compiled": Provider(compiled=True),
-    "jvp_no_grad": Provider(_without_graph, whole=True, pytorch=True),
-    "finite_difference": Provider(meanflow.finite_difference(), exact=False),
-    "improved": Provider(meanflow.improved_mean_velocity, exact=False),
-    "alpha_flow": Provider(meanflow.alpha_flow(0.1), exact=False),
-}
-FLOW, OURS, TRUTH = "flow", "mfmjt", "jvp"
-FEW = (FLOW, OURS)
-OF_PYTORCH = (FLOW, OURS, "jvp", "jvp_no_grad")
-
-
-class Plan(NamedTuple):
-    """What to time: a network at a batch and a length, at some ratios.
-
-    Attributes:
-        network: A named configuration.
-        batch: Rows.
-        length: Latents.
-        ratios: Shares of rows with r < t.
-        providers: Who; those that are compiled only where that is asked for.
-    """
-
-    network: str
-    batch: int
-    length: int
-    ratios: tuple[float, ...] = RATIOS
-    providers: tuple[str, ...] = tuple(PROVIDERS)
-
-
-def plans(device: torch.device, smoke: bool) -> list[Plan]:
+def plans(smoke: bool) -> list[Plan]:
     """What is timed by default, what has a bar first."""
     if smoke:
         return [Plan("nano", 10, 16, (0.1, 1.0))]
-    if device.type == "cpu":
-        compiled = ("jvp_compiled", "mfmjt_compiled")
-        return [
-            Plan(BARRED, LEAST_BATCH, 250, (0.1,), FEW),
-            Plan(BARRED, LEAST_BATCH, SHORT, (1.0,), OF_PYTORCH + compiled),
-            Plan(BARRED, LEAST_BATCH, 250, (1.0,), OF_PYTORCH),
-            Plan("nano", 10, 250, (0.1, 1.0, 0.25, 0.75, 0.0)),
-            Plan("nano", 40, 250, (0.1, 1.0), FEW),
-        ]
-    sizes = (("nano", 64), (BARRED, 64), (BARRED, 256), ("medium_44k", 64))
-    return [Plan(name, batch, CONFIGS[name].latent_length) for name, batch in sizes]
-
-
-class Work:
-    """A network, its data, and the steps on them.
-
-    Args:
-        plan: Sizes.
-        device: Where.
-        dtype: float32, or what autocast casts to.
-        tiny: Two blocks of 16 channels.
-    """
-
-    def __init__(
-        self, plan: Plan, device: torch.device, dtype: torch.dtype, tiny: bool = False
-    ) -> None:
-        video, sync = CONFIGS[plan.network].lengths(plan.length)
-        lengths = {"latent_length": plan.length, "video_length": video, "sync_length": sync}
-        with torch.device(device):
-            self.case: Given = given(plan.network, plan.batch, **lengths, **(TINY if tiny else {}))
-            self.noise = torch.randn_like(self.case.x)
-        self.plan, self.device, self.dtype = plan, device, dtype
-
-    def step(
-        self, provider: Provider, ratio: float, rows: int | None = None, exact: bool = False
-    ) -> Callable[[], Tensor]:
-        """A function that gives the loss and leaves the gradients.
-
-        Args:
-            provider: Who.
-            ratio: Share of rows with r < t, the first ones.
-            rows: Only these first rows of the batch.
-            exact: Without autocast.
-        """
-        case, rows = self.case, rows or self.plan.batch
-        moving = 0 if provider.target is None else round(ratio * rows)
-        t = case.t[:rows]
-        r = torch.where(torch.arange(rows, device=self.device) < moving, case.r[:rows], t)
-        x, noise = case.x[:rows], self.noise[:rows]
-        cond = {name: value[:rows] for name, value in case.cond.items()}
-        low = self.dtype != torch.float32 and not exact
-
-        def loss() -> Tensor:
-            return meanflow.loss(
-                case.net,
-                x,
-                cond,
-                noise=noise,
-                r=r,
-                t=t,
-                intervals=rows if provider.whole else moving,
-                target=provider.target or meanflow.mean_velocity,
-            )
-
-        forward = torch.compile(loss, dynamic=False) if provider.compiled else loss
-
-        def step() -> Tensor:
-            case.net.zero_grad(set_to_none=True)
-            ops = kernels.reference() if provider.pytorch else contextlib.nullcontext()
-            with ops:
-                with torch.autocast(self.device.type, self.dtype, enabled=low):
-                    found = forward()
-                found.backward()
-            return found.detach()
-
-        return step
-
-
-def counted(work: Work, ratio: float, name: str) -> tuple[int, int]:
-    """FLOPs of a step, and bytes it saves for backward beside weights and data, each memory once.
-
-    Args:
-        work: Where it has no memory, call this inside the FakeTensorMode that it was made in.
-        ratio: Share of rows with r < t.
-        name: A provider that is not compiled: nothing inside of what is can be counted.
-    """
-    case = work.case
-    free = [*case.net.parameters(), *case.cond.values(), case.x, work.noise]
-    known = {tensor.untyped_storage()._cdata for tensor in free}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage  # held, or another would get its address
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks:
-        work.step(PROVIDERS[name], ratio)()
-    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
-
-
-class Verdict(NamedTuple):
-    """Whether a provider may be timed.
-
-    Attributes:
-        status: `ok`, `wrong` or `unsupported`.
-        reason: Why not.
-        error: Relative distance of its gradients from those of `jvp`; None if there are none.
-    """
-
-    status: str
-    reason: str = ""
-    error: float | None = None
-
-
-def judged(work: Work, providers: dict[str, Provider]) -> dict[str, Verdict]:
-    """Compare providers with `jvp`, in float32, on a few rows half of which have r < t.
-
-    Of those that are exact half the digits must agree, in the loss and in all gradients together.
-    """
-    rows = min(VERIFIED_ROWS, work.plan.batch)
-
-    def run(provider: Provider) -> tuple[float, Tensor]:
-        loss = work.step(provider, 0.5, rows, exact=True)()
-        parameters = work.case.net.parameters()
-        flat = [(p if p.grad is None else p.grad).detach().flatten() for p in parameters]
-        return float(loss), torch.cat(flat)
-
-    loss, gradient = run(PROVIDERS[TRUTH])
-    allowed = torch.finfo(torch.float32).eps ** 0.5
-    found = {}
-    for name, provider in providers.items():
-        try:
-            its_loss, its = run(provider)
-        except (RuntimeError, NotImplementedError) as failure:
-            found[name] = Verdict("unsupported", _line(failure))
-            continue
-        of_loss = abs(its_loss / loss - 1)
-        error = float((its - gradient).norm() / gradient.norm())
-        right = error <= allowed and of_loss <= allowed
-        why = f"loss {of_loss:.1e} and gradients {error:.1e} off; {allowed:.1e} is allowed"
-        found[name] = Verdict("ok", error=error)
-        if provider.exact and not right:
-            found[name] = Verdict("wrong", why, error)
-    work.case.net.zero_grad(set_to_none=True)
-    return found
-
-
-def _line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
+    compiled = ("jvp_compiled", "mfmjt_compiled")
+    return [
+        Plan(BARRED, LEAST_BATCH, 250, (0.1,), FEW),
+        Plan(BARRED, LEAST_BATCH, SHORT, (1.0,), OF_PYTORCH + compiled),
+        Plan(BARRED, LEAST_BATCH, 250, (1.0,), OF_PYTORCH),
+        Plan("nano", 10, 250, (0.1, 1.0, 0.25, 0.75, 0.0)),
+        Plan("nano", 40, 250, (0.1, 1.0), FEW),
+    ]
 
 
 def _recorded(sampler: Sampler, into: list[tuple[float, float]]) -> Sampler:
@@ -347,25 +122,20 @@ class Bench:
 
     Args:
         rows: Where they go.
-        device: Where to time.
         compiled: Compile, too.
         smoke: Everything tiny.
         end: `time.monotonic()` at which to stop.
     """
 
-    def __init__(
-        self, rows: Rows, device: torch.device, compiled: bool, smoke: bool, end: float
-    ) -> None:
-        self.rows, self.device, self.compiled = rows, device, compiled
-        self.smoke, self.end = smoke, end
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtypes = (self.dtype,)
-        self.gemm = Ceilings.measure(device, dtypes, smoke).gemm_tflops[dtype_name(self.dtype)]
+    def __init__(self, rows: Rows, compiled: bool, smoke: bool, end: float) -> None:
+        self.rows, self.compiled, self.smoke, self.end = rows, compiled, smoke, end
+        ceilings = Ceilings.measure(CPU, (torch.float32,), smoke)
+        self.gemm = ceilings.gemm_tflops["float32"]
 
     def count(self, plan: Plan) -> None:
         """Rows of counts alone, on tensors without memory."""
         with FakeTensorMode():
-            work = Work(plan, torch.device("cpu"), self.dtype, self.smoke)
+            work = Work(plan, CPU, torch.float32, self.smoke)
             for ratio in plan.ratios:
                 for name in plan.providers:
                     self._count(work, ratio, name)
@@ -390,22 +160,11 @@ class Bench:
                 self._refuse(plan, ratio, plan.providers, "skipped", "out of time")
             return
         wanted = [n for n in plan.providers if self.compiled or not PROVIDERS[n].compiled]
-        work = Work(plan, self.device, self.dtype, self.smoke)
+        work = Work(plan, CPU, torch.float32, self.smoke)
         found = judged(work, {name: PROVIDERS[name] for name in wanted})
         for ratio in plan.ratios:
             torch.compiler.reset()  # what was compiled before counts against a limit
             self._turns(work, ratio, found)
-
-    def go_on(self, plan: Plan) -> bool:
-        """Time the ratios that have no rows yet; return whether there was time for all."""
-        name = "tiny" if self.smoke else plan.network
-        about = {"what": "timed", "network": name, "batch": plan.batch, "provider": OURS}
-        there = {row["ratio"] for row in self.rows.rows if about.items() <= row.items()}
-        for ratio in (ratio for ratio in plan.ratios if ratio not in there):
-            if time.monotonic() > self.end - 60 and not self.smoke:
-                return False
-            self.time(plan._replace(ratios=(ratio,)))
-        return True
 
     def _turns(
         self,
@@ -414,10 +173,8 @@ class Bench:
         found: dict[str, Verdict],
     ) -> None:
         plan = work.plan
-        cuda = self.device.type == "cuda"
         samplers: dict[str, Sampler] = {}
         taken: dict[str, list[tuple[float, float]]] = {}
-        peaks = {}
         spent = 0.0
         for name, verdict in found.items():
             if verdict.status != "ok":
@@ -433,13 +190,11 @@ class Bench:
                 else:
                     self._count(work, ratio, name)
                 spent += time.monotonic() - began
-                peaks[name] = peak_mib(call, self.device)
-            except RuntimeError as failure:  # memory, mostly
-                self._refuse(plan, ratio, [name], "unsupported", _line(failure))
+            except Exception as failure:  # memory, mostly, or a compiler
+                self._refuse(plan, ratio, [name], "unsupported", reason_of(failure))
                 continue
             taken[name] = []
-            sampler = cuda_events(call, self.device) if cuda else on_cpu(call)
-            samplers[name] = _recorded(sampler, taken[name])
+            samplers[name] = _recorded(on_cpu(call), taken[name])
         needed = MIN_CALLS * spent
         if time.monotonic() + needed > self.end and not self.smoke:
             reason = f"out of time: needs {needed:.0f} s"
@@ -450,7 +205,7 @@ class Bench:
                 **self._about("timed", plan, ratio, name),
                 "status": "ok",
                 "gradient_error": float(f"{found[name].error:.3g}"),
-                "peak_mib": peaks[name],
+                "peak_mib": None,
                 "over_flow": _over(taken, name, FLOW, 0),
                 "cpu_over_flow": _over(taken, name, FLOW, 1),
                 "over_mfmjt": _over(taken, name, OURS, 0),
@@ -471,11 +226,11 @@ class Bench:
     def _about(self, what: str, plan: Plan, ratio: float, name: str) -> Row:
         return {
             "what": what,
-            "device": self.device.type,
+            "device": "cpu",
             "network": "tiny" if self.smoke else plan.network,
             "batch": plan.batch,
             "length": plan.length,
-            "dtype": dtype_name(self.dtype),
+            "dtype": "float32",
             "ratio": ratio,
             "provider": name,
         }
@@ -580,8 +335,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="also the compiled providers")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = plans(device, options.smoke)
+    chosen = plans(options.smoke)
     known = sorted({plan.network for plan in chosen})
     if options.network is not None and not set(options.network) <= set(known):
         parser.error(f"--network {' '.join(options.network)}: of {', '.join(known)}")
@@ -593,8 +347,8 @@ def main() -> int:
     path = options.out / "train_step.jsonl"
     path.unlink(missing_ok=True)
     rows = Rows(path)
-    bench = Bench(rows, device, options.compile, options.smoke, end)
-    stamp = environment(device) | {"extension": _ext.status(), "gemm_tflops": bench.gemm}
+    bench = Bench(rows, options.compile, options.smoke, end)
+    stamp = environment(CPU) | {"extension": _ext.status(), "gemm_tflops": bench.gemm}
     rows.add({"what": "environment", "smoke": options.smoke, **stamp})
     if any(plan.network == BARRED for plan in chosen):
         print(f"Counting {BARRED}", flush=True)

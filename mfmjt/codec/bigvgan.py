@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import load_published
+from mfmjt.checkpoints import load_published, weights_in
 from mfmjt.errors import InputError
 from mfmjt.kernels import conv1d, snake
 
@@ -111,7 +111,10 @@ class BigVGAN(nn.Module):
     Attributes:
         config: Sizes.
         hop: Samples per mel frame.
+        notes: One line each on what was odd about the file that it was read from.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: str | BigVGANConfig) -> None:
         super().__init__()
@@ -136,28 +139,22 @@ class BigVGAN(nn.Module):
 
         Args:
             state_dict: As in `best_netG.pt` (MMAudio's 16 kHz) or `bigvgan_generator.pt` (NVIDIA's
-                44.1 kHz), with or without their outer `{"generator": ...}`, with weight norm under
-                either of its names, or already folded.
+                44.1 kHz), with or without their outer `{"generator": ...}` or another, with weight
+                norm under either of its names, or already folded.
             config: `"16k"`, `"44k"`, or the sizes of another.
 
         Raises:
             InputError: No such configuration, or entries are missing, unexpected or of another
-                shape; each is named.
+                shape; the first are named.
         """
         config = _config(config)
+        what = f"BigVGAN of {config.bands} bands"
+        state, notes = weights_in(state_dict, "conv_pre.bias", what)
         with torch.device("meta"):
             vocoder = cls(config)
-        outer: Any = state_dict.get("generator", state_dict)
-        inner: dict[str, Tensor] = dict(outer) if isinstance(outer, Mapping) else {}
-        if not inner or not all(isinstance(value, Tensor) for value in inner.values()):
-            raise InputError(
-                "This is no state dict of BigVGAN: its values are not all tensors. "
-                'Give the file\'s contents, or what they hold under "generator".'
-            )
         # The low-pass filters are the same in every file; `snake` computes them.
-        load_published(
-            vocoder, _folded(inner), f"BigVGAN ({config})", lambda name: name.endswith(".filter")
-        )
+        load_published(vocoder, _folded(state), what, lambda name: name.endswith(".filter"))
+        vocoder.notes = notes
         return vocoder.eval()
 
     def set_fast(self, fast: bool) -> BigVGAN:

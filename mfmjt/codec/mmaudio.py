@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import Check, PublishedFile, find_all, read_state_dict
+from mfmjt.checkpoints import Check, PublishedFile, about, find_all, read_content
 from mfmjt.codec.bigvgan import BigVGAN, BigVGANConfig
 from mfmjt.codec.mel import MEL_CONFIGS, MelSpectrogram
 from mfmjt.codec.vae import VAE, VAEConfig
@@ -18,11 +18,29 @@ __all__ = ["MMAudioCodec", "codec_files"]
 
 _RELEASE = "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1"
 _VAE_FILES = {
-    "16k": PublishedFile("v1-16.pth", _RELEASE, "655M", "69f56803f59a549a1a507c93859fd4d7"),
-    "44k": PublishedFile("v1-44.pth", _RELEASE, "1.2G", "fab020275fa44c6589820ce025191600"),
+    "16k": PublishedFile(
+        "v1-16.pth",
+        _RELEASE,
+        "655M",
+        "69f56803f59a549a1a507c93859fd4d7",
+        ("mmaudio_vae_16k",),
+    ),
+    "44k": PublishedFile(
+        "v1-44.pth",
+        _RELEASE,
+        "1.2G",
+        "fab020275fa44c6589820ce025191600",
+        ("mmaudio_vae_44k",),
+    ),
 }
 _VOCODER_FILES = {
-    "16k": PublishedFile("best_netG.pt", _RELEASE, "429M", "eeaf372a38a9c31c362120aba2dde292"),
+    "16k": PublishedFile(
+        "best_netG.pt",
+        _RELEASE,
+        "429M",
+        "eeaf372a38a9c31c362120aba2dde292",
+        ("mmaudio_vocoder_bigvgan_best_netG",),
+    ),
     "44k": PublishedFile(
         "bigvgan_generator.pt", "https://huggingface.co/nvidia/bigvgan_v2_44khz_128band_512x"
     ),
@@ -91,7 +109,8 @@ class MMAudioCodec(nn.Module):
 
         Args:
             folder: Holds `v1-16.pth` and `best_netG.pt`, or `v1-44.pth` and
-                `bigvgan_generator.pt`, itself or in folders inside it.
+                `bigvgan_generator.pt`, or these as ComfyUI names them, itself or in folders inside
+                it.
             mode: `"16k"` or `"44k"`.
             check: What is compared with the published files: "name", "size" or "md5".
             vae: Sizes of an autoencoder of your own under the published name.
@@ -101,14 +120,13 @@ class MMAudioCodec(nn.Module):
             InputError: A file is missing, damaged or another one; the message says where its
                 publisher keeps it.
         """
-        vae_path, vocoder_path = find_all(folder, codec_files(mode), check)
-        return cls(
-            mode,
-            VAE.from_mmaudio(read_state_dict(vae_path), vae or mode),
-            BigVGAN.from_state_dict(
-                read_state_dict(vocoder_path, inside="generator"), vocoder or mode
-            ),
-        ).eval()
+        files = codec_files(mode)
+        vae_path, vocoder_path = find_all(folder, files, check)
+        with about(vae_path, files[0]):
+            autoencoder = VAE.from_mmaudio(read_content(vae_path), vae or mode)
+        with about(vocoder_path, files[1]):
+            generator = BigVGAN.from_state_dict(read_content(vocoder_path), vocoder or mode)
+        return cls(mode, autoencoder, generator).eval()
 
     def cast(self, dtype: torch.dtype) -> MMAudioCodec:
         """Make autoencoder and vocoder calculate in `dtype`; the mels' statistics stay float32."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import load_published
+from mfmjt.checkpoints import load_published, weights_in
 from mfmjt.errors import InputError
 
 __all__ = ["VAE", "VAE_CONFIGS", "Posterior", "VAEConfig"]
@@ -215,8 +215,10 @@ class VAE(nn.Module):
 
     Attributes:
         config: Sizes.
+        notes: One line each on what was odd about the file that it was read from.
     """
 
+    notes: tuple[str, ...] = ()
     data_mean: Tensor
     data_std: Tensor
 
@@ -238,22 +240,21 @@ class VAE(nn.Module):
         """The autoencoder of a published state dict (`v1-16.pth`, `v1-44.pth`), in float32.
 
         Args:
-            state_dict: Names and shapes as published, weights not yet normalised.
+            state_dict: Names and shapes as published, weights not yet normalised, or a checkpoint
+                with these inside.
             config: `"16k"`, `"44k"`, or the sizes of one that was trained otherwise.
 
         Raises:
             InputError: No such configuration, or entries are missing, unexpected or of another
-                shape; each is named.
+                shape; the first are named.
         """
         config = _config(config)
+        what = f"MMAudio's mel autoencoder of {config.bands} bands"
+        state, notes = weights_in(state_dict, "decoder.conv_in.weight", what)
         with torch.device("meta"):
             vae = cls(config)
-        gains = load_published(
-            vae,
-            state_dict,
-            f"MMAudio's mel autoencoder ({config})",
-            also=[(name, ()) for name in _GAINS],
-        )
+        gains = load_published(vae, state, what, also=[(name, ()) for name in _GAINS])
+        vae.notes = notes
         for module in vae.modules():
             if isinstance(module, nn.Conv1d):
                 module.weight = nn.Parameter(_unit_norm(module.weight.detach()))

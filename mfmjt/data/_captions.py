@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-__all__ = ["CLASSES", "caption"]
+__all__ = ["CLASSES", "caption", "words"]
 
 # The last two phrases of each class, and the last five sentence frames, appear only in test clips.
 # Their words are known from other phrases, their combination is not.
@@ -157,3 +159,10 @@ def caption(rng: np.random.Generator, class_name: str, pace: str, split: str) ->
     endings = PACES.get(pace, ("",))
     text = frame.format(phrase) + endings[rng.integers(len(endings))]
     return text[0].upper() + text[1:] if rng.uniform() < 0.5 else text
+
+
+def words() -> frozenset[str]:
+    """All words of captions, in lower case."""
+    phrases = [phrase for phrases in PHRASES.values() for phrase in phrases]
+    endings = [ending for endings in PACES.values() for ending in endings]
+    return frozenset(re.findall(r"\w+", " ".join((*phrases, *FRAMES, *endings))))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import load_published
+from mfmjt.checkpoints import load_published, weights_in
 from mfmjt.errors import InputError
 
 __all__ = ["CLIP", "CLIPConfig"]
@@ -138,7 +138,10 @@ class CLIP(nn.Module):
 
     Attributes:
         config: Sizes.
+        notes: One line each on what was odd about the file that it was read from.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: CLIPConfig | None = None) -> None:
         super().__init__()
@@ -160,16 +163,20 @@ class CLIP(nn.Module):
 
         Args:
             state_dict: Names and shapes as in open_clip's `CLIP`, such as in
-                `open_clip_pytorch_model.bin` of apple/DFN5B-CLIP-ViT-H-14-384.
+                `open_clip_pytorch_model.bin` of apple/DFN5B-CLIP-ViT-H-14-384, or a checkpoint
+                with these inside.
             config: Sizes; the default is that of this file.
 
         Raises:
-            InputError: Entries are missing, unexpected or of another shape; each is named.
+            InputError: Entries are missing, unexpected or of another shape; the first are named.
         """
+        what = "open_clip's CLIP ViT-H/14" if config is None else "open_clip's CLIP of these sizes"
+        state, notes = weights_in(state_dict, "visual.conv1.weight", what)
         with torch.device("meta"):
             clip = cls(config)
         aside = {"text_projection", "logit_scale", "logit_bias", "attn_mask"}
-        load_published(clip, state_dict, f"open_clip's CLIP ({clip.config})", aside.__contains__)
+        load_published(clip, state, what, aside.__contains__)
+        clip.notes = notes
         return clip.eval()
 
     def encode_image(self, frames: Tensor) -> Tensor:

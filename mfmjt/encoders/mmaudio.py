@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import Check, PublishedFile, find_all, read_state_dict
+from mfmjt.checkpoints import Check, PublishedFile, about, find_all, read_content
 from mfmjt.encoders.clip import CLIP, CLIPConfig
 from mfmjt.encoders.synchformer import Synchformer, SynchformerConfig
 from mfmjt.encoders.tokenizer import MERGES_FILES, Tokenizer
@@ -19,13 +19,16 @@ from mfmjt.errors import InputError
 __all__ = ["ENCODER_FILES", "FRAMES_AT_ONCE", "MMAudioEncoders"]
 
 _CLIP_FILE = PublishedFile(
-    "open_clip_pytorch_model.bin", "https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384"
+    "open_clip_pytorch_model.bin",
+    "https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384",
+    also=("open_clip_model", "apple_DFN5B-CLIP-ViT-H-14-384"),
 )
 _SYNC_FILE = PublishedFile(
     "synchformer_state_dict.pth",
     "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1",
     "907M",
     "5b2f5594b0730f70e41e549b7c94390c",
+    ("mmaudio_synchformer",),
 )
 ENCODER_FILES = (_CLIP_FILE, _SYNC_FILE)
 """The published weights of both encoders."""
@@ -86,8 +89,9 @@ class MMAudioEncoders(nn.Module):
         """Load the published files from where the user keeps them.
 
         Args:
-            folder: Holds `open_clip_pytorch_model.bin` and `synchformer_state_dict.pth`, itself or
-                in folders inside it, and `bpe_simple_vocab_16e6.txt.gz` or `merges.txt` unless
+            folder: Holds `open_clip_pytorch_model.bin` (or `open_clip_model.safetensors`) and
+                `synchformer_state_dict.pth`, or these as ComfyUI names them, itself or in folders
+                inside it, and `bpe_simple_vocab_16e6.txt.gz` or `merges.txt` unless
                 open_clip_torch is installed.
             check: What is compared with the published files: "name", "size" or "md5".
             clip: Sizes of a CLIP of your own under the published name.
@@ -107,12 +111,12 @@ class MMAudioEncoders(nn.Module):
         tokenizer = Tokenizer(merges[0] if merges else None)  # first: the others take long to read
         # MMAudio gives CLIP frames of 384 pixels, a few more than its patches cover.
         clip_side = 384 if clip is None else clip.image_size
-        return cls(
-            CLIP.from_state_dict(read_state_dict(clip_path), clip),
-            Synchformer.from_state_dict(read_state_dict(sync_path), synchformer),
-            tokenizer,
-            (clip_side, (synchformer or SynchformerConfig()).size),
-        ).eval()
+        with about(clip_path, _CLIP_FILE):
+            seeing = CLIP.from_state_dict(read_content(clip_path), clip)
+        with about(sync_path, _SYNC_FILE):
+            timing = Synchformer.from_state_dict(read_content(sync_path), synchformer)
+        frame_size = (clip_side, timing.config.size)
+        return cls(seeing, timing, tokenizer, frame_size).eval()
 
     def cast(self, dtype: torch.dtype) -> MMAudioEncoders:
         """Make CLIP and Synchformer calculate in `dtype`; features come as float32 all the same."""

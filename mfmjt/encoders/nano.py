@@ -11,8 +11,10 @@ import functools
 import itertools
 import os
 import re
+import string
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_module, save_module
 from mfmjt.errors import InputError
+from mfmjt.files import atomic_path
 
 __all__ = ["FrameEncoder", "NanoEncoders", "NanoEncodersConfig", "SyncEncoder", "TextEncoder"]
 
+_WORDS = "words.txt"
 _WORD = re.compile(r"\w+|[^\w\s]")
 _REACH = 4  # frames on each side that a sync feature sees
 _SEGMENT, _STRIDE = 16, 8  # Synchformer's segments: 16 frames, of which the middle 8 get features
@@ -204,6 +208,8 @@ class NanoEncoders(nn.Module):
         frame_size: 64 pixels; other sizes are resized.
         video_fps: 8 frames per second for `encode_frames`.
         sync_fps: 25 frames per second for `encode_sync`.
+        vocabulary: Words that the text encoder was trained on, in lower case; empty if not known.
+            They are kept beside the weights, in `words.txt`.
     """
 
     frame_size = 64
@@ -216,6 +222,7 @@ class NanoEncoders(nn.Module):
         self.frame_encoder = FrameEncoder(self.config)
         self.sync_encoder = SyncEncoder(self.config)
         self.text_encoder = TextEncoder(self.config)
+        self.vocabulary: frozenset[str] = frozenset()
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Features of single frames, CLIP's part.
@@ -299,6 +306,18 @@ class NanoEncoders(nn.Module):
         first = next(words, None)
         return "" if first is None else text[first.start() :]
 
+    def understood(self, text: str) -> tuple[list[str], list[str]]:
+        """Words that `encode_text` reads: those that training had, and those that it had not.
+
+        Both are empty where the vocabulary is not known. Marks of punctuation are no words.
+        """
+        read = _words(text, self.config.text_length - 1) if self.vocabulary else []
+        words = [word for word in dict.fromkeys(read) if word not in string.punctuation]
+        return (
+            [word for word in words if word in self.vocabulary],
+            [word for word in words if word not in self.vocabulary],
+        )
+
     def _prepare(self, frames: Tensor) -> Tensor:
         """uint8 `(B, T, H, W, 3)` -> float `(B, T, 3, 64, 64)` in [-1, 1]."""
         if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
@@ -317,8 +336,16 @@ class NanoEncoders(nn.Module):
         return (x.to(dtype) / 127.5 - 1.0).unflatten(0, frames.shape[:2])
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the weights, stored as `dtype`, with the configuration as safetensors metadata."""
+        """Write the weights, stored as `dtype`, with the configuration as safetensors metadata.
+
+        Beside them goes `words.txt`, where the vocabulary is known.
+        """
         save_module(path, self, self.config, dtype)
+        if self.vocabulary:
+            with atomic_path(Path(path).with_name(_WORDS)) as temporary:
+                temporary.write_text(
+                    "".join(f"{word}\n" for word in sorted(self.vocabulary)), "utf-8"
+                )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NanoEncoders:
@@ -327,4 +354,8 @@ class NanoEncoders(nn.Module):
         Raises:
             InputError: No such file, not safetensors, or not those of `NanoEncoders`.
         """
-        return load_module(path, cls, NanoEncodersConfig, "encoders")
+        encoders = load_module(path, cls, NanoEncodersConfig, "encoders")
+        words = Path(path).with_name(_WORDS)
+        if words.is_file():
+            encoders.vocabulary = frozenset(words.read_text("utf-8", "replace").split())
+        return encoders

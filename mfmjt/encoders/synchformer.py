@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import load_published
+from mfmjt.checkpoints import load_published, weights_in
 from mfmjt.errors import InputError
 
 __all__ = ["Synchformer", "SynchformerConfig"]
 
-_PREFIX = "vfeat_extractor."
 _TUBE = 2
 _EPS = 1e-6
 
@@ -182,7 +181,10 @@ class Synchformer(nn.Module):
 
     Attributes:
         config: Sizes.
+        notes: One line each on what was odd about the file that it was read from.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: SynchformerConfig | None = None) -> None:
         super().__init__()
@@ -205,26 +207,20 @@ class Synchformer(nn.Module):
         of single frames, which the published encoder holds and does not use.
 
         Args:
-            state_dict: Names and shapes as published: the encoder's begin with `vfeat_extractor.`.
+            state_dict: Names and shapes as published, where the encoder's begin with
+                `vfeat_extractor.`, or a checkpoint with these inside.
             config: Sizes; the default is the published network.
 
         Raises:
-            InputError: Entries of the encoder are missing, unexpected or of another shape; each is
-                named.
+            InputError: Entries of the encoder are missing, unexpected or of another shape; the
+                first are named.
         """
+        what = "Synchformer's visual encoder"
+        state, notes = weights_in(state_dict, "patch_embed_3d.proj.weight", what)
         with torch.device("meta"):
             encoder = cls(config)
-        inner = {
-            name[len(_PREFIX) :]: value
-            for name, value in state_dict.items()
-            if name.startswith(_PREFIX)
-        }
-        load_published(
-            encoder,
-            inner,
-            f"Synchformer's visual encoder (names begin with {_PREFIX})",
-            lambda name: name.startswith("patch_embed."),
-        )
+        load_published(encoder, state, what, lambda name: name.startswith("patch_embed."))
+        encoder.notes = notes
         return encoder.eval()
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 
 __all__ = ["MERGES_FILES", "Tokenizer"]
 
@@ -123,7 +123,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
         lines = data.decode().split("\n")[1 : 1 + _MERGES]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(
-            f"Cannot read the list of merges {path}: {error}. Give the published file."
+            f"Cannot read the list of merges {path}: {reason(error)}. Give the published file."
         ) from error
     pairs = [tuple(line.split()) for line in lines]
     if len(pairs) != _MERGES or any(len(pair) != 2 for pair in pairs):

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.evaluate._mel import mel_power
 from mfmjt.files import atomic_path
 
@@ -164,11 +164,12 @@ class Classifier(nn.Module):
             network.load_state_dict(tensors)
         except OSError as error:
             raise InputError(
-                f"Cannot read the classifier {path}: {error}. Give a classifier.safetensors."
+                f"Cannot read the classifier {path}: {reason(error)}. Give a "
+                "classifier.safetensors."
             ) from error
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what is in the file decides
             raise InputError(
-                f"{path} is not a classifier: {str(error).splitlines()[0]}. "
+                f"{path} is not a classifier: {reason(error)}. "
                 "Train one with mfmjt.train.classifier, or use the one in the package."
             ) from error
         return network.eval()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mfmjt.data import foley
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.evaluate._mel import mel_power
 from mfmjt.evaluate.onsets import detect_onsets
 from mfmjt.files import atomic_path
@@ -186,7 +186,9 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no training log: {error}. Give a JSON lines file.") from error
+        raise InputError(
+            f"{path} is no training log: {reason(error)}. Give a JSON lines file."
+        ) from error
     return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 

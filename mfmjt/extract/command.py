@@ -133,7 +133,7 @@ def _make(
     from mfmjt.extract.clips import Cut
     from mfmjt.extract.ends import Ends
     from mfmjt.extract.tables import read_table
-    from mfmjt.extract.work import REJECTS, Settings, extract, own_device
+    from mfmjt.extract.work import NOTES, REJECTS, Settings, extract, own_device
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if arithmetic not in known:
@@ -149,4 +149,5 @@ def _make(
     for done in extract(rows, out, ends, settings):
         if done.finished:
             skipped = f", {done.rejects} skipped: {done.folder / REJECTS}" if done.rejects else ""
-            typer.echo(f"{done.folder}: {done.clips} clips{skipped}.")
+            noted = f", {done.notes} with a note: {done.folder / NOTES}" if done.notes else ""
+            typer.echo(f"{done.folder}: {done.clips} clips{skipped}{noted}.")

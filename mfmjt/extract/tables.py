@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason, some
 
 __all__ = ["LAYOUTS", "SUFFIXES", "Row", "read_table"]
 
@@ -175,12 +175,12 @@ def _check_columns(path: Path, form: _Layout, fields: _Fields, renamed: Mapping[
     for ours, theirs in renamed.items():
         if fields[ours] is None and theirs not in there:
             raise InputError(
-                f"{path} has no column {theirs!r}: it has {', '.join(there)}. Correct --column."
+                f"{path} has no column {theirs!r}: it has {some(there)}. Correct --column."
             )
     for choice in form.needed:
         if not set(choice) & set(there):
             raise InputError(
-                f"{path} has no column {' or '.join(choice)}: it has {', '.join(there)}. "
+                f"{path} has no column {' or '.join(choice)}: it has {some(there)}. "
                 f"Say which one it is with --column {choice[0]}=NAME, or choose another --layout."
             )
 
@@ -205,7 +205,9 @@ def _records(path: Path, form: _Layout) -> Iterator[dict[str, Any]]:
                     for row in csv.DictReader(file, form.header, delimiter=mark):
                         yield dict(row)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Correct or convert it.") from error
+        raise InputError(
+            f"{path} cannot be read: {reason(error)}. Correct or convert it."
+        ) from error
 
 
 def _objects(content: Any, inside: str | None) -> Iterator[dict[str, Any]]:
@@ -230,7 +232,9 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path} cannot be read: {error}. Correct or convert it.") from error
+        raise InputError(
+            f"{path} cannot be read: {reason(error)}. Correct or convert it."
+        ) from error
 
 
 def _text(row: _Fields, key: str) -> str:

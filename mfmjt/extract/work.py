@@ -8,6 +8,7 @@ shard          safetensors: `mean`, `logvar` (n, N, C); with pictures `video` (n
 text-…         safetensors: `text` (n, L, D), each distinct caption once, the empty one first
 index.json     the shards in order, captions, and the statistics of the latents
 rejects.jsonl  rows that could not be used, with the reason
+notes.jsonl    clips whose files were odd but could be used, and how; where there are any
 
 A shard depends on its rows and on nothing else, and appears whole or not at all. So a run that was
 killed goes on with the shards that are missing, any number of processes and machines share them,
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.device import choose_device
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason, short, some
 from mfmjt.extract.clips import Cut, Piece, decode
 from mfmjt.extract.ends import Ends
 from mfmjt.extract.tables import Row
@@ -41,9 +42,10 @@ from mfmjt.train.features import FORMAT, INDEX, latent_statistics
 from mfmjt.train.progress import Progress
 from mfmjt.train.shards import Shard, write_shard
 
-__all__ = ["REJECTS", "Done", "Settings", "extract", "own_device", "verify"]
+__all__ = ["NOTES", "REJECTS", "Done", "Settings", "extract", "own_device", "verify"]
 
 REJECTS = "rejects.jsonl"
+NOTES = "notes.jsonl"
 SHARD_ROWS = 64
 SHARD_TEXTS = 256
 ENCODE_CLIPS = 8
@@ -83,12 +85,14 @@ class Done(NamedTuple):
         clips: In the store.
         rejects: Rows that could not be used; `rejects.jsonl` in the folder lists them.
         finished: Whether the index is written: other processes may still be at work.
+        notes: Clips whose files were odd but could be used; `notes.jsonl` lists them.
     """
 
     folder: Path
     clips: int
     rejects: int
     finished: bool
+    notes: int = 0
 
 
 class _Job(NamedTuple):
@@ -177,7 +181,7 @@ def verify(store: str | Path) -> int:
             index = json.loads(path.read_text())
             names = [*index["shards"], *index.get("text_shards", [])]
         except (OSError, ValueError, KeyError) as error:
-            wrong.append(f"{path} cannot be read ({error}).")
+            wrong.append(f"{path} cannot be read ({reason(error)}).")
             continue
         paths += [path.parent / name for name in names]
     with Progress("verify", len(paths), 0, "files", rank_and_world()[0] > 0) as progress:
@@ -188,7 +192,7 @@ def verify(store: str | Path) -> int:
                 wrong.append(str(error))
             progress.update(done)
     if wrong:
-        raise RunError(" ".join(wrong))
+        raise RunError(some(wrong, " ", 2, each=250))
     return len(paths)
 
 
@@ -226,7 +230,7 @@ class _Work:
     def _sweep(self, folder: Path, jobs: Sequence[_Job]) -> None:
         """Remove what a killed process was writing; only what would be this one's to write."""
         mine = {job.path.stem for job in share(jobs)}
-        mine |= set() if self.quiet else {"index", "rejects"}
+        mine |= set() if self.quiet else {"index", "rejects", "notes"}
         for path in folder.glob(".*.*.*"):
             if path.name.split(".")[1] in mine:
                 path.unlink(missing_ok=True)
@@ -303,7 +307,7 @@ class _Work:
             try:
                 return decode(row.path, self.settings.cut, self.ends, self.device)
             except (ValueError, OSError) as error:  # an InputError, or what FFmpeg says
-                return " ".join(str(error).split())
+                return short(error, 300)
 
         workers = self.settings.workers
         if workers == 0:
@@ -342,7 +346,8 @@ class _Work:
             for (row, piece), found in zip(waiting, features, strict=True):
                 if all(bool(value.isfinite().all()) for value in found.values()):
                     kept.append(found)
-                    clips.append({"id": row.id, "caption": row.caption, "start": piece.start})
+                    clip = {"id": row.id, "caption": row.caption, "start": piece.start}
+                    clips.append(clip | ({"note": piece.note} if piece.note else {}))
                 else:
                     reject(row, f"{row.path} has features that are not finite.")
             waiting.clear()
@@ -408,7 +413,15 @@ class _Work:
         }
         with atomic_path(folder / INDEX) as temporary:
             temporary.write_text(json.dumps(index))
-        return Done(folder, len(about), len(rejects), True)
+        notes = [
+            {key: clip[key] for key in ("id", "start", "note")} for clip in about if "note" in clip
+        ]
+        if notes:
+            with atomic_path(folder / NOTES) as temporary:
+                temporary.write_text("".join(json.dumps(note) + "\n" for note in notes))
+        else:
+            (folder / NOTES).unlink(missing_ok=True)
+        return Done(folder, len(about), len(rejects), True, len(notes))
 
 
 def _with_condition(row: Row, cut: Cut) -> Row:

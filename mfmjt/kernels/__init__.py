@@ -6,6 +6,7 @@ from mfmjt.kernels import _flops, streams
 from mfmjt.kernels._accelerate import accelerate_jvp
 from mfmjt.kernels._jvp_rows import jvp_rows
 from mfmjt.kernels._op import reference
+from mfmjt.kernels._recompute import recompute
 from mfmjt.kernels.adaln import adaln
 from mfmjt.kernels.conv1d import conv1d
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln
@@ -24,6 +25,7 @@ __all__ = [
     "jvp_rows",
     "linear",
     "qk_norm_rope",
+    "recompute",
     "reference",
     "snake",
     "streams",

@@ -363,7 +363,8 @@ class Layout:
         chunks = cdiv(self.tokens, most)
         chunk = cdiv(self.tokens, chunks * block_rows) * block_rows
         meta = {"SEGMENTS": segments, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
-        return Launch(chunk, chunks, {**meta, "num_warps": num_warps, **_tuning.registers()})
+        meta |= {"num_warps": num_warps, **_tuning.registers(num_warps)}
+        return Launch(chunk, chunks, meta)
 
     def rows(self, t: Tensor | None) -> Rows:
         """What broadcasts to x, or None, for a kernel."""

@@ -410,8 +410,7 @@ _STRIDED = torch.strided
 def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """What holds for the arguments of every op; what PyTorch's own functions would read past.
 
-    Tensors are dense, real and on one device (integers may stay on the CPU), and the tangent
-    `x_dot` has the shape of `x`.
+    Tensors are dense, real and on one device, and the tangent `x_dot` has the shape of `x`.
     """
     tangents = [
         (i, names.index(name[:-4]))
@@ -429,7 +428,7 @@ def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> C
                 if not isinstance(x, Tensor):
                     continue
                 first = x if first is None else first
-                if x.device != first.device and (x.is_floating_point() or x.device.type != "cpu"):
+                if x.device != first.device:
                     where = f"on {first.device} as its first argument"
                     raise ValueError(f"mfmjt::{op} needs {name} {where}; got {x.device}.")
                 if x.layout is not torch.strided or x.is_complex():
@@ -539,20 +538,26 @@ def _taped(
     return Straight.apply
 
 
-def _refuse(y_bar: Tensor, y_dot_bar: Tensor) -> Tensor:
-    # any() takes six times as long on a CPU
-    if y_dot_bar.numel() and bool(torch.stack(y_dot_bar.aminmax()).any()):
-        raise RuntimeError(
-            "A gradient arrived at a tangent, and mfmjt.kernels keep no tape of tangents: "
-            "detach the tangent before it enters the loss."
-        )
+_ARRIVED = (
+    "A gradient arrived at a tangent, and mfmjt.kernels keep no tape of tangents: detach the "
+    "tangent before it enters the loss."
+)
+
+
+def _refuse(y_bar: Tensor, y_dot_bar: Tensor, wait: bool) -> Tensor:
+    if y_dot_bar.numel():
+        arrived = torch.stack(y_dot_bar.aminmax()).any()  # any() alone takes six times as long
+        if not wait:
+            torch._assert_async(arrived.logical_not(), _ARRIVED)
+        elif arrived:
+            raise RuntimeError(_ARRIVED)
     return y_bar.clone()
 
 
 _refuse_op = define(
-    "refuse_gradient(Tensor y_bar, Tensor y_dot_bar) -> Tensor",
+    "refuse_gradient(Tensor y_bar, Tensor y_dot_bar, bool wait) -> Tensor",
     _refuse,
-    lambda y_bar, y_dot_bar: torch.empty_like(y_bar),
+    lambda y_bar, *_: torch.empty_like(y_bar),
 )
 
 
@@ -561,6 +566,8 @@ def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
 
     The check is an op of its own, because a compiled backward is handed zeros for every tangent
     that leaves the graph: those must pass, and only when it runs can they be told from a gradient.
+    There the host does not wait for a GPU's answer, which it would do once an op and step: the GPU
+    prints the message when it comes to the check, and fails as by any assertion on the device.
 
     Raises:
         RuntimeError: The cotangent of a tangent is not zero.
@@ -568,5 +575,5 @@ def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
     for y_dot_bar in y_dot_bars:
         if y_dot_bar is not None:
             y_bar = torch.zeros_like(y_dot_bar) if y_bar is None else y_bar
-            y_bar = _refuse_op(y_bar, y_dot_bar)
+            y_bar = _refuse_op(y_bar, y_dot_bar, not is_watched())
     return y_bar

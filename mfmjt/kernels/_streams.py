@@ -656,7 +656,7 @@ def gated_residual_norm(
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=num_warps,
-        **_tuning.registers(),
+        **_tuning.registers(num_warps),
     )
 
 

@@ -2,9 +2,9 @@
 
 Triton is loaded where PyTorch is a GPU build, which brings it; elsewhere `jit` leaves a kernel as
 the Python function that nobody calls. TRITON_INTERPRET, which Triton reads itself, is a wish for it
-on a CPU too, in front of the C++ kernels: with 1 kernels run there one operation at a time, and the
-tests of the ops judge the Triton kernels; with 0 they are compiled for GPUs that are not there and
-do not run (`python -m bench.aot`).
+on a CPU too, in front of the C++ kernels and on any build: with 1 kernels run there one operation
+at a time, and the tests of the ops judge the Triton kernels; with 0 they are compiled for GPUs that
+are not there and do not run (`python -m bench.aot`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "INTERPRETED",
     "ON_CPU",
     "cdiv",
+    "fma",
     "jit",
     "power_of_2",
     "rows",
@@ -35,7 +36,7 @@ _installed = importlib.util.find_spec("triton") is not None
 _gpu_build = bool(torch.version.cuda or torch.version.hip)
 _interpret = os.environ.get("TRITON_INTERPRET")
 INTERPRETED = _installed and _interpret == "1"
-ON_CPU = INTERPRETED or (_installed and _interpret == "0" and not _gpu_build)
+ON_CPU = INTERPRETED or (_installed and _interpret == "0")
 AVAILABLE = ON_CPU or (_installed and _gpu_build)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,6 +44,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 if AVAILABLE:
     import triton
     import triton.language as tl
+
+    _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
 else:
     triton, tl = None, None
 
@@ -56,6 +59,14 @@ def jit(kernel: F) -> Any:
 def wide(x):
     """The same numbers in the dtype of sums: float32, or float64 for float64."""
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+@jit
+def fma(x, y, z):
+    """Return x y + z, rounded once; Triton's interpreter has no instruction for that."""
+    if _ROUNDS_PRODUCTS:
+        return (x.to(tl.float64) * y + z).to(x.dtype)
+    return tl.fma(x, y, z)
 
 
 def target() -> tuple[str, Any]:

@@ -159,13 +159,13 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
     return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
 
 
-def registers() -> dict[str, int]:
+def registers(warps: int) -> dict[str, int]:
     """Most registers of a thread in kernels that hold rows, as an option of their launch.
 
     More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
-    spills 8 bytes here and there.
+    spills 8 bytes here and there. A program has 65536, which 16 warps would exceed.
     """
-    return {"maxnreg": 208} if target()[0] == "cuda" else {}
+    return {"maxnreg": min(208, 65536 // (32 * warps))} if target()[0] == "cuda" else {}
 
 
 def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:

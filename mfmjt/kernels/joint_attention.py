@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.kernels import _ext, _op, _triton, _tuning
-from mfmjt.kernels._triton import INTERPRETED, cdiv, jit, target, tl
+from mfmjt.kernels._triton import INTERPRETED, cdiv, fma, jit, target, tl
 
 __all__ = ["joint_attention", "joint_attention_ref"]
 
@@ -134,7 +134,9 @@ def _flash_alone(
     valid = _valid_keys(k, lengths)
     joined = (_join(q), _join(k, valid), _join(v, valid))
     o = _flash(
-        *(x.transpose(1, 2) for x in joined), attn_mask=_bias(valid, q[0].dtype), scale=scale
+        *(x.transpose(1, 2) for x in joined),
+        attn_mask=_bias(valid, _op.work_dtype(q[0])),
+        scale=scale,
     )[0]
     return o.transpose(1, 2).split([x.shape[1] for x in q], dim=1)
 
@@ -406,7 +408,7 @@ def _fwd_cpu(
     valid = _valid_keys(k, lengths)
     o, lse = _flash(
         *(t.transpose(1, 2) for t in (_join(q), _join(k, valid), _join(v, valid))),
-        attn_mask=_bias(valid, q[0].dtype),
+        attn_mask=_bias(valid, _op.work_dtype(q[0])),
         scale=scale,
     )
     return _part(o.transpose(1, 2), q), lse.contiguous()
@@ -437,7 +439,7 @@ def _bwd_cpu(
         lse,
         0.0,
         False,
-        attn_mask=_bias(valid, lse.dtype if lse.dtype == torch.float64 else q[0].dtype),
+        attn_mask=_bias(valid, lse.dtype),
         scale=scale,
     )
     q_bar, k_bar, v_bar = (bar.transpose(1, 2) for bar in bars)
@@ -664,10 +666,12 @@ def _attention_fwd_kernel(
                         own, k_dots, sample, head, first, count, start, limit, score_dot,
                         UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                     )  # fmt: skip
-            score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
+            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
-            p = tl.exp2(score - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            # What rounds is the same for a whole row, and so leaves P as it is
+            new_top_2 = new_top * scale_2
+            p = tl.exp2(fma(score, scale_2, -new_top_2[:, None]))
+            shrink = tl.exp2(fma(top, scale_2, -new_top_2))
             top = new_top
             sum_p = tl.sum(p, 1)
             p_rounded = p.to(STORED)
@@ -713,7 +717,7 @@ def _attention_fwd_kernel(
         pointer = _choose_pointer(o_dot, stream)
         _store(pointer, dot, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
-    sums = top + tl.log2(tl.where(nothing, 1.0, total))
+    sums = top * scale_2 + tl.log2(tl.where(nothing, 1.0, total))
     pointer = _choose_pointer(lse, stream) + pair * all_queries + first
     here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
     tl.store(pointer + token, tl.where(nothing, 0.0, sums), here)
@@ -796,8 +800,8 @@ def _attention_bwd_q_kernel(
                     own_o_bar, v[s], sample, head, first, count, start, limit, p_bar,
                     UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
                 )  # fmt: skip
-            score = tl.where((key < limit - start)[None, :], score * scale_2, float("-inf"))
-            p = tl.exp2(score - sums[:, None])
+            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
+            p = tl.exp2(fma(score, scale_2, -sums[:, None]))
             score_bar = (p * (p_bar - centre[:, None])).to(STORED)
             if BLOCK_OUT != BLOCK_IN or not WHOLE:
                 a = _load(
@@ -899,7 +903,7 @@ def _attention_bwd_kv_kernel(
             here = token < stop - start
             sums = tl.load(lse[s] + row + token, here, float("inf"))
             centre = tl.load(delta[s] + row + token, here, 0.0)
-            p = tl.exp2(score * scale_2 - sums[None, :])
+            p = tl.exp2(fma(score, scale_2, -sums[None, :]))
             value_bar = tl.dot(
                 p.to(STORED), b, value_bar, input_precision=PRECISION, out_dtype=TYPE
             )
@@ -973,7 +977,7 @@ def _launch(
         *(None if group is None else tuple(group) for group in pointers),
         queries,
         keys,
-        tuple(None if n is None else n.to(first.device).contiguous() for n in lengths),
+        tuple(None if n is None else n.contiguous() for n in lengths),
         lse.shape[2],
         heads,
         scale,
@@ -1178,9 +1182,10 @@ def joint_attention(
         k: `(B, M, H, D)`, or a tuple of such streams, each with its own M.
         v: As k.
         scale: Factor of the scores; D ** -0.5 by default.
-        lengths: How many leading keys count, `(B,)` integers: one tensor where k is one tensor,
-            else a tuple with a tensor or None (all count) for each stream. What lies beyond may be
-            anything, NaN included, and gets zero gradients. A sample without any key gets zeros.
+        lengths: How many leading keys count, `(B,)` integers on the device of q: one tensor where
+            k is one tensor, else a tuple with a tensor or None (all count) for each stream. What
+            lies beyond may be anything, NaN included, and gets zero gradients. A sample without
+            any key gets zeros.
 
     Returns:
         The answers, of q's shape and dtype: a tensor, or a tuple of streams.
@@ -1211,13 +1216,21 @@ def joint_attention(
         _op.check(False, "joint_attention", needs, **named)
     _op.check_tensors("joint_attention", {f"lengths[{i}]": n for i, n in enumerate(limits)})
     for limit in limits:
-        if limit is not None and not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
+        if limit is None:
+            continue
+        if not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
             needs = f"lengths ({head[0]},) of integers, one for each sample"
+            _op.check(False, "joint_attention", needs, lengths=limit)
+        if limit.device != queries[0].device:  # to be copied at every call, which is waited for
+            needs = f"lengths on {queries[0].device} as q, not on {limit.device}"
             _op.check(False, "joint_attention", needs, lengths=limit)
     if _op.use_reference():
         return joint_attention_ref(q, k, v, scale, lengths)
     ends = len(queries), len(queries) + len(keys), len(queries) + 2 * len(keys)
     scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # kernels look for a row's largest score by its largest product
+        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        queries = tuple(sign * x for x in queries)
 
     def grouped(xs: Any) -> tuple[list[Any], list[Any], list[Any]]:
         xs = _op.autocast(*xs[: ends[2]])

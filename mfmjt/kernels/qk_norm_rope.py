@@ -502,7 +502,7 @@ def _bwd_triton(
         BLOCK_ROWS=block_rows,
         BLOCK_WIDTH=block_width,
         num_warps=num_warps,
-        **_tuning.registers(),
+        **_tuning.registers(num_warps),
     )
     weight_bars = [weight.new_empty(weight.shape) for weight in (q_weight, k_weight)]
     block_rows, block_cols, num_warps = _tuning.sum_of_rows(programs)

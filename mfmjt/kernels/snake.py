@@ -42,7 +42,7 @@ from torch import Tensor
 from mfmjt.kernels import _op, _tuning
 from mfmjt.kernels._triton import cdiv, jit, tl, wide
 
-__all__ = ["snake", "snake_ref"]
+__all__ = ["snake", "snake_ref", "taps"]
 
 _TAPS = 12
 _BLOCK = 16  # tokens of x a row of the banded product makes; 8 and 32 are slower
@@ -63,16 +63,36 @@ def _filter() -> tuple[float, ...]:
 _FILTER = _filter()
 
 
+def taps(x: Tensor) -> Tensor:
+    """The filter (12,) in the dtype and on the device of x.
+
+    Kept, because numbers come to a GPU by a copy that the host waits for: a CUDA graph refuses it.
+    What is made for a compiler, a mode or a subclass must not outlive it, and is not kept.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return x.new_tensor(_FILTER)
+    if torch._C._len_torch_dispatch_stack():
+        return x.new_tensor(_FILTER)
+    return _kept_taps(x.dtype, x.device)
+
+
+@functools.lru_cache
+def _kept_taps(dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor of no functorch level, and one that may be saved for backward
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        return torch.tensor(_FILTER, dtype=dtype, device=device)
+
+
 def snake_ref(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Plain PyTorch `snake`; the definition of correct."""
     channels = x.shape[1]
-    taps = x.new_tensor(_FILTER).expand(channels, 1, -1)
+    filters = taps(x).expand(channels, 1, -1)
     up = F.conv_transpose1d(
-        F.pad(x, (5, 5), mode="replicate"), 2 * taps, stride=2, groups=channels
+        F.pad(x, (5, 5), mode="replicate"), 2 * filters, stride=2, groups=channels
     )[..., 15:-15]
     frequency, height = alpha.exp()[:, None], 1 / (beta.exp()[:, None] + 1e-9)
     up = (up + height * torch.sin(up * frequency).square()).to(x.dtype)
-    return F.conv1d(F.pad(up, (5, 6), mode="replicate"), taps, stride=2, groups=channels)
+    return F.conv1d(F.pad(up, (5, 6), mode="replicate"), filters, stride=2, groups=channels)
 
 
 @functools.lru_cache

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.meanflow._dtype import called_in, network_dtype
 from mfmjt.meanflow._tree import Cond, rows
 from mfmjt.meanflow.targets import Network, Target, Velocity, mean_velocity, regressed_to
 from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs
@@ -100,10 +101,13 @@ def loss(
     per element.
 
     Args:
-        f: f(z, r, t, **cond) -> u, shaped like z. Called with subsets of the batch: once for the
-            samples with r < t, under `torch.func.jvp`, and once for the others. On a CPU, where f
-            has a method `jvp_rows` as `mfmjt.model.MFMJT` has, that is called with all instead.
-        x: Clean data (B, ...), noise-free and normalised.
+        f: f(z, r, t, **cond) -> u, shaped like z. Called in the dtype of x and with subsets of the
+            batch: once for the samples with r < t, under `torch.func.jvp`, and once for the others.
+            On a CPU, where f has a method `jvp_rows` as `mfmjt.model.MFMJT` has, that is called
+            with all instead.
+        x: Clean data (B, ...), noise-free and normalised, in the dtype that f takes. The mixture,
+            the target and the loss are computed in float32 or wider; times are rounded to the dtype
+            of x beforehand, so that f is told exactly where z is.
         cond: Keyword arguments for f, all with the batch first: tensors or tuples of them.
         ratio: Share of samples with r < t; their number is round(ratio·B), so that shapes are
             static. 0 is flow matching. Ignored where r is given.
@@ -131,10 +135,13 @@ def loss(
     if not 0 <= ratio <= 1:
         raise InputError(f"ratio is {ratio}: it is a share of the batch. Give 0 to 1.")
     batch, device = x.shape[0], x.device
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    work = torch.promote_types(x.dtype, torch.float32)
+    dtype = network_dtype(x)
+    x = x.to(work)
     if noise is None:
-        noise = torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator)
+        noise = torch.randn(x.shape, dtype=work, device=device, generator=generator)
     _check("noise", noise, x.shape)
+    noise = noise.to(work)
     for name, value in (("r", r), ("t", t)):
         if value is not None:
             _check(name, value, x.shape[:1])
@@ -149,6 +156,9 @@ def loss(
     elif intervals is None and torch.compiler.is_compiling():
         intervals = batch  # right for r = t too, whose span is zero
 
+    r, t = r.to(dtype).to(work), t.to(dtype).to(work)
+    call = f if dtype == work else called_in(dtype, f)
+
     with_tangent: slice | Tensor
     without: slice | Tensor
     if intervals is None:
@@ -158,12 +168,12 @@ def loss(
     else:
         with_tangent, without = slice(0, intervals), slice(intervals, None)
 
-    at = t.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
+    at = t.view(-1, *(1 for _ in x.shape[1:]))
     z, v = (1 - at) * x + at * noise, noise - x
     cond = {} if cond is None else cond
 
     if velocity is not None:
-        v = velocity(f, z, t, v, dict(cond)).detach()
+        v = velocity(call, z, t, v, dict(cond)).detach()
 
     interval_errors, flow_errors = x.new_zeros(0), x.new_zeros(0)
     if (
@@ -173,16 +183,17 @@ def loss(
     ):
         first = with_tangent
         ends = torch.cat((r[first], t[without]))
-        u, du_dt = f.jvp_rows(z, ends, t, v[first], **cond)  # type: ignore[attr-defined]
+        given = (part.to(dtype) for part in (z, ends, t, v[first]))
+        u, du_dt = f.jvp_rows(*given, **cond)  # type: ignore[attr-defined]
         goal = torch.cat((regressed_to(v[first], r[first], t[first], du_dt), v[without]))
         interval_errors, flow_errors = _errors(u, goal).tensor_split([intervals])
     else:
         if intervals:
             i = with_tangent
-            interval_errors = _errors(*target(f, z[i], r[i], t[i], v[i], rows(cond, i)))
+            interval_errors = _errors(*target(call, z[i], r[i], t[i], v[i], rows(cond, i)))
         if intervals < batch:
             i = without
-            flow_errors = _errors(f(z[i], t[i], t[i], **rows(cond, i)), v[i])
+            flow_errors = _errors(call(z[i], t[i], t[i], **rows(cond, i)), v[i])
 
     errors = torch.cat((interval_errors, flow_errors))
     weighted = errors if p == 0 else errors * (errors.detach() + c).pow(-p)

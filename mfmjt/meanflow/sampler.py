@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.meanflow._dtype import network_dtype
 from mfmjt.meanflow._tree import Cond, stack
 from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode, guide
@@ -23,20 +24,20 @@ def sample(
     steps: int = 1,
     cond: Cond | None = None,
     null: Cond | None = None,
-    guidance: float = 1.0,
+    guidance: float | Tensor = 1.0,
     mode: GuidanceMode = "cfg_scaled",
     instantaneous: bool = False,
 ) -> Tensor:
     """Follow z_r = z_t − (t − r)·u(z_t, r, t) from t = 1 to 0 in equal steps.
 
     Args:
-        f: f(z, r, t, **cond) -> u, shaped like z; r and t are (B,).
+        f: f(z, r, t, **cond) -> u, shaped like z; r and t are (B,). Called in the dtype of noise.
         noise: z at t = 1, (B, ...), standard normal.
         steps: Number of intervals.
         cond: Keyword arguments for f.
         null: The same without condition, for guidance. Where names and shapes agree with `cond`,
             both passes are one batch of 2B.
-        guidance: Scale w; 1 needs no second pass.
+        guidance: Scale w, a number or as `guide` takes it; the number 1 needs no second pass.
         mode: See `guide`.
         instantaneous: f is a flow-matching network: evaluate it at r = t (Euler's method).
 
@@ -50,7 +51,7 @@ def sample(
     if steps < 1:
         raise InputError(f"steps is {steps}: sampling takes at least one. Give 1 or more.")
     cond = {} if cond is None else cond
-    guided = mode != "none" and guidance != 1.0
+    guided = mode != "none" and (isinstance(guidance, Tensor) or guidance != 1.0)
     both: dict[str, Any] | None = None
     if guided:
         if null is None:
@@ -61,6 +62,8 @@ def sample(
         both = stack(cond, null)
 
     def velocity(z: Tensor, r: float, t: float) -> Tensor:
+        z = z.to(dtype)
+
         def at(count: int) -> tuple[Tensor, Tensor]:
             now = torch.full((count,), t, dtype=z.dtype, device=z.device)
             return (now if instantaneous else torch.full_like(now, r)), now
@@ -74,6 +77,7 @@ def sample(
             u_c, u_0 = f(z, *at(batch), **cond), f(z, *at(batch), **null)
         return guide(u_c, u_0, guidance, mode)
 
+    dtype = network_dtype(noise)
     # The state is kept in float32 or wider: rounding it at every step would add up.
     z = noise.to(torch.promote_types(noise.dtype, torch.float32))
     for i in range(steps, 0, -1):
@@ -154,7 +158,7 @@ class OneStep:
         self,
         z: Tensor,
         *,
-        guidance: float,
+        guidance: float | Tensor,
         mode: GuidanceMode,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,

@@ -2,7 +2,8 @@
 
 Notation as in `objective`: z = (1 − t)x + t·e, v = e − x, time from data (0) to noise (1). A
 `Target` is called with the samples that have r < t and gives the prediction, with its graph, and
-what it should be, without one. A `Velocity` gives the v that all samples are regressed to.
+what it should be, without one. A `Velocity` gives the v that all samples are regressed to. Both
+work in float32 or wider; the f that they are given casts its latents and times itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.meanflow._forward import derivative
 
 __all__ = [
     "Target",
@@ -160,10 +162,7 @@ def _mean_velocity(
     direction: Tensor,
     cond: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    # r has no tangent, so it is no input of the derivative.
-    u, du_dt, *_ = torch.func.jvp(
-        lambda z, t: f(z, r, t, **cond), (z, t), (direction, torch.ones_like(t))
-    )
+    u, du_dt = derivative(f, z, r, t, direction, cond)
     return u, regressed_to(v, r, t, du_dt)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 
 _OPENING = {
     "protocol_whitelist": "file",  # no file makes FFmpeg open an address
@@ -134,8 +134,3 @@ def declared_duration(container: Any, stream: Any) -> Fraction | None:
     if container.duration and not container.streams.audio:
         return Fraction(container.duration, av.time_base)
     return None
-
-
-def reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

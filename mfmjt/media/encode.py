@@ -13,8 +13,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from mfmjt.errors import InputError, RunError
-from mfmjt.media._open import reason
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.media.pictures import PictureDecoder, Pictures, shown_size
 from mfmjt.media.video import Picture, decoding
 

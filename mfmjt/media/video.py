@@ -14,9 +14,9 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.media._decode import Decoder
-from mfmjt.media._open import declared_duration, open_video, others_note, reason
+from mfmjt.media._open import declared_duration, open_video, others_note
 from mfmjt.media.hdr import Hdr, to_sdr
 from mfmjt.media.pictures import (
     PictureDecoder,

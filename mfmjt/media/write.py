@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path, check_writable
 from mfmjt.media._copy import (
     HIDING,
@@ -30,7 +30,6 @@ from mfmjt.media._open import (
     open_video,
     others_note,
     packets,
-    reason,
     step_of,
 )
 from mfmjt.media._times import Times, copied_times

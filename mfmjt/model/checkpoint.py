@@ -10,18 +10,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mfmjt.checkpoints import PublishedFile, load_published, read_state_dict
-from mfmjt.errors import InputError
+from mfmjt.checkpoints import (
+    PublishedFile,
+    about,
+    check_depths,
+    load_published,
+    read_content,
+    read_own,
+    weights_in,
+)
+from mfmjt.errors import InputError, reason
 from mfmjt.files import atomic_path
 from mfmjt.model.conditioning import r_embedding
 from mfmjt.model.config import CONFIGS, ModelConfig, config_for
 from mfmjt.model.transformer import MFMJT
 
-__all__ = ["NETWORK_FILES", "load", "load_mmaudio", "save", "to_mmaudio_state_dict"]
+__all__ = [
+    "MARK",
+    "NETWORK_FILES",
+    "is_ours",
+    "load",
+    "load_mmaudio",
+    "save",
+    "to_mmaudio_state_dict",
+]
 
 _PUBLISHER = "https://huggingface.co/hkchengrex/MMAudio/tree/main/weights"
 NETWORK_FILES = {
@@ -38,6 +54,8 @@ NETWORK_FILES = {
 _NOT_PERSISTENT = {"t_embed.freqs", "latent_rot", "clip_rot"}
 """Tables that older checkpoints carry and every network computes itself."""
 _OURS = "r_embed."
+MARK = "audio_input_proj.0.weight"
+"""A parameter that networks have and no other part of a model or of a training."""
 
 
 def save(net: MFMJT, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -63,19 +81,28 @@ def load(path: str | os.PathLike[str]) -> MFMJT:
     Raises:
         InputError: The file is missing, damaged or of something else.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"No file {path}: there is nothing to load. Check the path.")
+    metadata, state = read_own(path, "no mfmjt network")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        config = ModelConfig(**json.loads(metadata["config"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        why = f"no {error} in its metadata" if isinstance(error, KeyError) else str(error)
+        sizes = json.loads(metadata["config"])
+        check_depths(sizes, len(state))
+        return _build(ModelConfig(**sizes), state)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # what is in the file decides what its sizes lead to
+        why = "no 'config' in its metadata" if "config" not in metadata else reason(error)
         raise InputError(
             f"{path} is no mfmjt network: {why}. Give a file written by MFMJT.save, or import a "
             "published one with load_mmaudio."
         ) from error
-    return _build(config, load_file(path))
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a network of ours, as `save` writes them, rather than a published one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "config" in (file.metadata() or {})
+    except Exception:  # it is of another format, or damaged: who reads it says so
+        return False
 
 
 def load_mmaudio(
@@ -89,33 +116,43 @@ def load_mmaudio(
     starts at zero, so u does not depend on r until it is trained.
 
     Args:
-        source: A `.pth` or `.safetensors` file, or the state dict itself. Nothing is unpickled.
+        source: A `.pth` or `.safetensors` file, the index of several, or the state dict itself;
+            both may keep it inside, behind a prefix, and beside other things, as checkpoints of
+            trainings do. Averaged (EMA) weights are taken where there are such. Nothing is
+            unpickled.
         config: Name of the configuration that every shape must agree with, such as "small_16k";
             None infers it.
         **overrides: Fields of `ModelConfig` that shapes do not tell, such as `latent_length`.
 
     Returns:
-        The network, with float32 parameters on the CPU.
+        The network, with float32 parameters on the CPU; its `notes` say which of several weights
+        were taken.
 
     Raises:
         InputError: Unreadable file, no such configuration, or a parameter is missing, unexpected
             or of another shape.
     """
-    # Training checkpoints keep the weights beside the optimizer's state.
-    given = source if isinstance(source, Mapping) else read_state_dict(source, inside="weights")
+    if not isinstance(source, Mapping):
+        content = read_content(source)
+        with about(source, NETWORK_FILES.get(config or "", NETWORK_FILES["small_16k"])):
+            return load_mmaudio(content, config, **overrides)
+    given, notes = weights_in(source, MARK, "an MMAudio network")
     state = {key: value for key, value in given.items() if key not in _NOT_PERSISTENT}
     sizes = _infer_config(state) if config is None else config_for(config)
     if overrides:
         sizes = dataclasses.replace(sizes, **overrides)
+    qkv = (3 * sizes.hidden_dim, sizes.hidden_dim)
     for key, value in state.items():
-        if ".attn.qkv." in key and value.shape[0] == 3 * sizes.hidden_dim:
+        if ".attn.qkv." in key and tuple(value.shape) in (qkv, qkv[:1]):
             # (heads, head_dim, 3, ...) to (3, heads, head_dim, ...)
             parts = value.unflatten(0, (sizes.num_heads, sizes.head_dim, 3))
             state[key] = parts.movedim(2, 0).flatten(0, 2)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # the same file always gives the same network
         fresh = r_embedding(sizes.hidden_dim).state_dict()
-    return _build(sizes, state | {f"{_OURS}{key}": value for key, value in fresh.items()})
+    net = _build(sizes, state | {f"{_OURS}{key}": value for key, value in fresh.items()})
+    net.notes = notes
+    return net
 
 
 def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
@@ -152,32 +189,39 @@ def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> MFMJT:
 
 
 def _infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
-    def shape(key: str) -> torch.Size:
-        if key not in state:
+    def shape(key: str, axes: int) -> torch.Size:
+        found = state[key].shape if key in state else ()
+        if len(found) != axes or 0 in found:
+            wrong = f"{key} has shape {tuple(found)}" if key in state else f"missing {key}"
             raise InputError(
-                f"This is no state dict of an MMAudio network: missing {key}. "
+                f"This is no state dict of an MMAudio network: {wrong}. "
                 "Give the file as its publisher keeps it."
             )
-        return state[key].shape
+        return torch.Size(found)
 
     def count(stack: str) -> int:
         found = (re.match(rf"{stack}\.(\d+)\.", key) for key in state)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        return len({match[1] for match in found if match})
 
-    hidden = shape("audio_input_proj.0.weight")[0]
-    head_dim = shape("fused_blocks.0.attn.q_norm.weight")[0]
+    hidden = shape(MARK, 3)[0]
+    if hidden != shape("t_embed.mlp.2.weight", 2)[1]:
+        raise InputError(
+            "This is no state dict of an MMAudio network: its layers do not fit each other. "
+            "Give the file as its publisher keeps it."
+        )
+    head_dim = shape("fused_blocks.0.attn.q_norm.weight", 1)[0]
     fused_depth = count("fused_blocks")
-    latent_dim = shape("latent_mean")[-1]
+    latent_dim = shape("latent_mean", 3)[-1]
     sizes: dict[str, Any] = {
         "latent_dim": latent_dim,
         "hidden_dim": hidden,
         "num_heads": max(1, hidden // head_dim),
         "depth": count("joint_blocks") + fused_depth,
         "fused_depth": fused_depth,
-        "text_length": shape("empty_string_feat")[0],
-        "video_dim": shape("empty_clip_feat")[-1],
-        "sync_dim": shape("empty_sync_feat")[-1],
-        "text_dim": shape("empty_string_feat")[-1],
+        "text_length": shape("empty_string_feat", 2)[0],
+        "video_dim": shape("empty_clip_feat", 2)[-1],
+        "sync_dim": shape("empty_sync_feat", 2)[-1],
+        "text_dim": shape("empty_string_feat", 2)[-1],
         "v2": "clip_input_proj.2.w1.weight" in state,
     }
     for config in CONFIGS.values():
@@ -186,7 +230,7 @@ def _infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
     # Not a published size: lengths and rates of the autoencoder with as many channels.
     base = CONFIGS["small_44k" if latent_dim == CONFIGS["small_44k"].latent_dim else "small_16k"]
     config = dataclasses.replace(base, name="custom", **sizes)
-    width = shape("fused_blocks.0.ffn.w1.weight")[0]
+    width = shape("fused_blocks.0.ffn.w1.weight", 3)[0]
     if config.mlp_hidden != width:
         config = dataclasses.replace(config, mlp_ratio=1.5 * width / hidden)
     return config

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, some
 
 __all__ = ["CONFIGS", "MAX_TOKENS", "SYNC_RATE", "VIDEO_RATE", "ModelConfig", "config_for"]
 
@@ -65,7 +65,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and not 0 < value < math.inf:
                 raise InputError(f"{field.name} is {value}: it must be positive. Give another.")
         if self.hidden_dim % (2 * self.num_heads):
             raise InputError(
@@ -176,7 +177,7 @@ def config_for(name: str, **overrides: Any) -> ModelConfig:
     unknown = set(overrides) - {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown:
         raise InputError(
-            f"No configuration field {', '.join(sorted(unknown))}: see mfmjt.model.ModelConfig. "
+            f"No configuration field {some(sorted(unknown))}: see mfmjt.model.ModelConfig. "
             "Correct the name."
         )
     return dataclasses.replace(CONFIGS[name], **overrides)

@@ -229,7 +229,7 @@ class Frozen:
         self,
         z: Tensor,
         *,
-        guidance: float = 1.5,
+        guidance: float | Tensor = 1.5,
         mode: Literal["cfg_scaled", "cfg", "none"] = "cfg_scaled",
         **given: Tensor,
     ) -> Tensor:
@@ -237,14 +237,15 @@ class Frozen:
 
         Args:
             z: As for a call.
-            guidance: Scale w; 1 needs no second pass.
+            guidance: Scale w, a number or a tensor of one element; the number 1 needs no second
+                pass.
             mode: See `mfmjt.meanflow.guide`.
             **given: The conditions of a call.
 
         Returns:
             (B, N, C), in the dtype of z.
         """
-        null = mode != "none" and guidance != 1.0
+        null = mode != "none" and (isinstance(guidance, Tensor) or guidance != 1.0)
         u = self(z, **given, null=null)
         return streams.guide(z, u, guidance, mode if null else "none")
 

@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.files import atomic_path
 from mfmjt.model.blocks import Conv1d, Linear
 from mfmjt.model.transformer import MFMJT
@@ -67,8 +67,8 @@ def add_lora(net: MFMJT, lora: LoRA) -> None:
         import peft
     except ImportError as error:
         raise InputError(
-            f"lora needs the package peft, which cannot be imported: {error}. Install it with "
-            "pip install 'mfmjt[lora]', or leave lora out to train all weights."
+            f"lora needs the package peft, which cannot be imported: {reason(error)}. Install it "
+            "with pip install 'mfmjt[lora]', or leave lora out to train all weights."
         ) from error
     config = peft.LoraConfig(
         r=lora.rank,
@@ -83,7 +83,7 @@ def add_lora(net: MFMJT, lora: LoRA) -> None:
         peft.inject_adapter_in_model(config, net)
     except ValueError as error:
         raise InputError(
-            f"lora.targets={list(lora.targets)} cannot be adapted: {str(error).splitlines()[0]} "
+            f"lora.targets={list(lora.targets)} cannot be adapted: {reason(error)}. "
             "Give ends of names of linear layers or convolutions."
         ) from error
     finally:
@@ -147,9 +147,10 @@ def merge_adapter(net: MFMJT, path: str | os.PathLike[str]) -> None:
             fields = json.loads(about["lora"])
             lora = LoRA(**fields | {"targets": tuple(fields["targets"])})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # what is in the file decides
         raise InputError(
-            f"{path} is no adapter: {error}. Give the adapter.safetensors of a training with lora."
+            f"{path} is no adapter: {reason(error)}. Give the adapter.safetensors of a training "
+            "with lora."
         ) from error
     weights = net.state_dict()
     changed = {key: value for key, value in tensors.items() if ".lora_" not in key}

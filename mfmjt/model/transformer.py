@@ -48,7 +48,12 @@ class MFMJT(nn.Module):
 
     Args:
         config: Sizes; see `MFMJT.from_config` for the named ones.
+
+    Attributes:
+        notes: One line each on what was odd about the file that it was read from.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path
 from mfmjt.media import Pictures, content
 from mfmjt.pipeline.windows import Window
@@ -146,7 +146,7 @@ class Entry:
             with atomic_path(path) as temporary:
                 save_file(state, temporary, {"about": json.dumps(about)})
         except (SafetensorError, OSError) as error:
-            raise RunError(f"Cannot write {path}: {error}. Check the disk.") from error
+            raise RunError(f"Cannot write {path}: {reason(error)}. Check the disk.") from error
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._key}-{number:05d}.safetensors"

@@ -21,18 +21,27 @@ from mfmjt.codec.vae import VAEConfig
 from mfmjt.device import choose_device
 from mfmjt.encoders import CLIPConfig, MMAudioEncoders, NanoEncoders, SynchformerConfig
 from mfmjt.encoders.mmaudio import ENCODER_FILES
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, some
 from mfmjt.meanflow import sample
 from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode
 from mfmjt.media import Pictures, Video, as_source
 from mfmjt.model import MFMJT, load_mmaudio
-from mfmjt.model.checkpoint import NETWORK_FILES
+from mfmjt.model.checkpoint import NETWORK_FILES, is_ours
 from mfmjt.model.conditioning import Conditions
 from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.cache import entry, identity
 from mfmjt.pipeline.features import Encoders, VideoFeatures, lengths
-from mfmjt.pipeline.published import mode_of, mode_there, networks_there, root_of
+from mfmjt.pipeline.prompt import prompt_notes
+from mfmjt.pipeline.published import (
+    mode_in,
+    mode_of,
+    mode_there,
+    name_of,
+    networks_there,
+    no_network,
+    root_of,
+)
 from mfmjt.pipeline.windows import OVERLAP, Noise, Window, decoded, expected, joined, plan
 
 __all__ = ["MAX_DURATION", "Pipeline"]
@@ -70,6 +79,7 @@ class Pipeline:
         flow_matching: The network ignores the end of its interval, as one imported from MMAudio
             does until it is trained further: it needs many steps.
         one_step: Noise and features to latents in one step, where it is compiled; else None.
+        notes: One line each on what was odd about the files that its parts were read from.
 
     Raises:
         InputError: The parts do not belong together, or the device or dtype cannot be used.
@@ -107,6 +117,12 @@ class Pipeline:
         self.encoders = encoders.to(self.device).eval().requires_grad_(False)
         self.window = window or max(2, round(config.latent_length / config.latent_rate))
         self.flow_matching = not any(bool(p.any()) for p in network.r_embed.mlp[2].parameters())
+        self.notes: tuple[str, ...] = tuple(
+            note
+            for part in (self.network, self.codec, self.encoders)
+            for module in part.modules()
+            for note in getattr(module, "notes", ())
+        )
         self._identity = ""
         self._captured: Captured | None = None
         self.one_step: Callable[..., Tensor] | None = None
@@ -129,8 +145,8 @@ class Pipeline:
         Args:
             name: "nano", or a folder with `network.safetensors`, `codec.safetensors` and
                 `encoders.safetensors`, or one with MMAudio's published files (see `from_mmaudio`)
-                and either a published network or a `network.safetensors` of ours, or one of the
-                published networks in such a folder.
+                and either a published network or a `network.safetensors` of ours, or the file of a
+                network in such a folder, published or ours, under any name.
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
             compile: As for `Pipeline`.
@@ -139,22 +155,26 @@ class Pipeline:
             InputError: There is no such model, or its files are not what they should be.
         """
         folder = Path(name)
-        published = {file.name: model for model, file in NETWORK_FILES.items()}
-        if folder.name in published and folder.is_file():
-            model = published[folder.name]
-            return cls.from_mmaudio(root_of(folder), model, device, dtype, compile=compile)
-        if not folder.is_dir():
-            shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
-            if str(name) not in shipped:
-                raise InputError(
-                    f"There is no model {name}: it is neither a folder nor one that ships "
-                    f"({', '.join(shipped)}). Give one of these."
-                )
-            folder = PRETRAINED / name
-        network = folder / "network.safetensors"
-        if not network.exists() and networks_there(folder):
-            return cls.from_mmaudio(folder, None, device, dtype, compile=compile)
-        if network.exists() and not (folder / "codec.safetensors").exists():
+        if os.path.isfile(folder):  # which, unlike a Path's, takes a name of any length
+            network, folder = folder, root_of(folder)
+            if not is_ours(network):
+                model = name_of(network, folder) or network
+                return cls.from_mmaudio(folder, model, device, dtype, compile=compile)
+        else:
+            if not os.path.isdir(folder):
+                shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
+                if str(name) not in shipped:
+                    raise InputError(
+                        f"There is no model {name}: it is neither a file, nor a folder, nor one "
+                        f"that ships ({', '.join(shipped)}). Give one of these."
+                    )
+                folder = PRETRAINED / name
+            network = folder / "network.safetensors"
+            if not network.exists():
+                if not networks_there(folder):
+                    raise no_network(folder)
+                return cls.from_mmaudio(folder, None, device, dtype, compile=compile)
+        if not (folder / "codec.safetensors").exists():
             mode = mode_there(folder)
             if mode:  # one of ours, trained further from MMAudio's, on its codec and encoders
                 find_all(folder, [*codec_files(mode), *ENCODER_FILES])
@@ -179,7 +199,7 @@ class Pipeline:
     def from_mmaudio(
         cls,
         folder: str | os.PathLike[str],
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         check: Check = "size",
@@ -199,8 +219,8 @@ class Pipeline:
         Args:
             folder: Holds the files, itself or in folders inside it, such as MMAudio's `weights`
                 and `ext_weights`.
-            model: "small_16k", "small_44k", "medium_44k", "large_44k" or "large_44k_v2"; None
-                takes the only one there.
+            model: "small_16k", "small_44k", "medium_44k", "large_44k" or "large_44k_v2", or the
+                file of a network of that kind, wherever it is; None takes the only one there.
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
             check: "name" takes files of these names, such as weights of your own; "size" also
@@ -221,22 +241,28 @@ class Pipeline:
         if model is None:
             there = networks_there(Path(folder))
             if len(there) > 1:
-                files = ", ".join(str(path) for path in there.values())
+                files = some(path.name for path in there.values())
                 raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
             model = next(iter(there), "small_16k")
-        if model not in NETWORK_FILES:
-            raise InputError(
-                f"MMAudio has no network {model!r}: there are {', '.join(NETWORK_FILES)}. "
-                "Choose one."
-            )
         # All that is missing is said at once, before the first gigabyte is read.
-        network, *_ = find_all(
-            folder, [NETWORK_FILES[model], *codec_files(mode_of(model)), *ENCODER_FILES], check
-        )
-        own = (vae, vocoder, clip, synchformer) != (None,) * 4
+        config = None
+        if model in NETWORK_FILES:
+            mode = mode_of(str(model))
+            needed = [NETWORK_FILES[str(model)], *codec_files(mode), *ENCODER_FILES]
+            network, *_ = find_all(folder, needed, check)
+            if check != "name" and (vae, vocoder, clip, synchformer) == (None,) * 4:
+                config = str(model)
+        elif os.path.isfile(network := Path(model)):
+            mode = mode_in(network)
+            find_all(folder, [*codec_files(mode), *ENCODER_FILES], check)
+        else:
+            raise InputError(
+                f"MMAudio has no network {str(model)!r}: there are {', '.join(NETWORK_FILES)}. "
+                "Choose one, or give a file."
+            )
         return cls(
-            load_mmaudio(network, None if own or check == "name" else model),
-            MMAudioCodec.from_folder(folder, mode_of(model), "name", vae, vocoder).cast(ends_dtype),
+            load_mmaudio(network, config),
+            MMAudioCodec.from_folder(folder, mode, "name", vae, vocoder).cast(ends_dtype),
             MMAudioEncoders.from_folder(folder, "name", clip, synchformer).cast(ends_dtype),
             device,
             dtype,
@@ -293,9 +319,7 @@ class Pipeline:
         steps, guidance, mode = self.settled(steps, guidance, mode)
         check_call(video, prompt, steps, guidance, mode, seed, duration, count)
         clock = _Clock(progress)
-        notes: tuple[str, ...] = ()
-        if prompt and (note := self._unread(prompt)):
-            notes += (note,)
+        notes = self.notes + prompt_notes(self.encoders, prompt)
         config, rate = self.network.config, self.codec.sample_rate
         source = None if video is None else self._video(video, duration, cache, fps)
         noise = Noise(seed, count, config.latent_dim)
@@ -376,12 +400,6 @@ class Pipeline:
             (4.5 if many else 1.5) if guidance is None else guidance,
             ("cfg" if many else "cfg_scaled") if mode is None else mode,
         )
-
-    def _unread(self, prompt: str) -> str:
-        """A note on the end of a prompt that is too long, or nothing."""
-        unread = self.encoders.unread(prompt)
-        left = f"The prompt is too long: its end, from {unread[:30]!r} on, is not read."
-        return left if unread else ""
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, n, C) to samples (B, n·hop), as a graph where that is compiled."""

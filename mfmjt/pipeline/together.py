@@ -18,6 +18,7 @@ from mfmjt.model.conditioning import Conditions
 from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.features import lengths
 from mfmjt.pipeline.pipeline import NOT_FINITE, TEXT_DURATION, Pipeline, check_call
+from mfmjt.pipeline.prompt import prompt_notes
 from mfmjt.pipeline.windows import STRETCH, Noise, decoded
 
 __all__ = ["Request", "generate_together"]
@@ -194,13 +195,11 @@ def _prepared(
         seconds[name] += time.perf_counter() - begin
 
     features: dict[str, Tensor] = {}
-    notes: tuple[str, ...] = ()
+    notes = prompt_notes(pipeline.encoders, request.prompt)
     if request.video is not None:
         source = pipeline._video(request.video, request.duration, None)
         ((_, features),) = source.windows(stage)
-        notes = source.notes
-    if request.prompt and (note := pipeline._unread(request.prompt)):
-        notes = (note, *notes)
+        notes += source.notes
     with stage("encode"):
         features = features | pipeline._text(request.prompt)
         length, _, _ = lengths(pipeline.encoders, pipeline.network.config, _seconds(request))

@@ -9,7 +9,7 @@ import mimetypes
 import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi import Path as PathParameter
@@ -26,16 +26,32 @@ from mfmjt.serve.examples import EXAMPLES, Examples
 from mfmjt.serve.jobs import Job, Jobs, Run
 from mfmjt.serve.metrics import Metrics
 from mfmjt.serve.reader import Reader
-from mfmjt.serve.schema import Fault, Health, JobState, Model, Models, Sound, asked_schema
+from mfmjt.serve.schema import (
+    Container,
+    Fault,
+    Health,
+    JobState,
+    Model,
+    Models,
+    Sound,
+    asked_schema,
+)
 from mfmjt.serve.settings import MAX_COUNT, MAX_STEPS, Settings
-from mfmjt.serve.shield import Shield
+from mfmjt.serve.shield import HEAD, Shield
 from mfmjt.serve.upload import read_request
 
 __all__ = ["create_app"]
 
 T = TypeVar("T")
 PAGE = Path(__file__).with_name("page")
-_TYPES = {"wav": "audio/wav", "mp4": "video/mp4", "mkv": "video/x-matroska"}
+_CONTAINERS: tuple[Container, ...] = get_args(Container)
+_TYPES = {
+    "wav": "audio/wav",
+    "mp4": "video/mp4",
+    "webm": "video/webm",
+    "mov": "video/quicktime",
+    "mkv": "video/x-matroska",
+}
 _SWEEP = 5.0  # seconds between two looks for what has expired
 
 JobName = Annotated[str, PathParameter(max_length=64, description="Id of a job.")]
@@ -129,6 +145,7 @@ class Service:
 
     def state(self, job: Job) -> JobState:
         """What is told of a job."""
+        held = () if job.video is None else job.video["containers"]
         return JobState(
             id=job.id,
             status=job.status,
@@ -137,6 +154,7 @@ class Service:
             ahead=0 if job.status != "queued" else self.jobs.ahead(job),
             error=job.error,
             video=job.video is not None,
+            containers=[kind for kind in _CONTAINERS if f".{kind}" in held],
             sounds=[Sound(**sound) for sound in job.sounds],
             timings=job.timings,
             notes=job.notes,
@@ -260,7 +278,7 @@ async def generate(request: Request, response: Response) -> JobState:
         raise HTTPException(499, "The client went away.") from error
     finally:
         service.metrics.requests.labels(str(status)).inc()
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Location"] = f"{service.settings.root}/v1/jobs/{job.id}"
     return service.state(job)
 
 
@@ -293,6 +311,8 @@ async def job_events(request: Request, job: JobName) -> StreamingResponse:
     service, found = _service(request), _job(request, job)
 
     async def events() -> AsyncIterator[str]:
+        if request.scope[HEAD]:
+            return  # nobody listens
         found.listeners += 1
         told = ""
         try:
@@ -327,24 +347,25 @@ async def job_events(request: Request, job: JobName) -> StreamingResponse:
     },
 )
 async def sound(
-    request: Request, job: JobName, number: Number, kind: Literal["wav", "mp4", "mkv", "json"]
+    request: Request, job: JobName, number: Number, kind: Literal["wav", Container, "json"]
 ) -> Response:
-    """A sound as a file, alone (wav) or under its video (mp4, mkv), or numbers to draw (json)."""
+    """A sound as a file, alone (wav) or under its video, or numbers to draw (json)."""
     service, found = _service(request), _job(request, job)
     if found.status != "done":
         raise HTTPException(409, f"The job is {found.status}: there is no sound yet.")
     if number >= len(found.sounds):
         raise HTTPException(404, f"The job has {len(found.sounds)} sounds, counted from 0.")
     path = found.folder / f"{number}.{kind}"
-    if kind in ("mp4", "mkv"):
+    if kind in _CONTAINERS:
         if found.video is None:
             raise HTTPException(404, "The job has no video. Take the .wav.")
         async with found.muxing:
             if not path.exists():
                 try:
-                    await service.reader.mux(found.folder, f"{number}.wav", path.name)
+                    notes = await service.reader.mux(found.folder, f"{number}.wav", path.name)
                 except InputError as error:
                     raise HTTPException(409, str(error)) from error
+                found.notes += [note for note in notes if note not in found.notes]
     if kind == "json":
         return Response(path.read_bytes(), media_type="application/json")
     name = f"mfmjt-{found.sounds[number]['seed']}-{number}.{kind}"
@@ -403,7 +424,7 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.include_router(router)
-    _add_page(app)
+    _add_page(app, settings.root)
     _add_faults(app)
     app.add_middleware(Shield, settings=settings)
     published = app.openapi
@@ -413,8 +434,12 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
         schema["paths"]["/v1/generate"]["post"]["requestBody"] = {
             "required": True,
             "content": {
-                "application/json": {"schema": asked_schema(settings, video=False)},
-                "multipart/form-data": {"schema": asked_schema(settings, video=True)},
+                kind: {"schema": asked_schema(settings, video, form)}
+                for kind, video, form in (
+                    ("application/json", False, False),
+                    ("application/x-www-form-urlencoded", False, True),
+                    ("multipart/form-data", True, True),
+                )
             },
         }
         if settings.token is not None:
@@ -428,13 +453,20 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
     return app
 
 
-def _add_page(app: FastAPI) -> None:
-    """The page's files, read once: no path of a request is ever opened."""
+def _add_page(app: FastAPI, root: str) -> None:
+    """The page's files, read once: no path of a request is ever opened.
+
+    Their addresses are relative, so that the page works under any path. Where its own path is shown
+    without a slash at the end they would lead elsewhere: `root` stands before them for that.
+    """
     files = {
         path.name: (path.read_bytes(), mimetypes.guess_type(path.name)[0] or "text/plain")
         for path in PAGE.iterdir()
         if path.is_file()
     }
+    if root:
+        content, kind = files["index.html"]
+        files["index.html"] = content.replace(b'="page/', f'="{root}/page/'.encode()), kind
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,6 +26,10 @@ import soundfile
 
 from mfmjt import media
 from mfmjt.errors import InputError, MfmjtError
+from mfmjt.media._copy import HIDING
+from mfmjt.media._open import open_video
+from mfmjt.media._times import copied_times
+from mfmjt.media.write import containers_for, unheld
 
 __all__ = ["FORMATS", "kind", "main"]
 
@@ -73,8 +78,7 @@ def main() -> None:
         av.logging.set_level(None)
         answer = _read(video, request, fit) if request["do"] == "read" else _mux(video, request)
     except MfmjtError as error:
-        reason = str(error).replace("upload", "the file", 1)
-        answer = {"refused": reason[0].upper() + reason[1:]}
+        answer = {"refused": _plain(str(error), "the file")}
     except MemoryError:
         answer = {"refused": "The file needs too much memory to be read. Scale the video down."}
     sys.stdout.write(json.dumps(answer) + "\n")
@@ -111,14 +115,34 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
             pieces += [np.asarray(piece) for piece in new]
     for i, pieces in enumerate(found):
         np.save(f"pictures-{i}.npy", np.concatenate(pieces), allow_pickle=False)
-    notes = [note.replace("upload", "The video", 1) for note in stream.notes]
+    containers, notes = _containers(video, stream.duration)
     return {
         "duration": stream.duration,
         "fps": stream.fps,
         "width": stream.width,
         "height": stream.height,
-        "notes": notes,
+        "containers": containers,
+        "notes": [_plain(note) for note in (*stream.notes, *notes)],
     }
+
+
+def _plain(text: str, name: str = "the video") -> str:
+    """What `media` says of the file `upload`, for who has never heard of such a file."""
+    text = text.replace("upload", name, 1)
+    return text[0].upper() + text[1:]
+
+
+def _containers(video: Path, duration: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Suffixes of the files that the pictures can go to, and why there is none."""
+    if unheld(video, FORMATS) is not None:
+        return tuple(media.VIDEO_SUFFIXES), ()  # they are encoded, which `mux` says
+    try:
+        edited = copied_times(video, Fraction(duration), FORMATS).edited
+    except InputError as error:
+        return (), (str(error),)
+    with open_video(video, FORMATS) as (_, stream):
+        held = containers_for(stream)
+    return tuple(suffix for suffix in held if suffix in HIDING or not edited), ()
 
 
 def _survey(video: Path, duration: float | None, limit: float) -> None:
@@ -126,50 +150,39 @@ def _survey(video: Path, duration: float | None, limit: float) -> None:
 
     An index that takes too long to be looked at ends the process by SIGALRM.
     """
-    try:
-        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-        with av.open(f"file:{video}", metadata_errors="ignore", options=options) as container:
-            if not container.streams.video:
-                return  # `media` says it better
-            stream = container.streams.video[0]
-            context = stream.codec_context
-            if context is None:
-                return
-            width, height = context.width, context.height
-            if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+    with open_video(video, FORMATS) as (container, stream):
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+            raise InputError(
+                f"The video has frames of {width}x{height}: more than "
+                f"{MAX_PIXELS / 1e6:.1f} million pixels are not taken. Scale it down first."
+            )
+        if stream.duration and stream.time_base and duration is None:
+            lasts = float(stream.duration * stream.time_base)
+            if lasts > limit:
                 raise InputError(
-                    f"The video has frames of {width}x{height}: more than "
-                    f"{MAX_PIXELS / 1e6:.1f} million pixels are not taken. Scale it down first."
+                    f"The video lasts {lasts:.1f} s, and at most {limit:g} s get sound here. "
+                    "Give a duration: it counts from the video's start."
                 )
-            if stream.duration and stream.time_base and duration is None:
-                lasts = float(stream.duration * stream.time_base)
-                if lasts > limit:
-                    raise InputError(
-                        f"The video lasts {lasts:.1f} s, and at most {limit:g} s get sound here. "
-                        "Give a duration: it counts from the video's start."
-                    )
-            frames = 0
-            most = min(limit * MAX_RATE, limit * MAX_WORK / max(1, width * height))
-            with contextlib.suppress(av.error.FFmpegError, ValueError):
-                for packet in container.demux(stream):
-                    frames += packet.size > 0
-                    if frames > most:
-                        break
-            if frames > most:
-                raise InputError(
-                    f"The video has more than {most:.0f} frames of {width}x{height}: decoding it "
-                    f"would take too long. Give at most {limit:g} s, or scale it down."
-                )
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        return  # `media` says why it cannot be opened
+        frames = 0
+        most = min(limit * MAX_RATE, limit * MAX_WORK / max(1, width * height))
+        with contextlib.suppress(av.error.FFmpegError, ValueError):
+            for packet in container.demux(stream):
+                frames += packet.size > 0
+                if frames > most:
+                    break
+        if frames > most:
+            raise InputError(
+                f"The video has more than {most:.0f} frames of {width}x{height}: decoding it "
+                f"would take too long. Give at most {limit:g} s, or scale it down."
+            )
 
 
 def _mux(video: Path, request: dict[str, Any]) -> dict[str, Any]:
     samples, rate = soundfile.read(request["sound"], dtype="float32", always_2d=True)
-    media.mux(video, np.ascontiguousarray(samples.T), rate, request["output"], FORMATS)
-    return {}
+    waveform = np.ascontiguousarray(samples.T)
+    notes = media.mux(video, waveform, rate, request["output"], FORMATS)
+    return {"notes": [_plain(note) for note in notes]}
 
 
 def _fits(request: dict[str, Any]) -> list[media.Fit] | None:

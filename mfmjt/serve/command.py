@@ -36,8 +36,14 @@ def serve(
     workers: Annotated[int, typer.Option(help="Uploads that are read at the same time.")] = 2,
     name: Annotated[
         list[str] | None,
-        typer.Option(help="A host name under which browsers reach the server. May be repeated."),
+        typer.Option(
+            help="A host name, or NAME:PORT, under which browsers reach the server, such as a "
+            "proxy's. May be repeated."
+        ),
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a proxy shows the server, such as /foley.")
+    ] = "",
     debug: Annotated[
         bool,
         typer.Option("--debug", help="Show the traceback of an error.", callback=_remember),
@@ -54,6 +60,8 @@ def serve(
     - `mfmjt serve --port 9000 --model weights/mmaudio_small_16k.pth --max-duration 60`
 
     - `MFMJT_TOKEN=... mfmjt serve --host 0.0.0.0`
+
+    - `mfmjt serve --name sound.example.org --root-path /foley`
     """
     settings = Settings(
         host,
@@ -63,6 +71,7 @@ def serve(
         max_duration,
         max_upload * 2**20,
         workers,
+        root_path=root_path,
     )
     try:
         from mfmjt.serve.server import serve as run

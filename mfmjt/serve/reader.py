@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.media import Video
 
 __all__ = ["PICTURES", "Reader", "load_pictures"]
@@ -46,7 +46,8 @@ class Reader:
             limit: Longest duration in seconds of what is read as a whole.
 
         Returns:
-            `duration`, `fps`, `width`, `height` and `notes` of the video.
+            `duration`, `fps`, `width`, `height` and `notes` of the video, and `containers`: the
+            suffixes of the files that `mux` can write.
 
         Raises:
             InputError: The file cannot be used.
@@ -54,13 +55,18 @@ class Reader:
         asked = {"do": "read", "duration": duration, "limit": limit, **self._spec}
         return await self._run(folder, asked)
 
-    async def mux(self, folder: Path, sound: str, output: str) -> None:
+    async def mux(self, folder: Path, sound: str, output: str) -> list[str]:
         """Write the upload's pictures with another sound to `output` in the same folder.
+
+        Returns:
+            One line each on what of the upload is not in the output.
 
         Raises:
             InputError: The container cannot hold the pictures as they are.
         """
-        await self._run(folder, {"do": "mux", "sound": sound, "output": output})
+        answer = await self._run(folder, {"do": "mux", "sound": sound, "output": output})
+        notes: list[str] = answer["notes"]
+        return notes
 
     async def _run(self, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         request = asked | {"memory": self._memory, "seconds": self._seconds}
@@ -118,7 +124,9 @@ def load_pictures(folder: Path, found: dict[str, Any]) -> Video:
     try:
         frames = tuple(np.load(folder / name, allow_pickle=False) for name in PICTURES)
     except (OSError, ValueError) as error:
-        raise RunError(f"The pictures of the video are gone: {error}. Send it again.") from error
+        raise RunError(
+            f"The pictures of the video are gone: {reason(error)}. Send it again."
+        ) from error
     return Video(
         frames,
         found["duration"],

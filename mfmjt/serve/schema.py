@@ -8,9 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from mfmjt.serve.settings import MAX_COUNT, MAX_PROMPT, MAX_STEPS, Settings
 
-__all__ = ["Asked", "Fault", "Health", "JobState", "Models", "Sound", "asked_schema"]
+__all__ = ["Asked", "Container", "Fault", "Health", "JobState", "Models", "Sound", "asked_schema"]
 
 Mode = Literal["cfg_scaled", "cfg", "none"]
+Container = Literal["mp4", "webm", "mov", "mkv"]
+"""What a video is saved in with its sound, the one that most players know first."""
 
 
 def _whole(value: object) -> object:
@@ -95,9 +97,22 @@ class JobState(BaseModel):
     ahead: Annotated[int, Field(description="Jobs before it in the queue.")]
     error: str | None
     video: bool
+    containers: Annotated[
+        list[Container],
+        Field(
+            description="Kinds of files that the video can be saved in, the best first: "
+            "`sounds/{number}.{container}` is the video with a sound."
+        ),
+    ]
     sounds: list[Sound]
     timings: Annotated[dict[str, float], Field(description="Seconds of each stage.")]
-    notes: list[str]
+    notes: Annotated[
+        list[str],
+        Field(
+            description="What was odd about the request and its video, and what files with the "
+            "video that were asked for do not hold of it."
+        ),
+    ]
 
 
 class Fault(BaseModel):
@@ -134,8 +149,14 @@ class Models(BaseModel):
     models: list[Model]
 
 
-def asked_schema(settings: Settings, video: bool) -> dict[str, Any]:
-    """JSON schema of a request with or without a video, with this server's limits."""
+def asked_schema(settings: Settings, video: bool, form: bool) -> dict[str, Any]:
+    """JSON schema of a request with or without a video, with this server's limits.
+
+    Args:
+        settings: Has the limits.
+        video: Whether there is one.
+        form: Whether fields are text, of which one that is left out stands for null.
+    """
     schema = TypeAdapter(Asked).json_schema()
     properties = schema["properties"]
     for option in properties["duration"]["anyOf"]:
@@ -149,11 +170,6 @@ def asked_schema(settings: Settings, video: bool) -> dict[str, Any]:
             "description": "An .mp4, .mov, .webm, .mkv, .avi or .ts file.",
         }
         schema["required"] = ["video"]
-        for name, value in properties.items():
-            if "anyOf" in value:  # a form leaves out what JSON calls null
-                (kept,) = (o for o in value.pop("anyOf") if o.get("type") != "null")
-                value.pop("default", None)
-                properties[name] = kept | value
     else:
         properties["prompt"] = {
             "type": "string",
@@ -163,5 +179,11 @@ def asked_schema(settings: Settings, video: bool) -> dict[str, Any]:
             "description": properties["prompt"]["description"],
         }
         schema["required"] = ["prompt"]
+    if form:
+        for name, value in properties.items():
+            if "anyOf" in value:
+                (kept,) = (o for o in value.pop("anyOf") if o.get("type") != "null")
+                value.pop("default", None)
+                properties[name] = kept | value
     schema["title"] = "VideoRequest" if video else "TextRequest"
     return schema

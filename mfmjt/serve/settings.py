@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mfmjt.errors import InputError
 
-__all__ = ["MAX_COUNT", "MAX_PROMPT", "MAX_SECONDS", "MAX_STEPS", "Settings"]
+__all__ = ["MAX_COUNT", "MAX_PROMPT", "MAX_SECONDS", "MAX_STEPS", "Settings", "authority"]
 
 MAX_COUNT = 8
 """Sounds of one request and guidance mode."""
@@ -15,6 +16,20 @@ MAX_STEPS = 100
 MAX_SECONDS = 600.0
 MAX_PROMPT = 2000
 """Characters; what the encoders do not read of them is said in a note."""
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{0,5}))?", re.ASCII | re.IGNORECASE)
+# No part of the server's own paths: whether a proxy left the root path out is seen by its presence.
+_ROOT = re.compile(r"(?!/?(v1|page|examples)(/|$))[\w./~-]*", re.ASCII)
+
+
+def authority(text: str) -> tuple[str, int | None]:
+    """The host name in small letters and the port of NAME or NAME:PORT; no name where it is none.
+
+    An IPv6 address stands in brackets there and comes back without.
+    """
+    found = _AUTHORITY.fullmatch(text)
+    if found is None:
+        return "", None
+    return found[1].strip("[]").lower(), int(found[2]) if found[2] else None
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class Settings:
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         token: Asked of every request but those for the page itself and for health, if given.
-        names: Further host names under which browsers may reach the server.
+        names: Further host names under which browsers may reach the server, as NAME or NAME:PORT.
         max_duration: Longest sound in seconds.
         max_upload: Largest upload in bytes.
         workers: Uploads that are read at once, each in a process of its own.
@@ -38,9 +53,10 @@ class Settings:
         kept: Finished jobs that stay at most.
         batch: Sounds that are made at once at most, of one request or of several.
         folder: Where temporary files go; None takes the system's folder.
+        root_path: Path under which a proxy shows the server, such as /foley.
 
     Raises:
-        InputError: A limit is not positive.
+        InputError: A limit is not positive, or an address is none.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +75,7 @@ class Settings:
     kept: int = 64
     batch: int = 16
     folder: Path | None = None
+    root_path: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_duration", "max_upload", "workers", "queue", "kept", "batch"):
@@ -71,7 +88,24 @@ class Settings:
             )
         if not 0 <= self.port < 2**16:
             raise InputError(f"There is no port {self.port}. Give 1 to 65535, or 0 for a free one.")
+        for name in self.names:
+            if not authority(name)[0]:
+                raise InputError(
+                    f"{name!r} is no host name. Give one as browsers send it, without http:// and "
+                    "without a path, such as sound.example.org or sound.example.org:8443."
+                )
+        if not _ROOT.fullmatch(self.root_path):
+            raise InputError(
+                f"{self.root_path!r} cannot be the root path. Give one such as /foley; /v1, /page "
+                "and /examples are the server's own."
+            )
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             raise InputError("The token has characters that no header carries. Use plain ASCII.")
         if self.token is not None and len(self.token) < 8:
             raise InputError("The token is too short to be a secret. Give 8 characters or more.")
+
+    @property
+    def root(self) -> str:
+        """`root_path` as what stands before /v1: empty, or with a slash at its beginning alone."""
+        path = self.root_path.strip("/")
+        return f"/{path}" if path else ""

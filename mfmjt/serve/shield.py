@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
 import socket
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mfmjt.serve.settings import Settings
+from mfmjt.serve.settings import Settings, authority
 
-__all__ = ["Shield", "is_local"]
+__all__ = ["HEAD", "Shield", "is_local"]
+
+HEAD = "mfmjt.head"
+"""Key of the scope that says whether the body of the answer is left out."""
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -27,6 +29,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 _UNCACHED = ("/v1/", "/metrics", "/healthz")
+_PORTS = {"http": 80, "https": 443}
 
 
 def is_local(host: str) -> bool:
@@ -44,19 +47,24 @@ class Shield:
 
     A page from elsewhere whose name was made to point here (DNS rebinding) sends that name as
     Host: only addresses and this machine's names pass. What changes something also passes only
-    without Origin or with the server's own.
+    without Origin or with the server's own: the one it was reached under, or one that was given to
+    it, since a proxy may send another Host than the browser did.
+
+    What is behind sees one path and one method for each thing: whether or not a proxy left the
+    root path out, without a slash at the end, and GET for HEAD.
 
     Args:
         app: What is guarded.
-        settings: Its token and names.
+        settings: Its token, names and root path.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
-        own = {"localhost", settings.host, *settings.names}
+        self._given = {authority(name) for name in settings.names}
+        own = {"localhost", settings.host.lower(), *(name for name, _ in self._given)}
         if not is_local(settings.host):
-            own.add(socket.gethostname())
-        self._names = {name.lower() for name in own if name}
+            own.add(socket.gethostname().lower())
+        self._names = own - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it with a refusal."""
@@ -66,7 +74,9 @@ class Shield:
         if scope["type"] != "http":
             return  # a WebSocket: closed without an answer
 
-        path: str = scope["path"]
+        root, asked = self._settings.root, scope["path"]
+        path: str = asked.removeprefix(root) if asked.startswith(f"{root}/") else asked
+        path = path.rstrip("/") or "/"
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -77,44 +87,52 @@ class Shield:
                     headers["Cache-Control"] = "no-store"
             await send(message)
 
-        refusal = self._refusal(scope["method"], path, Headers(scope=scope))
-        if refusal is None:
-            await self._app(scope, receive, guarded)
+        answer = self._refusal(scope["method"], path, Headers(scope=scope))
+        if answer is None and root and asked == root:
+            answer = RedirectResponse(f"{root}/", 308)  # the page's own addresses are below it
+        if answer is not None:
+            await answer(scope, receive, guarded)
             return
-        status, reason = refusal
-        body = json.dumps({"detail": reason}).encode()
-        sent = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        if status == 401:
-            sent.append((b"www-authenticate", b"Bearer"))
-        await guarded({"type": "http.response.start", "status": status, "headers": sent})
-        await guarded({"type": "http.response.body", "body": body})
+        seen = {"path": root + path, "root_path": root, HEAD: scope["method"] == "HEAD"}
+        if seen[HEAD]:
+            seen["method"] = "GET"
+        await self._app({**scope, **seen}, receive, guarded)
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
+    def _refusal(self, method: str, path: str, headers: Headers) -> Response | None:
         host = headers.get("host", "")
-        if not self._known(_name(host)):
-            return 421, (
-                "This server does not go by the name in the Host header. Use its address, or start "
-                "it with --name."
+        name, _ = authority(host)
+        if not self._known(name):
+            given = f"[{name}]" if ":" in name else name[:100] or "NAME"
+            return _refused(
+                421,
+                f"This server does not go by the name {host[:100]!r}, which the Host header says. "
+                f"Use its address, or start it with --name {given}.",
             )
-        origin = headers.get("origin")
         if method not in ("GET", "HEAD", "OPTIONS"):
-            foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
-            if foreign or headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
-                return 403, "The request comes from a page of another origin."
+            if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+                return _refused(403, "The request comes from a page of another origin.")
+            origin = headers.get("origin")
+            if origin is not None and not self._own(origin, host):
+                reason = f"The request comes from a page of another origin, {origin[:100]}"
+                page = origin.partition("://")[2]
+                if authority(page)[0]:
+                    reason += (
+                        f", and the Host header says {host[:100]}. If the page is this server's, "
+                        f"behind a proxy, start the server with --name {page[:100]}"
+                    )
+                return _refused(403, f"{reason}.")
         token = self._settings.token
         if token is not None and path.startswith(("/v1/", "/metrics")):
             kind, _, given = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(given.strip().encode(), token.encode())
             if kind.lower() != "bearer" or not same:
-                return 401, "This server asks for a token. Send it as 'Authorization: Bearer …'."
+                return _refused(
+                    401, "This server asks for a token. Send it as 'Authorization: Bearer …'."
+                )
         return None
 
     def _known(self, name: str) -> bool:
-        if name.lower() in self._names:
+        if name in self._names:
             return True
         try:
             address = ipaddress.ip_address(name)
@@ -122,9 +140,26 @@ class Shield:
             return False
         return address.is_loopback or not is_local(self._settings.host)
 
+    def _own(self, origin: str, host: str) -> bool:
+        """Whether an Origin is the one that Host names, or one that was given."""
+        scheme, _, asked = origin.lower().partition("://")
+        if scheme not in _PORTS:
+            return False
 
-def _name(host: str) -> str:
-    """The name or address in a Host header, without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
+        def whole(name: str, port: int | None) -> tuple[str, int]:
+            return name, port or _PORTS[scheme]
+
+        page = authority(asked)
+        given = {whole(*one) for one in self._given if one[1] is not None}
+        return (
+            whole(*page) in {whole(*authority(host)), *given}
+            # Given without a port, it is trusted at any: proxies often take the port off Host.
+            or (page[0], None) in self._given
+        )
+
+
+def _refused(status: int, reason: str) -> Response:
+    headers = {"Connection": "close"}  # what the sender still has to say is not waited for
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"detail": reason}, status, headers)

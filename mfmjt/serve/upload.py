@@ -8,9 +8,11 @@ import math
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -34,20 +36,49 @@ async def read_request(request: Request, folder: Path, settings: Settings) -> tu
         HTTPException: The body is too large, too slow or not what it should be.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        asked = _asked(await _json(request, settings))
-        if not (asked.prompt and asked.prompt.strip()):
-            raise HTTPException(422, "prompt: there is no video, so say what is to be heard.")
-        return _bounded(asked, settings), False
-    if kind != "multipart/form-data":
+    if kind == "multipart/form-data":
+        asked, has_video = await _form(request, folder, settings)
+    elif kind == "application/x-www-form-urlencoded":
+        asked, has_video = _from_fields(_query(await _text(request, settings))), False
+    elif kind in ("application/json", "text/json") or kind.endswith("+json"):
+        asked, has_video = _asked(_json(await _text(request, settings))), False
+    else:
         raise HTTPException(
             415,
             f"The content type is {kind or 'missing'}. Send multipart/form-data with a video, or "
             "application/json with a prompt.",
         )
+    if not has_video and not (asked.prompt and asked.prompt.strip()):
+        raise HTTPException(
+            422, "prompt: there is no file named video, so say what is to be heard."
+        )
+    return _bounded(asked, settings), has_video
+
+
+class _Form(MultiPartParser):
+    """Reads parts by their names alone: `video` is the file, and the other fields are text.
+
+    Clients tell a file by `filename`, by `filename*` alone or not at all, and some give text one.
+    """
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        told = part.content_disposition or b""
+        _, options = parse_options_header(told)
+        name = options.get(b"name", b"").decode("latin-1")
+        if name == "video":
+            named = options.get(b"filename") or b"filename*" in told.lower()
+            told = b'form-data; name="video"; filename="%s"' % (b"video" if named else b"")
+        elif name in _FIELDS:
+            told = b'form-data; name="%s"' % name.encode()
+        part.content_disposition = told
+        super().on_headers_finished()
+
+
+async def _form(request: Request, folder: Path, settings: Settings) -> tuple[Asked, bool]:
     body = _body(request, settings.max_upload + _TEXT, settings)
     # The parser keeps what is large in a file without a name, which cannot outlive it.
-    parser = MultiPartParser(
+    parser = _Form(
         request.headers, body, max_files=1, max_fields=len(_FIELDS) + 2, max_part_size=_TEXT
     )
     try:
@@ -56,32 +87,51 @@ async def read_request(request: Request, folder: Path, settings: Settings) -> tu
         reason = str(getattr(error, "message", error)).rstrip(".") or type(error).__name__
         raise HTTPException(400, f"The form cannot be read: {reason}.") from error
     try:
+        items = form.multi_items()
+        asked = _from_fields([item for item in items if item[0] != "video"])
         video = form.get("video")
-        given: dict[str, Any] = {}
-        for name, value in form.multi_items():
-            if name == "video":
-                continue
-            if name not in _FIELDS or not isinstance(value, str):
-                raise HTTPException(422, f"{name[:40]}: there is no such field.")
-            given.setdefault(name, []).append(value)
-        asked = _asked({name: _number(name, values) for name, values in given.items()})
-        if isinstance(video, UploadFile):
+        # A browser sends a file without a name and without content where none was chosen.
+        has_video = isinstance(video, UploadFile) and bool(video.filename or video.size)
+        if has_video:
+            assert isinstance(video, UploadFile)
             await _keep(video, folder / UPLOAD)
-        elif asked.prompt is None or not asked.prompt.strip() or video is not None:
-            raise HTTPException(422, "video: the form has no file of this name.")
-        return _bounded(asked, settings), isinstance(video, UploadFile)
+        return asked, has_video
     finally:
         await form.close()
 
 
-async def _json(request: Request, settings: Settings) -> Any:
+async def _text(request: Request, settings: Settings) -> bytes:
     body = bytearray()
     async for block in _body(request, _TEXT, settings):
         body += block
+    return bytes(body)
+
+
+def _query(body: bytes) -> list[tuple[str, str]]:
+    if body.lstrip().startswith(b"{"):
+        raise HTTPException(
+            415,
+            "The body looks like JSON, and its content type says that it is a form. Send it as "
+            "application/json.",
+        )
     try:
-        return json.loads(body.decode(), parse_constant=_refuse)
+        return parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
+    except ValueError as error:
+        raise HTTPException(400, f"The form cannot be read: {str(error)[:100]}.") from error
+
+
+def _json(body: bytes) -> Any:
+    try:  # bytes: a mark of their order may come first
+        return json.loads(body, parse_constant=_refuse, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"The body is no JSON: {str(error)[:100]}.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise ValueError("a name is there twice")
+    return given
 
 
 def _refuse(name: str) -> Any:
@@ -142,24 +192,32 @@ def _bounded(asked: Asked, settings: Settings) -> Asked:
     return asked
 
 
-def _number(name: str, values: list[str]) -> Any:
+def _from_fields(items: list[tuple[str, Any]]) -> Asked:
+    """What a form's fields ask; those that are empty are not there."""
+    given: dict[str, list[str]] = {}
+    for name, text in items:
+        if name not in _FIELDS or not isinstance(text, str):
+            instead = "" if isinstance(text, str) else " That of the file is video."
+            raise HTTPException(422, f"{name[:40]}: there is no such field.{instead}")
+        if text.strip():
+            given.setdefault(name, []).append(text)
+    return _asked({name: _value(name, texts) for name, texts in given.items()})
+
+
+def _value(name: str, texts: list[str]) -> Any:
     """A form's text as what JSON would have said."""
     if name == "guidance_mode":
-        return values
-    if len(values) > 1:
+        return texts
+    if len(texts) > 1:
         raise HTTPException(422, f"{name}: the field is there twice.")
-    (text,) = values
+    (text,) = texts
     if name == "prompt":
-        return text
+        return text.removeprefix("\ufeff")  # with which some editors begin a file
     try:
-        if name in ("guidance", "duration"):
-            number = float(text)
-            if not math.isfinite(number):
-                raise ValueError
-            return number
-        if not text.strip().lstrip("+-").isdecimal() or len(text) > 32:
+        number = float(text)
+        if not math.isfinite(number) or "_" in text:
             raise ValueError
-        return int(text)
+        return number
     except ValueError:
         raise HTTPException(422, f"{name}: {text[:20]!r} is no such number.") from None
 

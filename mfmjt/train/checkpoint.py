@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.files import atomic_path
 
 __all__ = ["load_optimizer", "load_state", "optimizer_tensors", "save_state"]
@@ -48,7 +48,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return tensors, json.loads(metadata["state"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise InputError(
-            f"Cannot resume from {path}: {error}. Remove the file to begin the training again."
+            f"Cannot resume from {path}: {reason(error)}. Remove the file to begin the training "
+            "again."
         ) from error
 
 

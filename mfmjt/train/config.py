@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.model.lora import LoRA
 
 __all__ = ["DataSource", "FeatureExtraction", "NetworkTraining", "load_config"]
@@ -292,7 +292,9 @@ def _read(recipe: str) -> dict[str, Any]:
             f"Give a JSON file, or one that ships: {shipped}."
         ) from error
     except json.JSONDecodeError as error:
-        raise InputError(f"Cannot read the recipe {recipe}: {error}. Correct the JSON.") from error
+        raise InputError(
+            f"Cannot read the recipe {recipe}: {reason(error)}. Correct the JSON."
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{recipe} is no recipe: it must be a JSON object with a section a stage.")
     return content

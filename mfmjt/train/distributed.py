@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 
 __all__ = [
     "Processes",
@@ -96,7 +96,9 @@ class Processes:
             self.device = torch.device(device)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device={device} cannot be used: {error}. Try device=cpu.") from error
+            raise InputError(
+                f"device={device} cannot be used: {reason(error)}. Try device=cpu."
+            ) from error
         self.group: Any = None
         self.owns_group = False
 

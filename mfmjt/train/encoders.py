@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mfmjt.codec.mel import slaney_filterbank
 from mfmjt.data import foley
+from mfmjt.data._captions import words
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
 from mfmjt.train.ends import Trainer, render_array
 
@@ -104,6 +105,7 @@ class _Towers(nn.Module):
         super().__init__()
         dim = config.dim
         self.encoders = NanoEncoders(config)
+        self.encoders.vocabulary = words()
         self.audio = _AudioTower(dim)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(dim, 64) for name in ("frames", "text", "motion", "audio")}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mfmjt.meanflow.capture import recording
+
 __all__ = ["WARM_UP", "Recorded"]
 
 WARM_UP = 3
@@ -22,14 +24,18 @@ class Recorded:
     A graph belongs to the shapes of the arguments, and to those that are no tensors. The function
     must not wait for the GPU, must allocate what it keeps itself, and must change what was there
     before in place. Recording does none of its work, so that each call does it exactly once.
+    Tensors of the CPU among the arguments are for the host: what is recorded cannot read them.
 
     Args:
         work: Takes nested tuples and dictionaries of tensors; returns a tensor.
         device: The GPU.
+        settle: Called before a recording: lets other threads finish what they do with the GPU.
     """
 
-    def __init__(self, work: Callable[..., Tensor], device: torch.device) -> None:
-        self.work = work
+    def __init__(
+        self, work: Callable[..., Tensor], device: torch.device, settle: Callable[[], None]
+    ) -> None:
+        self.work, self.settle, self.device = work, settle, device
         # Warm-up and recording share a stream: a gradient is accumulated on the stream that its
         # parameter was first used on.
         self.stream = torch.cuda.Stream(device)
@@ -40,20 +46,21 @@ class Recorded:
     def __call__(self, *args: Any) -> Tensor:
         """`work(*args)`; the result is overwritten by the next call."""
         leaves, layout = pytree.tree_flatten(args)
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        given = _on_gpu(leaves)
         key = (
             str(layout),
             tuple(
                 (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves
             ),
         )
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         if key not in self.graphs:
             self.calls[key] = self.calls.get(key, 0) + 1
             if self.calls[key] <= WARM_UP:
                 with torch.cuda.stream(self.stream):
                     result = self.work(*args)
-                torch.cuda.current_stream().wait_stream(self.stream)
+                current.wait_stream(self.stream)
                 return result
             self.graphs[key] = self._record(args)
         graph, places, result = self.graphs[key]
@@ -62,12 +69,12 @@ class Recorded:
         return result
 
     def _record(self, args: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        self.settle()
         held = pytree.tree_map_only(Tensor, torch.clone, args)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with recording(self.pool, self.stream) as graph:
             result = self.work(*held)
-        return (
-            graph,
-            [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)],
-            result,
-        )
+        return graph, _on_gpu(pytree.tree_leaves(held)), result
+
+
+def _on_gpu(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_cpu]

@@ -1,9 +1,10 @@
 """Train the network on a feature store: MeanFlow, or plain flow matching with `ratio=0`.
 
 Every draw of a step (clips, windows, latents, dropped conditions, times, noise) comes from one
-generator seeded with (seed, step), and is the same on every process. A state is therefore only
-weights, averages, the optimiser and the step, and on the CPU a run resumed by as many processes
-repeats an uninterrupted one bit for bit; by another number, but for the order of sums.
+generator seeded with (seed, step), and is the same on every process; with a GPU, clips and windows
+come from one of the host's. A state is therefore only weights, averages, the optimiser and the
+step, and on the CPU a run resumed by as many processes repeats an uninterrupted one bit for bit; by
+another number, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from mfmjt import meanflow
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.model import MFMJT
 from mfmjt.model.lora import merged_state, save_adapter
 from mfmjt.train import distributed, preview
@@ -195,8 +196,12 @@ class _Run:
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
-        self.work = Recorded(self._work, self.device) if config.cuda_graph else self._work
-        self.generator, self.next = (torch.Generator(self.device) for _ in range(2))
+        self.work: Callable[..., Tensor] = self._work
+        if config.cuda_graph:
+            self.work = Recorded(self._work, self.device, self.store.settle)
+        self.generator, self.next = torch.Generator(self.device), torch.Generator()
+        # Of a GPU's random numbers the host would have to wait to know what to read.
+        self.chooser = self.generator if self.device.type == "cpu" else torch.Generator()
         self.step = self.skipped = self.in_a_row = 0
         self.elapsed = self.clock = 0.0
         self.stopped = self.ending = False
@@ -210,6 +215,7 @@ class _Run:
 
     def _network(self) -> MFMJT:
         net = starting_network(self.config)
+        self.notes = net.notes
         if self.config.init_from is None:
             with torch.no_grad():
                 if self.null_text is not None:
@@ -244,6 +250,8 @@ class _Run:
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")
+            for text in () if resumed else self.notes:
+                self.progress.message(f"Note: {text}")
             self._agreed(self.processes.sum(self._flags()))
             while not self._stops() and self.share() < 1:
                 self._advance()
@@ -272,7 +280,8 @@ class _Run:
         """
         stops = self.stopped or time.monotonic() >= self.end
         own = [float(stops), self.seconds() if self.processes.first else 0.0]
-        return torch.tensor(own, dtype=torch.float64, device=self.device)
+        # Filled where they are: a copy of numbers to a GPU is waited for.
+        return torch.stack([torch.full((), n, dtype=torch.double, device=self.device) for n in own])
 
     def _agreed(self, flat: Tensor) -> list[float]:
         """The figures in front of summed-up flags; the one wait for the device in a step."""
@@ -329,9 +338,10 @@ class _Run:
     def _draw(self, rows: int, window: int | None) -> _Batch:
         """Draw a batch and fetch this process's rows of it."""
         config, parts = self.config, self.config.accumulate
-        self.generator.manual_seed((config.seed << 32) + self.step)
+        for generator in (self.generator, self.chooser):
+            generator.manual_seed((config.seed << 32) + self.step)
         intervals = 0 if self.step < config.flow_steps else round(config.ratio * rows)
-        batch = draw(config, self.store, rows, window, intervals, self.generator)
+        batch = draw(config, self.store, rows, window, intervals, self.generator, self.chooser)
         mine = []
         for part in range(parts):
             index = self.processes.rows(part, parts)
@@ -532,8 +542,8 @@ class _Run:
                         save_adapter(state, lora, path.parent / ADAPTER)
                 except (OSError, SafetensorError) as error:
                     raise RunError(
-                        f"Cannot write {path}: {error}. The training state is saved: make room, "
-                        "and the same command writes it."
+                        f"Cannot write {path}: {reason(error)}. The training state is saved: make "
+                        "room, and the same command writes it."
                     ) from error
         self.progress.message(f"Wrote {path}.")
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path
 
 __all__ = ["CheckpointFolder"]
@@ -240,8 +240,4 @@ def _reason(error: BaseException) -> str:
     """The first cause, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return reason(error)

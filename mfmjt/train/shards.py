@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path
 
 __all__ = ["Shard", "will_need", "write_shard"]
@@ -68,8 +68,7 @@ class Shard:
         except FileNotFoundError as error:
             raise InputError(f"The shard {path} is missing. {_AGAIN}") from error
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"The shard {path} is damaged: {reason}. {_AGAIN}") from error
+            raise InputError(f"The shard {path} is damaged: {reason(error)}. {_AGAIN}") from error
 
     def check(self) -> None:
         """Read all of the file and compare it with its checksum.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT, load_mmaudio
+from mfmjt.model.checkpoint import is_ours
 from mfmjt.model.config import config_for
 from mfmjt.model.lora import add_lora
 from mfmjt.train.config import NetworkTraining
@@ -47,7 +46,7 @@ def starting_network(config: NetworkTraining) -> MFMJT:
 
 
 def _read(path: str, config: NetworkTraining) -> MFMJT:
-    if not _is_ours(path):
+    if not is_ours(path):
         return load_mmaudio(
             path, None if config.model == AUTO else config.model, **config.overrides
         )
@@ -60,14 +59,3 @@ def _read(path: str, config: NetworkTraining) -> MFMJT:
             "overrides."
         )
     return net
-
-
-def _is_ours(path: str) -> bool:
-    """Whether a file is one of ours rather than in MMAudio's layout."""
-    if os.path.splitext(path)[1] != ".safetensors":
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "config" in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return True

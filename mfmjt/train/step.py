@@ -24,8 +24,8 @@ class Draws(NamedTuple):
     """What chance decides of a batch; the rows with r < t come first.
 
     Attributes:
-        clips: Clips (B,) int64.
-        starts: First latents of the windows (B,) int64; None for whole clips.
+        clips: Clips (B,) int64, on the CPU.
+        starts: First latents of the windows (B,) int64, on the CPU; None for whole clips.
         latent_noise: Of sampling the codec's latents (B, N, C).
         video_mask: Rows (B,) that keep video and synchronisation.
         text_mask: Rows (B,) that keep their text.
@@ -55,6 +55,7 @@ def draw(
     window: int | None,
     intervals: int,
     generator: torch.Generator,
+    chooser: torch.Generator | None = None,
 ) -> Draws:
     """Draw a whole batch.
 
@@ -64,11 +65,15 @@ def draw(
         rows: Rows of the batch, B.
         window: Latents in a window; None for whole clips.
         intervals: Rows with r < t.
-        generator: Decides everything.
+        generator: Of the device; decides everything, but for clips and windows where there is
+            a `chooser`.
+        chooser: Of the CPU.
     """
     device = store.device
-    clips, starts, latent_noise = store.draw(rows, window, generator)
-    drop = torch.tensor([[config.drop_video], [config.drop_text], [config.drop_all]], device=device)
+    clips, starts, latent_noise = store.draw(rows, window, generator, chooser)
+    # Filled where they are: a copy of numbers to a GPU is waited for.
+    shares = (config.drop_video, config.drop_text, config.drop_all)
+    drop = torch.stack([torch.full((1,), share, device=device) for share in shares])
     keep = torch.rand(3, rows, generator=generator, device=device) >= drop
     sampler = meanflow.logit_normal(config.time_mean, config.time_std)
     r, t = meanflow.time_pairs(rows, intervals, sampler, device, generator)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason, some
 from mfmjt.train.shards import Shard, will_need
 
 __all__ = ["FeatureStore"]
@@ -86,7 +86,7 @@ class FeatureStore:
             self.null_text = parts[0].texts[0].tensors["text"][0].float()
         elif any(part.texts for part in parts):
             raise InputError(
-                f"Of the stores {', '.join(str(p.folder) for p in parts)} some have features of "
+                f"Of the stores {some(p.folder for p in parts)} some have features of "
                 "text and others have not. Extract all of them with the same encoders."
             )
         heard = np.array([bool(caption) for caption in self.captions])
@@ -97,9 +97,9 @@ class FeatureStore:
         weights = np.array([weight for _, weight in given], np.float64)
         if not (weights > 0).all() or not np.isfinite(weights).all():
             raise InputError(f"Stores with weights {weights.tolist()}: give positive numbers.")
-        self._upto = torch.tensor(np.cumsum(weights / weights.sum())[:-1], device=self.device)
-        self._first = torch.tensor(np.cumsum([0, *self._sizes])[:-1], device=self.device)
-        self._count = torch.tensor(self._sizes, device=self.device)
+        self._upto = torch.tensor(np.cumsum(weights / weights.sum())[:-1])
+        self._first = torch.tensor(np.cumsum([0, *self._sizes])[:-1])
+        self._count = torch.tensor(self._sizes)
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: dict[_Asked, Future[dict[str, Tensor]]] = {}
 
@@ -133,25 +133,23 @@ class FeatureStore:
     def choose(
         self, batch: int, window: int | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw `batch` random clips, whole or a random window of each.
+        """Draw `batch` random clips, whole or a random window of each, for the host to read.
 
         Args:
             batch: Number of rows; clips are drawn with replacement.
             window: Length in latents, a multiple of the grid; None for whole clips.
-            generator: Decides everything, so that equal states give equal batches.
+            generator: Of the CPU; decides everything, so that equal states give equal batches.
 
         Returns:
-            Clips (B,), and first latents (B,) or None.
+            Clips (B,), and first latents (B,) or None; on the CPU.
 
         Raises:
             InputError: These features can only be taken whole.
         """
         if len(self._sizes) == 1:
-            clips = torch.randint(len(self), (batch,), generator=generator, device=self.device)
+            clips = torch.randint(len(self), (batch,), generator=generator)
         else:
-            where, which = torch.rand(
-                2, batch, generator=generator, device=self.device, dtype=torch.float64
-            )
+            where, which = torch.rand(2, batch, generator=generator, dtype=torch.float64)
             source = torch.bucketize(where, self._upto, right=True)
             size = self._count[source]
             clips = self._first[source] + (which * size).long().clamp_(max=size - 1)
@@ -163,18 +161,28 @@ class FeatureStore:
                 f"Give a window of {self.latent_length} or more."
             )
         places = (self.latent_length - window) // self.grid + 1
-        starts = torch.randint(places, (batch,), generator=generator, device=self.device)
+        starts = torch.randint(places, (batch,), generator=generator)
         return clips, self.grid * starts
 
     def draw(
-        self, batch: int, window: int | None, generator: torch.Generator
+        self,
+        batch: int,
+        window: int | None,
+        generator: torch.Generator,
+        chooser: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Draw clips, windows and noise, to be given to `rows`; see `choose`.
+
+        Args:
+            batch: As for `choose`.
+            window: As for `choose`.
+            generator: Decides the noise, on the device; and the rest where there is no `chooser`.
+            chooser: Decides clips and windows; of the CPU.
 
         Returns:
             Clips (B,), first latents (B,) or None, and the latents' noise (B, N, C).
         """
-        clips, starts = self.choose(batch, window, generator)
+        clips, starts = self.choose(batch, window, chooser or generator)
         length = self.latent_length if starts is None or window is None else window
         channels = self._streams["mean"].shape[1]
         noise = torch.randn(batch, length, channels, generator=generator, device=self.device)
@@ -192,6 +200,10 @@ class FeatureStore:
         self._ahead[_asked(which, first, window)] = self._reader.submit(
             self._read, which, first, window
         )
+
+    def settle(self) -> None:
+        """Wait until what was foretold is read, so that the thread has nothing to do."""
+        wait(self._ahead.values())
 
     def rows(
         self,
@@ -326,7 +338,7 @@ class _Part:
             self.tensors = {key: [_stream(s, key) for s in shards] for key in _STREAMS}
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"Cannot read features from {folder}: {error}. Make them with the stage "
+                f"Cannot read features from {folder}: {reason(error)}. Make them with the stage "
                 "`features` or with mfmjt extract, or give another store=."
             ) from error
         if not self.captions or sum(map(len, self.tensors["mean"])) != len(self.captions):

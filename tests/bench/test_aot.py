@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OPS = [path.stem for path in sorted((ROOT / "mfmjt" / "kernels").glob("[a-z]*.py"))]
 WITHOUT_KERNELS = {"linear"}  # the vendor's product serves
+WIDE_OPS = {"adaln", "gated_residual_adaln"}  # also compiled for the widest rows they take
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -28,6 +29,29 @@ def test_kernels_fit_their_gpus_and_are_as_the_table_says(op):
     done = python("-m", "bench.aot", "--quick", "--op", op, "--compare", "bench/results/aot")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f" {op} ") >= 4  # one kernel for each target
+    assert (" widest " in done.stdout) == (op in WIDE_OPS)
+
+
+def test_kernels_are_compiled_on_a_build_for_gpus_too_and_none_is_a_failure():
+    """Such a build has kernels of its own for a CPU's tensors: formulas, of which none compiles."""
+    done = python("-c", BUILT_FOR_GPUS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sm_90 swiglu") >= 3
+    assert done.stderr.startswith("No kernel was compiled")
+
+
+BUILT_FOR_GPUS = """
+import sys, torch
+
+torch.version.cuda = "13.0"  # all that the package reads of a build before it has a GPU
+from bench import aot
+from mfmjt import kernels
+
+sys.argv[1:] = ["--quick", "--op", "swiglu", "--target", "sm_90"]
+assert aot.main() == 0
+with kernels.reference():
+    assert aot.main() == 1
+"""
 
 
 def test_the_gate_finds_what_is_wrong(tmp_path):
@@ -61,4 +85,8 @@ for name, n in (("sm_90", 128), ("gfx942", 256)):  # gfx942 has four times the r
         "needs 640 of 512 columns of tensor memory"
     ]
     assert aot.faults(bare | {"shared": 2**20, "matrix": "mma.sync"})[0].startswith("needs 1048576")
+    crowded = bare | {"matrix": "mma.sync", "warps": 16, "registers": 129}
+    needs = "needs 66048 registers; a block has 65536"
+    assert aot.faults(crowded) == ([needs] if chip.target.backend == "cuda" else [])
+    assert aot.faults(crowded | {"registers": 128}) == []
 """

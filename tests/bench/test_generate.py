@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-import time
 
 import pytest
 import torch
 
-from bench.harness import Rows
 from bench.model import bench_generate
-from bench.model.bench_generate import KEY, Plan, missed, time_generation
+from bench.model.bench_generate import KEY, missed, time_plan
+from bench.model.generation import Plan
+from bench.rows import Rows
 from mfmjt.model import MFMJT
 
 CPU = torch.device("cpu")
@@ -42,17 +43,40 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(MFMJT, "frozen", off)
     found = Rows(tmp_path / "generate.jsonl", KEY)
     plan = Plan("nano", "latents", 1, ("mfmjt", "eager"))
-    assert time_generation(found, CPU, time.monotonic(), [plan], tiny=True)
+    time_plan(found, plan, CPU, tiny=True, seconds=0.0)
     by_name = {row["provider"]: row for row in found.rows}
     assert by_name["mfmjt"]["status"] == "wrong"
     assert "relative error" in by_name["mfmjt"]["reason"]
     assert by_name["eager"]["status"] == "ok"
 
 
+def test_what_raises_anything_is_a_row_and_the_others_are_timed(monkeypatch, tmp_path):
+    """A compiler's errors are no RuntimeErrors."""
+
+    def broken(*_: object, **__: object) -> object:
+        raise TypeError("no code for this\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    found = Rows(tmp_path / "generate.jsonl", KEY)
+    time_plan(found, Plan("nano", "latents", 1, ("compile", "mfmjt")), CPU, tiny=True, seconds=0.0)
+    by_name = {row["provider"]: row for row in found.rows}
+    assert by_name["compile"]["status"] == "unsupported"
+    assert by_name["compile"]["reason"] == "TypeError: no code for this"
+    assert by_name["mfmjt"]["status"] == "ok"
+
+
+def test_what_needs_media_is_refused_without_and_takes_nothing_down(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = Rows(tmp_path / "generate.jsonl", KEY)
+    bench_generate._once(found, CPU, 1, ["end_to_end", "cold_start"])
+    assert [row["status"] for row in found.rows] == ["unsupported"] * 2
+    assert all("PyAV is not installed" in row["reason"] for row in found.rows)
+
+
 def test_an_unknown_provider_is_an_error(tmp_path):
     plan = Plan("nano", "latents", 1, ("theirs",))
     with pytest.raises(bench_generate.InputError, match="theirs"):
-        time_generation(Rows(tmp_path / "x", KEY), CPU, time.monotonic(), [plan], tiny=True)
+        time_plan(Rows(tmp_path / "x", KEY), plan, CPU, tiny=True, seconds=0.0)
 
 
 def test_bars_are_held_against_what_was_measured():

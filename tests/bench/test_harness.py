@@ -4,7 +4,9 @@ import time
 
 import torch
 
-from bench.harness import MIN_CALLS, Ceilings, Rows, environment, on_cpu, peak_mib, take_turns
+from bench.harness import MIN_CALLS, on_cpu, peak_mib, take_turns
+from bench.machine import Ceilings, environment
+from bench.rows import Rows
 
 CPU = torch.device("cpu")
 

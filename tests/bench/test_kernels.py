@@ -15,14 +15,14 @@ from bench.cases import (
     SCALES,
     VALUE,
     Case,
-    bench_files,
     cases,
-    named_ops,
     operands,
     shapes,
 )
-from bench.harness import Ceilings, prepare, row_of
+from bench.harness import prepare
 from bench.judge import Truth
+from bench.kernels import bench_files, named_ops
+from bench.machine import Ceilings, row_of
 from bench.providers import OURS, REFERENCE, Provider, Unsupported, providers, step
 from mfmjt import kernels
 from mfmjt.errors import InputError

@@ -155,6 +155,45 @@ def test_other_cases_are_not_compared():
     assert changes([refusal("mfmjt", "no")], [row("mfmjt", 1.0)]) == []
 
 
+def stepped(provider: str, ms: float, **more: Any) -> dict[str, Any]:
+    about = {"what": "timed", "network": "small_16k", "batch": 256, "length": 250, "ratio": 0.1}
+    return about | {"provider": provider, "status": "ok", "ms_p50": ms, "over_flow": None} | more
+
+
+def test_training_steps_of_a_gpu_are_reported_without_kernels(tmp_path, monkeypatch):
+    rows = [stepped("flow", 100.0, over_flow=1.0, peak_mib=2048, eager_ms=200.0)]
+    rows += [stepped("mfmjt", 106.0, over_flow=1.06)]
+    rows += [stepped("jvp", 0, status="lost", reason="gone")]
+    del rows[-1]["ms_p50"]
+    (tmp_path / "train_step.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert bench(monkeypatch, "report", tmp_path, "--no-plots") == 0
+    text = (tmp_path / "steps.md").read_text()
+    assert "| small_16k | 256 | 250 | 0.1 | flow | 100 | 1.000 | 2048 | 200 |" in text
+    assert "| small_16k | 256 | 250 | 0.1 | mfmjt | 106 | 1.060 |  |  |" in text
+    assert "lost: gone" in text
+
+
+def test_headline_cases_are_the_short_table_whoever_was_timed(tmp_path):
+    rows = [row("mfmjt", 1.0, headline=True), row("eager", 2.0, headline=True)]
+    rows += [row("mfmjt", 3.0, headline=False, case="small_16k B=1")]
+    table, details = report.write_tables(write(tmp_path / "a", rows), rows)
+    assert "small_16k B=2" in table.read_text()
+    assert "small_16k B=1" not in table.read_text()
+    assert "small_16k B=1" in details.read_text()
+
+
+def test_documents_say_of_a_gpu_what_was_measured_and_nothing_else():
+    """Until there are results, that there are none; then the tables of them."""
+    text = (report.ROOT / "docs" / "benchmarks.md").read_text()
+    for name in ("table.md", "steps.md", "generate.md"):
+        mark = f"bench/results/h200/{name}"
+        _, found, after = text.partition(f"<!-- {mark} -->\n")
+        assert found
+        table = report.ROOT / mark
+        wanted = table.read_text() if table.exists() else "Not measured.\n"
+        assert after.partition("<!-- end -->")[0] == wanted
+
+
 def test_a_folder_without_results_is_an_error(tmp_path, monkeypatch, capsys):
     assert bench(monkeypatch, "report", tmp_path) == 2
     assert "nothing was timed into it" in capsys.readouterr().err

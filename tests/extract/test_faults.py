@@ -97,12 +97,26 @@ def test_bad_sounds_are_listed_and_skipped(ends, clips, tmp_path):
     write_wave(tmp_path / "silent.wav", 0 * audio)
     write_wave(tmp_path / "empty.wav", audio[:0])
     write_wave(tmp_path / "uncaptioned.wav", audio)
+    # Silence as files have it: 16 bits with dither, and that behind codecs.
+    dither = np.random.default_rng(0).triangular(-2, 0, 2, (len(audio), 2)).round() / 2**15
+    for suffix in ("wav", "flac", "mp3", "ogg"):
+        write_wave(tmp_path / f"dither.{suffix}", dither)
+    with av.open(str(tmp_path / "dither.m4a"), "w") as container:
+        track = container.add_stream("aac", rate=RATE, layout="stereo")
+        planes = np.ascontiguousarray(dither.T, np.float32)
+        heard = av.AudioFrame.from_ndarray(planes, "fltp", "stereo")
+        heard.sample_rate = RATE
+        container.mux(track.encode(heard))
+        container.mux(track.encode())
+    write_wave(tmp_path / "quiet.wav", audio / np.abs(audio).max() * 2.0**-9)
     names = ("good", "nan", "infinite", "silent", "empty", "uncaptioned")
+    names += ("quiet.wav", *(f"dither.{suffix}" for suffix in ("wav", "flac", "mp3", "ogg", "m4a")))
     rows = [(name, "" if name == "uncaptioned" else "x") for name in names]
     table = write_table(tmp_path / "t.csv", ("id", "caption"), rows)
     (done,) = extract(read_table(table), tmp_path / "out", ends, SOUND)
-    assert done.clips == 1
+    assert done.clips == 2  # good and quiet
     found = rejects(done.folder)
+    assert all("is silent" in found[name] for name in names if name.startswith("dither"))
     assert "NaN" in found["nan"]
     assert "NaN or infinite" in found["infinite"]
     assert "is silent" in found["silent"]

@@ -16,7 +16,7 @@ from mfmjt.errors import InputError, RunError
 from mfmjt.extract import work
 from mfmjt.extract.clips import PEAK, Cut, decode
 from mfmjt.extract.tables import read_table
-from mfmjt.extract.work import Settings, extract, verify
+from mfmjt.extract.work import NOTES, Settings, extract, verify
 from mfmjt.media import read_video
 from mfmjt.train.shards import Shard
 from mfmjt.train.store import FeatureStore
@@ -144,6 +144,36 @@ def test_silence_after_the_beginning_is_no_clip(ends, tmp_path):
     path = write_wave(tmp_path / "x.wav", sound)
     cut = Cut(SECONDS, SECONDS, pieces=9, pictures=False)
     assert [piece.start for piece in decode(path, cut, ends, CPU)] == [0.0, 3 * SECONDS]
+
+
+def test_a_quiet_part_of_a_quiet_file_is_no_clip(ends, tmp_path):
+    sound = np.concatenate([tone(SECONDS) / 8, tone(SECONDS) / 2**12, tone(SECONDS) / 8])
+    path = write_wave(tmp_path / "x.wav", sound)
+    cut = Cut(SECONDS, SECONDS, pieces=9, pictures=False)
+    assert [piece.start for piece in decode(path, cut, ends, CPU)] == [0.0, 2 * SECONDS]
+
+
+def test_channels_that_cancel_are_trained_on_by_the_loudest_and_noted(ends, clips, tmp_path):
+    audio = clips[0].audio
+    noise = np.random.default_rng(0).triangular(-1, 0, 1, (2, len(audio))) / 2**15
+    write_wave(tmp_path / "one.wav", audio)
+    write_wave(tmp_path / "both.wav", np.stack((audio, -0.9 * audio), -1))
+    write_wave(tmp_path / "against.wav", (np.stack((0.99 * audio, -audio)) + noise).T)
+    names = ("one", "both", "against")
+    table = write_table(tmp_path / "t.csv", ("id", "caption"), [(name, "x") for name in names])
+    for _ in range(2):  # and once more over what is there
+        (done,) = extract(read_table(table), tmp_path / "out", ends, SOUND)
+        assert (done.clips, done.notes) == (3, 1)
+        (note,) = map(json.loads, (done.folder / NOTES).read_text().splitlines())
+        assert (note["id"], note["start"]) == ("against", 0.0)
+        assert "channel 2, the loudest, is read instead" in note["note"]
+    (whole,), (against,) = (
+        decode(tmp_path / f"{name}.wav", SOUND.cut, ends, CPU) for name in ("one", "against")
+    )
+    assert float((whole.audio + against.audio).abs().max()) <= 8 * 2.0**-15 * PEAK / audio.max()
+    (done,) = extract(read_table(table)[:2], tmp_path / "none", ends, SOUND)
+    assert done.notes == 0
+    assert not (done.folder / NOTES).exists()
 
 
 @pytest.fixture

@@ -420,6 +420,8 @@ def refuses(function, compiled):
     y, y_dot = step(x)
     y.sum().backward(retain_graph=True)
     assert p.grad.abs().max() > 0
+    if compiled and x.is_cuda:
+        return  # the device's assertion would end the use of the GPU
     with pytest.raises(RuntimeError, match="detach the tangent"):
         y_dot.sum().backward()
 

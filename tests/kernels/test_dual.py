@@ -584,8 +584,8 @@ def straight(monkeypatch):
     "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
 )
 def test_straight_to_the_kernel(name, straight):
-    if _triton.ON_CPU:
-        pytest.skip("the Triton kernels take the CPU's place")
+    if _triton.ON_CPU or rows().is_cuda:
+        pytest.skip("the Triton kernels take the place of the C++ ones")
     moving, still, op = OPS[name]
     given = [make() for make in (*moving, *still)]
 
@@ -670,8 +670,8 @@ def names_in(function, *args):
     "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
 )
 def test_compiled_code_names_the_kernel_where_no_gradient_can_be_wanted(name):
-    if _triton.ON_CPU:
-        pytest.skip("the Triton kernels take the CPU's place")
+    if _triton.ON_CPU or rows().is_cuda:
+        pytest.skip("the Triton kernels take the place of the C++ ones")
     moving, still, op = OPS[name]
     xs, dots, others = (tuple(make() for make in group) for group in (moving, moving, still))
 
@@ -698,8 +698,8 @@ def test_compiled_code_names_the_kernel_where_no_gradient_can_be_wanted(name):
 @pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
 @pytest.mark.parametrize("name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope"])
 def test_compiled_backward_names_the_kernel(name):
-    if _triton.ON_CPU:
-        pytest.skip("the Triton kernels take the CPU's place")
+    if _triton.ON_CPU or rows().is_cuda:
+        pytest.skip("the Triton kernels take the place of the C++ ones")
     moving, still, op = OPS[name]
     given = [make() for make in (*moving, *still)]
     leaves = [x.requires_grad_() for x in given if x is not ROPE]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mfmjt.kernels import snake
 from mfmjt.kernels.snake import snake_ref
@@ -32,6 +33,31 @@ CASES = {
     "two samples": lambda: inputs(1, 1, 2),
     "empty batch": lambda: inputs(0, 3, 8),
 }
+
+
+def test_taps_are_kept_and_the_same():
+    """Numbers are copied to a GPU once; a tensor of a transform or of a mode is not kept."""
+    x = torch.randn(1, 2, 9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        kept = module.taps(x.to(dtype))
+        assert torch.equal(kept, x.to(dtype).new_tensor(module._FILTER))
+        assert module.taps(x.to(dtype)) is kept
+    module._kept_taps.cache_clear()
+    found = []
+
+    def watched(x):
+        found.append(module.taps(x))
+        return snake_ref(x, torch.zeros(2), torch.zeros(2))
+
+    torch.func.jvp(watched, (x,), (x,))
+    with torch.inference_mode():
+        watched(x)
+    weight = torch.zeros(2, requires_grad=True)
+    snake_ref(x, weight, weight).sum().backward()
+    assert found[0] is found[1] is module.taps(x)
+    with FakeTensorMode():
+        assert isinstance(module.taps(torch.empty(1, 2, 9)), FakeTensor)
+    assert not isinstance(module.taps(x), FakeTensor)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

@@ -11,7 +11,7 @@ from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
 from tests.meanflow import exact
-from tests.oracle import allowance, error
+from tests.oracle import DTYPES, allowance, error
 
 R = torch.tensor([0.1, 0.5, 0.0, 0.9, 0.3], dtype=torch.float64)
 T = torch.tensor([0.6, 0.5, 1.0, 0.9, 0.35], dtype=torch.float64)
@@ -207,16 +207,88 @@ def test_draws_are_reproducible():
     assert not torch.equal(once(1), once(2))
 
 
-def test_low_precision_data_is_mixed_in_float32():
-    x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
-    seen = []
+class Layers(nn.Module):
+    """Linear layers alone, of the times too: each takes its own dtype and no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.times, self.outward = nn.Linear(4, 32), nn.Linear(2, 32), nn.Linear(32, 4)
+
+    def forward(self, z, r, t):
+        x = self.inward(z) + self.times(torch.stack((r, t), -1))[:, None]
+        return self.outward(torch.tanh(x))
+
+
+TARGETS = {
+    "mean": meanflow.mean_velocity,
+    "improved": meanflow.improved_mean_velocity,
+    "alpha": meanflow.alpha_flow(0.5),
+    "difference": meanflow.finite_difference(0.25),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_network_is_called_in_the_dtype_of_the_data(dtype, target, guided):
+    """And all else is float32 or wider: as exact as the rounded network's answers allow."""
+    net = Layers().to(dtype)
+    x, e = torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
+    x = x.to(dtype)
+    seen = set()
 
     def f(z, r, t):
-        seen.append(z.dtype)
+        seen.update((z.dtype, r.dtype, t.dtype))
+        return net(z, r, t)
+
+    velocity = meanflow.guided_velocity(0.8, 0.3, lambda cond: cond) if guided else None
+    given = {"noise": e, "r": R, "t": T, "p": 0.5, "velocity": velocity, "target": TARGETS[target]}
+    value = meanflow.loss(f, x, **given)
+    assert seen == {dtype}
+    assert value.dtype == torch.promote_types(dtype, torch.float32)
+    found = gradients(net, value)
+    assert {g.dtype for g in found} == {dtype}
+    # Times as f is told them, and the data that there are: what is left is the network's rounding.
+    given |= {"r": R.to(dtype).double(), "t": T.to(dtype).double()}
+    truth = meanflow.loss(net.double(), x.double(), **given)
+    assert error(value, truth) <= allowance(truth, dtype, 64)
+    for g, g_truth in zip(found, gradients(net, truth), strict=True):
+        assert error(g, g_truth) <= allowance(g_truth, dtype, 5 * 3 * 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_network_is_told_where_the_mixture_is(dtype):
+    """Drawn times are rounded before the mixture is made of them, and stay in order."""
+    x, e = torch.zeros(64, 1, dtype=dtype), torch.ones(64, 1, dtype=dtype)
+
+    def f(z, r, t):
+        assert torch.equal(z[:, 0], t)
+        assert bool((r <= t).all())
         return z
 
-    assert meanflow.loss(f, x, ratio=0.4).dtype == torch.float32
-    assert seen == [torch.float32] * 2
+    meanflow.loss(f, x, ratio=0.5, noise=e)
+
+
+def test_autocast_takes_data_of_less_than_double():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for weights in (torch.float32, dtype):
+            net, x = Layers().to(weights), torch.randn(5, 3, 4).to(dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                value = meanflow.loss(net, x, ratio=0.4)
+                made = meanflow.sample(net, x, 2)
+            assert (value.dtype, made.dtype) == (torch.float32, dtype)
+            assert all(g.isfinite().all() for g in gradients(net, value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mfmjt_trains_in_any_dtype(dtype):
+    net = MFMJT.from_config("nano", hidden_dim=16, num_heads=2, depth=2, fused_depth=1).to(dtype)
+    x = torch.randn(4, 8, net.config.latent_dim, dtype=dtype)
+    for ratio in (0.25, 1.0):
+        value = meanflow.loss(net, x, ratio=ratio)
+        value.backward()
+        assert value.dtype == torch.promote_types(dtype, torch.float32)
+        assert value.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +325,7 @@ COMPILED = """
 import torch
 from mfmjt import meanflow
 from tests.model.test_transformer import network, inputs
-from tests.oracle import allowance, error
+from tests.oracle import DTYPES, allowance, error
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow import OneStep, guide, sample
 from tests.meanflow import exact
 from tests.model.test_transformer import inputs, network
-from tests.oracle import allowance, error
+from tests.oracle import DTYPES, allowance, error
 
 
 def noise(*shape, dtype=torch.float64):
@@ -79,15 +80,40 @@ def test_no_second_pass_where_none_is_needed(guidance, mode):
     assert calls == [3]
 
 
-def test_state_is_float32_and_result_as_given():
-    seen = []
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["none", "cfg", "cfg_scaled"])
+@pytest.mark.parametrize("same", [True, False])
+def test_network_is_called_in_the_dtype_of_the_noise(dtype, mode, same):
+    """And the state is float32 or wider, so that roundings do not add up over the steps."""
+    torch.manual_seed(0)
+    inward, outward = nn.Linear(4 + 2 + 1, 32).to(dtype), nn.Linear(32, 4).to(dtype)
 
-    def f(z, r, t):
-        seen.append(z.dtype)
-        return z
+    def f(z, r, t, condition):
+        assert {z.dtype, r.dtype, t.dtype} == {inward.weight.dtype}
+        return outward(torch.tanh(inward(torch.cat((z, r[:, None], t[:, None], condition), -1))))
 
-    assert sample(f, noise(dtype=torch.bfloat16), 2).dtype == torch.bfloat16
-    assert seen == [torch.float32] * 2
+    z, cond = noise(6, 4).to(dtype), noise(6, 1).to(dtype)
+    null = cond if same else torch.zeros(1, 1, dtype=dtype).expand(6, 1)
+    given = {"steps": 4, "guidance": 2.0, "mode": mode}
+    found = sample(f, z, cond={"condition": cond}, null={"condition": null}, **given)
+    assert found.dtype == dtype
+    inward, outward = inward.double(), outward.double()
+    cond, null = ({"condition": c.double()} for c in (cond, null))
+    truth = sample(f, z.double(), cond=cond, null=null, **given)
+    assert error(found, truth) <= allowance(truth, dtype, 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compile", [True, False])
+def test_one_step_in_any_dtype(dtype, compile):
+    net = network().to(dtype)
+    z, _, _, features = inputs(2)
+    features = {name: value.to(dtype) for name, value in features.items()}
+    found = OneStep(net, compile=compile)(z.to(dtype), **features)
+    assert found.dtype == dtype
+    double = {name: value.double() for name, value in features.items()}
+    truth = OneStep(net.double(), compile=False)(z.to(dtype).double(), **double)
+    assert error(found, truth) <= allowance(truth, dtype, 9 * 256)
 
 
 def test_misuse_is_named():

@@ -72,11 +72,94 @@ def test_channels_are_averaged_and_the_rate_is_changed(tmp_path, suffix):
     assert np.abs(inner).max() == pytest.approx(0.5, rel=0.05)  # half of one channel's
 
 
+def channels(seed: int, *gains: float) -> np.ndarray:
+    """One second of independent noise in as many channels, (S, C) float32."""
+    drawn = np.random.default_rng(seed).uniform(-0.5, 0.5, (RATE, len(gains)))
+    return (drawn * np.array(gains)).astype(np.float32)
+
+
+def opposite(loss: float = 0.0, step: float = 0.0, silent: int = 0) -> np.ndarray:
+    """Stereo whose second channel is the first one's negative, but for a loss and a dither."""
+    (left,) = channels(1, 1.0).T
+    drawn = np.random.default_rng(2).triangular(-step, 0, step, (2, RATE)) if step else 0.0
+    both = np.stack((left, -(1 - loss) * left)) + drawn
+    return np.concatenate((both, np.zeros((silent, RATE)))).T.astype(np.float32)
+
+
+MEANS = {
+    "mono": channels(0, 1.0),
+    "one silent": channels(0, 1.0, 0.0),
+    "wide": channels(0, 1.0, 0.8),
+    "nearly mono": np.repeat(channels(0, 1.0), 2, axis=1),
+    "sides louder by 12 dB": opposite(0.5),
+    "5.1, all different": channels(0, 1.0, 0.9, 0.8, 0.1, 0.5, 0.5),
+    "5.1, the centre alone": channels(0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0),
+    "silence": channels(0, 0.0, 0.0),
+}
+CANCELLED = {
+    "exactly": opposite(),
+    "but for dither": opposite(step=2.0**-15),
+    "by 40 dB": opposite(0.02),
+    "5.1, the front": opposite(silent=4),
+    "beside a constant": opposite() + np.float32(0.05),
+}
+
+
+@pytest.mark.parametrize("kind", MEANS)
+def test_channels_that_do_not_cancel_have_their_mean(tmp_path, kind):
+    soundfile.write(tmp_path / "x.wav", MEANS[kind], RATE, subtype="FLOAT")
+    notes: list[str] = []
+    found = read_audio(tmp_path / "x.wav", RATE, notes=notes)
+    assert np.array_equal(found, MEANS[kind].T.mean(0, dtype=np.float32))
+    assert notes == []
+
+
+@pytest.mark.parametrize("kind", CANCELLED)
+def test_of_channels_that_cancel_the_loudest_is_taken(tmp_path, kind):
+    sound = CANCELLED[kind]
+    soundfile.write(tmp_path / "x.wav", sound, RATE, subtype="FLOAT")
+    notes: list[str] = []
+    found = read_audio(tmp_path / "x.wav", RATE, 0.5, notes)
+    loudest = int(sound[: RATE // 2].var(0).argmax())
+    assert np.array_equal(found, sound[: RATE // 2, loudest])
+    assert notes == [
+        f"The channels of {tmp_path / 'x.wav'} cancel one another: channel {loudest + 1}, the "
+        "loudest, is read instead of their mean."
+    ]
+    assert np.array_equal(read_audio(tmp_path / "x.wav", RATE, 0.5), found)
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("aac", ".mp4"), ("libmp3lame", ".mp3"), ("libopus", ".ogg")]
+)
+def test_channels_cancel_after_a_codec_too(tmp_path, codec, suffix):
+    rate = 48_000
+    wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    with av.open(str(tmp_path / f"x{suffix}"), "w") as container:
+        track = container.add_stream(codec, rate=rate, layout="stereo")
+        heard = av.AudioFrame.from_ndarray(
+            np.stack((wave, -wave)).astype(np.float32), "fltp", "stereo"
+        )
+        heard.sample_rate, heard.time_base, heard.pts = rate, Fraction(1, rate), 0
+        container.mux(track.encode(heard))
+        container.mux(track.encode())
+    notes: list[str] = []
+    found = read_audio(tmp_path / f"x{suffix}", RATE, notes=notes)
+    assert len(notes) == 1
+    inner = found[RATE // 4 : RATE // 2]
+    assert np.abs(inner).max() == pytest.approx(0.3, rel=0.1)
+
+
 def test_numbers_that_are_not_finite_come_through(tmp_path):
     samples = noise(1.0)[0]
     samples[7] = np.nan
     soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
     assert np.isnan(read_audio(tmp_path / "x.wav", RATE)).any()
+    for value in (np.nan, np.inf):
+        both = opposite()
+        both[7] = value
+        soundfile.write(tmp_path / "x.wav", both, RATE, subtype="FLOAT")
+        assert not np.isfinite(read_audio(tmp_path / "x.wav", RATE)).all()
 
 
 def test_what_is_cut_off_is_read_as_far_as_it_goes(tmp_path):

@@ -92,6 +92,9 @@ def test_nothing_is_read_on_the_host():
         z, _, _, features = inputs(2, dtype=torch.float32)
         net = MFMJT.from_config("nano", **SMALL, **DIMS)
         assert OneStep(net)(z, **features).shape == z.shape
+        scale = torch.full((1,), 1.5, dtype=torch.double)  # as a graph has it
+        for step in (net.frozen().step, OneStep(net, compile=False)._sample):
+            assert step(z, **features, guidance=scale, mode="cfg_scaled").shape == z.shape
 
 
 def test_other_weights_need_another_step():
@@ -126,6 +129,19 @@ def test_off_a_gpu_a_captured_function_is_the_function():
     assert torch.equal(captured(x, factor=2.0), 2 * x)
     assert torch.equal(captured(x, factor=3.0, y=x), 3 * x + x)
     assert seen == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("mode", ["cfg", "cfg_scaled"])
+@pytest.mark.parametrize("compile", [True, False])
+def test_the_scale_may_be_a_tensor(mode, compile):
+    """As a graph has it, which reads the scale anew each time."""
+    net = network()
+    z, _, _, features = inputs(2)
+    step = net.frozen().step if compile else OneStep(net, compile=False)._sample
+    for w in (1.5, 4.3):
+        truth = step(z, **features, guidance=w, mode=mode)
+        found = step(z, **features, guidance=torch.tensor([w], dtype=torch.double), mode=mode)
+        assert error(found, truth) <= allowance(truth, z.dtype, 4)
 
 
 def test_what_a_graph_reads_can_be_kept():

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +21,22 @@ from tests.clips import write_video
 from tests.model_folder import write_model
 
 Start = Callable[..., AbstractContextManager[Client]]
+Proxy = Callable[[Client, str], AbstractContextManager[Client]]
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+CONFIGURATION = """
+daemon off; master_process off; pid pid; error_log stderr error;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+  upstream mfmjt {{ server 127.0.0.1:{server}; }}
+  server {{
+    listen 127.0.0.1:{port};
+    {rules}
+  }}
+}}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +96,40 @@ def server(start: Start, folder: Path) -> Iterator[Client]:
     """One server for many tests."""
     with start(folder=folder) as client:
         yield client
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Proxy:
+    """An nginx of its own before a server, by rules that name that `127.0.0.1:SERVER` or `mfmjt`.
+
+    Its settings are nginx's own but for those rules.
+    """
+    if NGINX is None:
+        pytest.skip("proxies' tests need nginx: apt-get install nginx-light")
+
+    @contextlib.contextmanager
+    def started(server: Client, rules: str) -> Iterator[Client]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        rules = rules.replace("SERVER", str(server.port))
+        (tmp_path / "nginx.conf").write_text(
+            CONFIGURATION.format(server=server.port, port=port, rules=rules)
+        )
+        nginx = subprocess.Popen(
+            [NGINX, "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            for _ in range(200):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                assert nginx.poll() is None
+                time.sleep(0.02)
+            yield Client(f"http://127.0.0.1:{port}/")
+        finally:
+            nginx.terminate()
+            said = nginx.communicate(timeout=10)[1]
+        assert [line for line in said.splitlines() if "[emerg]" in line] == []
+
+    return started

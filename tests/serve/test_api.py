@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -7,9 +8,12 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -104,13 +108,58 @@ def test_the_video_with_its_sound(server: Client, clip: bytes, tmp_path: Path) -
     state = made(server, clip)
     source = tmp_path / "clip.mp4"
     source.write_bytes(clip)
-    for kind in ("mp4", "mkv"):
+    assert state["containers"] == ["mp4", "mov", "mkv"]
+    for kind in state["containers"]:
         answer = server.get(f"/v1/jobs/{state['id']}/sounds/0.{kind}")
         assert answer.status == 200, answer.body
         path = tmp_path / f"made.{kind}"
         path.write_bytes(answer.body)
         assert packets(path, "video") == packets(source, "video")
         assert len(packets(path, "audio")) > 1
+
+
+def test_a_video_that_mp4_does_not_hold(server: Client, tmp_path: Path) -> None:
+    source = write_video(tmp_path / "a.webm", frames=10, codec="libvpx")
+    state = made(server, source.read_bytes())
+    assert state["containers"] == ["webm", "mkv"]
+    sounds = f"/v1/jobs/{state['id']}/sounds"
+    for kind in ("mp4", "mov"):
+        answer = server.get(f"{sounds}/0.{kind}")
+        assert answer.status == 409
+        assert ".webm" in answer.json["detail"]
+    for kind, name in (("webm", "video/webm"), ("mkv", "video/x-matroska")):
+        answer = server.get(f"{sounds}/0.{kind}")
+        assert (answer.status, answer.headers["content-type"]) == (200, name)
+        path = tmp_path / f"made.{kind}"
+        path.write_bytes(answer.body)
+        assert packets(path, "video") == packets(source, "video")
+
+
+def test_what_a_copy_does_not_hold_is_told(server: Client, tmp_path: Path) -> None:
+    """Of two streams one is used, which is said at once; of the cover when a copy is asked for."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as target:
+        film = target.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        other, cover = (target.add_stream("mjpeg", rate=25) for _ in range(2))
+        for stream in (film, other, cover):
+            stream.width, stream.height = 64, 48
+            stream.pix_fmt = "yuv420p" if stream is film else "yuvj420p"
+        film.disposition = av.stream.Disposition.default
+        cover.disposition = av.stream.Disposition.attached_pic
+        for stream, count in ((film, 20), (other, 20), (cover, 1)):
+            for i in range(count):
+                frame = av.VideoFrame.from_ndarray(grey(i, 48, 64), "rgb24")
+                frame = frame.reformat(format=stream.pix_fmt)
+                frame.pts, frame.time_base = i, Fraction(1, 25)
+                target.mux(stream.encode(frame))
+            target.mux(stream.encode())
+    state = made(server, path.read_bytes())
+    (chosen,) = state["notes"]
+    assert chosen.startswith("The video has 2 video streams")
+    for _ in range(2):
+        assert server.get(f"/v1/jobs/{state['id']}/sounds/0.mkv").status == 200
+        notes = server.get(f"/v1/jobs/{state['id']}").json["notes"]
+        assert notes == [chosen, "Not copied from the video: 1 cover image."]
 
 
 def test_what_is_drawn(server: Client, clip: bytes) -> None:
@@ -264,9 +313,13 @@ def test_an_error_of_the_model_is_told_and_the_server_goes_on(
 
 
 def test_the_server_ends_while_it_works(start: Any, clip: bytes) -> None:
+    def ask(server: Client) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it is gone, or going
+            server.generate(clip)
+
     with start() as server:
         server.generate(**SLOW)
-        threading.Thread(target=lambda: server.generate(clip), daemon=True).start()
+        threading.Thread(target=ask, args=(server,), daemon=True).start()
     # `start` has seen that the thread ended and nothing was left.
 
 
@@ -360,10 +413,10 @@ def test_small_questions(server: Client, pipe: Pipeline) -> None:
     assert model["sample_rate"] == pipe.codec.sample_rate
     page = server.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    names = re.findall(rb'(?:href|src)="(/[^"]+)"', page.body)
+    names = re.findall(rb'(?:href|src)="([^"#]+)"', page.body)
     assert names
     for name in names:
-        assert server.get(name.decode()).status == 200
+        assert server.get(urljoin("/", name.decode())).status == 200
 
 
 def test_the_examples_are_drawn(server: Client, tmp_path: Path) -> None:

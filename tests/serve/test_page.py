@@ -1,7 +1,8 @@
-"""The page in a real browser: Debian's Chromium, driven by Playwright."""
+"""The page in a real browser, Debian's Chromium, driven by Playwright; behind nginx, too."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import re
 import shutil
@@ -44,13 +45,13 @@ def browser() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def opened(browser: Any, server: Client, **options: Any) -> Iterator[Any]:
+def opened(browser: Any, server: Client, at: str | None = None, **options: Any) -> Iterator[Any]:
     """The page, whose console stays silent and which asks nobody else for anything."""
     context = browser.new_context(**options)
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said: list[str] = []
-    address = f"http://{server.host}:{server.port}"
+    address = at or f"http://{server.host}:{server.port}"
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on(
@@ -148,7 +149,8 @@ def test_upload_by_the_file_button_and_download(page: Any, clip: bytes, tmp_path
     page.click("#go")
     made(page)
     assert "seed 7" in page.inner_text("#legend")
-    for kind in ("wav", "mp4"):
+    assert page.locator(".transport button").all_inner_texts()[1:] == ["WAV", "MP4", "MOV", "MKV"]
+    for kind in ("wav", "mp4", "mkv"):
         with page.expect_download() as found:
             page.click(f"#{kind}")
         path = tmp_path / found.value.suggested_filename
@@ -169,7 +171,7 @@ def test_a_prompt_alone(page: Any) -> None:
     page.press("#prompt", "Control+Enter")
     made(page)
     assert page.is_hidden("#picture")
-    assert page.is_hidden("#mp4")
+    assert page.locator("#films button").count() == 0
     assert "/ 1.5 s" in page.inner_text("#clock")
 
 
@@ -294,6 +296,86 @@ def test_recording_from_the_camera(page: Any) -> None:
     page.click("#go")
     made(page)
     assert page.locator("#error").is_hidden()
+
+
+def test_a_recording_that_mp4_does_not_hold(page: Any, tmp_path: Path) -> None:
+    """What Firefox's MediaRecorder gives is VP8 in WebM; Chromium's gives it when asked."""
+    recorded = page.evaluate(
+        """async () => {
+            const canvas = document.createElement("canvas");
+            const context = canvas.getContext("2d");
+            const paint = setInterval(() => {
+                context.fillStyle = `hsl(${performance.now() / 5} 80% 50%)`;
+                context.fillRect(0, 0, canvas.width, canvas.height);
+            }, 40);
+            const mimeType = "video/webm;codecs=vp8";
+            const recorder = new MediaRecorder(canvas.captureStream(25), { mimeType });
+            const parts = [];
+            recorder.ondataavailable = (event) => parts.push(event.data);
+            recorder.start();
+            await new Promise((done) => setTimeout(done, 1200));
+            await new Promise((done) => ((recorder.onstop = done), recorder.stop()));
+            clearInterval(paint);
+            const bytes = new Uint8Array(await new Blob(parts).arrayBuffer());
+            return btoa(String.fromCharCode(...bytes));
+        }"""
+    )
+    source = tmp_path / "recording.webm"
+    source.write_bytes(base64.b64decode(recorded))
+    drop(page, source.read_bytes(), "recording.webm")
+    made(page)
+    assert page.locator(".transport button").all_inner_texts()[1:] == ["WAV", "WebM", "MKV"]
+    for kind in ("webm", "mkv"):
+        with page.expect_download() as found:
+            page.click(f"#{kind}")
+        path = tmp_path / f"made.{kind}"
+        found.value.save_as(path)
+        # The sound may end before the last picture begins.
+        assert len(packets(path, "video")) >= len(packets(source, "video")) - 2
+        assert packets(path, "video") == packets(source, "video")[: len(packets(path, "video"))]
+        assert len(packets(path, "audio")) > 1
+    assert page.is_hidden("#error")
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ("location /foley/ { proxy_pass http://127.0.0.1:SERVER/; }", {}),
+        (
+            "location /foley { proxy_pass http://mfmjt; proxy_set_header Host $host; }",
+            {"root_path": "/foley"},
+        ),
+        (
+            "location = /foley { proxy_pass http://127.0.0.1:SERVER/; } "
+            "location /foley/ { proxy_pass http://127.0.0.1:SERVER/; }",
+            {"root_path": "/foley"},
+        ),
+    ],
+    ids=["taken off", "kept", "without its slash"],
+)
+def test_behind_a_path_and_another_host(
+    browser: Any, start: Any, proxy: Any, clip: bytes, rules: str, told: dict[str, str]
+) -> None:
+    name = "sound.localhost"  # which browsers look for on this machine
+    with start(names=(name,), **told) as server, proxy(server, rules) as nginx:
+        path = "/foley" if "= /foley" in rules else "/foley/"
+        with opened(browser, nginx, f"http://{name}:{nginx.port}{path}") as page:
+            drop(page, clip)
+            made(page)
+            for kind in ("wav", "mp4"):
+                with page.expect_download() as found:
+                    page.click(f"#{kind}")
+                assert found.value.path().stat().st_size > 1000
+            with page.expect_response(lambda answer: answer.request.method == "DELETE") as removed:
+                page.click("#go")  # the first sound is not needed any more
+            assert removed.value.status == 204
+            made(page)
+            large = bytes(2**20 + 1)  # more than nginx takes unless told otherwise
+            file = {"name": "a.mp4", "mimeType": "video/mp4", "buffer": large}
+            page.set_input_files("#file", file)
+            page.click("#go")
+            page.wait_for_selector("#error:not([hidden])")
+            assert "client_max_body_size" in page.inner_text("#error")
 
 
 def test_cancelling(page: Any, clip: bytes, server: Client) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,25 +11,29 @@ import pytest
 import torch
 
 from mfmjt.encoders import MMAudioEncoders
-from mfmjt.errors import RunError
-from mfmjt.media import VideoStream
+from mfmjt.errors import InputError, RunError
+from mfmjt.media import VIDEO_SUFFIXES, VideoStream, mux
 from mfmjt.serve.child import kind
 from mfmjt.serve.reader import Reader, load_pictures
+from tests.media.films import WIDTH, Film
 
 MEMORY = 2**30
+NANO = {"rates": (8, 25), "size": 64, "mmaudio": False}
+RATE = Fraction(25)
+TIMES = [i / RATE for i in range(20)]
 
 
-def read(folder: Path, clip: bytes, spec: dict[str, Any]) -> dict[str, Any]:
+def read(folder: Path, clip: bytes, spec: dict[str, Any], limit: float = 30.0) -> dict[str, Any]:
     (folder / "upload").write_bytes(clip)
 
     async def run() -> dict[str, Any]:
-        return await Reader(1, 60.0, MEMORY, spec).read(folder, None, 30.0)
+        return await Reader(1, 60.0, MEMORY, spec).read(folder, None, limit)
 
     return asyncio.run(run())
 
 
 def test_pictures_are_those_that_the_pipeline_reads(tmp_path: Path, clip: bytes) -> None:
-    found = read(tmp_path, clip, {"rates": (8, 25), "size": 64, "mmaudio": False})
+    found = read(tmp_path, clip, NANO)
     video = load_pictures(tmp_path, found)
     stream = VideoStream(tmp_path / "upload", (8, 25), 64)
     expected = [np.concatenate(pieces) for pieces in zip(*_blocks(stream), strict=True)]
@@ -53,6 +58,43 @@ def test_pictures_for_mmaudio_are_fitted_as_its_encoders_do(tmp_path: Path, clip
 
 def _blocks(stream: VideoStream) -> list[tuple[np.ndarray, ...]]:
     return [tuple(np.concatenate(pieces) for pieces in block) for block in stream]
+
+
+@pytest.mark.parametrize(
+    "film",
+    [
+        Film("vp8", "webm", 20, RATE, times=TIMES),
+        Film("mpeg4", "avi", 20, RATE, times=TIMES),
+        Film("prores", "mov", 20, RATE, times=TIMES),
+        Film("h264", "mp4", 20, RATE, {"preset": "ultrafast", "g": "20"}, times=TIMES, hidden=3),
+    ],
+    ids=lambda film: f"{film.codec}.{film.suffix}",
+)
+def test_containers_are_those_that_can_be_written(tmp_path: Path, film: Film) -> None:
+    path = film.write(tmp_path)
+    found = read(tmp_path, path.read_bytes(), NANO)
+    silence = np.zeros((1, round(found["duration"] * 16_000)), np.float32)
+    written = []
+    for suffix in VIDEO_SUFFIXES:
+        try:
+            mux(path, silence, 16_000, tmp_path / f"made{suffix}")
+        except InputError:
+            continue
+        written.append(suffix)
+    assert sorted(found["containers"]) == sorted(written)
+    assert 0 < len(written) < len(VIDEO_SUFFIXES)
+
+
+def test_the_film_is_read_and_not_its_preview(tmp_path: Path) -> None:
+    """Its size and length are surveyed, too: what is decoded is what was looked at."""
+    film = Film("h264", "mkv", 20, RATE, {"preset": "ultrafast"}, times=TIMES, preview=True)
+    video = film.write(tmp_path).read_bytes()
+    found = read(tmp_path, video, NANO)
+    assert (found["width"], found["duration"]) == (WIDTH, pytest.approx(0.8))
+    (note,) = found["notes"]
+    assert note.startswith("The video has 2 video streams")
+    with pytest.raises(InputError, match=r"lasts 0\.8 s"):
+        read(tmp_path, video, NANO, limit=0.5)
 
 
 def test_pictures_that_are_gone(tmp_path: Path) -> None:

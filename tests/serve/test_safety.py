@@ -277,7 +277,10 @@ def test_the_command_serves_until_it_is_told_to_end(
 ) -> None:
     pytest.importorskip("uvicorn", reason="serving needs the extra 'web'")
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN.format(path=sys.path), "serve", "--port", "0"],
+        [
+            *(sys.executable, "-c", RUN.format(path=sys.path), "serve", "--port", "0"),
+            *("--name", "sound.example", "--root-path", "/foley"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -289,6 +292,8 @@ def test_the_command_serves_until_it_is_told_to_end(
     server = Client(line.split()[-1], "correct horse")
     answer = server.generate(clip)
     assert answer.status == 202
+    assert answer.headers["location"].startswith("/foley/v1/jobs/")
+    assert server.ask("GET", "/foley/", headers={"Host": "sound.example"}).status == 200
     assert "server" not in answer.headers
     assert list(tmp_path.glob("mfmjt-serve-*/job-*"))
     process.send_signal(end)
@@ -306,6 +311,10 @@ def test_the_command_serves_until_it_is_told_to_end(
         ({"port": 70_000}, "port"),
         ({"token": "short"}, "too short"),
         ({"token": "no header carries ü"}, "ASCII"),
+        ({"names": ("https://sound.example/",)}, "no host name"),
+        ({"names": ("",)}, "no host name"),
+        ({"root_path": "https://sound.example/foley"}, "root path"),
+        ({"root_path": "/v1"}, "the server's own"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], says: str) -> None:

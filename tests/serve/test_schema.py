@@ -64,9 +64,11 @@ def test_answers_are_those_of_the_schema(own: Client, schema: Any, method: str, 
     )
     @hypothesis.given(case=strategy)
     def run(case: Any) -> None:
-        # Which bytes are a video no schema says.
-        checks = ANSWERS if case.media_type == "multipart/form-data" else CHECKS
-        case.call_and_validate(base_url=f"http://{own.host}:{own.port}", checks=checks)
+        # Which bytes are a video, and which text is a number, no schema says.
+        checks = CHECKS if case.media_type in (None, "application/json") else ANSWERS
+        answer = case.call_and_validate(base_url=f"http://{own.host}:{own.port}", checks=checks)
+        if answer.status_code == 202:  # its sound is not waited for
+            own.ask("DELETE", answer.headers["location"][0])
 
     run()
 

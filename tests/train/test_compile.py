@@ -16,7 +16,7 @@ from mfmjt.model import MFMJT
 from mfmjt.train import distributed, loop
 from mfmjt.train.distributed import Processes
 from mfmjt.train.loop import _Run, train
-from mfmjt.train.step import Step, compile_step
+from mfmjt.train.step import Step, compile_step, draw
 from tests.train.conftest import TINY
 from tests.train.states import load_state
 from tests.train.test_loop import curve
@@ -52,6 +52,24 @@ def test_a_step_waits_for_nothing(recipe, changes):
     assert waits.seen > 100
     assert math.isfinite(float(flat[0]))
     assert any(not torch.equal(p, old) for p, old in zip(run.params, before, strict=True))
+
+
+def test_a_step_begins_without_copies_of_numbers(recipe):
+    """To a GPU they are waited for, as is all that came before."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Processes() as processes:
+        run = _Run(recipe(), processes)
+    with Names():
+        draw(run.config, run.store, 4, 20, 2, run.generator, run.chooser)
+        run._flags()
+    assert "rand" in seen
+    assert "lift_fresh" not in seen  # what torch.tensor does with numbers
 
 
 def test_what_is_not_finite_changes_nothing(recipe):

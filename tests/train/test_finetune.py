@@ -69,6 +69,15 @@ def test_it_starts_as_the_published_velocity_turned_around(tmp_path, name, adapt
             assert error(-u, truth) <= allowance(truth, torch.float32, terms)
 
 
+def test_which_of_several_weights_it_starts_from_is_said(finetune, published, capsys):
+    state = torch.load(published, weights_only=True)
+    both = published.with_name("both.pth")
+    torch.save({"model": {k: v + 1 for k, v in state.items()}, "ema": state}, both)
+    train(finetune(steps=1, init_from=str(both)))
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "Note: " in line)
+    assert note.endswith("under model, ema: ema was taken.")
+
+
 def test_a_step_of_nothing_gives_the_network_back(finetune, published):
     """Normalisation and null text are the checkpoint's, and the store's latents follow them."""
     config = finetune(steps=1, lr=0.0, weight_decay=0.0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mfmjt.errors import InputError
+from mfmjt.train import store as store_module
 from mfmjt.train.shards import write_shard
 from mfmjt.train.store import FeatureStore
 
@@ -257,6 +259,28 @@ def test_what_was_foretold_is_what_is_read(two, monkeypatch):
     other = store.rows(clips.flip(0), starts.flip(0), noise)  # not what was foretold
     assert torch.equal(other["video"], expected["video"].flip(0))
     assert not store._ahead
+
+
+def test_the_host_need_not_ask_the_device_what_to_read(two):
+    """A meta tensor's values are known to nobody; a GPU's only to who waits for it."""
+    for stores in ([(two[0], 1.0)], [(two[0], 1.0), (two[1], 1.0)]):
+        here, there = FeatureStore(stores), FeatureStore(stores, device="meta")
+        expected = here.choose(6, 10, torch.Generator().manual_seed(0))
+        found = there.choose(6, 10, torch.Generator().manual_seed(0))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        there.prefetch(*found, 10)
+        rows = there.rows(*found, torch.empty(6, 10, 4, device="meta"))
+        assert rows["latent"].shape == (6, 10, 4)
+        assert not there._ahead  # it was what was foretold
+
+
+def test_it_settles_when_all_is_read(two, monkeypatch):
+    monkeypatch.setattr(store_module, "will_need", lambda *_: time.sleep(0.2))  # a slow disk
+    store = FeatureStore([(two[0], 1.0)])
+    for seed in range(2):
+        store.prefetch(*store.choose(6, 10, torch.Generator().manual_seed(seed)), 10)
+    store.settle()
+    assert [future.done() for future in store._ahead.values()] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 // The server, as functions. Nothing here touches the page.
 
-const KEY = "mfmjt-token";
+const ROOT = new URL("..", import.meta.url); // wherever a proxy put it
+const KEY = `mfmjt-token ${ROOT.pathname}`;
 let token = sessionStorage.getItem(KEY) ?? "";
 
 export class Refused extends Error {
@@ -20,38 +21,39 @@ async function request(path, options = {}) {
   if (token) headers.Authorization = `Bearer ${token}`;
   let answer;
   try {
-    answer = await fetch(path, { ...options, headers });
+    answer = await fetch(new URL(path, ROOT), { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused("The server does not answer. See whether it still runs.", 0);
   }
   if (!answer.ok) {
     const said = await answer.json().catch(() => ({}));
-    throw new Refused(said.detail ?? `The server answered ${answer.status}.`, answer.status);
+    const large = "What stands before the server takes no upload of this size. Raise its limit (nginx: client_max_body_size).";
+    throw new Refused(said.detail ?? (answer.status === 413 ? large : `The server answered ${answer.status}.`), answer.status);
   }
   return answer;
 }
 
-export const model = async () => (await (await request("/v1/models")).json()).models[0];
+export const model = async () => (await (await request("v1/models")).json()).models[0];
 
 export async function generate(video, asked, signal) {
   const given = Object.entries(asked).filter(([, value]) => value !== null);
   if (!video) {
     const body = JSON.stringify(Object.fromEntries(given));
     const headers = { "Content-Type": "application/json" };
-    return (await request("/v1/generate", { method: "POST", headers, body, signal })).json();
+    return (await request("v1/generate", { method: "POST", headers, body, signal })).json();
   }
   const form = new FormData();
   for (const [name, value] of given) {
     for (const one of [value].flat()) form.append(name, one);
   }
   form.append("video", video, "video");
-  return (await request("/v1/generate", { method: "POST", body: form, signal })).json();
+  return (await request("v1/generate", { method: "POST", body: form, signal })).json();
 }
 
 // Calls back with each state of a job until it is over, and returns the last one.
 export async function follow(job, told, signal) {
-  const answer = await request(`/v1/jobs/${job.id}/events`, { signal });
+  const answer = await request(`v1/jobs/${job.id}/events`, { signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let state = job;
@@ -71,9 +73,10 @@ export async function follow(job, told, signal) {
   return state;
 }
 
-const file = (job, number, kind) => request(`/v1/jobs/${job.id}/sounds/${number}.${kind}`);
+const file = (job, number, kind) => request(`v1/jobs/${job.id}/sounds/${number}.${kind}`);
 export const sound = async (job, number) => (await file(job, number, "wav")).blob();
 export const drawing = async (job, number) => (await file(job, number, "json")).json();
-export const muxed = async (job, number) => (await file(job, number, "mp4")).blob();
-export const example = async (name) => (await request(`/examples/${name}.mp4`)).blob();
-export const forget = (job) => request(`/v1/jobs/${job.id}`, { method: "DELETE" }).catch(() => {});
+export const muxed = async (job, number, kind) => (await file(job, number, kind)).blob();
+export const state = async (job) => (await request(`v1/jobs/${job.id}`)).json();
+export const example = async (name) => (await request(`examples/${name}.mp4`)).blob();
+export const forget = (job) => request(`v1/jobs/${job.id}`, { method: "DELETE" }).catch(() => {});

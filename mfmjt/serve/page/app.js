@@ -10,6 +10,7 @@ const STAGES = {
   encode: "Looking and reading", generate: "Making the sound", decode: "Decoding the sound", write: "Writing",
 };
 const HUES = { receive: 210, video: 190, wait: 60, read: 168, encode: 150, generate: 25, decode: 340, write: 280 };
+const CONTAINERS = { mp4: "MP4", webm: "WebM", mov: "MOV", mkv: "MKV" };
 const MODES = { cfg_scaled: "Scaled guidance", cfg: "Plain guidance", none: "No guidance" };
 
 let limits = null;
@@ -156,7 +157,7 @@ function show(job, drawings, blobs, source) {
   $("idle").hidden = true;
   $("result").hidden = false;
   $("picture").hidden = !pictures;
-  $("mp4").hidden = !job.video;
+  films();
   player.load(pictures, urls);
   candidates();
   $("blind").hidden = job.sounds.length < 2;
@@ -167,6 +168,22 @@ function show(job, drawings, blobs, source) {
   pick(0, false);
   $("play").focus({ preventScroll: true });
   $("stage").scrollIntoView({ block: "nearest" });
+}
+
+// What can hold the pictures, the best first.
+function films() {
+  $("films").replaceChildren(
+    ...shown.job.containers.map((kind) => {
+      const button = document.createElement("button");
+      Object.assign(button, { type: "button", id: kind, textContent: CONTAINERS[kind] });
+      button.addEventListener("click", () => download(kind));
+      return button;
+    }),
+  );
+}
+
+function allowDownloads(are) {
+  for (const button of document.querySelectorAll("#wav, #films button")) button.disabled = !are;
 }
 
 const title = (sound) => `${MODES[sound.guidance_mode]}, seed ${sound.seed}`;
@@ -266,9 +283,12 @@ function showPlayer(tick) {
 
 async function download(kind) {
   const place = player.current;
-  const sound = shown.job.sounds[place];
+  const { job } = shown;
+  const sound = job.sounds[place];
   try {
-    const blob = await (kind === "wav" ? api.sound(shown.job, place) : api.muxed(shown.job, place));
+    const blob = await (kind === "wav" ? api.sound(job, place) : api.muxed(job, place, kind));
+    // What the file does not hold is said by now.
+    if (kind !== "wav") api.state(job).then((now) => shown.job === job && notes(now), () => {});
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
     link.download = blind ? `mfmjt.${kind}` : `mfmjt-${sound.guidance_mode}-${sound.seed}.${kind}`;
@@ -286,7 +306,7 @@ function beginBlind() {
   $("trial").hidden = false;
   $("candidates").classList.add("veiled");
   $("begin").hidden = $("ask-blind").hidden = true;
-  $("wav").disabled = $("mp4").disabled = true;
+  allowDownloads(false);
   $("verdict").replaceChildren();
   round();
   $("hear-a").focus();
@@ -313,7 +333,7 @@ function endBlind() {
   $("trial").hidden = true;
   $("candidates").classList.remove("veiled");
   $("begin").hidden = $("ask-blind").hidden = false;
-  $("wav").disabled = $("mp4").disabled = false;
+  allowDownloads(true);
   $("verdict").replaceChildren();
   if (!done) return;
   const table = document.createElement("table");
@@ -406,7 +426,6 @@ $("cancel").addEventListener("click", () => running?.abort());
 $("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
 $("loop").addEventListener("change", () => (player.loop = $("loop").checked));
 $("wav").addEventListener("click", () => download("wav"));
-$("mp4").addEventListener("click", () => download("mp4"));
 $("begin").addEventListener("click", beginBlind);
 $("reveal").addEventListener("click", endBlind);
 $("hear-a").addEventListener("click", () => hear(0));

@@ -4,10 +4,8 @@ import hashlib
 import os
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from mfmjt.checkpoints import PublishedFile, find, read_state_dict
+from mfmjt.checkpoints import PublishedFile, find, find_all
 from mfmjt.errors import InputError
 
 FILE = PublishedFile("weights.pth", "https://publisher.example", "2M")
@@ -63,36 +61,44 @@ def test_the_digest_is_compared_when_asked(tmp_path):
         find(tmp_path, PublishedFile(FILE.name, "", md5=wrong), check="md5")
 
 
-def test_state_dicts_are_read_from_every_format(tmp_path):
-    state = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.tensor(1.5)}
-    save_file(state, tmp_path / "s.safetensors")
-    torch.save(state, tmp_path / "s.pth")
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    torch.save({"generator": state, "steps": 3}, tmp_path / "s.pt")
-    for name, inside in (
-        ("s.safetensors", ""),
-        ("s.pth", ""),
-        ("s.pth", "generator"),
-        ("old.pth", ""),
-        ("s.pt", "generator"),
-    ):
-        found = read_state_dict(tmp_path / name, inside)
-        assert found.keys() == state.keys()
-        assert all(torch.equal(found[key], value) for key, value in state.items())
+# --- other names -------------------------------------------------------------------------------
+
+KEPT = PublishedFile("v1.pth", "https://one.example", "2M", also=("comfy_v1",))
 
 
-def test_files_that_hold_no_weights_are_refused(tmp_path):
-    class Surprise:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
+@pytest.mark.parametrize(
+    "name", ["v1.safetensors", "v1_fp16.safetensors", "comfy_v1_bf16.safetensors", "a/b/v1.pth"]
+)
+def test_a_file_is_found_under_its_other_names(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, 2**21 if name.endswith("pth") else 100)  # whose size is another
+    assert find(tmp_path, KEPT) == path
 
-    torch.save({"a": Surprise()}, tmp_path / "code.pth")
-    torch.save({"a": [1, 2]}, tmp_path / "lists.pth")
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "cut.pth")
-    os.truncate(tmp_path / "cut.pth", 2000)
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "text.safetensors").write_text("no weights")
-    for name in ("code.pth", "lists.pth", "cut.pth", "empty.pth", "text.safetensors", "none.pth"):
-        with pytest.raises(InputError, match=name):
-            read_state_dict(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
+
+def test_the_name_of_its_publisher_goes_first(tmp_path):
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner" / "v1.pth", 2**21)
+    write(tmp_path / "comfy_v1.safetensors", 100)
+    assert find(tmp_path, KEPT) == tmp_path / "inner" / "v1.pth"
+
+
+@pytest.mark.parametrize("name", ["v1_fp8.safetensors", "comfy_v1.pth", "a/b/c/v1.pth"])
+def test_other_files_are_not_taken_for_it(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, 2**21)
+    with pytest.raises(InputError, match=r"no file v1\.pth \(get it from https://one\.example\)"):
+        find(tmp_path, KEPT)
+
+
+def test_all_that_is_wrong_is_told_by_publisher(tmp_path):
+    files = [PublishedFile(f"{i}.pth", f"https://{i % 2}.example", "2M") for i in range(4)]
+    write(tmp_path / "0.pth", 10)
+    (tmp_path / "1.pth").write_text("<html>")
+    with pytest.raises(InputError) as caught:
+        find_all(tmp_path, files)
+    told = str(caught.value)
+    assert "0.pth has 1M bytes, not 2M: cut short?, no file 2.pth (get it from https://0." in told
+    assert "1.pth cannot be read: it is a web page (HTML)" in told
+    assert "no file 3.pth (get it from https://1.example)" in told

@@ -1,0 +1,404 @@
+"""All that needs a GPU, in the order of its worth: rows come home whatever happens to a piece.
+
+environment the machine, and its ceilings
+check       every op and the network, side by side, against float64 on the CPU
+memcheck    odd shapes under compute-sanitizer, where that is installed
+latency     one guided step of generation: ours, and plain PyTorch
+step        training steps as CUDA graphs, against flow matching
+kernels     every op against plain PyTorch and other people's kernels, on its headline shapes
+train       nano from clips that are made meanwhile, as CUDA graphs
+compiled    the torch.compile providers of kernels, steps and generation
+rest        float32, other shapes and networks, from a video to sound, training without graphs
+
+Each piece is a process with a time limit, and the next one imports what it needs while one runs;
+unused time moves forward. Where a piece crashes, hangs or loses its GPU context, what it was at
+becomes a row, and it is started again behind that. DIR receives eight small files: summary.txt,
+environment.json, and check, generate, train_step, kernels, train and pieces as .jsonl. Everything
+else goes to the work folder. Needs torch, NumPy and safetensors, and Triton; jvp-flash-attention,
+liger-kernel, flash-attn, xformers and rCM are timed where they can be imported. Where there is no
+.git, COMMIT in the environment is the commit that rows name.
+
+Examples:
+  python -m bench gpu --out output/gpu --minutes 9            all; call it again to go on
+  python -m bench gpu --out output/gpu --part check,latency --minutes 3
+  python -m bench gpu --out output/two --carry output/gpu     what that run has is not made again
+  python -m bench gpu --out output/gpu --cache kernels.tar.xz with kernels of `precompile`
+  python -m bench gpu --out /tmp/look --device cpu --smoke    no GPU: to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.gpu import summary
+from bench.gpu.job import LOST, file_name
+from bench.kernels import named_ops
+from bench.rows import Rows, read
+from mfmjt.errors import InputError, RunError
+
+__all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "commit", "run", "stages"]
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path("/tmp/mfmjt_triton_cache")
+"""Triton's cache. Entries name their own place, so that an archive is unpacked to where it was."""
+PARTS = (
+    *("environment", "check", "memcheck", "latency", "step", "kernels", "train"),
+    *("compiled", "rest"),
+)
+MEMCHECKED = ("joint_attention", "conv1d", "adaln", "snake")
+KERNEL_SECONDS = {"joint_attention": 50.0, "conv1d": 25.0, "adaln": 18.0}
+LEAST = 8.0
+"""Seconds in which a piece can do something."""
+GRACE = 4.0
+"""Seconds beyond its limit after which a piece is killed; it says where it hangs before that."""
+STARTS = 4
+"""Times that a piece is started at most."""
+
+
+class Piece(NamedTuple):
+    """A process to run.
+
+    Attributes:
+        name: "part what", such as "check adaln".
+        seconds: How long it may take.
+        prefix: Command in front of it.
+        env: What its environment has beside the parent's.
+        after: Name of a piece of the background that must have ended.
+    """
+
+    name: str
+    seconds: float
+    prefix: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    after: str = ""
+
+
+def stages(parts: Sequence[str], ops: Sequence[str], device: str) -> list[list[Piece]]:
+    """What runs one after the other, and in each stage side by side."""
+    cuda = device.startswith("cuda")
+    most = 1.0 if cuda else 3.0  # of few cores, which compute as well
+
+    def each(part: str, seconds: Callable[[str], float], names: Sequence[str] = ops) -> list[Piece]:
+        return [Piece(f"{part} {name}", most * seconds(name)) for name in names]
+
+    # Compiling is what takes time in a check, and cores do that side by side.
+    checks = each("check", lambda _: 110.0, [*ops, "network"])
+    sanitizer = shutil.which("compute-sanitizer") if cuda else None
+    options = (
+        *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"),
+        *("--kernel-name", "kernel_substring=_kernel"),  # ours, and few others
+    )
+    odd = [
+        piece._replace(
+            prefix=(sanitizer, *options) if sanitizer else (),
+            env=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+        )
+        for piece in each("memcheck", lambda _: 60.0, [op for op in ops if op in MEMCHECKED])
+    ]
+    first = sorted(ops, key=lambda op: (op not in KERNEL_SECONDS, op))
+    kernels = each("kernels", lambda op: KERNEL_SECONDS.get(op, 14.0), first)
+    compiled = each("compiled", lambda _: 150.0, ["kernels", "latency", "step"])
+    rest = each("rest", lambda _: 200.0, ["latency", "step", "kernels"])
+    train = Piece("train graph", most * 60.0, after="features")
+    of: dict[str, list[list[Piece]]] = {
+        "environment": [[Piece("environment", most * 40.0)]],
+        "check": [checks],
+        "memcheck": [odd] if sanitizer or not cuda else [],
+        "latency": [[Piece("latency", most * 60.0)]],
+        "step": [[Piece("step", most * 120.0)]],
+        "kernels": [[piece] for piece in kernels],
+        "train": [[train]],
+        "compiled": [[piece] for piece in compiled],
+        "rest": [[p] for p in (*rest, train._replace(name="train eager"))],
+    }
+    return [stage for part in PARTS if part in parts for stage in of[part] if stage]
+
+
+@dataclass
+class _Process:
+    """A piece that was started, and perhaps told to go."""
+
+    piece: Piece
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float = 0.0
+    seconds: float = 0.0
+    starts: int = 1
+
+    def go(self, seconds: float, starts: int) -> None:
+        """Let it begin: it waits for its time with everything imported."""
+        self.began, self.seconds, self.starts = time.monotonic(), seconds, starts
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it is dead already, and its exit status tells
+            self.process.stdin.write(f"{seconds}\n".encode())
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+
+@dataclass
+class Drive:
+    """The parent of all pieces; it never touches the GPU.
+
+    Attributes:
+        out: Folder of the results.
+        work: Folder of everything else.
+        end: `time.monotonic()` at which all must be over.
+        command: The command of a piece by its name.
+        env: Environment of the pieces.
+        least: Seconds in which a piece can do something.
+    """
+
+    out: Path
+    work: Path
+    end: float
+    command: Callable[[str], list[str]]
+    env: dict[str, str]
+    least: float = LEAST
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.pieces = Rows(self.out / "pieces.jsonl", ("piece",))
+        self.known = len(self.pieces.rows)
+        self.alive: list[_Process] = []
+        self.background: list[_Process] = []
+
+    def run(self, plan: list[list[Piece]], background: Sequence[Piece] = ()) -> bool:
+        """Run all stages; return whether every piece ended well."""
+        try:
+            for piece in background:
+                process = self._start(piece)
+                process.go(min(piece.seconds, self.left()), 1)
+                self.background.append(process)
+            ahead = self._ahead(plan[0] if plan else [])
+            for stage, following in zip(plan, [*plan[1:], []], strict=True):
+                running = ahead
+                self._wait_for({piece.after for piece in stage})
+                if self.left() < self.least:
+                    for piece in stage:
+                        self._record(piece.name, "not reached")
+                    continue
+                for process in running:
+                    process.go(min(process.piece.seconds, self.left()), 1)
+                ahead = self._ahead(following)
+                self._watch(running)
+                summary.write(self.out)
+            self._wait_for({process.piece.name for process in self.background})
+        finally:
+            for process in self.alive:
+                process.kill()
+            summary.write(self.out)
+        mine = self.pieces.rows[self.known :]
+        return {row["status"] for row in mine} <= {"ok"}
+
+    def left(self) -> float:
+        """Seconds that a piece may still take."""
+        return self.end - time.monotonic() - GRACE
+
+    def _ahead(self, stage: list[Piece]) -> list[_Process]:
+        """Start a stage, which imports and then waits for its turn."""
+        return [self._start(piece) for piece in stage] if self.left() > self.least else []
+
+    def _start(self, piece: Piece) -> _Process:
+        log = self.work / "logs" / f"{file_name(piece.name)}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        (self.work / f"{file_name(piece.name)}.note").unlink(missing_ok=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [*piece.prefix, *self.command(piece.name)],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.env, **dict(piece.env)},
+                start_new_session=True,
+            )
+        started = _Process(piece, process, log)
+        self.alive.append(started)
+        return started
+
+    def _wait_for(self, names: set[str]) -> None:
+        wanted = [process for process in self.background if process.piece.name in names]
+        self.background = [process for process in self.background if process not in wanted]
+        self._watch(wanted)
+
+    def _watch(self, running: list[_Process]) -> None:
+        """Wait for the end of all, start again what broke, and write down how each ended."""
+        while running:
+            time.sleep(0.02)
+            for process in list(running):
+                late = time.monotonic() - process.began - process.seconds
+                if process.process.poll() is None and late < GRACE:
+                    continue
+                process.kill()
+                self.alive.remove(process)
+                running.remove(process)
+                status = self._ended(process)
+                left = min(-late, self.left())
+                if status in ("crashed", "lost") and left > self.least and process.starts < STARTS:
+                    again = self._start(process.piece)
+                    again.go(left, process.starts + 1)
+                    running.append(again)
+
+    def _ended(self, process: _Process) -> str:
+        """Record how a piece ended, and what its note names."""
+        code, name = process.process.returncode, process.piece.name
+        took = time.monotonic() - process.began
+        status = "ok" if code == 0 else "lost" if code == LOST else "failed"
+        if code < 0:
+            status = "crashed"
+        if code and took > process.seconds:
+            status = "timed out"
+        path = self.work / f"{file_name(name)}.note"
+        note = json.loads(path.read_text()) if path.exists() else {}
+        more = dict(note.get("facts", {}))
+        if "row" in note:
+            row = note["row"]
+            if code:
+                row["status"] = status
+                row.setdefault("reason", f"exit status {code} after {took:.0f} s")
+                row |= {"ok": False} if "ok" in row else {}
+                more["at_row"] = {k: v for k, v in row.items() if k not in ("commit", "ok")}
+            Rows(self.out / note["file"]).add(row)
+        if code:
+            lines = process.log.read_text(errors="replace").splitlines()
+            more["log"] = [line[:300] for line in lines[-20:]]
+        self._record(name, status, exit=code, seconds=round(took, 1), **more)
+        return status
+
+    def _record(self, name: str, status: str, **more: Any) -> None:
+        at = round(time.monotonic() - self.began, 1)
+        self.pieces.add({"piece": name, "status": status, "at": at, **more})
+        took = f"{more['seconds']:6.1f} s" if "seconds" in more else ""
+        print(f"{at:6.1f} s  {name:28} {status:12} {took}", flush=True)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m bench gpu`."""
+    command.add_argument("--out", required=True, type=Path, help="folder of the results")
+    command.add_argument("--work", type=Path, help="folder of everything else [a temporary one]")
+    command.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
+    command.add_argument("--part", help=f"only these of {','.join(PARTS)} [all]")
+    command.add_argument("--ops", help="check and time only these, separated by commas")
+    command.add_argument("--carry", type=Path, help="results of an earlier run, to go on from")
+    command.add_argument("--cache", type=Path, help="kernels that `precompile` packed")
+    command.add_argument("--device", default="cuda")
+    command.add_argument("--smoke", action="store_true", help="everything tiny")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run `python -m bench gpu`; return the exit status."""
+    began = time.monotonic()
+    ops = named_ops(given.ops)
+    parts = given.part.split(",") if given.part else PARTS
+    if unknown := set(parts) - set(PARTS):
+        raise InputError(f"There is no part {min(unknown)}. Choose from {', '.join(PARTS)}.")
+    if given.device.startswith("cuda") and not _has_gpu():
+        raise InputError(
+            "No CUDA GPU here: nothing was measured. Run this on a machine with one, or try "
+            "`--device cpu --smoke` to see that it runs."
+        )
+    out = given.out.resolve()
+    work = Path(given.work or tempfile.mkdtemp(prefix="mfmjt_gpu_")).resolve()
+    if work.is_relative_to(out):
+        raise InputError(f"{work} is inside of the results, which stay small. Give another --work.")
+    out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    if given.carry:
+        carry(given.carry, out)
+    if given.cache:
+        unpack(given.cache)
+    cores = len(os.sched_getaffinity(0))
+    env = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // 8))),
+        "GOMP_SPINCOUNT": "100",
+        # Inductor would choose a place of its own.
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(CACHE)),
+        "COMMIT": os.environ.get("COMMIT") or commit(),
+    }
+    smoke = ["--smoke"] if given.smoke else []
+    places = ["--out", str(out), "--work", str(work), "--device", given.device]
+    places += ["--ops", ",".join(ops), *smoke]
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "bench.gpu.piece", *places, *name.split()]
+
+    background = []
+    if "train" in parts or "rest" in parts:
+        background = [Piece("features", 30 * given.minutes, ("nice", "-n", "19"))]
+    least = 1.0 if given.smoke else LEAST
+    drive = Drive(out, work, began + 60 * given.minutes, command, env, least, began)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the summary is written
+    try:
+        good = drive.run(stages(parts, ops, given.device), background)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print((out / "summary.txt").read_text())
+    print(f"{out} has the results, {work} all else.")
+    return 0 if good and not summary.wrong(out) else 1
+
+
+def carry(source: Path, out: Path) -> None:
+    """Take over the rows of an earlier run that are good; the others are to be made again.
+
+    Raises:
+        InputError: There are none.
+    """
+    paths = sorted(source.glob("*.jsonl"))
+    if not paths:
+        raise InputError(f"{source} has no results (*.jsonl). Give the folder of an earlier run.")
+    for path in (path for path in paths if path.name != "pieces.jsonl"):
+        rows = [r for r in read(path) if r.get("status", "ok") == "ok" and r.get("ok", True)]
+        with (out / path.name).open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    stamp = source / "environment.json"
+    if stamp.exists() and not (out / stamp.name).exists():
+        shutil.copy(stamp, out)
+
+
+def unpack(archive: Path) -> None:
+    """Unpack a cache of kernels to where it was made.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        with tarfile.open(archive) as file:
+            file.extractall(CACHE.parent, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise RunError(f"Cannot unpack {archive}: {error}. Make it with `precompile`.") from error
+
+
+def _has_gpu() -> bool:
+    """Whether a driver is there; PyTorch is not asked, which would start it up in this process."""
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
+
+
+def commit() -> str:
+    """The commit, or nothing where there is no git."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return ""

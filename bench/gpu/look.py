@@ -1,0 +1,59 @@
+"""What machine this is, and what it reaches at best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from typing import Any
+
+import torch
+
+from bench.gpu.job import Job
+from bench.machine import Ceilings
+from bench.machine import environment as stamp_of
+from mfmjt.kernels import _triton
+
+__all__ = ["TIMED", "ceilings", "environment"]
+
+TIMED = (torch.bfloat16, torch.float32)
+"""Dtypes in which ops are timed, the one that matters most first."""
+
+
+def environment(job: Job) -> None:
+    """Write environment.json; ceilings stay those of the rows that are there."""
+    path = job.out / "environment.json"
+    known = job.ceilings()
+    stamp = stamp_of(job.torch_device) | {"triton_available": _triton.AVAILABLE, **_compiler()}
+    if job.cuda:
+        asked = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            stamp["clocks"] = done.stdout.strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            stamp["clocks"] = str(error)
+    stamp["ceilings"] = known
+    path.write_text(json.dumps(stamp, indent=2) + "\n")  # a GPU that fails next leaves this behind
+    if known is None:
+        stamp["ceilings"] = vars(Ceilings.measure(job.torch_device, TIMED, job.smoke))
+        path.write_text(json.dumps(stamp, indent=2) + "\n")
+    print(json.dumps(stamp, indent=2))
+
+
+def ceilings(job: Job) -> Ceilings:
+    """Those of environment.json, or measured now where that piece could not."""
+    known = job.ceilings()
+    return Ceilings(**known) if known else Ceilings.measure(job.torch_device, TIMED, job.smoke)
+
+
+def _compiler() -> dict[str, Any]:
+    """What kernels in a cache are known by: they fit where these agree."""
+    try:
+        from triton import knobs
+        from triton.runtime.cache import triton_key
+
+        key = hashlib.sha256(triton_key().encode()).hexdigest()
+        return {"triton_key": key, "ptxas": knobs.nvidia.ptxas.version}
+    except Exception as error:  # of another version, or without ptxas: a cache may still fit
+        return {"triton_key": None, "ptxas": repr(error)}

@@ -1,0 +1,104 @@
+"""One piece of a run, in a process that its parent starts ahead of its time.
+
+It imports what it needs, and waits for a line with the seconds that it may take; where the parent
+ends instead, so does this. Only then does it meet the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.job import Job
+
+__all__ = ["main"]
+
+RESERVE = 2.0
+"""Seconds to end in."""
+WHERE: dict[str, tuple[str, str]] = {
+    "environment": ("bench.gpu.look", "environment"),
+    "check": ("bench.gpu.check", "check"),
+    "memcheck": ("bench.gpu.check", "memcheck"),
+    "kernels": ("bench.gpu.kernels", "kernels"),
+    "latency": ("bench.model.bench_generate", "latency"),
+    "step": ("bench.gpu.steps", "steps"),
+    "features": ("bench.gpu.nano", "features"),
+    "train": ("bench.gpu.nano", "training"),
+}
+"""Module and function of each part; "compiled" and "rest" are turns of three of them."""
+
+
+def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], None]:
+    """What a piece does, its module imported."""
+    given: tuple[Any, ...] = (what,) if what else ()
+    if part in ("compiled", "rest"):
+        part, given = what, (part,) if what in ("latency", "step") else (part, ops)
+    elif part == "kernels":
+        given = ("headline", (what,))
+    module, name = WHERE[part]
+    found: Callable[..., None] = getattr(importlib.import_module(module), name)
+    return lambda job: found(job, *given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, wait, and run; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.piece", description=__doc__)
+    parser.add_argument("name", nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--ops", required=True, help="of a piece that has several")
+    parser.add_argument("--smoke", action="store_true")
+    given = parser.parse_args(arguments)
+    import torch
+
+    run = function(*given.name, ops=tuple(given.ops.split(",")))
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    seconds = float(line)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(seconds + RESERVE, exit=True)
+    end = time.monotonic() + seconds - RESERVE
+    device = "cuda:0" if given.device == "cuda" else given.device
+    job = Job(" ".join(given.name), given.out, given.work, device, given.smoke, end)
+    # TF32 would be PyTorch's error in the reference's place.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if job.cuda:
+        torch.cuda.set_device(job.device)
+    _count_compiled(job.facts)
+    began = time.monotonic()
+    run(job)
+    job.facts["worked"] = round(time.monotonic() - began, 1)
+    job.close()
+    faulthandler.cancel_dump_traceback_later()
+    return 0
+
+
+def _count_compiled(facts: dict[str, Any]) -> None:
+    """Keep in `facts` how many Triton kernels were compiled, and in what time."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return
+    facts |= {"compiled": 0, "compile_s": 0.0, "from_cache": 0}
+
+    def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        if cache_hit:
+            facts["from_cache"] += 1
+        else:
+            facts["compiled"] += 1
+            facts["compile_s"] = round(facts["compile_s"] + times.total / 1e6, 2)
+
+    knobs.compilation.listener = listen
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The machine: what it is, what it reaches at best, and the floor that puts under a time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+from bench.harness import cuda_events, dtype_name, on_cpu
+from bench.rows import short
+
+__all__ = ["Ceilings", "commit", "environment", "row_of"]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at best, measured in the same run.
+
+    Attributes:
+        copy_gbps: Bytes read and written by a copy of a large tensor, GB/s.
+        gemm_tflops: A large square matrix product, TFLOP/s, by dtype.
+    """
+
+    copy_gbps: float
+    gemm_tflops: dict[str, float]
+
+    @classmethod
+    def measure(
+        cls, device: torch.device, dtypes: Iterable[torch.dtype], tiny: bool = False
+    ) -> Ceilings:
+        """Take both; on small tensors, which says nothing, where everything is tiny."""
+        cuda = device.type == "cuda"
+        size = 2**12 if tiny else 2**31 if cuda else 2**28
+        x = torch.ones(size, dtype=torch.uint8, device=device)
+        y = torch.ones_like(x)
+        ms = _best(lambda: y.copy_(x), device)
+        copy = 2 * x.nbytes / ms / 1e6
+        n = 64 if tiny else 8192 if cuda else 2048
+        gemm = {}
+        for dtype in dtypes:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            ms = _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+            gemm[dtype_name(dtype)] = short(2 * n**3 / ms / 1e9)
+        return cls(short(copy), gemm)
+
+    def floor_ms(self, case: Case, dtype: torch.dtype, mode: str) -> float:
+        """The least time in which the case's FLOPs and bytes can be done here, milliseconds."""
+        flops, elements = case.flops.of(mode), case.elements.of(mode)
+        compute = flops / (1e9 * self.gemm_tflops[dtype_name(dtype)])
+        return max(compute, elements * dtype.itemsize / (1e6 * self.copy_gbps))
+
+
+def _best(call: Callable[[], object], device: torch.device, times: int = 8) -> float:
+    call()
+    sample = cuda_events(call, device) if device.type == "cuda" else on_cpu(call)
+    return min(sample()[0] for _ in range(times))
+
+
+def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dict[str, Any]:
+    """The fields that all providers' rows of a case share."""
+    return {
+        "op": case.op,
+        "case": case.name,
+        "model": case.model,
+        "batch": case.batch,
+        "length": case.length,
+        "headline": case.headline,
+        "dtype": dtype_name(dtype),
+        "mode": mode,
+        "flops": case.flops.of(mode),
+        "bytes": case.elements.of(mode) * dtype.itemsize,
+        "floor_ms": short(ceilings.floor_ms(case, dtype, mode)),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a measurement depends on: machine, driver, versions, commit, time."""
+    stamp: dict[str, Any] = {
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "commit": commit(),
+        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+    }
+    if device.type == "cuda":
+        stamp |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "cuda": torch.version.cuda,
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return stamp
+
+
+def commit() -> str | None:
+    """What is measured: COMMIT of the environment, for a copy without .git, or git's word."""
+    return os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

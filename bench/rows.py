@@ -1,0 +1,92 @@
+"""Rows of results, in files that survive whatever happens to the process that writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.harness import Timing
+
+__all__ = [
+    "CHECK",
+    "GENERATE",
+    "KERNELS",
+    "KEY",
+    "STEP",
+    "TRAIN",
+    "Rows",
+    "read",
+    "short",
+]
+
+KEY = ("op", "case", "dtype", "mode", "provider", "malloc", "threads")
+"""What identifies a row of `kernels.jsonl`."""
+CHECK, KERNELS = ("check", ("op", "case", "dtype", "mode")), ("kernels", KEY)
+GENERATE = ("generate", ("what", "network", "provider", "batch", "dtype", "device", "threads"))
+STEP = ("train_step", ("what", "network", "batch", "length", "ratio", "provider"))
+TRAIN = ("train", ("run", "step"))
+"""Files of rows, and what identifies a row of each."""
+
+
+def short(value: Any) -> Any:
+    """A number with five digits; anything else as it is."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of rows; a line that was cut short is none."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Rows:
+    """Rows of results in a JSON-lines file; a row that is there already is not made again.
+
+    Several processes may append to a file: a row is one write.
+
+    Args:
+        path: The file; rows are appended.
+        key: The fields that identify a row.
+        about: Fields of every row that is added.
+    """
+
+    def __init__(
+        self, path: Path, key: tuple[str, ...] = KEY, about: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.key, self.about = path, key, dict(about or {})
+        self.rows = read(path)
+        self._known = {self._of(row) for row in self.rows}
+
+    def _of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(k) for k in self.key)
+
+    def has(self, **fields: Any) -> bool:
+        """Whether some row has these values in the identifying fields."""
+        return self._of(fields) in self._known
+
+    def add(self, fields: Mapping[str, Any], timing: Timing | None = None) -> dict[str, Any]:
+        """Append a row."""
+        row = {**fields, **self.about}
+        row |= {k: short(v) for k, v in asdict(timing).items()} if timing else {}
+        line = json.dumps(row) + "\n"
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":  # whoever wrote it was killed
+                line = "\n" + line
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+        self.rows.append(row)
+        self._known.add(self._of(row))
+        return row
