@@ -13,7 +13,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from mfmjt.errors import RunError
+from mfmjt.errors import InputError, RunError
 from mfmjt.media._open import reason
 from mfmjt.media.pictures import PictureDecoder, Pictures, shown_size
 from mfmjt.media.video import Picture, decoding
@@ -57,6 +57,10 @@ def encoded(
                 for time, frame in frames:
                     if not encoder.add(time, frame, end):
                         break
+                if decoder.count == 0:
+                    raise InputError(
+                        f"No frame of {source} can be decoded. Give a video that plays."
+                    )
                 encoder.finish(decoder.end)
         except (av.error.FFmpegError, OSError) as error:
             raise RunError(
@@ -97,9 +101,8 @@ class _Encoder:
 
     def finish(self, end: Fraction) -> None:
         """Encode what is left; the last picture is shown until `end` seconds."""
-        if self._first is not None:
-            self._lasts[self._previous] = max(1, self._ticks(end) - self._previous)
-            self._write(None)
+        self._lasts[self._previous] = max(1, self._ticks(end) - self._previous)
+        self._write(None)
 
     def _ticks(self, time: Fraction) -> int:
         assert self._first is not None
@@ -126,7 +129,7 @@ class _Encoder:
         size = context.width, context.height
         if self._plain:
             return self._reformatter.reformat(frame, *size, "yuv420p")
-        pixels = Picture(frame, None).rgb(self._to_rgb, None)
+        pixels = Picture(frame, self._decoder.hdr).rgb(self._to_rgb, None)
         height, width = pixels.shape[:2]
         if (width + width % 2, height + height % 2) == size:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")

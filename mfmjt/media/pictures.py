@@ -192,12 +192,14 @@ def over_white(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def _rate(fps: Any) -> Fraction:
+    text = " ".join(str(fps).split())
     with contextlib.suppress(ValueError, ZeroDivisionError):
-        rate = Fraction(str(fps))
+        # A fraction of "1e999999999" would be a number of a billion digits.
+        rate = Fraction(text if "/" in text else f"{float(text):.9g}")
         if 1 / _MOST_FPS <= rate <= _MOST_FPS:
             return rate
     raise InputError(
-        f"fps is {' '.join(str(fps).split()):.40}. Give pictures per second, from "
+        f"fps is {text:.40}. Give pictures per second, from "
         f"{1 / _MOST_FPS} to {_MOST_FPS}, such as 24 or 30000/1001."
     )
 
@@ -235,7 +237,7 @@ def _folder(path: Path, rate: Fraction | None) -> Pictures:
             f"({', '.join(PICTURE_SUFFIXES)})."
         )
     # What was written beside them by default is no reason to doubt.
-    videos = [f.name for f in there if f.suffix in _VIDEOS and ".mfmjt" not in f.suffixes]
+    videos = [f.name for f in there if f.suffix.lower() in _VIDEOS and ".mfmjt" not in f.suffixes]
     if videos:
         raise InputError(
             f"{path} is a folder of videos, such as {min(videos)}, and pictures. Give one of them, "

@@ -8,13 +8,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 
 from mfmjt.media import VideoStream, mux, read_video
 from mfmjt.media.hdr import Hdr
 from mfmjt.media.video import Picture
 
-PQ, HLG = 16, 18
+PQ, HLG = 16, 18  # these and the next: numbers of H.273
+BT709, BT601, BT2020 = 1, 5, 9
 WHITE = 203.0  # cd/m² of the twin's white (BT.2408)
 TO_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
 LUMINANCE = np.array([0.2627, 0.6780, 0.0593])
@@ -55,13 +56,13 @@ def write(path: Path, pictures: list[np.ndarray], transfer: int | None = None) -
         stream.options = {"crf": "2"}
         if hdr:  # without B-frames: x265 forgets when some of so few are shown
             stream.options |= {"x265-params": "bframes=0:pools=1:log-level=none"}
-        context.colorspace = context.color_primaries = 9 if hdr else 1
+        context.colorspace = context.color_primaries = BT2020 if hdr else BT709
         context.color_trc, context.color_range = transfer or 1, 1
         for i, picture in enumerate(pictures):
             values = (65535 * picture.clip(0, 1)).round().astype(np.uint16)
             frame = av.VideoFrame.from_ndarray(values, "rgb48le").reformat(
                 format=stream.pix_fmt,
-                dst_colorspace=Colorspace.BT2020 if hdr else Colorspace.ITU709,
+                dst_colorspace=BT2020 if hdr else BT709,
                 dst_color_range=ColorRange.MPEG,
             )
             frame.pts, frame.time_base = i, Fraction(1, 10)
@@ -137,9 +138,9 @@ def test_large_hdr_pictures_are_whole_at_half_their_size() -> None:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
-@pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020])
+@pytest.mark.parametrize("matrix", [BT709, BT601, BT2020])
 def test_matrix_and_range_are_those_that_the_file_states(
-    tmp_path: Path, matrix: Colorspace, full: bool
+    tmp_path: Path, matrix: int, full: bool
 ) -> None:
     color = np.array([224, 32, 64], np.uint8)
     color_range = ColorRange.JPEG if full else ColorRange.MPEG
@@ -147,7 +148,7 @@ def test_matrix_and_range_are_those_that_the_file_states(
         stream = container.add_stream("libx264", rate=10)
         stream.height = stream.width = 32
         stream.pix_fmt, stream.options = "yuv444p", {"qp": "0"}
-        stream.codec_context.colorspace = matrix.value
+        stream.codec_context.colorspace = matrix
         stream.codec_context.color_range = color_range.value
         for i in range(2):
             frame = av.VideoFrame.from_ndarray(np.tile(color, (32, 32, 1)), "rgb24").reformat(

@@ -279,6 +279,14 @@ def test_a_damaged_picture_leaves_its_time_to_the_one_before(tmp_path: Path) -> 
     assert ["1 of the pictures" in note for note in video.notes] == [True]
     mux(folder, silence(0.24), RATE, tmp_path / "a.mp4", fps=25)
     assert shown(tmp_path / "a.mp4") == [(0, 0), (40, 1), (80, 2), (160, 4), (200, 5)]
+    (folder / "0.png").write_bytes(b"nor this one")
+    assert index(read_video(folder, (25,), 32, fps=25).frames[0]) == [1, 1, 2, 2, 4, 5]
+    for file in folder.iterdir():
+        file.write_bytes(b"nor any other")
+    for use in (read_video, lambda path: mux(path, silence(0.24), RATE, tmp_path / "b.mp4")):
+        with pytest.raises(InputError, match="frames can be decoded"):
+            use(folder)
+    assert not (tmp_path / "b.mp4").exists()
 
 
 # --- arrays ------------------------------------------------------------------------------------
@@ -316,6 +324,7 @@ FRAMES = pictures(4)
         ((FRAMES, float("inf")), None, "fps is inf"),
         ((FRAMES, "fast"), None, "fps is fast"),
         ((FRAMES, "1/0"), None, "fps is 1/0"),
+        ((FRAMES, "1e999999999"), None, "fps is 1e999999999"),
         ((FRAMES, np.ones((9, 9))), None, "fps is"),
         ((FRAMES / 255, 25), None, r"dtype float64. Give uint8 from 0 to 255"),
         ((torch.from_numpy(FRAMES).float(), 25), None, "dtype torch.float32. Give uint8"),
