@@ -15,6 +15,7 @@ from mfmjt.media._copy import HIDING, left_out
 from mfmjt.media._decode import Decoder
 from mfmjt.media._open import declared_duration, described, open_video, sound_stream, video_streams
 from mfmjt.media._times import Times, copied_times
+from mfmjt.media.hdr import find_hdr
 from mfmjt.media.pictures import TURNS, Pictures, as_source, display
 from mfmjt.media.video import VideoStream
 from mfmjt.media.write import VIDEO_SUFFIXES, check_output, containers_for, unheld
@@ -22,7 +23,6 @@ from mfmjt.media.write import VIDEO_SUFFIXES, check_output, containers_for, unhe
 __all__ = ["Report", "check"]
 
 _UNEVEN = Fraction(2, 1000)  # seconds: Matroska rounds to milliseconds
-_CURVES = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # by number, of H.273
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def check(
     except InputError as error:
         notes = (str(error),)
     with open_video(source, formats) as (container, stream):
+        hdr = find_hdr(stream.codec_context)
         suffixes = tuple(VIDEO_SUFFIXES) if encoded else containers_for(stream)
-        if times is None or times.edited:
+        if not encoded and (times is None or times.edited):
             suffixes = () if times is None else tuple(s for s in suffixes if s in HIDING)
         target = None if output is None else Path(output).suffix.lower()
         if suffixes and not encoded:
@@ -139,7 +140,7 @@ def check(
             codec=stream.codec_context.codec.canonical_name,
             stream=stream.index,
             **_orientation(source, formats),
-            range=_CURVES.get(stream.codec_context.color_trc, "SDR"),
+            range="SDR" if hdr is None else f"HDR ({hdr.transfer})",
             start=0.0 if times is None else float(times.zero),
             others=tuple(described(other) for other in video_streams(container)[1:]),
             sound=_sound(container),

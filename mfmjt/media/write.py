@@ -85,7 +85,7 @@ def mux(
     What no container holds, such as a GIF or a folder of pictures, is encoded once.
 
     Args:
-        video_path: The video to take the pictures from, as for `as_source`; rotation, colours and
+        video_path: The video to take the pictures from, as for `as_source`; rotation, colors and
             tags are kept.
         waveform: Float samples `(channels, samples)` in [-1, 1], one or two channels.
         sample_rate: Of the waveform, in Hz.
