@@ -15,14 +15,14 @@ from mfmjt.media._copy import HIDING, left_out
 from mfmjt.media._decode import Decoder
 from mfmjt.media._open import declared_duration, described, open_video, sound_stream, video_streams
 from mfmjt.media._times import Times, copied_times
-from mfmjt.media.pictures import Pictures, as_source
+from mfmjt.media.hdr import find_hdr
+from mfmjt.media.pictures import TURNS, Pictures, as_source, display
 from mfmjt.media.video import VideoStream
 from mfmjt.media.write import VIDEO_SUFFIXES, check_output, containers_for, unheld
 
 __all__ = ["Report", "check"]
 
 _UNEVEN = Fraction(2, 1000)  # seconds: Matroska rounds to milliseconds
-_CURVES = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # by number, of H.273
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Report:
         width: Pixels across, as shown (after rotation).
         height: Pixels down, as shown.
         rotation: Degrees, counterclockwise, that players turn the pictures by.
+        mirrored: Whether they then mirror them, left to right.
         range: SDR, HDR (PQ) or HDR (HLG).
         frames: How many pictures are shown.
         fps: Pictures per second on the whole.
@@ -57,6 +58,7 @@ class Report:
     width: int
     height: int
     rotation: int
+    mirrored: bool
     range: str
     frames: int
     fps: float
@@ -72,6 +74,7 @@ class Report:
     def __str__(self) -> str:
         """What `mfmjt check` prints: one line for each thing to know."""
         turned = f", turned by {self.rotation} degrees" if self.rotation else ""
+        turned += ", mirrored" if self.mirrored else ""
         pace = "at a variable rate, on the whole " if self.variable else ""
         rows = {
             "Pictures": f"{self.codec}, {self.width}x{self.height}{turned}, {self.range}",
@@ -121,8 +124,9 @@ def check(
     except InputError as error:
         notes = (str(error),)
     with open_video(source, formats) as (container, stream):
+        hdr = find_hdr(stream.codec_context)
         suffixes = tuple(VIDEO_SUFFIXES) if encoded else containers_for(stream)
-        if times is None or times.edited:
+        if not encoded and (times is None or times.edited):
             suffixes = () if times is None else tuple(s for s in suffixes if s in HIDING)
         target = None if output is None else Path(output).suffix.lower()
         if suffixes and not encoded:
@@ -135,8 +139,8 @@ def check(
             container=container.format.long_name,
             codec=stream.codec_context.codec.canonical_name,
             stream=stream.index,
-            rotation=_rotation(source, formats),
-            range=_CURVES.get(stream.codec_context.color_trc, "SDR"),
+            **_orientation(source, formats),
+            range="SDR" if hdr is None else f"HDR ({hdr.transfer})",
             start=0.0 if times is None else float(times.zero),
             others=tuple(described(other) for other in video_streams(container)[1:]),
             sound=_sound(container),
@@ -154,6 +158,7 @@ def _report(
     usual = {
         "stream": None,
         "rotation": 0,
+        "mirrored": False,
         "range": "SDR",
         "start": 0.0,
         "others": (),
@@ -185,11 +190,15 @@ def _shown(times: Times | None, base: Fraction) -> list[Fraction]:
     return sorted(t * base for t in kept if t >= 0 and (end is None or t < end))
 
 
-def _rotation(path: Path, formats: str | None) -> int:
-    """Degrees, counterclockwise, that players turn the pictures by."""
+def _orientation(path: Path, formats: str | None) -> dict[str, Any]:
+    """How players turn and mirror the pictures."""
     with open_video(path, formats) as (container, stream):
         decoder = Decoder(path, stream, declared_duration(container, stream))
-        return next((round(frame.rotation) % 360 for _, frame in decoder.frames(container)), 0)
+        a, b, c, d = next(display(frame) for _, frame in decoder.frames(container))
+    mirrored = a * d < b * c
+    if mirrored:
+        a, c = -a, -c
+    return {"rotation": 90 * TURNS.index((a, b, c, d)), "mirrored": mirrored}
 
 
 def _sound(container: Any) -> str | None:

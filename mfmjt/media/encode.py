@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from mfmjt.errors import InputError, RunError, reason
-from mfmjt.media.pictures import PictureDecoder, Pictures, shown_size
+from mfmjt.media.pictures import TURNS, PictureDecoder, Pictures, display, shown_size
 from mfmjt.media.video import Picture, decoding
 
 __all__ = ["encoded"]
@@ -114,7 +114,7 @@ class _Encoder:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
         still = isinstance(self._decoder, PictureDecoder)
-        if _is_yuv(frame) and not still and not frame.rotation:
+        if _is_yuv(frame) and not still and display(frame) == TURNS[0]:
             # Video that differs in its coding alone: what its colors mean stays.
             source = self._decoder.stream.codec_context
             self._plain = (width, height) == (context.width, context.height)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
@@ -29,6 +30,8 @@ _MOST_FPS = 1000
 _NUMBER = re.compile(r"%(?:0(\d+))?d")
 _BLOCK = 2**20
 _MAX_PIXELS = 8192 * 8192
+TURNS = (1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)
+"""What `display` gives for 0 to 3 quarter turns, counterclockwise."""
 
 
 class Pictures:
@@ -173,9 +176,29 @@ def refuse_huge(source: Path | Pictures, frame: av.VideoFrame) -> None:
         )
 
 
+def display(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """How a picture is shown: where its right side (x, y) goes and where its bottom (x, y) goes."""
+    try:
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives nothing where there is data of a kind that is new to it
+        return TURNS[round(frame.rotation / 90) % 4]
+    if matrix is None:
+        return TURNS[0]
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return 0, 1 if b >= 0 else -1, 1 if c >= 0 else -1, 0
+    return 1 if a >= 0 else -1, 0, 0, 1 if d >= 0 else -1
+
+
+def as_shown(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turn and mirror the pixels `(H, W, C)` of a frame as players do."""
+    a, b, c, d = display(frame)
+    return (pixels.swapaxes(0, 1) if a == 0 else pixels)[:: b or d, :: a or c]
+
+
 def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
     """Pixels across and down, as shown after rotation."""
-    turned = bool(frame.rotation % 180)
+    turned = display(frame)[0] == 0
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 

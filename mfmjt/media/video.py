@@ -21,6 +21,7 @@ from mfmjt.media.hdr import Hdr, to_sdr
 from mfmjt.media.pictures import (
     PictureDecoder,
     Pictures,
+    as_shown,
     as_source,
     over_white,
 )
@@ -241,8 +242,7 @@ class Picture:
                     f"A frame in the pixel format {self._frame.format.name} cannot be converted: "
                     f"{reason(error)}. Convert the video to H.264 first."
                 ) from error
-            turns = round(self._frame.rotation / 90)  # counterclockwise
-            self._made[side] = np.ascontiguousarray(np.rot90(pixels, turns))
+            self._made[side] = np.ascontiguousarray(as_shown(pixels, self._frame))
         return self._made[side]
 
     def _converted(self, reformatter: VideoReformatter, side: int | None) -> np.ndarray:

@@ -311,6 +311,30 @@ def test_titles_places_chapters_and_what_is_left_out(tmp_path: Path) -> None:
                 assert stream.disposition & av.stream.Disposition.default
 
 
+def test_dolby_vision_stays_known(tmp_path: Path) -> None:
+    path = Film("hevc", "mp4", 6, Fraction(25), {}, [Fraction(i, 25) for i in range(6)]).write(
+        tmp_path
+    )
+    content = bytearray(path.read_bytes())
+    assert content.index(b"mdat") < content.index(b"moov")  # so that nothing moves but the index
+    # Version 1.0, profile 8, level 1; a base layer with RPUs, compatible to HDR10.
+    box = bytes.fromhex("00000020 64767643 0100 100d 10") + bytes(19)
+    boxes, place, end = [], 0, len(content)
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hev1"):
+        place = content.index(name, place, end) - 4
+        boxes.append(place)
+        end = place + int.from_bytes(content[place : place + 4], "big")
+        place += 8
+    content[end:end] = box
+    for place in boxes:
+        size = int.from_bytes(content[place : place + 4], "big") + len(box)
+        content[place : place + 4] = size.to_bytes(4, "big")
+    path.write_bytes(bytes(content))
+    for suffix in (".mp4", ".mkv"):
+        mux(path, silence(0.24), RATE, tmp_path / f"out{suffix}")
+        assert box[8:] in (tmp_path / f"out{suffix}").read_bytes()
+
+
 def test_what_is_transparent_stays_so(tmp_path: Path) -> None:
     """VP8 keeps it beside each packet, and a tag says that it is there."""
     with av.open(str(tmp_path / "in.webm"), "w") as target:

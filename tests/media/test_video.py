@@ -16,6 +16,7 @@ from mfmjt.media import (
     AUDIO_SUFFIXES,
     VIDEO_SUFFIXES,
     VideoStream,
+    check,
     check_output,
     mux,
     read_video,
@@ -88,6 +89,33 @@ def test_rotation_is_applied(tmp_path: Path, turns: int) -> None:
     middle = slice(4, None, 8)  # away from the edges, which coding blurs
     assert np.array_equal(video.frames[0][0][middle, middle] > 127, expected[middle, middle] > 127)
     assert (video.width, video.height) == ((48, 64) if turns % 2 else (64, 48))
+
+
+@pytest.mark.parametrize("turned", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", ["", "h", "v"])
+def test_mirrored_pictures_are_shown_so(tmp_path: Path, turned: int, mirrored: str) -> None:
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24, :32] = 255
+    picture[:24, 32:] = 90
+    with av.open(str(tmp_path / "m.mp4"), "w") as target:
+        video = target.add_stream("libx264", rate=25, options={"crf": "1"})
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv444p"
+        video.set_display_rotation(turned, hflip=mirrored == "h", vflip=mirrored == "v")
+        for _ in range(3):
+            target.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        target.mux(video.encode())
+    flips = {"": slice(None), "h": (slice(None), slice(None, None, -1)), "v": slice(None, None, -1)}
+    expected = np.rot90(picture, turned // 90)[flips[mirrored]]
+    seen: list[np.ndarray] = []
+    for _ in VideoStream(tmp_path / "m.mp4", (25,), fit=[lambda p: seen.append(p) or p]):
+        pass
+    assert seen[0].shape[1:] == expected.shape
+    middle = (slice(4, None, 8), slice(4, None, 8))  # away from the edges, which coding blurs
+    assert np.abs(seen[0][0][middle].astype(int) - expected[middle]).max() < 40
+    report = check(tmp_path / "m.mp4")
+    assert report.mirrored == bool(mirrored)
+    again = np.rot90(picture, report.rotation // 90)
+    assert np.array_equal(again[:, ::-1] if report.mirrored else again, expected)
 
 
 def test_odd_sizes_and_one_size_per_rate(tmp_path: Path) -> None:
