@@ -61,7 +61,7 @@ class Captured:
         self._graphs: OrderedDict[
             Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor, object]
         ] = OrderedDict()
-        self._places: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
+        self._pools: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
 
     def __call__(self, first: Tensor, **given: Any) -> Tensor:
         """`function(first, **given)`, in memory of its own."""
@@ -69,7 +69,7 @@ class Captured:
             return self._function(first, **given)
         # Tensors of inference mode could not be written to outside of it, at a later call.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(first.device):
-            given = _with_places(given, first.device)
+            given = _floats_as_tensors(given, first.device)
             tensors, key = _tensors_and_key(first, given)
             if key in self._graphs:
                 self._graphs.move_to_end(key)
@@ -90,9 +90,9 @@ class Captured:
             name: value.clone() if isinstance(value, Tensor) else value
             for name, value in given.items()
         }
-        if first.device not in self._places:
-            self._places[first.device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        pool, stream = self._places[first.device]
+        if first.device not in self._pools:
+            self._pools[first.device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, stream = self._pools[first.device]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
@@ -103,7 +103,7 @@ class Captured:
         return graph, _tensors_and_key(held, kept)[0], result, self._reads()
 
 
-def _with_places(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _floats_as_tensors(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Floats but 1.0 as tensors, filled on the device: a copy from the host would be waited for."""
     return {
         name: torch.full((1,), value, dtype=torch.float64, device=device)

@@ -29,7 +29,7 @@ def test_one_graph_serves_all_guidance_scales():
     keys = []
     for guidance in (1.5, 4.3, 1.0):
         given = {"text": text, "guidance": guidance, "mode": "cfg"}
-        given = capture._with_places(given, z.device)
+        given = capture._floats_as_tensors(given, z.device)
         tensors, key = capture._tensors_and_key(z, given)
         assert tensors[:2] == [z, text]
         assert float(given["guidance"]) == guidance
