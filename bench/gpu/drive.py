@@ -336,7 +336,7 @@ def run(given: argparse.Namespace) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // 8))),
         "GOMP_SPINCOUNT": "100",
         # Inductor would choose a place of its own.
-        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(CACHE)),
+        "TRITON_CACHE_DIR": str(CACHE if given.cache else os.environ.get("TRITON_CACHE_DIR", CACHE)),
         "COMMIT": os.environ.get("COMMIT") or commit(),
     }
     smoke = ["--smoke"] if given.smoke else []
