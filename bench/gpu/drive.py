@@ -330,13 +330,14 @@ def run(given: argparse.Namespace) -> int:
     if given.cache:
         unpack(given.cache)
     cores = len(os.sched_getaffinity(0))
+    cache = CACHE if given.cache else os.environ.get("TRITON_CACHE_DIR", CACHE)
     env = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // 8))),
         "GOMP_SPINCOUNT": "100",
         # Inductor would choose a place of its own.
-        "TRITON_CACHE_DIR": str(CACHE if given.cache else os.environ.get("TRITON_CACHE_DIR", CACHE)),
+        "TRITON_CACHE_DIR": str(cache),
         "COMMIT": os.environ.get("COMMIT") or commit(),
     }
     smoke = ["--smoke"] if given.smoke else []
