@@ -49,6 +49,7 @@ from bench.gpu.job import LOST, file_name
 from bench.kernels import named_ops
 from bench.rows import Rows, read
 from mfmjt.errors import InputError, RunError
+from mfmjt.files import atomic_path
 
 __all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "commit", "run", "stages"]
 
@@ -329,13 +330,14 @@ def run(given: argparse.Namespace) -> int:
     if given.cache:
         unpack(given.cache)
     cores = len(os.sched_getaffinity(0))
+    cache = CACHE if given.cache else os.environ.get("TRITON_CACHE_DIR", CACHE)
     env = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // 8))),
         "GOMP_SPINCOUNT": "100",
         # Inductor would choose a place of its own.
-        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(CACHE)),
+        "TRITON_CACHE_DIR": str(cache),
         "COMMIT": os.environ.get("COMMIT") or commit(),
     }
     smoke = ["--smoke"] if given.smoke else []
@@ -363,16 +365,20 @@ def run(given: argparse.Namespace) -> int:
 def carry(source: Path, out: Path) -> None:
     """Take over the rows of an earlier run that are good; the others are to be made again.
 
+    A file that `out` has already stays as it is: the same command was given before.
+
     Raises:
         InputError: There are none.
     """
     paths = sorted(source.glob("*.jsonl"))
     if not paths:
         raise InputError(f"{source} has no results (*.jsonl). Give the folder of an earlier run.")
-    for path in (path for path in paths if path.name != "pieces.jsonl"):
+    for path in paths:
+        if path.name == "pieces.jsonl" or (out / path.name).exists():
+            continue
         rows = [r for r in read(path) if r.get("status", "ok") == "ok" and r.get("ok", True)]
-        with (out / path.name).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        with atomic_path(out / path.name) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stamp = source / "environment.json"
     if stamp.exists() and not (out / stamp.name).exists():
         shutil.copy(stamp, out)

@@ -196,7 +196,7 @@ def _python(python: str, versions: dict[str, str], work: Path) -> str:
     print(f"{python} has not {' '.join(wanted)}: making {venv}.", flush=True)
     for command in (
         [python, "-m", "venv", str(venv)],
-        [str(venv / "bin" / "pip"), "install", "-q", *wanted, "safetensors", "rich"],
+        [str(venv / "bin" / "pip"), "install", "-q", *wanted, "safetensors"],
     ):
         try:
             subprocess.run(command, check=True)

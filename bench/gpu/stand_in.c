@@ -1,4 +1,4 @@
-/* A libcuda.so.1 for a machine without a GPU: it answers like an H200's driver and launches nothing.
+/* A libcuda.so.1 for a machine without a GPU: it answers as an H200's driver and launches nothing.
 
    Triton links its launchers against it, loads kernels into it and launches them, as on a GPU; what
    the real driver would refuse is counted and named. Of a kernel's registers, which it finds in the
@@ -24,20 +24,29 @@ long stand_in_launches(void) { return launches; }
 long stand_in_refused(void) { return refused; }
 const char *stand_in_reason(void) { return reason; }
 
-CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
-CUresult cuGetErrorString(CUresult error, const char **text) { *text = "refused by the stand-in"; return CUDA_SUCCESS; }
-CUresult cuGetErrorName(CUresult error, const char **text) { *text = "STAND_IN"; return CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
-CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = (CUcontext)1; return CUDA_SUCCESS; }
-CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
-CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
-CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
-CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
-CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int value) { return CUDA_SUCCESS; }
-CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
-CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction f, const CUlaunchConfig *config) { *count = 1; return CUDA_SUCCESS; }
+/* What Triton asks on its way: nothing is done, or one answer is given. */
+#define DONE(name, ...) \
+  CUresult name(__VA_ARGS__) { return CUDA_SUCCESS; }
+#define GIVES(name, type, result, ...) \
+  CUresult name(type *found, ##__VA_ARGS__) { *found = (type)(result); return CUDA_SUCCESS; }
+
+DONE(cuInit, unsigned flags)
+DONE(cuCtxSetCurrent, CUcontext context)
+DONE(cuCtxSetLimit, CUlimit limit, size_t value)
+DONE(cuFuncSetAttribute, CUfunction function, CUfunction_attribute attribute, int value)
+DONE(cuFuncSetCacheConfig, CUfunction function, CUfunc_cache config)
+GIVES(cuDriverGetVersion, int, 13000)
+GIVES(cuDeviceGet, CUdevice, 0, int ordinal)
+GIVES(cuDeviceGetCount, int, 1)
+GIVES(cuDevicePrimaryCtxRetain, CUcontext, 1, CUdevice device)
+GIVES(cuCtxGetCurrent, CUcontext, 1)
+GIVES(cuCtxGetLimit, size_t, 0, CUlimit limit)
+GIVES(cuOccupancyMaxActiveClusters, int, 1, CUfunction function, const CUlaunchConfig *config)
+
+CUresult cuGetErrorString(CUresult error, const char **text) {
+  *text = reason[0] ? reason : "refused by the stand-in";
+  return CUDA_SUCCESS;
+}
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
@@ -59,8 +68,11 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
   return CUDA_SUCCESS;
 }
 
-/* A module is a copy of nothing: its machine code's address, alive for as long as Triton holds it. */
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)image; return CUDA_SUCCESS; }
+/* A module is the address of its machine code; its kernel is asked for while Triton holds that. */
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  *module = (CUmodule)image;
+  return CUDA_SUCCESS;
+}
 
 /* Registers of a kernel: the attribute REGCOUNT (0x2f) of the section .nv.info, whose entries are a
    format, an attribute, and a size where the format is 4. Triton makes one kernel a module. */
@@ -97,9 +109,13 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
   return CUDA_SUCCESS;
 }
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) { return CUDA_SUCCESS; }
+DONE(cuTensorMapEncodeTiled, CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank,
+     void *address, const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+     const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+     CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill)
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments, void **extra) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments,
+                          void **extra) {
   struct kernel *kernel = (struct kernel *)function;
   int most;
   cuFuncGetAttribute(&most, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, function);
@@ -107,8 +123,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **a
   if (!c->gridDimX || !c->gridDimY || !c->gridDimZ || c->gridDimY > 65535 || c->gridDimZ > 65535 ||
       (int)c->blockDimX > most || c->sharedMemBytes > SHARED) {
     refused++;
-    snprintf(reason, sizeof reason, "%s: grid %u x %u x %u, %u threads of %d, %u bytes shared", kernel->name,
-             c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, most, c->sharedMemBytes);
+    snprintf(reason, sizeof reason, "%s: grid %u x %u x %u, %u threads of %d, %u bytes shared",
+             kernel->name, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, most,
+             c->sharedMemBytes);
     return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;

@@ -145,6 +145,8 @@ def test_a_run_goes_on_from_carried_results(tmp_path):
     found = read(out / "kernels.jsonl")
     assert [row["case"] for row in found] == ["first", "second", "third"]
     assert found[0]["mine"] == 1
+    carry(before, out)  # the same command again
+    assert read(out / "kernels.jsonl") == found
     with pytest.raises(drive.InputError, match="has no results"):
         carry(tmp_path / "nothing", out)
 
