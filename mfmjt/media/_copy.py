@@ -12,14 +12,60 @@ import av
 
 from mfmjt.media._open import in_mov, video_streams
 
-__all__ = ["HIDING", "add_pictures", "container_options", "copy_tags", "hide_from", "left_out"]
+__all__ = [
+    "HIDING",
+    "VIDEO_SUFFIXES",
+    "add_pictures",
+    "container_options",
+    "containers_for",
+    "copy_tags",
+    "hide_from",
+    "hiding",
+    "holds",
+    "left_out",
+]
 
+# Suffix -> (FFmpeg's name of the container, the encoder of the sound track).
+VIDEO_SUFFIXES = {
+    ".mp4": ("mp4", "aac"),
+    ".m4v": ("mp4", "aac"),
+    ".mov": ("mov", "aac"),
+    ".mkv": ("matroska", "aac"),
+    ".webm": ("webm", "libopus"),
+}
 HIDING = (".mp4", ".m4v", ".mov")
 """Suffixes of files whose edit list can hide pictures before the first and after the last one."""
 _UNOFFICIAL = {"strict": "unofficial"}  # boxes for Dolby Vision and spherical video are
 # Of a file, not of what is in it.
 _OF_THE_FILE = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
 _STATISTICS = ("_STATISTICS", "BPS", "DURATION", "NUMBER_OF_")  # of mkvmerge, untrue once cut
+
+
+def containers_for(stream: Any) -> tuple[str, ...]:
+    """Return the suffixes of `VIDEO_SUFFIXES` whose container holds a video stream's packets.
+
+    Each was tried: the header of such a file is written to memory.
+
+    Args:
+        stream: A video stream of an open PyAV container.
+    """
+    return tuple(suffix for suffix in VIDEO_SUFFIXES if holds(stream, suffix))
+
+
+def holds(stream: Any, suffix: str) -> bool:
+    """Whether the container of a suffix takes a video stream's packets as they are."""
+    try:
+        with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
+            target.add_stream_from_template(stream, opaque=True)
+            target.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def hiding(stream: Any) -> str:
+    """Those of `HIDING` that hold the stream, as a choice in words; empty if none does."""
+    return " or ".join(suffix for suffix in containers_for(stream) if suffix in HIDING)
 
 
 def container_options(source: Any, suffix: str) -> dict[str, str]:
@@ -116,9 +162,10 @@ def left_out(path: Path, source: Any, stream: Any, suffix: str) -> tuple[str, ..
         notes.append(f"Not copied from {path}: {what}.")
     shape = stream.sample_aspect_ratio
     if suffix not in HIDING and shape and shape != (stream.codec_context.sample_aspect_ratio or 1):
+        others = hiding(stream)
         notes.append(
             f"The pixels of {path} are not square, which only its container says, and a {suffix} "
-            f"cannot: the copy is shown in another shape. Choose {' or '.join(HIDING)}."
+            f"cannot: the copy is shown in another shape.{others and f' Choose {others}.'}"
         )
     return tuple(notes)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mfmjt.errors import InputError
-from mfmjt.media._copy import HIDING, left_out
+from mfmjt.media._copy import HIDING, VIDEO_SUFFIXES, containers_for, left_out
 from mfmjt.media._decode import Decoder
 from mfmjt.media._open import declared_duration, described, open_video, sound_stream, video_streams
 from mfmjt.media._times import Times, copied_times
 from mfmjt.media.hdr import find_hdr
 from mfmjt.media.pictures import TURNS, Pictures, as_source, display
 from mfmjt.media.video import VideoStream
-from mfmjt.media.write import VIDEO_SUFFIXES, check_output, containers_for, unheld
+from mfmjt.media.write import check_output, unheld
 
 __all__ = ["Report", "check"]
 
@@ -128,9 +128,9 @@ def check(
         suffixes = tuple(VIDEO_SUFFIXES) if encoded else containers_for(stream)
         if not encoded and (times is None or times.edited):
             suffixes = () if times is None else tuple(s for s in suffixes if s in HIDING)
-        target = None if output is None else Path(output).suffix.lower()
+        wished = (source if output is None else Path(output)).suffix.lower()
         if suffixes and not encoded:
-            chosen = target if target in suffixes else suffixes[0]
+            chosen = wished if wished in suffixes else suffixes[0]
             notes += left_out(source, container, stream, chosen)
         return _report(
             source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,10 +17,14 @@ from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path, check_writable
 from mfmjt.media._copy import (
     HIDING,
+    VIDEO_SUFFIXES,
     add_pictures,
     container_options,
+    containers_for,
     copy_tags,
     hide_from,
+    hiding,
+    holds,
     left_out,
 )
 from mfmjt.media._open import (
@@ -54,14 +57,6 @@ AUDIO_SUFFIXES = {
     ".ogg": ("OGG", "VORBIS"),
     ".opus": ("OGG", "OPUS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
-}
-# Suffix -> (FFmpeg's name of the container, the encoder of the sound track).
-VIDEO_SUFFIXES = {
-    ".mp4": ("mp4", "aac"),
-    ".m4v": ("mp4", "aac"),
-    ".mov": ("mov", "aac"),
-    ".mkv": ("matroska", "aac"),
-    ".webm": ("webm", "libopus"),
 }
 _NEVER_COPIED = ("gif", "rawvideo")  # which .mov has names for and players do not show
 _LAYOUTS = {1: "mono", 2: "stereo"}
@@ -122,13 +117,14 @@ def mux(
     opened = open_video(video_path, formats)
     with opened as (source, stream), atomic_path(out_path) as temporary:
         _check_holds(stream, suffix)
-        _check_hides(video_path, times, suffix)
+        _check_hides(video_path, stream, times, suffix)
         notes = others_note(video_path, source) + left_out(video_path, source, stream, suffix)
         if times.until is not None and suffix not in HIDING:
             beyond = sum(ticks >= times.until for ticks in times.shown)
+            others = hiding(stream)
             notes += (
                 f"{out_path} shows {beyond} of the pictures after its sound's end: earlier ones "
-                "are predicted from them. An .mp4 or .mov hides them.",
+                f"are predicted from them.{others and f' Hidden they are in {others}.'}",
             )
         options = container_options(source, suffix)
         try:
@@ -204,9 +200,8 @@ def check_output(video_path: Any, out_path: str | os.PathLike[str], fps: Any = N
         if suffix not in VIDEO_SUFFIXES:
             return
         _check_holds(stream, suffix)
-        edited = in_mov(source)
-    if edited and suffix not in HIDING:
-        _check_hides(video_path, copied_times(video_path), suffix)
+        if in_mov(source) and suffix not in HIDING:
+            _check_hides(video_path, stream, copied_times(video_path), suffix)
 
 
 def default_suffix(source: Path | Pictures) -> str:
@@ -237,29 +232,8 @@ def unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
     return None if copied else codec
 
 
-def containers_for(stream: Any) -> tuple[str, ...]:
-    """Return the suffixes of `VIDEO_SUFFIXES` whose container holds a video stream's packets.
-
-    Each was tried: the header of such a file is written to memory.
-
-    Args:
-        stream: A video stream of an open PyAV container.
-    """
-    return tuple(suffix for suffix in VIDEO_SUFFIXES if _holds(stream, suffix))
-
-
-def _holds(stream: Any, suffix: str) -> bool:
-    try:
-        with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
-            target.add_stream_from_template(stream, opaque=True)
-            target.start_encoding()
-    except (av.error.FFmpegError, ValueError):
-        return False
-    return True
-
-
 def _check_holds(stream: Any, suffix: str) -> None:
-    if _holds(stream, suffix):
+    if holds(stream, suffix):
         return
     others = containers_for(stream)
     instead = f"Choose {' or '.join(others)}, or write" if others else "Write"
@@ -269,11 +243,11 @@ def _check_holds(stream: Any, suffix: str) -> None:
     )
 
 
-def _check_hides(path: Path, times: Times, suffix: str) -> None:
+def _check_hides(path: Path, stream: Any, times: Times, suffix: str) -> None:
     if times.edited and suffix not in HIDING:
         raise InputError(
             f"The edit list of {path} hides pictures that others are predicted from, and a "
-            f"{suffix} file would show them. Choose {' or '.join(HIDING)}."
+            f"{suffix} file would show them. Choose {hiding(stream) or 'only the sound (.wav)'}."
         )
 
 
