@@ -61,7 +61,7 @@ def short(text: object, most: int) -> str:
 
 
 def some(items: Iterable[object], between: str = ", ", most: int = 5, each: int = 100) -> str:
-    """The first few of a list, each of so many characters at most, and how many more there are."""
+    """Return the first few of a list, each shortened, and how many more there are."""
     listed = list(items)
     told = between.join(short(item, each) for item in listed[:most])
     left = len(listed) - most
@@ -69,7 +69,7 @@ def some(items: Iterable[object], between: str = ", ", most: int = 5, each: int 
 
 
 def reason(error: BaseException, whole: bool = False) -> str:
-    """What went wrong in another library, in at most 200 characters of its own words.
+    """Return what went wrong in another library, in at most 200 characters of its own words.
 
     Advice to run the code that a file holds is left out. What is an error of ours is told as it is.
 

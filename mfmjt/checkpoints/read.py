@@ -127,7 +127,7 @@ def what_is_wrong(path: Path) -> str:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file's first bytes are those of safetensors."""
+    """Return whether a file's first bytes are those of safetensors."""
     with path.open("rb") as stream:
         return _begins_safetensors(stream.read(_HEADER + 1))
 
@@ -185,7 +185,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _why(error: Exception) -> str:
-    """What stood in the way and what to do; PyTorch's own advice is to run what is in the file."""
+    """Return what stood in the way and what to do, without PyTorch's advice to run the file."""
     if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
             f"it holds {short(held[1], 80)}, and only tensors, numbers and text are read. Where it "
@@ -195,7 +195,7 @@ def _why(error: Exception) -> str:
 
 
 def _read_parts(index: Path) -> dict[Any, Any]:
-    """The tensors of all files that an index names, which must lie beside it."""
+    """Return the tensors of all files that an index names, which must lie beside it."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         where: Mapping[str, str] = content["weight_map"]

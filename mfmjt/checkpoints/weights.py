@@ -95,7 +95,7 @@ def weights_in(content: Mapping[Any, Any], mark: str, what: str) -> Weights:
 
 
 def _looks_like(names: Iterable[str]) -> str:
-    """What a state dict with these names is of; empty where it is not known."""
+    """Return what a state dict with these names is of; empty where it is not known."""
     listed = list(names)
     for part, kind in _KINDS.items():
         if any(part in name for name in listed):
@@ -165,7 +165,7 @@ def load_published(
 
 
 def _repeats(value: Tensor) -> bool:
-    """Whether a tensor's shape has more values than are stored, so that a copy may be any size."""
+    """Return whether a tensor's shape has more values than are stored: a copy may be of any size."""
     if value.layout != torch.strided or value.device.type != "cpu":
         return False
     return value.numel() * value.element_size() > value.untyped_storage().nbytes()
@@ -182,7 +182,7 @@ def _wrong_with(value: Tensor, shape: tuple[int, ...]) -> str:
 
 
 def _sets(content: Mapping[Any, Any], mark: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Where each state dict with `mark` is, and the dict itself."""
+    """Yield where each state dict with `mark` is, and the dict itself."""
     for place, inner in _dicts(content):
         tensors = {
             _WRAPPERS.sub("", key): value

@@ -64,7 +64,7 @@ _FILTER = _filter()
 
 
 def taps(x: Tensor) -> Tensor:
-    """The filter (12,) in the dtype and on the device of x.
+    """Return the filter (12,) in the dtype and on the device of x.
 
     Kept, because numbers come to a GPU by a copy that the host waits for: a CUDA graph refuses it.
     What is made for a compiler, a mode or a subclass must not outlive it, and is not kept.

@@ -12,7 +12,7 @@ __all__ = ["called_in", "network_dtype"]
 
 
 def network_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of x; float32 where autocast is on with another one of 16 bits.
+    """Return the dtype of x; float32 where autocast is on with another one of 16 bits.
 
     Autocast casts float32 itself, and PyTorch mixes float16 and bfloat16 in no concatenation.
     """

@@ -65,7 +65,7 @@ def derivative(
 
 
 def _apply_called_by(error: Exception) -> str:
-    """The module that called an `autograd.Function` which failed as such; empty for others."""
+    """Return the module that called the `autograd.Function` that failed; empty for other errors."""
     places = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
@@ -75,7 +75,7 @@ def _apply_called_by(error: Exception) -> str:
 
 
 def _is_checkpointed(u: Tensor, begin: int) -> bool:
-    """Whether the graph of u, as far as it is younger than `begin`, waits to be computed again.
+    """Return whether the graph of u, where younger than `begin`, waits to be computed again.
 
     The backward pass would find that it saves less without tangents than it did with them, and
     fail far from here, with words that do not help.

@@ -114,7 +114,7 @@ def _floats_as_tensors(given: dict[str, Any], device: torch.device) -> dict[str,
 
 
 def _tensors_and_key(first: Tensor, given: dict[str, Any]) -> tuple[list[Tensor], Any]:
-    """What a graph reads, and what it depends on."""
+    """Return what a graph reads, and what it depends on."""
     tensors = [first, *(value for value in given.values() if isinstance(value, Tensor))]
     options = [(n, "tensor" if isinstance(value, Tensor) else value) for n, value in given.items()]
     return tensors, (tuple((t.shape, t.dtype, t.device) for t in tensors), tuple(options))

@@ -53,7 +53,7 @@ def containers_for(stream: Any) -> tuple[str, ...]:
 
 
 def holds(stream: Any, suffix: str) -> bool:
-    """Whether the container of a suffix takes a video stream's packets as they are."""
+    """Return whether the container of a suffix takes a video stream's packets as they are."""
     try:
         with av.open(io.BytesIO(), "w", format=VIDEO_SUFFIXES[suffix][0]) as target:
             target.add_stream_from_template(stream, opaque=True)
@@ -96,7 +96,7 @@ def add_pictures(target: Any, source: Any, stream: Any, suffix: str) -> Any:
 
 
 def _tag(source: Any, stream: Any, suffix: str) -> str:
-    """The four letters that name the codec in the copy; zeros leave them to FFmpeg."""
+    """Return the four letters that name the codec in the copy; zeros leave them to FFmpeg."""
     if suffix in HIDING:
         tag = stream.codec_context.codec_tag
         if in_mov(source) and _takes(stream, suffix, tag):
@@ -107,7 +107,7 @@ def _tag(source: Any, stream: Any, suffix: str) -> str:
 
 
 def _takes(stream: Any, suffix: str, tag: str) -> bool:
-    """Whether a file with this tag can be written, and read again as what it is."""
+    """Return whether a file with this tag can be written, and read again as what it is."""
     codec = stream.codec_context.codec.canonical_name
     memory = io.BytesIO()
     packet = av.Packet(bytes(64))
@@ -190,7 +190,7 @@ def hide_from(path: Path, time: Fraction) -> None:
 
 
 def _inside(file: BinaryIO, place: tuple[int, int], name: bytes) -> tuple[int, int]:
-    """Where the content of the first box of a name is, among those at `place`."""
+    """Return where the content of the first box of a name is, among those at `place`."""
     at, end = place
     while at < end:
         file.seek(at)

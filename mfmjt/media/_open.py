@@ -63,7 +63,7 @@ def video_streams(container: Any) -> list[Any]:
 
 
 def others_note(path: Path, container: Any) -> tuple[str, ...]:
-    """One line that says which of several video streams is used, none where there is one."""
+    """Return one line that says which of several video streams is used, none where there is one."""
     chosen, *others = video_streams(container)
     if not others:
         return ()
@@ -76,7 +76,7 @@ def others_note(path: Path, container: Any) -> tuple[str, ...]:
 
 
 def described(stream: Any) -> str:
-    """A stream in a few words, such as "#1 h264 1920x1080"."""
+    """Return a stream in a few words, such as "#1 h264 1920x1080"."""
     context = stream.codec_context
     name = "of an unknown codec" if context is None else context.codec.canonical_name
     size = f" {context.width}x{context.height}" if stream.type == "video" and context else ""
@@ -84,12 +84,12 @@ def described(stream: Any) -> str:
 
 
 def sound_stream(container: Any) -> Any | None:
-    """The sound track that players play, None if there is none."""
+    """Return the sound track that players play, None if there is none."""
     return container.streams.best("audio") or next(iter(container.streams.audio), None)
 
 
 def packets(container: Any, stream: Any) -> Iterator[Any]:
-    """The stream's packets as decoders and other containers take them, one picture in each.
+    """Yield the stream's packets as decoders and other containers take them, one picture in each.
 
     Their number is the same every time that a file is read. FFmpeg's errors come through.
     """
@@ -106,12 +106,12 @@ def packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def in_mov(container: Any) -> bool:
-    """Whether the file is of QuickTime's family, .mp4 included, which alone has edit lists."""
+    """Return whether the file is of QuickTime's family, such as .mp4, which alone has edit lists."""
     return "mp4" in container.format.name.split(",")
 
 
 def in_decoding_order(container: Any, stream: Any) -> bool:
-    """Whether the file's times are those of decoding, or there are none: AVI and bare streams."""
+    """Return whether the file knows times of decoding only, or none: AVI and bare streams."""
     return bool(stream.codec_context.codec.reorder and _tells_no_times(container))
 
 

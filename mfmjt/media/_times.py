@@ -69,7 +69,7 @@ def copied_times(path: Path, end: Fraction | None = None, formats: str | None = 
 
 
 def _stated(path: Path, zero: Fraction, end: Fraction | None, formats: str | None) -> Times | None:
-    """The times that the file tells, None if it does not tell them or they make no sense."""
+    """Return the times that the file tells, None if it does not tell them or they make no sense."""
     with open_video(path, formats) as (container, stream):
         if in_decoding_order(container, stream):
             return None
@@ -125,7 +125,7 @@ def _stated(path: Path, zero: Fraction, end: Fraction | None, formats: str | Non
 
 
 def _learned(path: Path, end: Fraction | None, formats: str | None) -> Times:
-    """The times at which the decoder shows the picture of each packet."""
+    """Return the times at which the decoder shows the picture of each packet."""
     with open_video(path, formats) as (container, stream):
         base, step = stream.time_base, step_of(stream)
         decoder = Decoder(path, stream, declared_duration(container, stream), numbered=True)
@@ -163,7 +163,7 @@ def _learned(path: Path, end: Fraction | None, formats: str | None) -> Times:
 
 
 def _first(shown: array[int], flags: bytearray) -> int:
-    """The packet that decoding the picture at 0 begins with, if nothing before it is shown."""
+    """Return the packet that the picture at 0 is decoded from, if nothing before it is shown."""
     at_zero = shown.index(0)
     for i in range(at_zero, 0, -1):
         if flags[i] & _KEY and shown[i] <= 0:
@@ -182,7 +182,7 @@ def _decoded(shown: array[int], stated: array[int], step: int) -> array[int]:
 
 
 def _until_damage(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets as far as they can be read: what came so far is what the sound was made for."""
+    """Yield the packets as far as they can be read: the sound was made for these."""
     source = packets(container, stream)
     while True:
         try:

@@ -67,7 +67,7 @@ def read_audio(
 def _read(
     path: Path, duration: float | None, channel: int | None
 ) -> tuple[np.ndarray, int, int | None]:
-    """One channel, or the mean of all; its rate; and the loudest if the mean has cancelled."""
+    """Return one channel or the mean of all, its rate, and the loudest if the mean has cancelled."""
     parts: list[np.ndarray] = []
     with open_container(path, "a file of sound or video", None) as container:
         stream = sound_stream(container)
@@ -114,7 +114,7 @@ class _Power:
             self._squares += np.square(every, dtype=np.float64).sum(1)
 
     def loudest_if_cancelled(self) -> int | None:
-        """The channel with most power, where little of it is left in the mean."""
+        """Return the channel with most power, where little of it is left in the mean."""
         count = max(1, self._count)
         with np.errstate(invalid="ignore"):
             power = np.asarray(self._squares) / count - np.square(self._sums / count)

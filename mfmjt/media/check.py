@@ -72,7 +72,7 @@ class Report:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """What `mfmjt check` prints: one line for each thing to know."""
+        """Return what `mfmjt check` prints: one line for each thing to know."""
         turned = f", turned by {self.rotation} degrees" if self.rotation else ""
         turned += ", mirrored" if self.mirrored else ""
         pace = "at a variable rate, on the whole " if self.variable else ""
@@ -153,7 +153,7 @@ def check(
 def _report(
     source: Path | Pictures, seen: VideoStream, shown: Sequence[Fraction], **found: Any
 ) -> Report:
-    """What is the same for files and for pictures, with the rest of what was `found`."""
+    """Return what is the same for files and for pictures, with the rest of what was `found`."""
     gaps = [after - before for before, after in pairwise(shown)]
     usual = {
         "stream": None,
@@ -191,7 +191,7 @@ def _shown(times: Times | None, base: Fraction) -> list[Fraction]:
 
 
 def _orientation(path: Path, formats: str | None) -> dict[str, Any]:
-    """How players turn and mirror the pictures."""
+    """Return how players turn and mirror the pictures."""
     with open_video(path, formats) as (container, stream):
         decoder = Decoder(path, stream, declared_duration(container, stream))
         a, b, c, d = next(display(frame) for _, frame in decoder.frames(container))
@@ -202,7 +202,7 @@ def _orientation(path: Path, formats: str | None) -> dict[str, Any]:
 
 
 def _sound(container: Any) -> str | None:
-    """The sound track in a few words, and how many more there are."""
+    """Return the sound track in a few words, and how many more there are."""
     stream = sound_stream(container)
     if stream is None:
         return None

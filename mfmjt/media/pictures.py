@@ -177,7 +177,7 @@ def refuse_huge(source: Path | Pictures, frame: av.VideoFrame) -> None:
 
 
 def display(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """How a picture is shown: where its right side (x, y) goes and where its bottom (x, y) goes."""
+    """Return where the right side (x, y) and the bottom (x, y) of a picture go when it is shown."""
     try:
         matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV gives nothing where there is data of a kind that is new to it
@@ -340,7 +340,7 @@ def _webp_durations(path: Path) -> list[Fraction]:
 
 
 def _webp(path: Path, durations: list[Fraction]) -> Pictures:
-    """An animated WebP, which FFmpeg knows the first picture of at most."""
+    """Yield an animated WebP, which FFmpeg knows the first picture of at most."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -370,6 +370,6 @@ def _uniform(count: int, rate: Fraction) -> list[Fraction]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """What sorts picture 2 before picture 10."""
+    """Return what sorts picture 2 before picture 10."""
     parts = re.split(r"(\d+)", name.casefold())
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]

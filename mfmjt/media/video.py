@@ -278,12 +278,12 @@ class _Sampler:
         self._held = picture
 
     def take(self) -> list[Any]:
-        """What was picked since the last call, as pieces `(1, H, W, 3)`."""
+        """Return what was picked since the last call, as pieces `(1, H, W, 3)`."""
         pieces, self._pieces = self._pieces, []
         return pieces
 
     def finish(self, count: int) -> list[Any]:
-        """The rest of `count` pictures in all, the last one held or what is beyond cut off."""
+        """Return the rest of `count` pictures: the last one is held, what is beyond is cut off."""
         assert self._held is not None
         while self.count < count:
             self._keep(self._held)

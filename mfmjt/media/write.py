@@ -223,7 +223,7 @@ def default_suffix(source: Path | Pictures) -> str:
 
 
 def unheld(source: Path | Pictures, formats: str | None = None) -> str | None:
-    """What a source's pictures are, if there is no container to copy them into; else None."""
+    """Return what a source's pictures are if no container holds them as they are, else None."""
     if isinstance(source, Pictures):
         return source.kind
     with open_video(source, formats) as (_, stream):

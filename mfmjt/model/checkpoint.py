@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str]) -> MFMJT:
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a network of ours, as `save` writes them, rather than a published one."""
+    """Return whether a file is a network of ours, as `save` writes them, and no published one."""
     try:
         with safe_open(path, framework="pt") as file:
             return "config" in (file.metadata() or {})

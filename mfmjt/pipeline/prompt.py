@@ -13,7 +13,7 @@ _SHOWN = 5
 
 
 def prompt_notes(encoders: Encoders, prompt: str | None) -> tuple[str, ...]:
-    """One line on a prompt that is cut off, and one on words that training had not.
+    """Return one line on a prompt that is cut off, and one on words that training had not.
 
     CLIP was trained on everybody's words; nano's text encoder on those of its captions.
     """

@@ -26,7 +26,7 @@ def mode_of(model: str) -> str:
 
 
 def mode_in(network: Path) -> str:
-    """The codec of the network in a file of any name, by the channels of its latents.
+    """Return the codec of the network in a file of any name, by the channels of its latents.
 
     Raises:
         InputError: The file cannot be read, or is no network of MMAudio's.
@@ -38,7 +38,7 @@ def mode_in(network: Path) -> str:
 
 
 def name_of(network: Path, folder: Path) -> str | None:
-    """The name of a published network by which `folder` gives this very file, if there is one."""
+    """Return the name of a published network that `folder` resolves to this very file, if any."""
     return next((name for name, path in networks_there(folder).items() if path == network), None)
 
 

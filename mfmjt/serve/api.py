@@ -349,7 +349,7 @@ async def job_events(request: Request, job: JobName) -> StreamingResponse:
 async def sound(
     request: Request, job: JobName, number: Number, kind: Literal["wav", Container, "json"]
 ) -> Response:
-    """A sound as a file, alone (wav) or under its video, or numbers to draw (json)."""
+    """Return a sound as a file, alone (wav) or under its video, or numbers to draw (json)."""
     service, found = _service(request), _job(request, job)
     if found.status != "done":
         raise HTTPException(409, f"The job is {found.status}: there is no sound yet.")
@@ -454,7 +454,7 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
 
 
 def _add_page(app: FastAPI, root: str) -> None:
-    """The page's files, read once: no path of a request is ever opened.
+    """Return the page's files, read once: no path of a request is ever opened.
 
     Their addresses are relative, so that the page works under any path. Where its own path is shown
     without a slash at the end they would lead elsewhere: `root` stands before them for that.

@@ -127,7 +127,7 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
 
 
 def _plain(text: str, name: str = "the video") -> str:
-    """What `media` says of the file `upload`, for who has never heard of such a file."""
+    """Return what `media` says of the file `upload`, for who has never heard of such a file."""
     text = text.replace("upload", name, 1)
     return text[0].upper() + text[1:]
 

@@ -22,7 +22,7 @@ _ROOT = re.compile(r"(?!/?(v1|page|examples)(/|$))[\w./~-]*", re.ASCII)
 
 
 def authority(text: str) -> tuple[str, int | None]:
-    """The host name in small letters and the port of NAME or NAME:PORT; no name where it is none.
+    """Return host (lower case) and port of NAME or NAME:PORT; no host where it is not one.
 
     An IPv6 address stands in brackets there and comes back without.
     """

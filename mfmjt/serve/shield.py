@@ -141,7 +141,7 @@ class Shield:
         return address.is_loopback or not is_local(self._settings.host)
 
     def _own(self, origin: str, host: str) -> bool:
-        """Whether an Origin is the one that Host names, or one that was given."""
+        """Return whether an Origin is the one that Host names, or one that was given."""
         scheme, _, asked = origin.lower().partition("://")
         if scheme not in _PORTS:
             return False

@@ -193,7 +193,7 @@ def _bounded(asked: Asked, settings: Settings) -> Asked:
 
 
 def _from_fields(items: list[tuple[str, Any]]) -> Asked:
-    """What a form's fields ask; those that are empty are not there."""
+    """Return what a form's fields ask; those that are empty are not there."""
     given: dict[str, list[str]] = {}
     for name, text in items:
         if name not in _FIELDS or not isinstance(text, str):
