@@ -51,7 +51,7 @@ class PublishedFile:
 
 
 def there(folder: str | os.PathLike[str], file: PublishedFile) -> Path | None:
-    """Return a published file in `folder` or in folders up to two levels inside it, if it is there."""
+    """Return a published file in `folder` or in folders two levels inside it, if it is there."""
     for name in file.names:
         for pattern in ("", "*/", "*/*/"):
             for path in sorted(Path(folder).glob(f"{pattern}{name}")):
@@ -105,7 +105,7 @@ def find_all(
 
 
 def _difference(path: Path, file: PublishedFile, check: Check) -> str:
-    """Return how `path` differs from the published file, to follow its name; empty if it does not."""
+    """Return how `path` differs from the published file, after its name; empty if it does not."""
     if wrong := what_is_wrong(path):
         return f"cannot be read: it {wrong}"
     if path.name != file.name:

@@ -165,7 +165,7 @@ def load_published(
 
 
 def _repeats(value: Tensor) -> bool:
-    """Return whether a tensor's shape has more values than are stored: a copy may be of any size."""
+    """Return whether a tensor's shape has more values than are stored: a copy can be huge."""
     if value.layout != torch.strided or value.device.type != "cpu":
         return False
     return value.numel() * value.element_size() > value.untyped_storage().nbytes()

@@ -106,7 +106,7 @@ def packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def in_mov(container: Any) -> bool:
-    """Return whether the file is of QuickTime's family, such as .mp4, which alone has edit lists."""
+    """Return whether the file is of QuickTime's family (.mp4), which alone has edit lists."""
     return "mp4" in container.format.name.split(",")
 
 

@@ -67,7 +67,7 @@ def read_audio(
 def _read(
     path: Path, duration: float | None, channel: int | None
 ) -> tuple[np.ndarray, int, int | None]:
-    """Return one channel or the mean of all, its rate, and the loudest if the mean has cancelled."""
+    """Return one channel or the mean of all, its rate, and the loudest if the mean cancelled."""
     parts: list[np.ndarray] = []
     with open_container(path, "a file of sound or video", None) as container:
         stream = sound_stream(container)
