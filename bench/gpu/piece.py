@@ -63,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not line:
         return 0
     seconds = float(line)
-    faulthandler.enable()
     faulthandler.dump_traceback_later(seconds + RESERVE, exit=True)
     end = time.monotonic() + seconds - RESERVE
     device = "cuda:0" if given.device == "cuda" else given.device
@@ -101,4 +100,5 @@ def _count_compiled(facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())
