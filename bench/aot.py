@@ -336,7 +336,7 @@ def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> l
 
 
 def compile_widest(op: str, target: str) -> list[dict[str, Any]]:
-    """The same for rows of `MAX_WIDTH`, in float32, which takes most registers."""
+    """Return the same for rows of `MAX_WIDTH`, in float32, which takes most registers."""
     return _compiled(op, target, WIDEST, (torch.float32,)) if op in WIDE_OPS else []
 
 

@@ -156,7 +156,7 @@ def cuda_events(call: Callable[[], object], device: torch.device) -> Sampler:
 def recorded(
     call: Callable[[], T], warm_up: Callable[[], object] | None = None
 ) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A call as one CUDA graph, and what it returned: memory that every replay writes anew.
+    """Return a call as one CUDA graph, and what it returned: memory that every replay writes anew.
 
     What other threads do meanwhile, such as reading ahead, does not spoil the capture.
 
@@ -204,7 +204,7 @@ def of_graph(graph: torch.cuda.CUDAGraph, calls: int = 1) -> Sampler:
 
 
 def replayed(call: Callable[[Operands], object], sets: list[Operands]) -> Sampler:
-    """One CUDA graph of a call on each set of operands; host time is of an ordinary call.
+    """Return one CUDA graph of a call on each set of operands; host time is of an ordinary call.
 
     Raises:
         CaptureFailed: The call cannot be captured.
@@ -300,7 +300,7 @@ def prepare(
 
 
 def line_of(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or ["no message"])[0][:200]
 

@@ -53,7 +53,7 @@ class Ceilings:
         return cls(short(copy), gemm)
 
     def floor_ms(self, case: Case, dtype: torch.dtype, mode: str) -> float:
-        """The least time in which the case's FLOPs and bytes can be done here, milliseconds."""
+        """Return the least time for the case's FLOPs and bytes on this machine, in milliseconds."""
         flops, elements = case.flops.of(mode), case.elements.of(mode)
         compute = flops / (1e9 * self.gemm_tflops[dtype_name(dtype)])
         return max(compute, elements * dtype.itemsize / (1e6 * self.copy_gbps))
@@ -66,7 +66,7 @@ def _best(call: Callable[[], object], device: torch.device, times: int = 8) -> f
 
 
 def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dict[str, Any]:
-    """The fields that all providers' rows of a case share."""
+    """Return the fields that all providers' rows of a case share."""
     return {
         "op": case.op,
         "case": case.name,
@@ -83,7 +83,7 @@ def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dic
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a measurement depends on: machine, driver, versions, commit, time."""
+    """Return what a measurement depends on: machine, driver, versions, commit, time."""
     stamp: dict[str, Any] = {
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(device),
@@ -108,7 +108,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What is measured: COMMIT of the environment, for a copy without .git, or git's word."""
+    """Return what is measured: COMMIT of the environment where there is no .git, or git's word."""
     return os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD")
 
 

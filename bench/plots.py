@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def name_of(row: Row) -> str:
-    """A provider's name in a table, with its allocator where that is not the default."""
+    """Return a provider's name in a table, with its allocator where that is not the default."""
     raised = ", raised malloc" if row["malloc"] == "raised" else ""
     return f"{row['provider']}{raised}"
 

@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of a folder's kernels.jsonl, which a short run on a GPU may lack.
+    """Return the rows of a folder's kernels.jsonl, which a short run on a GPU may lack.
 
     Raises:
         InputError: Nothing was timed.

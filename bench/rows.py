@@ -34,12 +34,12 @@ TRAIN = ("train", ("run", "step"))
 
 
 def short(value: Any) -> Any:
-    """A number with five digits; anything else as it is."""
+    """Return a number with five digits; anything else as it is."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of rows; a line that was cut short is none."""
+    """Return the whole lines of a file of rows; a line that was cut short is none."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -71,7 +71,7 @@ class Rows:
         return tuple(row.get(k) for k in self.key)
 
     def has(self, **fields: Any) -> bool:
-        """Whether some row has these values in the identifying fields."""
+        """Return whether some row has these values in the identifying fields."""
         return self._of(fields) in self._known
 
     def add(self, fields: Mapping[str, Any], timing: Timing | None = None) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def check(job: Job, op: str) -> None:
 
 
 def checks(op: str, smoke: bool, device: torch.device) -> Iterator[tuple[Case, torch.dtype]]:
-    """What is compared of an op, those dtypes first that networks run in."""
+    """Yield what is compared of an op, those dtypes first that networks run in."""
     if op == "network":
         yield _network_case(smoke, device), torch.float32
         return
@@ -94,7 +94,7 @@ def _poison(job: Job) -> None:
 
 
 def _network_case(smoke: bool, device: torch.device) -> Case:
-    """The whole network as one op of its noisy latent and its times, with random weights."""
+    """Return the whole network as one op of its noisy latent and its times, with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = MFMJT.from_config("nano", **(TINY if smoke else {}))

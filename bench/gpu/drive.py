@@ -89,7 +89,7 @@ class Piece(NamedTuple):
 
 
 def stages(parts: Sequence[str], ops: Sequence[str], device: str) -> list[list[Piece]]:
-    """What runs one after the other, and in each stage side by side."""
+    """Return what runs one after the other, and in each stage side by side."""
     cuda = device.startswith("cuda")
     most = 1.0 if cuda else 3.0  # of few cores, which compute as well
 
@@ -398,12 +398,12 @@ def unpack(archive: Path) -> None:
 
 
 def _has_gpu() -> bool:
-    """Whether a driver is there; PyTorch is not asked, which would start it up in this process."""
+    """Return whether a driver is there, without PyTorch, which would start it up here."""
     return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
 
 
 def commit() -> str:
-    """The commit, or nothing where there is no git."""
+    """Return the commit, or nothing where there is no git."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()

@@ -30,7 +30,7 @@ LOST = 42
 
 
 def file_name(piece: str) -> str:
-    """A piece's name as a file's."""
+    """Return a piece's name as a file's."""
     return piece.replace(" ", "_")
 
 
@@ -77,17 +77,17 @@ class Job:
         return self.deadline - time.monotonic()
 
     def rows(self, of: tuple[str, tuple[str, ...]]) -> Rows:
-        """The rows of a file of results, to which all pieces append."""
+        """Return the rows of a file of results, to which all pieces append."""
         name, key = of
         return Rows(self.out / f"{name}.jsonl", key, {"commit": os.environ.get("COMMIT") or None})
 
     def ceilings(self) -> dict[str, Any] | None:
-        """What the piece `environment` measured; None if it could not."""
+        """Return what the piece `environment` measured; None if it could not."""
         path = self.out / "environment.json"
         return json.loads(path.read_text()).get("ceilings") if path.exists() else None
 
     def has_time(self, rows: Rows, fields: Mapping[str, Any], seconds: float = 8.0) -> bool:
-        """Whether there are `seconds` left; else the facts say what was not reached."""
+        """Return whether there are `seconds` left; else the facts say what was not reached."""
         if self.left() > seconds or self.smoke:
             return True
         self.facts["not_reached"] = self.facts.get("not_reached", 0) + 1

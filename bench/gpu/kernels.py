@@ -78,7 +78,7 @@ class _Case:
         self.truth: Truth | None = None
 
     def time(self) -> None:
-        """A row for each provider in each mode."""
+        """Return a row for each provider in each mode."""
         for mode in self.case.modes:
             fields = row_of(self.case, self.dtype, mode, self.limits)
             fields |= {"threads": torch.get_num_threads(), "malloc": self.device.type}
@@ -158,7 +158,7 @@ def _sampler(
     sets: list[Operands],
     device: torch.device,
 ) -> tuple[Sampler, str]:
-    """How to time a call, and the name of that."""
+    """Return how to time a call, and the name of that."""
     if device.type != "cuda":
         return on_cpu(one), "cpu"
     try:

@@ -48,7 +48,7 @@ def ceilings(job: Job) -> Ceilings:
 
 
 def _compiler() -> dict[str, Any]:
-    """What kernels in a cache are known by: they fit where these agree."""
+    """Return what kernels in a cache are known by: they fit where these agree."""
     try:
         from triton import knobs
         from triton.runtime.cache import triton_key

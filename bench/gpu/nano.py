@@ -28,7 +28,7 @@ SHARD, MOST = 64, 8000
 
 
 def clips(seconds: float, workers: int) -> int:
-    """How many clips `workers` make in that time: whole shards, at least one for each."""
+    """Return how many clips `workers` make in that time: whole shards, at least one for each."""
     shards = int(seconds * workers / CLIP_SECONDS) // SHARD
     return min(MOST, SHARD * max(workers, shards))
 
@@ -117,7 +117,7 @@ def training(job: Job, how: str, **changes: int) -> None:
 
 
 def _ends(job: Job) -> Path:
-    """The folder of codec and encoders: those that ship, or untrained ones for a smoke test."""
+    """Return the folder of codec and encoders: those that ship, or untrained for a smoke test."""
     if not job.smoke:
         for name in ("codec", "encoders"):
             if not (PRETRAINED / f"{name}.safetensors").exists():

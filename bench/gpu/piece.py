@@ -35,7 +35,7 @@ WHERE: dict[str, tuple[str, str]] = {
 
 
 def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], None]:
-    """What a piece does, its module imported."""
+    """Return what a piece does, its module imported."""
     given: tuple[Any, ...] = (what,) if what else ()
     if part in ("compiled", "rest"):
         part, given = what, (part,) if what in ("latency", "step") else (part, ops)

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def plans(which: str, smoke: bool) -> list[Plan]:
-    """What is timed of a turn: "headline", "compiled" or "rest"; what has a bar first."""
+    """Return what is timed of a turn: "headline", "compiled" or "rest"; what has a bar first."""
     if smoke:
         headline = [Plan("nano", 10, 16, (0.1,), (FLOW, OURS, "mfmjt_rows", "flow_pytorch"))]
         return {"headline": [*headline, Plan("nano", 10, 16, (1.0,), (OURS,))]}.get(which, [])
@@ -62,7 +62,7 @@ def plans(which: str, smoke: bool) -> list[Plan]:
 
 
 def steps(job: Job, which: str = "headline") -> None:
-    """A row for each provider of each plan of a turn; see `plans`."""
+    """Return a row for each provider of each plan of a turn; see `plans`."""
     rows, work = job.rows(STEP), None
     verdicts: dict[str, Verdict] = {}
     dtype = torch.float32 if job.smoke else torch.bfloat16
@@ -168,7 +168,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def agreement(loss: float, replayed: float, again: float, gradient: float) -> Row:
-    """Whether a replay gives what a call gives, up to what two calls differ by.
+    """Return whether a replay gives what a call gives, up to what two calls differ by.
 
     Args:
         loss: Of a call.

@@ -21,7 +21,7 @@ def write(out: Path) -> None:
 
 
 def wrong(out: Path) -> int:
-    """How many results are not right."""
+    """Return how many results are not right."""
     checks = sum(row.get("ok") is False for row in read(out / "check.jsonl"))
     files = ("generate", "train_step", "kernels")
     rows = [row for name in files for row in read(out / f"{name}.jsonl")]
@@ -29,7 +29,7 @@ def wrong(out: Path) -> int:
 
 
 def lines(out: Path) -> list[str]:
-    """One line for each figure, and what went wrong at the end."""
+    """Return one line for each figure, and what went wrong at the end."""
     found = [_environment(out / "environment.json")]
     checks = read(out / "check.jsonl")
     for op in dict.fromkeys(row["op"] for row in checks):

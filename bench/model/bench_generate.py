@@ -136,7 +136,7 @@ class _Timer:
         return Judge(self.work, self.plan, self.dtype)
 
     def ready(self, provider: str) -> tuple[Sampler, Row] | None:
-        """What takes a time, and what the row has beside it; None, and a row, if it is wrong."""
+        """Return what takes a time and the rest of its row; None, with a row, if it is wrong."""
         call = self.work.call(provider)
         began = time.monotonic()
         found = call()
@@ -218,7 +218,7 @@ def time_plan(
 
 
 def latency(job: Job, which: str = "headline") -> None:
-    """The piece of `python -m bench gpu`.
+    """Return the piece of `python -m bench gpu`.
 
     Args:
         job: The piece.

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 
 def plans(gpu: bool) -> dict[str, list[Plan]]:
-    """What is timed by default, what has a bar first: on a GPU in three turns."""
+    """Return what is timed by default, what has a bar first: on a GPU in three turns."""
     few = (OURS, "eager")
     if not gpu:
         everyone = (OURS, "eager", "mfmjt_eager", "compile")
@@ -119,7 +119,7 @@ class Work:
         return cls(net, codec, z, cond)
 
     def call(self, provider: str) -> Callable[[], Tensor]:
-        """What a provider does.
+        """Return what a provider does.
 
         Raises:
             InputError: There is no such provider.

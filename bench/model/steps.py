@@ -142,7 +142,7 @@ class Work:
     def step(
         self, provider: Provider, ratio: float, rows: int | None = None, exact: bool = False
     ) -> Callable[[], Tensor]:
-        """A function that gives the loss and leaves the gradients.
+        """Return a function that gives the loss and leaves the gradients.
 
         Args:
             provider: Who.
@@ -257,5 +257,5 @@ def judged(work: Work, providers: dict[str, Provider]) -> dict[str, Verdict]:
 
 
 def reason_of(failure: Exception) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
