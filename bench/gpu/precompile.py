@@ -5,7 +5,7 @@ gpu` run here up to each launch (`bench.gpu.stand_in`), so that Triton's cache h
 they launch: the checks, odd shapes, generation, training steps, the headline cases of ops and the
 training of nano; launchers too. Then it is packed, and the command that takes it is printed. It
 fits one version of Triton and of Python, and kernels as they are at this commit; what does not fit
-is compiled there. Needs gcc, and some quarter of an hour of a core.
+is compiled there. Needs gcc, and some twenty minutes of two cores.
 
 Examples:
   python -m bench precompile --out kernels.tar.xz             a venv with the GPU machine's versions
