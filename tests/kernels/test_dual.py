@@ -425,7 +425,7 @@ def test_parameters_are_plain(below):
     assert torch.autograd.grad(y.sum(), w)[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", oracle.DTYPES[2:])  # 16 bits
 def test_autocast(call, dtype, below):
     run, xs, dots, others = call
     others[:] = [
