@@ -340,7 +340,7 @@ def _webp_durations(path: Path) -> list[Fraction]:
 
 
 def _webp(path: Path, durations: list[Fraction]) -> Pictures:
-    """Yield an animated WebP, which FFmpeg knows the first picture of at most."""
+    """Return an animated WebP as pictures: FFmpeg reads its first one at most."""
     try:
         from PIL import Image
     except ImportError as error:
