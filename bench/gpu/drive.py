@@ -399,7 +399,8 @@ def unpack(archive: Path) -> None:
 
 def _has_gpu() -> bool:
     """Return whether a driver is there, without PyTorch, which would start it up here."""
-    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
+    devices = "/dev/nvidiactl", "/dev/kfd", "/dev/dxg"
+    return any(map(os.path.exists, devices)) or shutil.which("nvidia-smi") is not None
 
 
 def commit() -> str:
