@@ -316,8 +316,9 @@ FREE = {
 }  # any number of samples will do
 
 
-# Those that this CPU runs.
-RUN = [n for n in NAMES if "rows" not in n or torch.cpu._is_avx512_bf16_supported()]
+# Those that this CPU runs, and `--avx2` allows.
+PAIRS = torch.cpu._is_avx512_bf16_supported() and _ext.status().get("used") == "avx512"
+RUN = [n for n in NAMES if "rows" not in n or PAIRS]
 
 
 @needs_extension
