@@ -164,7 +164,8 @@ class _Timer:
     def graph_ms(self) -> float:
         """Milliseconds of a replay of our latents alone, one after the other."""
         step, z, cond = self.work.net.frozen(0.0, 1.0).step, self.work.z, self.work.cond
-        graph, _ = recorded(lambda: step(z, guidance=1.5, mode="cfg_scaled", **cond))
+        w = torch.full((1,), 1.5, dtype=torch.float64, device=z.device)  # as `OneStep` gives it
+        graph, _ = recorded(lambda: step(z, guidance=w, mode="cfg_scaled", **cond))
         return short(take_turns({OURS: of_graph(graph)}, 0.3)[OURS].ms_p50)
 
 
