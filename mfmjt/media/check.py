@@ -20,7 +20,7 @@ from mfmjt.media.pictures import TURNS, Pictures, as_source, display
 from mfmjt.media.video import VideoStream
 from mfmjt.media.write import check_output, unheld
 
-__all__ = ["Report", "check"]
+__all__ = ["Report", "check", "destinations"]
 
 _UNEVEN = Fraction(2, 1000)  # seconds: Matroska rounds to milliseconds
 
@@ -125,9 +125,9 @@ def check(
         notes = (str(error),)
     with open_video(source, formats) as (container, stream):
         hdr = find_hdr(stream.codec_context)
-        suffixes = tuple(VIDEO_SUFFIXES) if encoded else containers_for(stream)
-        if not encoded and (times is None or times.edited):
-            suffixes = () if times is None else tuple(s for s in suffixes if s in HIDING)
+        suffixes: tuple[str, ...] = tuple(VIDEO_SUFFIXES) if encoded else ()
+        if times is not None and not encoded:
+            suffixes = _showing(stream, times)
         wished = (source if output is None else Path(output)).suffix.lower()
         if suffixes and not encoded:
             chosen = wished if wished in suffixes else suffixes[0]
@@ -148,6 +148,31 @@ def check(
             encoded=encoded,
             notes=notes,
         )
+
+
+def destinations(
+    path: Path, end: Fraction, formats: str | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the suffixes of files that a video's pictures can go to, or a line on why to none.
+
+    Args:
+        path: The video.
+        end: Seconds of it that are wanted.
+        formats: As for `VideoStream`.
+    """
+    if unheld(path, formats) is not None:
+        return tuple(VIDEO_SUFFIXES), ()  # they are encoded, which `mux` says
+    try:
+        times = copied_times(path, end, formats)
+    except InputError as error:
+        return (), (str(error),)
+    with open_video(path, formats) as (_, stream):
+        return _showing(stream, times), ()
+
+
+def _showing(stream: Any, times: Times) -> tuple[str, ...]:
+    """Return the suffixes of files that show a stream's pictures and no others."""
+    return tuple(s for s in containers_for(stream) if s in HIDING or not times.edited)
 
 
 def _report(

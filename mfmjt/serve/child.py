@@ -26,10 +26,8 @@ import soundfile
 
 from mfmjt import media
 from mfmjt.errors import InputError, MfmjtError
-from mfmjt.media._copy import HIDING
 from mfmjt.media._open import open_video
-from mfmjt.media._times import copied_times
-from mfmjt.media.write import containers_for, unheld
+from mfmjt.media.check import destinations
 
 __all__ = ["FORMATS", "kind", "main"]
 
@@ -115,7 +113,7 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
             pieces += [np.asarray(piece) for piece in new]
     for i, pieces in enumerate(found):
         np.save(f"pictures-{i}.npy", np.concatenate(pieces), allow_pickle=False)
-    containers, notes = _containers(video, stream.duration)
+    containers, notes = destinations(video, Fraction(stream.duration), FORMATS)
     return {
         "duration": stream.duration,
         "fps": stream.fps,
@@ -130,19 +128,6 @@ def _plain(text: str, name: str = "the video") -> str:
     """Return what `media` says of the file `upload`, for who has never heard of such a file."""
     text = text.replace("upload", name, 1)
     return text[0].upper() + text[1:]
-
-
-def _containers(video: Path, duration: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Suffixes of the files that the pictures can go to, and why there is none."""
-    if unheld(video, FORMATS) is not None:
-        return tuple(media.VIDEO_SUFFIXES), ()  # they are encoded, which `mux` says
-    try:
-        edited = copied_times(video, Fraction(duration), FORMATS).edited
-    except InputError as error:
-        return (), (str(error),)
-    with open_video(video, FORMATS) as (_, stream):
-        held = containers_for(stream)
-    return tuple(suffix for suffix in held if suffix in HIDING or not edited), ()
 
 
 def _survey(video: Path, duration: float | None, limit: float) -> None:
