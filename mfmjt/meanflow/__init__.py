@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mfmjt.meanflow.guidance import guide
 from mfmjt.meanflow.objective import LossStats, condition_dropout, loss
-from mfmjt.meanflow.sampler import OneStep, sample
+from mfmjt.meanflow.sampling import OneStep, Sampling, sample
 from mfmjt.meanflow.targets import (
     alpha_flow,
     finite_difference,
@@ -12,11 +12,12 @@ from mfmjt.meanflow.targets import (
     improved_mean_velocity,
     mean_velocity,
 )
-from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs, uniform
+from mfmjt.meanflow.times import TimeSampler, logit_normal, time_pairs, uniform
 
 __all__ = [
     "LossStats",
     "OneStep",
+    "Sampling",
     "TimeSampler",
     "alpha_flow",
     "condition_dropout",

@@ -21,7 +21,7 @@ from mfmjt.errors import InputError
 from mfmjt.meanflow._dtype import called_in, network_dtype
 from mfmjt.meanflow._tree import Cond, rows
 from mfmjt.meanflow.targets import Network, Target, Velocity, mean_velocity, regressed_to
-from mfmjt.meanflow.time import TimeSampler, logit_normal, time_pairs
+from mfmjt.meanflow.times import TimeSampler, logit_normal, time_pairs
 
 __all__ = ["LossStats", "condition_dropout", "loss"]
 

@@ -35,7 +35,7 @@ from mfmjt.model.conditioning import (
 from mfmjt.model.config import MAX_TOKENS, SYNC_SEGMENT, ModelConfig, config_for
 
 if TYPE_CHECKING:
-    from mfmjt.model.frozen import Frozen
+    from mfmjt.model.prepared import Frozen
 
 __all__ = ["MFMJT"]
 
@@ -267,8 +267,8 @@ class MFMJT(nn.Module):
         return torch.where(mask[:, None, None], given.to(self.dtype), empty)
 
     def frozen(self, r: float = 0.0, t: float = 1.0) -> Frozen:
-        """What generation in one step evaluates; see `mfmjt.model.frozen`."""
-        from mfmjt.model.frozen import Frozen
+        """What generation in one step evaluates; see `mfmjt.model.prepared`."""
+        from mfmjt.model.prepared import Frozen
 
         return Frozen(self, r, t)
 

@@ -71,7 +71,7 @@ class Pipeline:
         dtype: Of the network's weights and arithmetic; codec and encoders stay as they are.
         window: Whole seconds, 2 or more, that the network makes in one go; longer sounds are made
             of several that overlap. None takes the length that it was trained on.
-        compile: Make the network ready for one step (`mfmjt.model.frozen`), which keeps most of its
+        compile: Prepare the network for one step (`mfmjt.model.prepared`), which keeps most of its
             weights a second time, and on a CUDA device replay that and the codec as graphs, whose
             first use with new lengths takes seconds. For many sounds in one process.
 

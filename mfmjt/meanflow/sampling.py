@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,36 @@ from mfmjt.meanflow._tree import Cond, stack
 from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode, guide
 
-__all__ = ["OneStep", "sample"]
+__all__ = ["OneStep", "Sampling", "sample"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How noise becomes data.
+
+    Attributes:
+        steps: Evaluations of the network, twice that many with guidance.
+        guidance: Scale w of guidance; 1 follows the conditions as they are.
+        mode: See `guide`.
+        instantaneous: The network learned flow matching: it is evaluated at r = t.
+
+    Raises:
+        InputError: A value out of range, or an unknown mode.
+    """
+
+    steps: int = 1
+    guidance: float = 1.5
+    mode: GuidanceMode = "cfg_scaled"
+    instantaneous: bool = False
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode)
+        if not 1 <= self.steps <= 1000:
+            raise InputError(
+                f"steps is {self.steps}. Give 1 to 1000; one is what the network is made for."
+            )
+        if not 0 <= self.guidance <= 100:
+            raise InputError(f"guidance is {self.guidance}. Give 0 to 100, such as 1.5.")
 
 
 @torch.no_grad()
