@@ -1,6 +1,6 @@
 """The judge of what a sound is: a small convolutional network on log-mel spectra.
 
-It is trained on real procedural audio alone (`mfmjt.train.classifier`): its opinion of generated
+It is trained on real procedural audio alone (`mfmjt train classifier`): its opinion of generated
 audio says how far that would pass for the real thing; its embedding carries the Fréchet distance.
 """
 
@@ -170,7 +170,7 @@ class Classifier(nn.Module):
         except Exception as error:  # what is in the file decides
             raise InputError(
                 f"{path} is not a classifier: {reason(error)}. "
-                "Train one with mfmjt.train.classifier, or use the one in the package."
+                "Train one with mfmjt train classifier, or use the one in the package."
             ) from error
         return network.eval()
 

@@ -95,7 +95,7 @@ def extract(
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
     from mfmjt.extract import work
-    from mfmjt.train.distributed import rank_and_world
+    from mfmjt.train.parallel import rank_and_world
 
     if verify and rank_and_world()[1] > 1:
         raise InputError("--verify is for one process: leave it out, and run it when all are done.")

@@ -37,8 +37,8 @@ from mfmjt.extract.clips import Cut, Piece, decode
 from mfmjt.extract.ends import Ends
 from mfmjt.extract.tables import Row
 from mfmjt.files import atomic_path
-from mfmjt.train.distributed import rank_and_world, share
 from mfmjt.train.features import FORMAT, INDEX, latent_statistics
+from mfmjt.train.parallel import rank_and_world, share
 from mfmjt.train.progress import Progress
 from mfmjt.train.shards import Shard, write_shard
 

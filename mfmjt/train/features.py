@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from mfmjt.data import foley
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
-from mfmjt.train.config import FeatureExtraction
-from mfmjt.train.distributed import rank_and_world, share
 from mfmjt.train.memory import keep_memory
+from mfmjt.train.parallel import rank_and_world, share
 from mfmjt.train.progress import Progress
+from mfmjt.train.recipe import FeatureExtraction
 from mfmjt.train.shards import Shard, write_shard
 
 __all__ = ["FORMAT", "INDEX", "extract", "extract_all", "latent_statistics", "video_frames"]

@@ -9,8 +9,8 @@ import torch
 
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
-from mfmjt.train.config import NetworkTraining
 from mfmjt.train.features import extract
+from mfmjt.train.recipe import NetworkTraining
 from tests.train.ranks import Ranks
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}

@@ -8,27 +8,28 @@ from contextlib import contextmanager
 import torch
 
 from mfmjt.train import graph, store
-from mfmjt.train.distributed import Processes
 from mfmjt.train.graph import Recorded
-from mfmjt.train.loop import _Run
+from mfmjt.train.parallel import Processes
+from mfmjt.train.tasks.network import NetworkTask
+from mfmjt.train.trainer import Trainer
 
 
 def test_the_next_batch_is_read_before_a_recording_begins(recipe, monkeypatch):
     """Where a GPU is, its thread allocates pinned memory, which a recording need not survive."""
     with Processes() as processes:
-        run = _Run(recipe(), processes)
+        trainer = Trainer(NetworkTask(recipe(), processes), processes)
     monkeypatch.setattr(store, "will_need", lambda *_: time.sleep(0.2))  # a slow disk
-    batch, flags = run._draw(4, 20), run._flags()
+    batch, flags = trainer.task.draw(0), trainer._flags()
     read = []
 
     @contextmanager
     def recording(pool, stream):
-        read.extend(future.done() for future in run.store._ahead.values())
+        read.extend(future.done() for future in trainer.task.store._ahead.values())
         yield None
 
     monkeypatch.setattr(graph, "recording", recording)
     recorded = object.__new__(Recorded)  # the rest of it needs a GPU
-    recorded.work, recorded.settle = run._work, run.store.settle
+    recorded.work, recorded.settle = trainer._work, trainer.task.settle
     recorded.pool = recorded.stream = None
     _, _, result = recorded._record((batch, flags))
     assert read == [True]

@@ -6,11 +6,11 @@ import torch
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
-from mfmjt.train.loop import train
-from mfmjt.train.step import Draws, Step
+from mfmjt.train.tasks.network import train_network
+from mfmjt.train.tasks.step import Draws, Step
 from tests.oracle import allowance, error
 from tests.train.conftest import TINY
-from tests.train.test_loop import curve
+from tests.train.states import curve
 
 
 def batch(rows: int = 4) -> tuple[dict[str, torch.Tensor], Draws]:
@@ -79,11 +79,11 @@ def test_guidance_uses_null_conditions_and_spares_rows_without_any(recipe):
 )
 def test_relatives_of_meanflow_train(recipe, changes):
     """Each is another loss than MeanFlow's on the same draws, and is the same when run again."""
-    train(recipe(steps=3))
+    train_network(recipe(steps=3))
     ours = recipe(steps=3, out=recipe().out + "_relative", **changes)
     again = recipe(steps=3, out=recipe().out + "_again", **changes)
-    assert train(ours).finished
-    assert train(again).finished
+    assert train_network(ours).finished
+    assert train_network(again).finished
     assert curve(ours.out) == curve(again.out)
     assert curve(ours.out)[-1] != curve(recipe().out)[-1]
 

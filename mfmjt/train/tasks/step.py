@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mfmjt import meanflow
 from mfmjt.meanflow.targets import Target, Velocity
-from mfmjt.train.config import NetworkTraining
+from mfmjt.train.recipe import TARGETS, NetworkTraining, named
 from mfmjt.train.store import FeatureStore
 
 __all__ = ["Draws", "Step", "compile_step", "draw"]
@@ -144,14 +144,10 @@ def compile_step(step: Step, backend: str = "inductor") -> None:
 
 
 def _target(config: NetworkTraining) -> Target:
-    if config.target == "alpha_flow":
-        return meanflow.alpha_flow(config.alpha)
-    if config.target == "finite_difference":
-        return meanflow.finite_difference()
-    return {
-        "mean_velocity": meanflow.mean_velocity,
-        "improved_mean_velocity": meanflow.improved_mean_velocity,
-    }[config.target]
+    target = named(config.target, "target", TARGETS)
+    given = {"alpha_flow": (config.alpha,), "finite_difference": ()}.get(config.target)
+    found: Target = target if given is None else target(*given)
+    return found
 
 
 def _velocity(config: NetworkTraining) -> Velocity | None:
