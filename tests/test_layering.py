@@ -23,18 +23,24 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "model": {"kernels", "checkpoints", *HELPERS},
     "meanflow": {"errors"},
-    **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
+    "codec": {"kernels", "checkpoints", *HELPERS},
+    "encoders": {"kernels", "model", "checkpoints", *HELPERS},
+    "data": HELPERS,
     "media": HELPERS,
+    "families": {"codec", "encoders", "model", "meanflow", "checkpoints", *HELPERS},
     "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
     "train": {*ENDS, "model", "meanflow", "evaluate", "device", *HELPERS},
-    "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*ENDS, "model", "media", "pipeline", "train", "device", *HELPERS},
+    "pipeline": {
+        "families", "codec", "encoders", "model", "meanflow", "media", "device", "checkpoints",
+        *HELPERS,
+    },  # fmt: skip
+    "extract": {*ENDS, "families", "model", "media", "train", "device", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
-TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train")
+TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "families", "evaluate", "train")
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 
 

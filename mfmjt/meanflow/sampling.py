@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,20 @@ class Sampling:
     guidance: float = 1.5
     mode: GuidanceMode = "cfg_scaled"
     instantaneous: bool = False
+
+    def changed(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: GuidanceMode | None = None,
+    ) -> Sampling:
+        """Return this with other values where they are given."""
+        return replace(
+            self,
+            steps=self.steps if steps is None else steps,
+            guidance=self.guidance if guidance is None else guidance,
+            mode=self.mode if mode is None else mode,
+        )
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
