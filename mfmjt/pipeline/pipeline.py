@@ -18,12 +18,12 @@ from mfmjt.codec import MMAudioCodec, NanoCodec
 from mfmjt.codec.bigvgan import BigVGANConfig
 from mfmjt.codec.mmaudio import codec_files
 from mfmjt.codec.vae import VAEConfig
+from mfmjt.cuda_graph import Captured
 from mfmjt.device import choose_device
 from mfmjt.encoders import CLIPConfig, MMAudioEncoders, NanoEncoders, SynchformerConfig
 from mfmjt.encoders.mmaudio import ENCODER_FILES
 from mfmjt.errors import InputError, RunError, some
 from mfmjt.meanflow import sample
-from mfmjt.meanflow.capture import Captured
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode
 from mfmjt.media import Pictures, Video, as_source
 from mfmjt.model import MFMJT, load_mmaudio
