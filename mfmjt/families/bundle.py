@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 from mfmjt import meanflow
 from mfmjt.codec import Codec
+from mfmjt.cuda_graph import Captured
 from mfmjt.encoders import Encoders, Lengths
 from mfmjt.errors import RunError
 from mfmjt.meanflow import OneStep, Sampling
-from mfmjt.meanflow.capture import Captured
 from mfmjt.model import MFMJT
 
 __all__ = ["Bundle", "default_sampling"]

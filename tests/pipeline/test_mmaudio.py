@@ -16,11 +16,11 @@ from mfmjt.codec import MMAudioCodec
 from mfmjt.convert import from_mmaudio
 from mfmjt.encoders import CLIP, CLIPConfig, MMAudioEncoders, Synchformer, SynchformerConfig
 from mfmjt.errors import InputError, RunError
+from mfmjt.families import mmaudio
+from mfmjt.meanflow import Sampling
 from mfmjt.media import VideoStream
 from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.checkpoint import NETWORK_FILES
-from mfmjt.families import mmaudio
-from mfmjt.meanflow import Sampling
 from mfmjt.pipeline import Audio, Pipeline
 from tests.clips import write_video
 from tests.codec import test_bigvgan, test_vae
