@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mfmjt import cli
 from mfmjt.media import read_video
-from tests.clips import frame_index, grey, packets, write_sound, write_video
+from tests.support.clips import frame_index, grey, packets, write_sound, write_video
 
 COMMANDS = ("generate", "check", "serve", "train", "evaluate", "convert", "data preview", "info")
 

@@ -11,7 +11,7 @@ from mfmjt.encoders.clip import CLIP, CLIPConfig
 from mfmjt.encoders.tokenizer import Tokenizer
 from mfmjt.errors import InputError
 from tests.oracle import allowance, error
-from tests.weights import draw_all
+from tests.support.weights import draw_all
 
 TINY = CLIPConfig(
     embed_dim=10,
@@ -28,7 +28,6 @@ TINY = CLIPConfig(
 )
 TERMS = 3 * 14 * 14  # a patch embedding's inputs, the longest sum
 FIRST_MERGE, START, END = 512, 49406, 49407
-MERGES = ["d o", "do g</w>", "b a", "r k", "ba rk", "bark s</w>", "\u00c3 \u00a9</w>"]
 
 
 def published_shapes(c: CLIPConfig) -> dict[str, list[int]]:
@@ -176,15 +175,6 @@ def test_other_shapes_are_refused():
             clip.encode_image(torch.zeros(shape))
     with pytest.raises(InputError, match=re.escape("(2, 8)")):
         clip.encode_text(torch.zeros(2, 8, dtype=torch.long))
-
-
-@pytest.fixture(scope="module")
-def merges(tmp_path_factory):
-    """A list of the published length whose further merges no text can need."""
-    never = [f"\u2168{i} \u2168" for i in range(48894 - len(MERGES))]
-    path = tmp_path_factory.mktemp("merges") / "bpe_simple_vocab_16e6.txt.gz"
-    path.write_bytes(gzip.compress("\n".join(["version", *MERGES, *never, "rest"]).encode()))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,15 @@ from torch import nn
 
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
 from mfmjt.errors import InputError, RunError
-from mfmjt.pipeline import Audio, Pipeline
+from mfmjt.pipeline import Pipeline
 from mfmjt.pipeline.cache import identity
-from tests.clips import write_video
-from tests.pipeline.test_long import moving
+from tests.pipeline.conftest import one
+from tests.support.clips import moving, write_video
 
 
 @pytest.fixture
 def pipe(model_folder: Path) -> Pipeline:
     return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
-def one(made: Audio | list[Audio]) -> Audio:
-    assert isinstance(made, Audio)
-    return made
 
 
 def blind(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 The last bits depend on processor, libraries and the C++ kernels, so a digest belongs to one kind of
 machine. They are kept beside the test module, in `test_name.digests.json`, and written by
 `pytest --record-digests tests/folder/test_name.py` (without `-n`), before the change. A test asks
-for the fixture `digests` and calls `digests.check("a name", tensor, ...)`; `tests/conftest.py` lists
-this module in `pytest_plugins` for it.
+for the fixture `digests`, of which `tests/conftest.py` knows by `pytest_plugins`, and calls
+`digests.check("a name", tensor, ...)`.
 """
 
 from __future__ import annotations

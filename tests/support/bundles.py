@@ -1,14 +1,30 @@
-"""A complete model of random weights on disk, small enough to be run in every test."""
+"""Complete models of random weights, small enough to be run in every test."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mfmjt.codec import NanoCodec, NanoCodecConfig
 from mfmjt.encoders import NanoEncoders
 from mfmjt.model import MFMJT
+
+CODEC = NanoCodecConfig(
+    encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
+)
+TINY_CODEC = NanoCodecConfig(
+    latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
+    decoder_depths=(1, 1, 1),
+)  # fmt: skip
+
+
+class Ends(NamedTuple):
+    codec: NanoCodec
+    encoders: NanoEncoders
+    codec_path: Path
+    encoders_path: Path
 
 
 def write_model(folder: Path, **overrides: object) -> Path:
@@ -23,9 +39,14 @@ def write_model(folder: Path, **overrides: object) -> Path:
                 if parameter.requires_grad and not bool(parameter.any()):
                     parameter.normal_(std=0.1)
         network.save(folder / "network.safetensors")
-        small = NanoCodecConfig(
-            encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
-        )
-        NanoCodec(small).save(folder / "codec.safetensors")
-        NanoEncoders().save(folder / "encoders.safetensors")
+        write_ends(folder)
     return folder
+
+
+def write_ends(folder: Path, codec: NanoCodecConfig = CODEC) -> Ends:
+    """Save untrained codec and encoders, drawn from the global seed."""
+    paths = folder / "codec.safetensors", folder / "encoders.safetensors"
+    ends = Ends(NanoCodec(codec).eval(), NanoEncoders().eval(), *paths)
+    ends.codec.save(ends.codec_path)
+    ends.encoders.save(ends.encoders_path)
+    return ends
