@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mfmjt.encoders import CLIP, Synchformer
-from mfmjt.pipeline import Audio
+from mfmjt.pipeline import Audio, Pipeline
 from tests.support.published import (
     CLIP_CONFIG,
     SYNC_CONFIG,
@@ -18,6 +18,11 @@ from tests.support.published import (
     vocoder_shapes,
 )
 from tests.support.weights import draw_all
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")

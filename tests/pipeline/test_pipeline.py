@@ -19,11 +19,6 @@ from tests.support.bundles import write_model
 from tests.support.clips import packets, write_video
 
 
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
 def test_video_and_prompt(pipe: Pipeline, clip: Path) -> None:
     audio = one(pipe(video=clip, prompt="a wooden ball bounces"))
     assert audio.waveform.shape == (1, 19_200)

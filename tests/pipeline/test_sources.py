@@ -16,11 +16,6 @@ from mfmjt.pipeline import Pipeline
 from tests.pipeline.conftest import one
 
 
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
 def pictures(count: int = 30) -> np.ndarray:
     """Noise, so that every network hears a difference."""
     return np.random.default_rng(0).integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)

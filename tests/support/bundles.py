@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,13 +17,6 @@ TINY_CODEC = NanoCodecConfig(
     latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
     decoder_depths=(1, 1, 1),
 )  # fmt: skip
-
-
-class Ends(NamedTuple):
-    codec: NanoCodec
-    encoders: NanoEncoders
-    codec_path: Path
-    encoders_path: Path
 
 
 def write_model(folder: Path, **overrides: object) -> Path:
@@ -43,10 +35,7 @@ def write_model(folder: Path, **overrides: object) -> Path:
     return folder
 
 
-def write_ends(folder: Path, codec: NanoCodecConfig = CODEC) -> Ends:
-    """Save untrained codec and encoders, drawn from the global seed."""
-    paths = folder / "codec.safetensors", folder / "encoders.safetensors"
-    ends = Ends(NanoCodec(codec).eval(), NanoEncoders().eval(), *paths)
-    ends.codec.save(ends.codec_path)
-    ends.encoders.save(ends.encoders_path)
-    return ends
+def write_ends(folder: Path) -> None:
+    """Save small codec and encoders, drawn from the global seed."""
+    NanoCodec(CODEC).save(folder / "codec.safetensors")
+    NanoEncoders().save(folder / "encoders.safetensors")

@@ -6,12 +6,8 @@ What they need is imported where it is used: tests/kernels runs where PyTorch is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from tests.support.bundles import Ends
 
 
 @pytest.fixture(scope="session")
@@ -36,26 +32,3 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.published import write_merges
 
     return write_merges(tmp_path_factory.mktemp("merges") / "bpe_simple_vocab_16e6.txt.gz")
-
-
-@pytest.fixture(scope="session")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> Ends:
-    """Untrained codec and encoders, in memory and on disk."""
-    import torch
-
-    from mfmjt.codec import NanoCodecConfig
-    from tests.support.bundles import write_ends
-
-    torch.manual_seed(0)
-    return write_ends(tmp_path_factory.mktemp("ends"), NanoCodecConfig())
-
-
-@pytest.fixture(scope="session")
-def store(ends: Ends, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of 4 training and 2 validation clips, as the stage `features` makes it."""
-    from mfmjt.train.features import extract
-
-    folder = tmp_path_factory.mktemp("store")
-    for split, clips in (("train", 4), ("validation", 2)):
-        extract(folder, split, clips, ends.encoders, ends.codec, workers=0)
-    return folder

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
+from mfmjt.codec import NanoCodec
+from mfmjt.encoders import NanoEncoders
 from mfmjt.train.config import NetworkTraining
+from mfmjt.train.features import extract
 from tests.train.ranks import Ranks
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
+
+
+class Ends(NamedTuple):
+    codec: NanoCodec
+    encoders: NanoEncoders
+    codec_path: Path
+    encoders_path: Path
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +28,27 @@ def ranks() -> Iterator[Ranks]:
     server = Ranks()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def ends(tmp_path_factory) -> Ends:
+    """Untrained codec and encoders, in memory and on disk."""
+    folder = tmp_path_factory.mktemp("ends")
+    torch.manual_seed(0)
+    codec, encoders = NanoCodec().eval(), NanoEncoders().eval()
+    paths = folder / "codec.safetensors", folder / "encoders.safetensors"
+    codec.save(paths[0])
+    encoders.save(paths[1])
+    return Ends(codec, encoders, *paths)
+
+
+@pytest.fixture(scope="session")
+def store(ends, tmp_path_factory) -> Path:
+    """A store of 4 training and 2 validation clips, as the stage `features` makes it."""
+    folder = tmp_path_factory.mktemp("store")
+    for split, clips in (("train", 4), ("validation", 2)):
+        extract(folder, split, clips, ends.encoders, ends.codec, workers=0)
+    return folder
 
 
 @pytest.fixture
