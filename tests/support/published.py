@@ -42,7 +42,7 @@ def network_state(name: str, **changes: object) -> dict[str, Tensor]:
 
 
 def vae_shapes(c: VAEConfig) -> dict[str, list[int]]:
-    """Names and shapes of the published file, written down without our modules."""
+    """Names and shapes of a published VAE, written down without our modules."""
     w, widest = c.width, 4 * c.width
     shapes: dict[str, list[int]] = {"data_mean": [1, c.bands, 1], "data_std": [1, c.bands, 1]}
 
@@ -77,7 +77,7 @@ def vae_shapes(c: VAEConfig) -> dict[str, list[int]]:
 
 
 def vocoder_shapes(c: BigVGANConfig) -> dict[str, list[int]]:
-    """Names and shapes of the published file, written down without our modules."""
+    """Names and shapes of a published vocoder, written down without our modules."""
     shapes: dict[str, list[int]] = {}
 
     def conv(name: str, first: int, second: int, kernel: int, bias: int) -> None:
