@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mfmjt.codec import NanoCodec, NanoCodecConfig
-from mfmjt.encoders import NanoEncoders
+from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
 from mfmjt.model import MFMJT
 
 CODEC = NanoCodecConfig(
@@ -16,6 +16,10 @@ CODEC = NanoCodecConfig(
 TINY_CODEC = NanoCodecConfig(
     latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
     decoder_depths=(1, 1, 1),
+)  # fmt: skip
+TINY_ENCODERS = NanoEncodersConfig(
+    dim=16, frame_channels=(4, 4, 8, 8), sync_channels=(4, 4, 8, 8), buckets=64, bucket_dim=8,
+    text_heads=2,
 )  # fmt: skip
 
 
