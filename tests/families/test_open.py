@@ -176,7 +176,7 @@ def test_a_name_that_is_nothing_lists_what_there_is() -> None:
 def test_a_folder_of_neither_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no network"):
         open_bundle(tmp_path)
-    with pytest.raises(InputError, match="neither codec.safetensors nor"):
+    with pytest.raises(InputError, match=r"neither codec\.safetensors nor"):
         open_bundle(tmp_path, network=False)
     with pytest.raises(InputError, match=r"best_netG\.pt"):
         open_bundle(tmp_path, network=False, codec="16k")
