@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from mfmjt.checkpoints.read import check_file, is_safetensors, what_is_wrong
 from mfmjt.errors import InputError, reason
 from mfmjt.files import atomic_path
 
-__all__ = ["check_depths", "load_module", "read_own", "save_module"]
+__all__ = ["check_depths", "fingerprint", "load_module", "read_own", "save_module"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,12 +50,30 @@ def read_own(path: str | os.PathLike[str], what: str) -> tuple[dict[str, str], d
 
 
 def save_module(
-    path: str | os.PathLike[str], module: nn.Module, config: Any, dtype: torch.dtype
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    config: Any,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights, stored as `dtype`, with a dataclass of sizes as safetensors metadata."""
-    state = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
+    """Write weights and the sizes of their module to one safetensors file, whole or not at all.
+
+    Args:
+        path: The file.
+        module: Whose state dict is written.
+        config: A dataclass of its sizes, kept as "config" in the file's metadata.
+        dtype: Of stored floating-point values; None keeps their own.
+        metadata: Further strings.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    state = {
+        name: value.detach().to(dtype=dtype if value.is_floating_point() else None).contiguous()
+        for name, value in module.state_dict().items()
+    }
     with atomic_path(path) as temporary:
-        save_file(state, temporary, {"config": json.dumps(asdict(config))})
+        save_file(state, temporary, {**(metadata or {}), "config": json.dumps(asdict(config))})
 
 
 def load_module(
@@ -78,9 +97,12 @@ def load_module(
         sizes = dict(json.loads(metadata["config"]))
         sizes |= {name: tuple(size) for name, size in sizes.items() if isinstance(size, list)}
         check_depths(sizes, len(tensors))
-        largest = max(n for value in tensors.values() for n in value.shape)
-        for size in sizes.values():
-            if max(size if isinstance(size, tuple) else (size,)) > largest:
+        # Sizes of no weight, such as a window, are small, and small ones cost little.
+        largest = max(1024, *(n for value in tensors.values() for n in value.shape))
+        for name, size in sizes.items():
+            all_of_it = size if isinstance(size, tuple) else (size,)
+            numbers = [n for n in all_of_it if not isinstance(n, str)]
+            if name != "sample_rate" and max(numbers, default=0) > largest:
                 raise ValueError("its sizes are not those of its tensors")
         module = kind(config(**sizes))
         module.load_state_dict({name: value.float() for name, value in tensors.items()})
@@ -90,6 +112,19 @@ def load_module(
             f"`{kind.__name__}.save`."
         ) from error
     return module.eval()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a digest of the weights: names, shapes, dtypes and the sums of their bits.
+
+    The sums are exact, so they are the same on every device; they run at the speed of memory.
+    """
+    digest = hashlib.sha256(type(module).__name__.encode())
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, value in module.state_dict().items():
+        total = value.contiguous().view(bits[value.element_size()]).sum(dtype=torch.int64)
+        digest.update(repr((name, tuple(value.shape), str(value.dtype), int(total))).encode())
+    return digest.hexdigest()
 
 
 def check_depths(sizes: Mapping[str, Any], most: int) -> None:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mfmjt import meanflow
 from mfmjt.errors import InputError, reason
@@ -25,7 +25,6 @@ from mfmjt.model.lora import LoRA
 __all__ = ["DataSource", "FeatureExtraction", "Loop", "NetworkTraining", "as_json", "load_config"]
 
 C = TypeVar("C")
-T = TypeVar("T")
 RECIPES = Path(__file__).parent / "configs"
 TARGETS: dict[str, Callable[..., Any]] = {
     "mean_velocity": meanflow.mean_velocity,
@@ -334,7 +333,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(typing.cast("type[Any]", hint), value, name)
+        return _build(cast("type[Any]", hint), value, name)
     if origin is tuple and isinstance(value, list | tuple):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):
@@ -352,8 +351,8 @@ def _example(hint: Any) -> str:
     return examples.get(hint, "[0.9, 0.95]" if typing.get_origin(hint) is tuple else '{"a": 1}')
 
 
-def named(name: str, setting: str, known: Mapping[str, T]) -> T | Any:
-    """Return what a setting names: an entry of `known`, or `package.module:function`.
+def named(name: str, setting: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the function that a setting names: an entry of `known`, or `package.module:function`.
 
     Raises:
         InputError: It is neither, or cannot be imported.
@@ -363,12 +362,15 @@ def named(name: str, setting: str, known: Mapping[str, T]) -> T | Any:
         _one_of(setting, name, (*known, "package.module:function"))
         return known[name]
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"it is a {type(found).__name__}")
     except Exception as error:  # importing runs the user's code
         raise InputError(
             f"{setting}={name} cannot be imported: {reason(error)}. Give package.module:function, "
             "and put the folder that holds the package on PYTHONPATH."
         ) from error
+    return cast("Callable[..., Any]", found)
 
 
 def _at_least_one(config: Any, *names: str) -> None:
@@ -385,4 +387,4 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 def as_json(config: Any) -> dict[str, Any]:
     """Return a recipe dataclass as plain JSON values."""
     text = json.dumps(dataclasses.asdict(config), default=str)
-    return typing.cast("dict[str, Any]", json.loads(text))
+    return cast("dict[str, Any]", json.loads(text))

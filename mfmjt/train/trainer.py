@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mfmjt.cuda_graph import CapturedStep
 from mfmjt.errors import InputError, RunError
 from mfmjt.train import optim, parallel
 from mfmjt.train.checkpoint import CheckpointFolder
-from mfmjt.train.graph import Recorded
 from mfmjt.train.log import TrainingLog
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.optim import EMA
@@ -182,7 +182,7 @@ class Trainer:
         self.optimizer = optim.adamw(self.params, self.loop, task.fused)
         self.work: Callable[..., Tensor] = self._work
         if self.loop.cuda_graph:
-            self.work = Recorded(self._work, self.device, task.settle)
+            self.work = CapturedStep(self._work, self.device, task.settle)
         self.step = self.skipped = self.in_a_row = 0
         self.elapsed = self.clock = 0.0
         self.stopped = self.ending = False

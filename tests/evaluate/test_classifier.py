@@ -53,12 +53,12 @@ def test_other_shapes_are_refused(shipped: Classifier, shape: tuple[int, ...]) -
 def test_files_that_hold_no_classifier_are_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match="is not a classifier"):
+    with pytest.raises(InputError, match="is not a Classifier checkpoint"):
         Classifier.load(foreign)
-    with pytest.raises(InputError, match="Cannot read"):
+    with pytest.raises(InputError, match="No classifier at"):
         Classifier.load(tmp_path / "absent.safetensors")
     truncated = tmp_path / "truncated.safetensors"
     Classifier(ClassifierConfig(classes=("a", "b"))).save(truncated)
     truncated.write_bytes(truncated.read_bytes()[:-100])
-    with pytest.raises(InputError, match="is not a classifier"):
+    with pytest.raises(InputError, match="is not a Classifier checkpoint"):
         Classifier.load(truncated)

@@ -10,11 +10,11 @@ import pytest
 from mfmjt.data._captions import CLASSES, PACES, caption
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import MfmjtError
+from mfmjt.families import PRETRAINED
 from mfmjt.pipeline import Pipeline
-from mfmjt.pipeline.pipeline import PRETRAINED
 from mfmjt.pipeline.prompt import prompt_notes
 from mfmjt.pipeline.together import Request, generate_together
-from tests.model_folder import write_model
+from tests.support.bundles import write_model
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from mfmjt.checkpoints import read_content
 from mfmjt.errors import InputError
+from mfmjt.families import PRETRAINED, mmaudio
 from mfmjt.model import load_mmaudio
 from mfmjt.pipeline import Pipeline
-from mfmjt.pipeline.pipeline import PRETRAINED
-from tests.encoders.test_clip import merges  # noqa: F401
-from tests.pipeline.test_mmaudio import SIZES, folder, network_state, one  # noqa: F401
+from tests.pipeline.conftest import one
+from tests.support.published import SIZES, network_state
 
 COMFY = {
     "weights/mmaudio_small_16k.pth": "mmaudio_small_16k_fp16.safetensors",
@@ -30,13 +30,12 @@ COMFY = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Pipeline, "from_mmaudio", partial(Pipeline.from_mmaudio, check="name", **SIZES)
-    )
+    sized = partial(mmaudio.open_published, check="name", **SIZES)
+    monkeypatch.setattr(mmaudio, "open_published", sized)
 
 
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def copy(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "copy")
 
 
@@ -47,7 +46,7 @@ def flat(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def comfy(folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def comfy(folder: Path, tmp_path: Path) -> Path:
     """The folder that ComfyUI's nodes read: half precision, its own names, safetensors."""
     there = tmp_path / "models" / "mmaudio"
     there.mkdir(parents=True)
@@ -63,7 +62,7 @@ def sound(model: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> torch.Tensor:  # noqa: F811
+def expected(folder: Path) -> torch.Tensor:
     pipe = Pipeline.from_mmaudio(folder, device="cpu", check="name", **SIZES)
     return one(pipe(prompt="rain", duration=0.5, steps=1)).waveform
 

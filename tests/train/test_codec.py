@@ -15,15 +15,13 @@ from mfmjt.errors import InputError
 from mfmjt.train.parallel import Processes
 from mfmjt.train.tasks.codec import CodecTask, CodecTraining, SpectralLoss, train_codec
 from mfmjt.train.trainer import Trainer
+from tests.support.bundles import TINY_CODEC
 from tests.train.states import records, undo
 
 TINY = CodecTraining(
     steps=12, batch=2, seconds=0.256, lr=3e-3, warmup=2, clips=4, validation_clips=1, workers=0,
     log_every=3, save_every=6, bf16=False,
-    model=NanoCodecConfig(
-        latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
-        decoder_depths=(1, 1, 1),
-    ),
+    model=TINY_CODEC,
 )  # fmt: skip
 
 

@@ -9,18 +9,16 @@ import pytest
 import torch
 
 from mfmjt.data import foley
-from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
+from mfmjt.encoders import NanoEncoders
 from mfmjt.train.tasks import encoders as training
 from mfmjt.train.tasks.encoders import EncodersTraining, train_encoders
+from tests.support.bundles import TINY_ENCODERS
 from tests.train.states import records, undo
 
 TINY = EncodersTraining(
     steps=10, windows=2, window=16, batch=12, pictures=1, lr=3e-3, warmup=2, clips=12,
     validation_clips=2, workers=0, log_every=5, save_every=5, bf16=False,
-    model=NanoEncodersConfig(
-        dim=16, frame_channels=(4, 4, 8, 8), sync_channels=(4, 4, 8, 8), buckets=64, bucket_dim=8,
-        text_heads=2,
-    ),
+    model=TINY_ENCODERS,
 )  # fmt: skip
 
 
