@@ -135,9 +135,10 @@ class NetworkTraining(Loop):
         data: Several stores instead, such as one of videos and one of sounds with captions, each
             with a weight. What a clip lacks, frames or a caption, is replaced by the null tokens.
             Latents are normalized as the first one's, which also gives the validation clips.
-        codec: Weights of the codec, which decodes the previews; null for none.
-        encoders: Weights of the encoders, which turn captions into text features; not used where
-            the store has these.
+        codec: Codec that decodes the previews: weights from the stage `codec`, or a model's folder,
+            such as that of MMAudio's files; null for none.
+        encoders: Encoders that turn captions into text features, likewise; not used where the store
+            has these.
         model: Name of the network's configuration, or `auto` for that of `init_from`.
         overrides: Fields of that configuration to change.
         init_from: A network file to start from: one of ours, or a checkpoint of MMAudio. Its

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 
 from mfmjt.convert import from_mmaudio, to_mmaudio
 from mfmjt.errors import InputError
-from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.lora import LoRA
 from mfmjt.train.parallel import Processes
 from mfmjt.train.recipe import NetworkTraining, load_config
-from mfmjt.train.tasks.network import NetworkTask, starting_network, train_network
+from mfmjt.train.tasks.network import NetworkTask, _codec, starting_network, train_network
 from tests.oracle import allowance, error
 from tests.support.peers import load_peft
 from tests.support.weights import read
@@ -157,3 +158,19 @@ def test_a_network_of_ours_is_told_from_a_published_one(finetune, published, tmp
     for net in nets[1:]:
         assert net.config == nets[0].config
         assert all(torch.equal(value, first[name]) for name, value in net.state_dict().items())
+
+
+def test_a_models_folder_reads_the_captions_and_decodes_the_previews(recipe, ends, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (ends.codec_path, ends.encoders_path):
+        shutil.copy(path, folder)
+    parts = {"codec": str(folder), "encoders": str(folder)}
+    common = {"steps": 1, "preview_every": 1, "preview_clips": 1}
+    files = recipe(out=str(tmp_path / "files"), **common)
+    train_network(files)
+    train_network(recipe(out=str(tmp_path / "folder"), **common | parts))
+    name = "previews/clip0_step0000001.wav"
+    assert (tmp_path / "folder" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+    with pytest.raises(InputError, match="20 channels, and the network 8"):
+        _codec(str(folder), config_for("nano", latent_dim=8))

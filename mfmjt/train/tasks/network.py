@@ -8,6 +8,7 @@ come from one of the host's.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mfmjt import meanflow
-from mfmjt.codec import NanoCodec
-from mfmjt.encoders import NanoEncoders
+from mfmjt.codec import Codec, NanoCodec
+from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.errors import InputError, RunError, reason
-from mfmjt.model import MFMJT, load_mmaudio
+from mfmjt.families import open_bundle
+from mfmjt.model import MFMJT, ModelConfig, load_mmaudio
 from mfmjt.model.checkpoint import is_ours
 from mfmjt.model.config import config_for
 from mfmjt.model.lora import add_lora, merged_state, save_adapter
@@ -71,12 +73,12 @@ class NetworkTask(Task):
         self.validation = looked_at
         self.null_text = self.store.null_text
         if config.encoders is not None and not self.store.has_text:
-            encoders = NanoEncoders.load(config.encoders).eval()
+            encoders = _encoders(config.encoders)
             for store in (self.store, self.validation):
                 store.encode_text(encoders)
             self.null_text = encoders.encode_text([""])[0]
-        self.codec = NanoCodec.load(config.codec).eval() if config.codec else None
         self.network = self._network()
+        self.codec = _codec(config.codec, self.network.config) if config.codec else None
         super().__init__(config, config, self.network)
         self.title = f"train {config.model}"
         self.notes = tuple(self.network.notes)
@@ -131,20 +133,16 @@ class NetworkTask(Task):
         intervals = 0 if step < config.flow_steps else round(config.ratio * rows)
         whole = draw(config, self.store, rows, window, intervals, self.generator, self.chooser)
         of = dict(zip(FIGURES, (rows, rows - intervals, intervals), strict=True))
-        parts = tuple(self._part(whole, index, rows, intervals, of) for index in self._indices())
+        parts = []
+        for index in self._indices():
+            draws = whole.rows(index)
+            features = self.store.rows(draws.clips, draws.starts, draws.latent_noise)
+            mine, first = len(range(rows)[index]), len(range(intervals)[index])
+            counts = zip(FIGURES, (mine, mine - first, first), strict=True)
+            weights = {name: count / of[name] for name, count in counts if count}
+            parts.append(Part((features, draws, first), weights))
         self._prefetch_next(step + 1)
-        return Batch(rows, tuple(name for name, count in of.items() if count), parts)
-
-    def _part(
-        self, whole: Draws, index: slice, rows: int, intervals: int, of: dict[str, int]
-    ) -> Part:
-        """Some rows of a batch, of whose rows so many are `of` each figure."""
-        draws = whole.rows(index)
-        features = self.store.rows(draws.clips, draws.starts, draws.latent_noise)
-        mine, first = len(range(rows)[index]), len(range(intervals)[index])
-        counts = zip(FIGURES, (mine, mine - first, first), strict=True)
-        weights = {name: count / of[name] for name, count in counts if count}
-        return Part((features, draws, first), weights)
+        return Batch(rows, tuple(name for name, count in of.items() if count), tuple(parts))
 
     def _rows(self, step: int) -> tuple[int, int | None]:
         """How many clips a step takes, and windows of how many latents; None for whole clips."""
@@ -252,6 +250,32 @@ class NetworkTask(Task):
                 "room, and the same command writes it."
             ) from error
         return path
+
+
+def _encoders(path: str) -> Encoders:
+    """Open encoders: our own file, or those of a model's folder."""
+    if os.path.isdir(path):
+        return open_bundle(path, network=False).encoders.eval()
+    return NanoEncoders.load(path).eval()
+
+
+def _codec(path: str, config: ModelConfig) -> Codec:
+    """Open the codec of a network: our own file, or that of a model's folder.
+
+    Raises:
+        InputError: It cannot be opened, or has other latents.
+    """
+    if os.path.isdir(path):  # MMAudio's files may be there for both of its codecs
+        published = "44k" if config.latent_dim == 40 else None
+        codec = open_bundle(path, network=False, codec=published).codec
+    else:
+        codec = NanoCodec.load(path)
+    if codec.latent_dim != config.latent_dim:
+        raise InputError(
+            f"codec={path} has latents of {codec.latent_dim} channels, and the network "
+            f"{config.latent_dim}. Give the codec that the features were made with, or null."
+        )
+    return codec.eval()
 
 
 def starting_network(config: NetworkTraining) -> MFMJT:
