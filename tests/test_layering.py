@@ -19,6 +19,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "device": {"errors"},
+    "processes": {"device", "errors"},
+    "progress": set(),
+    "memory": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
     "model": {"kernels", "checkpoints", *HELPERS},
@@ -26,15 +29,27 @@ ALLOWED: dict[str, set[str]] = {
     **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
     "media": HELPERS,
     "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
-    "train": {*ENDS, "model", "meanflow", "evaluate", "device", *HELPERS},
+    "features": {*ENDS, "model", "processes", "progress", "memory", *HELPERS},
+    "train": {
+        *ENDS,
+        "model",
+        "meanflow",
+        "evaluate",
+        "features",
+        "device",
+        "processes",
+        "progress",
+        "memory",
+        *HELPERS,
+    },
     "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*ENDS, "model", "media", "pipeline", "train", "device", *HELPERS},
+    "extract": {*ENDS, "model", "media", "pipeline", "features", "processes", "progress", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
-TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train")
+TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "features", "evaluate", "train")
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 
 

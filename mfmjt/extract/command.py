@@ -94,8 +94,8 @@ def extract(
 
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
-    from mfmjt.extract import work
-    from mfmjt.train.distributed import rank_and_world
+    from mfmjt.features.store import verify as check_store
+    from mfmjt.processes import rank_and_world
 
     if verify and rank_and_world()[1] > 1:
         raise InputError("--verify is for one process: leave it out, and run it when all are done.")
@@ -107,7 +107,7 @@ def extract(
             seconds, shortest, pieces, dtype, workers, device,
         )  # fmt: skip
     if verify:
-        typer.echo(f"{work.verify(out)} files of {out} are as they were written.")
+        typer.echo(f"{check_store(out)} files of {out} are as they were written.")
 
 
 def _make(
@@ -132,8 +132,9 @@ def _make(
 
     from mfmjt.extract.clips import Cut
     from mfmjt.extract.ends import Ends
+    from mfmjt.extract.run import NOTES, REJECTS, Settings, extract
     from mfmjt.extract.tables import read_table
-    from mfmjt.extract.work import NOTES, REJECTS, Settings, extract, own_device
+    from mfmjt.processes import own_device
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if arithmetic not in known:

@@ -17,7 +17,7 @@ from mfmjt.data.preview import write_clip
 from mfmjt.encoders import NanoEncoders
 from mfmjt.extract.clips import Cut
 from mfmjt.extract.ends import Ends
-from mfmjt.extract.work import Settings
+from mfmjt.extract.run import Settings
 
 SECONDS = 0.96  # of clips: the shortest whole segments that leave the network something to see
 RATE = foley.SAMPLE_RATE

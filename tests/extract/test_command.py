@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mfmjt import cli
-from mfmjt.train.store import FeatureStore
+from mfmjt.features.store import FeatureStore
 from tests.extract.conftest import files, rejects, write_table
 
 ROOT = Path(__file__).parents[2]

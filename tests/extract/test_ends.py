@@ -15,11 +15,11 @@ from mfmjt.encoders.tokenizer import Tokenizer
 from mfmjt.errors import InputError
 from mfmjt.extract.clips import Cut
 from mfmjt.extract.ends import Ends
+from mfmjt.extract.run import Settings, extract
 from mfmjt.extract.tables import read_table
-from mfmjt.extract.work import Settings, extract
+from mfmjt.features.format import Part
+from mfmjt.features.store import FeatureStore
 from mfmjt.media import VideoStream, read_audio
-from mfmjt.train.shards import Shard
-from mfmjt.train.store import FeatureStore
 from tests.encoders.test_clip import merges  # noqa: F401
 from tests.encoders.test_mmaudio_ends import VAES, VOCODERS
 from tests.extract.conftest import write_table
@@ -56,7 +56,7 @@ def test_features_are_what_the_network_is_trained_on(mmaudio, video, tmp_path):
     table = write_table(tmp_path / "t.csv", ("id", "caption"), [("x", "a dog barks")])
     settings = Settings(Cut(SECONDS, SECONDS), dtype="float32", workers=1)
     extract(read_table(table, media=video.parent), tmp_path / "out", mmaudio, settings)
-    found = Shard(tmp_path / "out" / "train" / "00000000.safetensors").tensors
+    found = Part(tmp_path / "out" / "train" / "00000000.safetensors").tensors
 
     encoders, rate = mmaudio.encoders, mmaudio.codec.sample_rate
     whole: tuple[list, list] = ([], [])

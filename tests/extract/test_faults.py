@@ -13,10 +13,10 @@ import torch
 
 from mfmjt.data.preview import write_clip
 from mfmjt.errors import InputError, RunError
-from mfmjt.extract import work
+from mfmjt.extract import run
+from mfmjt.extract.run import extract
 from mfmjt.extract.tables import read_table
-from mfmjt.extract.work import extract, verify
-from mfmjt.train.store import FeatureStore
+from mfmjt.features.store import FeatureStore, verify
 from tests.clips import encode_sound, write_sound
 from tests.extract.conftest import (
     RATE,
@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_made_is_named(ends, videos, tmp_path):
 
 @pytest.fixture
 def store(ends, videos, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(work, "SHARD_ROWS", 2)
+    monkeypatch.setattr(run, "PART_ROWS", 2)
     extract(read_table(videos / "clips.csv"), tmp_path / "store", ends, SHORT)
     return tmp_path / "store"
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from mfmjt.errors import InputError, RunError
-from mfmjt.extract import work
+from mfmjt.extract import run
 from mfmjt.extract.clips import PEAK, Cut, decode
+from mfmjt.extract.run import NOTES, Settings, extract
 from mfmjt.extract.tables import read_table
-from mfmjt.extract.work import NOTES, Settings, extract, verify
+from mfmjt.features.format import Part
+from mfmjt.features.store import FeatureStore, verify
 from mfmjt.media import read_video
-from mfmjt.train.shards import Shard
-from mfmjt.train.store import FeatureStore
 from tests.extract.conftest import (
     RATE,
     SECONDS,
@@ -52,7 +52,7 @@ def test_features_are_those_of_the_clips(ends, videos, clips, tmp_path):
         "sync": (3, 24, 128),
         "text": (3, 32, 128),
     }
-    shard = Shard(tmp_path / "train" / "00000000.safetensors").tensors
+    part = Part(tmp_path / "train" / "00000000.safetensors").tensors
     seen = read_video(videos / "b.mp4", size=64, duration=1.0).frames
     with torch.no_grad():
         (piece,) = decode(videos / "b.mp4", SHORT.cut, ends, CPU)
@@ -64,7 +64,7 @@ def test_features_are_those_of_the_clips(ends, videos, clips, tmp_path):
             "text": ends.encoders.encode_text([clips[1].caption]),
         }
     for key, value in expected.items():
-        found = rows["text"][1] if key == "text" else shard[key][1].float()
+        found = rows["text"][1] if key == "text" else part[key][1].float()
         # Equal up to fp16, and to sums in another order where the batch is another.
         bound = 4 * torch.finfo(torch.float16).eps * value.abs().max()
         assert (found - value[0]).abs().max() <= bound, key
@@ -74,7 +74,7 @@ def test_texts_are_stored_once_and_the_empty_one_first(ends, videos, tmp_path):
     rows = [("a.mp4", "same"), ("b.mp4", ""), ("c.mp4", "same")]
     table = write_table(tmp_path / "t.csv", ("path", "caption"), rows)
     extract(read_table(table, media=videos), tmp_path / "out", ends, SHORT)
-    text = Shard(tmp_path / "out" / "train" / "text-00000000.safetensors").tensors["text"]
+    text = Part(tmp_path / "out" / "train" / "text-00000000.safetensors").tensors["text"]
     assert len(text) == 2
     with torch.no_grad():
         expected = ends.encoders.encode_text(["", "same"])
@@ -187,12 +187,12 @@ def many(tmp_path, clips) -> Path:
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(work, "SHARD_ROWS", 2)
-    monkeypatch.setattr(work, "SHARD_TEXTS", 2)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(run, "PART_ROWS", 2)
+    monkeypatch.setattr(run, "PART_TEXTS", 2)
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_parts")
 def test_processes_share_the_work_and_make_the_same(ends, many, tmp_path, monkeypatch):
     rows = read_table(many)
     (done,) = extract(rows, tmp_path / "one", ends, SOUND)
@@ -208,14 +208,14 @@ def test_processes_share_the_work_and_make_the_same(ends, many, tmp_path, monkey
 
 KILLED = """
 import contextlib, sys, time
-from mfmjt.extract import work
+from mfmjt.extract import run
 from mfmjt.extract.ends import Ends
 from mfmjt.extract.tables import read_table
-from mfmjt.train import shards
+from mfmjt.features import format as parts
 from tests.extract.conftest import SOUND
 table, out, model = sys.argv[1:]
-work.SHARD_ROWS = work.SHARD_TEXTS = 2
-real, count = shards.atomic_path, [0]
+run.PART_ROWS = run.PART_TEXTS = 2
+real, count = parts.atomic_path, [0]
 @contextlib.contextmanager
 def slow(path):
     # Half a file, at a moment that a signal cannot miss.
@@ -226,12 +226,12 @@ def slow(path):
             print("writing", flush=True)
             time.sleep(60)
         yield temporary
-shards.atomic_path = slow
-work.extract(read_table(table), out, Ends.load(model), SOUND)
+parts.atomic_path = slow
+run.extract(read_table(table), out, Ends.load(model), SOUND)
 """
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_parts")
 def test_killed_while_it_writes_it_goes_on_to_the_same_store(ends, many, tmp_path):
     model, part, whole = (tmp_path / name for name in ("model", "part", "whole"))
     model.mkdir()
@@ -259,19 +259,19 @@ def test_killed_while_it_writes_it_goes_on_to_the_same_store(ends, many, tmp_pat
     assert {name: (part / name).stat().st_mtime_ns for name in finished} == before
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_parts")
 def test_a_table_may_grow(ends, many, tmp_path):
     rows, out = read_table(many), tmp_path / "out"
     extract(rows[:5], out, ends, SOUND)
-    shard = out / "train" / "00000000.safetensors"
-    written = shard.stat().st_mtime_ns
+    part = out / "train" / "00000000.safetensors"
+    written = part.stat().st_mtime_ns
     extract(rows, out, ends, SOUND)
-    assert shard.stat().st_mtime_ns == written
+    assert part.stat().st_mtime_ns == written
     extract(rows, tmp_path / "whole", ends, SOUND)
     assert files(out) == files(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_parts")
 def test_files_that_were_missing_may_come_later(ends, many, clips, tmp_path):
     out = tmp_path / "out"
     extract(read_table(many), out, ends, SOUND)
@@ -318,7 +318,7 @@ def test_float32_is_kept_as_it_is(ends, many, tmp_path):
     (piece,) = decode(many.parent / "0.wav", SOUND.cut, ends, CPU)
     with torch.no_grad():
         mean, _ = ends.codec.encode(piece.audio[None])
-    found = Shard(tmp_path / "out" / "train" / "00000000.safetensors").tensors["mean"]
+    found = Part(tmp_path / "out" / "train" / "00000000.safetensors").tensors["mean"]
     assert torch.equal(found, mean)
 
 
