@@ -14,7 +14,8 @@ PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
 HELPERS = {"errors", "files"}
-ENDS = {"codec", "encoders", "data"}
+WORKERS = {"processes", "progress", "memory"}
+PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -22,34 +23,48 @@ ALLOWED: dict[str, set[str]] = {
     "processes": {"device", "errors"},
     "progress": set(),
     "memory": set(),
+    "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
     "model": {"kernels", "checkpoints", *HELPERS},
-    "meanflow": {"errors"},
-    **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
+    "meanflow": {"cuda_graph", "errors"},
+    "codec": {"kernels", "checkpoints", *HELPERS},
+    "encoders": {"kernels", "model", "checkpoints", *HELPERS},
+    "data": HELPERS,
     "media": HELPERS,
-    "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
-    "features": {*ENDS, "model", "processes", "progress", "memory", *HELPERS},
+    "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
+    "features": {*PARTS, "data", *WORKERS, *HELPERS},
+    "evaluate": {*PARTS, "families", "data", "device", *HELPERS},
     "train": {
-        *ENDS,
-        "model",
-        "meanflow",
-        "evaluate",
+        *PARTS,
+        "families",
+        "data",
         "features",
+        "evaluate",
         "device",
-        "processes",
-        "progress",
-        "memory",
+        "cuda_graph",
+        *WORKERS,
         *HELPERS,
     },
-    "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*ENDS, "model", "media", "pipeline", "features", "processes", "progress", *HELPERS},
+    "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
+    "extract": {*PARTS, "families", "features", "media", *WORKERS, *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
-TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "features", "evaluate", "train")
+TRAINING = (
+    "kernels",
+    "model",
+    "meanflow",
+    "codec",
+    "encoders",
+    "data",
+    "families",
+    "features",
+    "evaluate",
+    "train",
+)
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 
 
