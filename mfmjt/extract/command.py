@@ -131,9 +131,9 @@ def _make(
     import torch
 
     from mfmjt.extract.clips import Cut
-    from mfmjt.extract.ends import Ends
     from mfmjt.extract.run import NOTES, REJECTS, Settings, extract
     from mfmjt.extract.tables import read_table
+    from mfmjt.families import open_bundle
     from mfmjt.processes import own_device
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,8 +146,8 @@ def _make(
     settings = Settings(cut, dtype, workers, own_device(device))
     # The table is read first: its mistakes are known before gigabytes of weights are.
     rows = read_table(table, layout, media, columns, split)
-    ends = Ends.load(model, mode, known[arithmetic])
-    for done in extract(rows, out, ends, settings):
+    bundle = open_bundle(model, False, mode, known[arithmetic])
+    for done in extract(rows, out, bundle, settings):
         if done.finished:
             skipped = f", {done.rejects} skipped: {done.folder / REJECTS}" if done.rejects else ""
             noted = f", {done.notes} with a note: {done.folder / NOTES}" if done.notes else ""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mfmjt.errors import InputError, RunError, short
 from mfmjt.extract.clips import Cut, Piece, decode
-from mfmjt.extract.ends import Ends
 from mfmjt.extract.tables import Row
+from mfmjt.families import Bundle
 from mfmjt.features.format import Part
 from mfmjt.features.writer import Job, Writer
 from mfmjt.files import atomic_path
@@ -87,7 +87,7 @@ class Done(NamedTuple):
 
 
 def extract(
-    rows: Sequence[Row], out: str | Path, ends: Ends, settings: Settings | None = None
+    rows: Sequence[Row], out: str | Path, bundle: Bundle, settings: Settings | None = None
 ) -> list[Done]:
     """Compute the features of a table's clips, going on where it stopped.
 
@@ -96,18 +96,23 @@ def extract(
     Args:
         rows: Rows from `read_table`.
         out: Folder of the store; made where it does not exist.
-        ends: Codec and encoders.
+        bundle: The codec and encoders; its network is not used.
         settings: None takes the defaults.
 
     Raises:
-        InputError: The store was made with something else.
+        InputError: The store was made with something else, or clips cannot have that length.
         RunError: It cannot be written, or no clip of a split can be used.
     """
     settings = settings or Settings()
-    ends.to(torch.device(settings.device)).lengths(settings.cut.seconds)
-    source = {"ends": ends.identity(), "dtype": settings.dtype, **asdict(settings.cut)}
+    seconds, period = settings.cut.seconds, bundle.encoders.period
+    if period and abs(seconds / period - round(seconds / period)) > 1e-6:
+        raise InputError(
+            f"Clips of {seconds:g} s: nano's frames and latents meet every {period:g} s. Give a "
+            "multiple of that, such as 8."
+        )
+    encoder = _Encoder(bundle.to(settings.device), settings)
+    source = {"ends": bundle.identity(), "dtype": settings.dtype, **asdict(settings.cut)}
     source = dict(sorted(source.items()))
-    encoder = _Encoder(ends, settings)
     done = []
     for split in dict.fromkeys(row.split for row in rows):
         folder = Path(out) / split
@@ -155,9 +160,9 @@ def _with_condition(row: Row, cut: Cut) -> Row:
 class _Encoder:
     """Codec and encoders on their device, and the number of rows they could not use."""
 
-    def __init__(self, ends: Ends, settings: Settings) -> None:
-        self.ends, self.settings = ends, settings
-        self.device, self.dtype = torch.device(settings.device), _DTYPES[settings.dtype]
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        self.bundle, self.settings = bundle, settings
+        self.device, self.dtype = bundle.device, _DTYPES[settings.dtype]
         self.rejected = 0
 
     def clips(self, row: Row) -> list[Piece] | str:
@@ -165,7 +170,7 @@ class _Encoder:
         if row.reason or row.path is None:
             return row.reason
         try:
-            return decode(row.path, self.settings.cut, self.ends, self.device)
+            return decode(row.path, self.settings.cut, self.bundle)
         except (ValueError, OSError) as error:  # an InputError, or what FFmpeg says
             return short(error, 300)
 
@@ -175,14 +180,14 @@ class _Encoder:
         features = []
         for first in range(0, len(texts), ENCODE_CLIPS):
             batch = list(texts[first : first + ENCODE_CLIPS])
-            features.append(self.ends.encoders.encode_text(batch).to("cpu", self.dtype))
+            features.append(self.bundle.encoders.encode_text(batch).to("cpu", self.dtype))
             progress.update(progress.done + len(batch))
         return torch.cat(features)
 
     @torch.inference_mode()
     def features(self, pieces: Sequence[Piece]) -> list[dict[str, Tensor]]:
         """Return the features of each of some clips, on the CPU as they are stored."""
-        codec, encoders = self.ends.codec, self.ends.encoders
+        codec, encoders = self.bundle.codec, self.bundle.encoders
         audio = torch.stack([piece.audio for piece in pieces]).to(self.device)
         mean, logvar = codec.encode(audio)
         found = {"mean": mean, "logvar": logvar}

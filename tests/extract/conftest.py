@@ -11,13 +11,14 @@ import pytest
 import soundfile
 import torch
 
-from mfmjt.codec import NanoCodec, NanoCodecConfig
+from mfmjt.codec import Codec, NanoCodec, NanoCodecConfig
 from mfmjt.data import foley
 from mfmjt.data.preview import write_clip
-from mfmjt.encoders import NanoEncoders
+from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.extract.clips import Cut
-from mfmjt.extract.ends import Ends
 from mfmjt.extract.run import Settings
+from mfmjt.families import Bundle
+from mfmjt.model import MFMJT, config_for
 
 SECONDS = 0.96  # of clips: the shortest whole segments that leave the network something to see
 RATE = foley.SAMPLE_RATE
@@ -26,13 +27,20 @@ SOUND = Settings(Cut(SECONDS, SECONDS, pictures=False), workers=2)
 
 
 @pytest.fixture(scope="session")
-def ends() -> Ends:
+def bundle() -> Bundle:
     """Untrained, and small."""
     torch.manual_seed(0)
     small = NanoCodecConfig(
         encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
     )
-    return Ends(NanoCodec(small), NanoEncoders()).to(torch.device("cpu"))
+    return bundle_of("nano", NanoCodec(small), NanoEncoders())
+
+
+def bundle_of(config: str, codec: Codec, encoders: Encoders) -> Bundle:
+    """Codec and encoders beside an empty network."""
+    with torch.device("meta"):
+        network = MFMJT(config_for(config))
+    return Bundle(network, codec, encoders).to("cpu")
 
 
 @pytest.fixture(scope="session")
