@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
     "features": {*PARTS, "data", *WORKERS, *HELPERS},
-    "evaluate": {*PARTS, "families", "data", "device", *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "device", *HELPERS},
     "train": {
         *PARTS,
         "families",

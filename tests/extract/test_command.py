@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 from mfmjt import cli
 from mfmjt.features.store import FeatureStore
-from tests.extract.conftest import files, rejects, write_table
+from tests.extract.conftest import rejects, write_table
+from tests.support.stores import files
 
 ROOT = Path(__file__).parents[2]
 

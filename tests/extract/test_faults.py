@@ -17,16 +17,16 @@ from mfmjt.extract import run
 from mfmjt.extract.run import extract
 from mfmjt.extract.tables import read_table
 from mfmjt.features.store import FeatureStore, verify
-from tests.clips import encode_sound, write_sound
 from tests.extract.conftest import (
     RATE,
     SHORT,
     SOUND,
-    files,
     rejects,
     write_table,
     write_wave,
 )
+from tests.support.clips import encode_sound, write_sound
+from tests.support.stores import files
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,16 @@ from mfmjt.families import Bundle, open_bundle
 from mfmjt.features.format import Part
 from mfmjt.features.store import FeatureStore
 from mfmjt.media import VideoStream, read_audio
-from tests.encoders.test_clip import merges  # noqa: F401
-from tests.encoders.test_mmaudio_ends import VAES, VOCODERS
 from tests.extract.conftest import bundle_of, write_table
 from tests.oracle import allowance, error
-from tests.pipeline.test_mmaudio import CLIP_CONFIG, SYNC_CONFIG
+from tests.support.published import CLIP_CONFIG, SYNC_CONFIG, VAES, VOCODERS
+from tests.support.stores import listed
 
 SECONDS = 1.2
 
 
 @pytest.fixture(scope="module", params=["16k", "44k"])
-def mmaudio(request, merges) -> Bundle:  # noqa: F811
+def mmaudio(request, merges) -> Bundle:
     torch.manual_seed(0)
     mode = request.param
     encoders = MMAudioEncoders(
@@ -83,6 +82,13 @@ def test_features_are_what_the_network_is_trained_on(mmaudio, video, tmp_path):
     assert store.grid is None or store.grid * found["sync"].shape[1] == 8 * store.latent_length
     assert torch.equal(store.rows(torch.zeros(1).long())["text"], text[1:])
     assert torch.equal(store.null_text, text[0])
+
+
+def test_the_bytes_of_a_store_stay(mmaudio, raw_media, tmp_path, digests):
+    rate = mmaudio.codec.sample_rate
+    settings = Settings(Cut(SECONDS, SECONDS))
+    extract(read_table(raw_media / f"{rate}.csv"), tmp_path / "out", mmaudio, settings)
+    digests.check(f"{rate} Hz", *listed(tmp_path / "out"))
 
 
 def test_folders_without_codec_and_encoders_say_what_to_do(tmp_path):

@@ -26,12 +26,12 @@ from tests.extract.conftest import (
     SECONDS,
     SHORT,
     SOUND,
-    files,
     rejects,
     write_json,
     write_table,
     write_wave,
 )
+from tests.support.stores import files, listed
 
 ROOT = Path(__file__).parents[2]
 
@@ -283,6 +283,13 @@ def test_files_that_were_missing_may_come_later(bundle, many, clips, tmp_path):
     assert kept.stat().st_mtime_ns == written
     extract(read_table(many), tmp_path / "whole", bundle, SOUND)
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_bytes_of_a_store_stay(bundle, raw_media, tmp_path, digests):
+    for name, settings in (("video", SHORT), ("sound", SOUND)):
+        extract(read_table(raw_media / f"{name}.csv"), tmp_path / name, bundle, settings)
+        digests.check(name, *listed(tmp_path / name))
 
 
 def test_another_table_is_not_mixed_in(bundle, many, tmp_path):

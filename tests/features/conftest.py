@@ -5,20 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfmjt.codec import NanoCodec, NanoCodecConfig
+from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.features.procedural import write_store
-
-SMALL = NanoCodecConfig(
-    encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
-)
+from tests.support.bundles import CODEC
 
 
 @pytest.fixture(scope="session")
 def codec() -> NanoCodec:
     """Untrained, and small."""
     torch.manual_seed(0)
-    return NanoCodec(SMALL).eval()
+    return NanoCodec(CODEC).eval()
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,10 @@ from mfmjt.errors import InputError
 from mfmjt.features import procedural
 from mfmjt.features.procedural import write_store
 from mfmjt.features.store import FeatureStore, verify
-from tests.features.conftest import SMALL
+from tests.support.bundles import CODEC
+from tests.support.stores import files, listed
 
 ROOT = Path(__file__).parents[2]
-
-
-def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
 
 
 def test_features_are_those_of_the_clips(codec, encoders, store):
@@ -141,7 +138,7 @@ def test_features_of_other_weights_are_not_mixed_in(codec, encoders, tmp_path):
     write_store(tmp_path, {"train": 1}, codec, encoders, workers=0)
     before = files(tmp_path)
     torch.manual_seed(1)
-    other = NanoCodec(SMALL)
+    other = NanoCodec(CODEC)
     for models, seed in (((other, encoders), 0), ((codec, encoders), 1)):
         with pytest.raises(InputError, match=r"other weights or settings\. Give another out="):
             write_store(tmp_path, {"train": 1}, *models, workers=0, seed=seed)
@@ -152,3 +149,9 @@ def test_a_folder_that_cannot_be_made_is_named(codec, encoders, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Give another out="):
         write_store(tmp_path / "file", {"train": 1}, codec, encoders, workers=0)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_bytes_of_a_store_stay(codec, encoders, tmp_path, digests):
+    write_store(tmp_path, {"validation": 3}, codec, encoders, workers=0)
+    digests.check("store", *listed(tmp_path))
