@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfmjt.codec import NanoCodec
+from mfmjt.codec import Codec, NanoCodec
 from mfmjt.data import foley
-from mfmjt.encoders import NanoEncoders
+from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.errors import InputError, RunError
 from mfmjt.features.format import Part
 from mfmjt.features.writer import Job, Writer
@@ -69,8 +69,8 @@ def extract_all(config: FeatureExtraction) -> Path:
 def write_store(
     store: str | Path,
     clips: Mapping[str, int],
-    codec: nn.Module,
-    encoders: nn.Module,
+    codec: Codec,
+    encoders: Encoders,
     workers: int = 2,
     seed: int = 0,
 ) -> Path:
@@ -80,8 +80,8 @@ def write_store(
         store: Folder of the store; made where it does not exist.
         clips: Split (`train`, `validation` or `test`) -> number of its clips, of all processes; a
             store can be extended by asking for more.
-        codec: Codec with `encode`.
-        encoders: Frame encoders with `encode_frames` and `encode_sync`.
+        codec: Waveforms to latents.
+        encoders: Frames to features.
         workers: Processes, each with one thread; 0 works in this process.
         seed: Seed of the procedural set.
 
@@ -93,7 +93,7 @@ def write_store(
         RunError: A worker died.
     """
     weights = _fingerprint(codec, encoders)
-    models = (encoders.cpu().eval(), codec.cpu().eval())
+    models = (codec.cpu().eval(), encoders.cpu().eval())
     for split, count in clips.items():
         folder = Path(store) / split
         try:
@@ -113,11 +113,11 @@ def write_store(
     return Path(store)
 
 
-_models: tuple[nn.Module, nn.Module]
+_models: tuple[Codec, Encoders]
 
 
 def _make(
-    jobs: Sequence[Job], writer: Writer, models: tuple[nn.Module, nn.Module], workers: int
+    jobs: Sequence[Job], writer: Writer, models: tuple[Codec, Encoders], workers: int
 ) -> Iterator[int]:
     """Make parts, yielding the number of clips as each is finished."""
     if workers == 0 or not jobs:
@@ -141,9 +141,9 @@ def _make(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(encoders: nn.Module, codec: nn.Module, parent: int) -> None:
+def _start_worker(codec: Codec, encoders: Encoders, parent: int) -> None:
     global _models
-    _models = (encoders, codec)
+    _models = (codec, encoders)
     torch.set_num_threads(1)
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it waits for our part
@@ -162,7 +162,7 @@ def _in_worker(job: Job, writer: Writer) -> int:
 
 
 @torch.inference_mode()
-def _make_part(job: Job, writer: Writer, encoders: Any, codec: Any) -> int:
+def _make_part(job: Job, writer: Writer, codec: Codec, encoders: Encoders) -> int:
     """Render and encode the clips of one part and write it; return their number."""
     features: list[dict[str, Tensor]] = []
     about: list[dict[str, Any]] = []

@@ -30,8 +30,8 @@ from mfmjt.progress import Progress
 __all__ = ["FeatureStore", "verify"]
 
 _STREAMS = ("mean", "logvar", "video", "sync")
-_Request = tuple[bytes, bytes, int | None]
-"""Clips, starts and window, to be looked up."""
+_Request = tuple[tuple[int, ...], tuple[int, ...] | None, int | None]
+"""Clips, starts and window of rows."""
 
 
 class FeatureStore:
@@ -197,11 +197,8 @@ class FeatureStore:
         """
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "mfmjt-store")
-        window = None if starts is None else window
-        which, first = _numpy(clips), None if starts is None else _numpy(starts)
-        self._ahead[_request(which, first, window)] = self._reader.submit(
-            self._read, which, first, window
-        )
+        request = _request(clips, starts, window)
+        self._ahead[request] = self._reader.submit(self._read, *request)
 
     def settle(self) -> None:
         """Wait until what is prefetched is read, so that the thread is idle."""
@@ -226,14 +223,11 @@ class FeatureStore:
             store has them, `text` (B, L, Dt) where `has_text`; and where some clips lack video or
             text, `video_mask` or `text_mask` (B,) bool, False for those.
         """
-        window = None if noise is None or starts is None else noise.shape[1]
-        which, first = _numpy(clips), None if starts is None else _numpy(starts)
-        found = self._ahead.pop(_request(which, first, window), None)
-        if found is None:
+        request = _request(clips, starts, None if noise is None else noise.shape[1])
+        prefetched = self._ahead.pop(request, None)
+        if prefetched is None:
             self._ahead.clear()  # prefetched but not used
-            read = self._read(which, first, window)
-        else:
-            read = found.result()
+        read = self._read(*request) if prefetched is None else prefetched.result()
         features = {key: self._moved(value) for key, value in read.items()}
         mean, logvar = features.pop("mean"), features.pop("logvar")
         if noise is not None:
@@ -248,20 +242,21 @@ class FeatureStore:
         return moved.float() if moved.is_floating_point() else moved
 
     def _read(
-        self, clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
+        self, clips: tuple[int, ...], starts: tuple[int, ...] | None, window: int | None
     ) -> dict[str, Tensor]:
-        """Rows of all streams on the CPU."""
+        """Return rows of all streams, on the CPU."""
+        rows = np.array(clips, np.int64)
         pieces: dict[str, list[Tensor]] = {}
         for key, stream in self._streams.items():
             if stream.known:
-                pieces[key] = stream.find(clips, *self._cut(stream.shape[0], starts, window))
+                pieces[key] = stream.find(rows, *self._cut(stream.shape[0], starts, window))
         if self._text is not None:
-            pieces["text"] = self._text.find(self._text_row[clips], None, None)
+            pieces["text"] = self._text.find(self._text_row[rows], None, None)
         will_need(*(p for found in pieces.values() for p in found if not p.is_meta))
         features = {key: self._copied(found) for key, found in pieces.items()}
         for key, mask in self._masks.items():
             if not mask.all():
-                features[key] = torch.from_numpy(mask[clips])
+                features[key] = torch.from_numpy(mask[rows])
         return features
 
     def _copied(self, pieces: list[Tensor]) -> Tensor:
@@ -276,14 +271,17 @@ class FeatureStore:
         return batch
 
     def _cut(
-        self, length: int, starts: NDArray[np.int64] | None, window: int | None
+        self, length: int, starts: tuple[int, ...] | None, window: int | None
     ) -> tuple[NDArray[np.int64] | None, int | None]:
-        """First row and number of rows of a stream between the same times as latents `starts`."""
+        """Return the first places of windows in a stream of `length`, and their number of places.
+
+        They lie between the same times as `window` latents from `starts` on.
+        """
         if starts is None or window is None:
             return None, None
         rate = length / self.latent_length
         count = round(window * rate)
-        first = np.rint(starts * rate).astype(np.int64)
+        first = np.rint(np.array(starts) * rate).astype(np.int64)
         return np.minimum(first, length - count), count
 
 
@@ -393,11 +391,7 @@ def _stream(part: Part, key: str) -> Tensor:
     return torch.empty(len(part.tensors["mean"]), 1, 1, device="meta")
 
 
-def _numpy(values: Tensor) -> NDArray[np.int64]:
-    return values.cpu().numpy()
-
-
-def _request(
-    clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
-) -> _Request:
-    return clips.tobytes(), b"" if starts is None else starts.tobytes(), window
+def _request(clips: Tensor, starts: Tensor | None, window: int | None) -> _Request:
+    if starts is None:
+        return tuple(clips.tolist()), None, None
+    return tuple(clips.tolist()), tuple(starts.tolist()), window

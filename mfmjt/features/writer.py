@@ -130,8 +130,8 @@ class Writer:
         first, mine = rank_and_world()[0] == 0, share(jobs)
         stems = {job.path.stem for job in mine}
         for path in self.folder.glob(".*.*.*"):
-            stem = path.name.split(".")[1]
-            if stem in stems or (first and not path.match("*.safetensors")):
+            of_split = first and path.suffix in (".json", ".jsonl")
+            if of_split or path.name.split(".")[1] in stems:
                 path.unlink(missing_ok=True)
         missing = [job for job in mine if not self._is_done(job)]
         total = sum(len(job.items) for job in mine)
