@@ -85,6 +85,12 @@ class Done(NamedTuple):
     finished: bool
     notes: int = 0
 
+    def __str__(self) -> str:
+        """Return one line for the user."""
+        skipped = f", {self.rejects} skipped: {self.folder / REJECTS}" if self.rejects else ""
+        noted = f", {self.notes} with a note: {self.folder / NOTES}" if self.notes else ""
+        return f"{self.folder}: {self.clips} clips{skipped}{noted}."
+
 
 def extract(
     rows: Sequence[Row], out: str | Path, bundle: Bundle, settings: Settings | None = None
