@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": HELPERS,
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "features": {*PARTS, "data", *WORKERS, *HELPERS},
+    "features": {"codec", "encoders", "model", "data", *WORKERS, *HELPERS},
     "evaluate": {*PARTS, "checkpoints", "families", "data", "device", *HELPERS},
     "train": {
         *PARTS,
@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         *HELPERS,
     },
     "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*PARTS, "families", "features", "media", *WORKERS, *HELPERS},
+    "extract": {"encoders", "families", "features", "media", *WORKERS, *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
