@@ -15,8 +15,8 @@ from bench.rows import TRAIN, read
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
-from mfmjt.train.features import extract_all
-from mfmjt.train.recipe import FeatureExtraction, NetworkTraining, load_config
+from mfmjt.features.procedural import FeatureExtraction, extract_all
+from mfmjt.train.recipe import NetworkTraining, load_config
 from mfmjt.train.tasks.network import train_network
 
 __all__ = ["clips", "extract", "features", "training"]

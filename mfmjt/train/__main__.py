@@ -8,7 +8,7 @@ codec, encoders, features, network or classifier; RECIPE a JSON file, or the nam
 import sys
 
 from mfmjt.errors import InputError, MfmjtError
-from mfmjt.train.parallel import rank_and_world
+from mfmjt.processes import rank_and_world
 from mfmjt.train.stages import run
 
 

@@ -70,7 +70,7 @@ class CheckpointFolder:
         """Copy the state and begin to write it; returns before it is on disk.
 
         Args:
-            step: Optimiser step, which names it.
+            step: Optimizer step, which names it.
             tensors: Every tensor of the state, or this process's shards of it (DTensors). Those
                 whose names begin alike, up to a dot, share a file.
             state: All else, as JSON values, the same on every process.

@@ -22,7 +22,7 @@ from mfmjt import meanflow
 from mfmjt.errors import InputError, reason
 from mfmjt.model.lora import LoRA
 
-__all__ = ["DataSource", "FeatureExtraction", "Loop", "NetworkTraining", "as_json", "load_config"]
+__all__ = ["DataSource", "Loop", "NetworkTraining", "as_json", "load_config"]
 
 C = TypeVar("C")
 RECIPES = Path(__file__).parent / "configs"
@@ -32,29 +32,6 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "alpha_flow": meanflow.alpha_flow,
     "finite_difference": meanflow.finite_difference,
 }
-
-
-@dataclass(frozen=True)
-class FeatureExtraction:
-    """What to compute once for every clip before the network is trained.
-
-    Attributes:
-        out: Folder of the feature store; each split is a folder in it.
-        codec: Weights of the codec, from the stage `codec`.
-        encoders: Weights of the encoders, from the stage `encoders`.
-        clips: Number of training clips.
-        validation: Number of validation clips.
-        seed: Seed of the procedural set.
-        workers: Processes, each with one thread.
-    """
-
-    out: str = "output/nano/features"
-    codec: str = "output/nano/codec/codec.safetensors"
-    encoders: str = "output/nano/encoders/encoders.safetensors"
-    clips: int = 4000
-    validation: int = 128
-    seed: int = 0
-    workers: int = 2
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mfmjt.errors import InputError
-from mfmjt.train.features import extract_all
-from mfmjt.train.parallel import rank_and_world
-from mfmjt.train.recipe import FeatureExtraction, NetworkTraining, load_config
+from mfmjt.features.procedural import FeatureExtraction, extract_all
+from mfmjt.processes import rank_and_world
+from mfmjt.train.recipe import NetworkTraining, load_config
 from mfmjt.train.tasks.classifier import ClassifierStage, train_classifier
 from mfmjt.train.tasks.codec import CodecTraining, train_codec
 from mfmjt.train.tasks.encoders import EncodersTraining, train_encoders

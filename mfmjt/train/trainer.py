@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,16 +25,16 @@ from torch import Tensor, nn
 
 from mfmjt.cuda_graph import CapturedStep
 from mfmjt.errors import InputError, RunError
+from mfmjt.memory import keep_memory
+from mfmjt.progress import Progress
 from mfmjt.train import optim, parallel
 from mfmjt.train.checkpoint import CheckpointFolder
 from mfmjt.train.log import TrainingLog
-from mfmjt.train.memory import keep_memory
 from mfmjt.train.optim import EMA
 from mfmjt.train.parallel import Processes
-from mfmjt.train.progress import Progress
 from mfmjt.train.recipe import Loop, as_json
 
-__all__ = ["Batch", "Part", "Task", "Trainer", "TrainingResult", "train"]
+__all__ = ["Batch", "Pass", "Task", "Trainer", "TrainingResult", "train"]
 
 CHECKPOINTS = "checkpoints"
 FIXED = ("model", "overrides", "ema", "lora", "train_encoder")
@@ -41,7 +42,7 @@ FIXED = ("model", "overrides", "ema", "lora", "train_encoder")
 PATIENCE = 50  # steps in a row that may be skipped before the run is given up
 
 
-class Part(NamedTuple):
+class Pass(NamedTuple):
     """What one forward pass works on.
 
     Attributes:
@@ -60,15 +61,15 @@ class Batch(NamedTuple):
     Attributes:
         rows: Rows of the batch, of all processes.
         figures: Names of what is measured on it, `loss` first.
-        parts: This process's, pass by pass.
+        passes: What this process computes of it, one after the other.
     """
 
     rows: int
     figures: tuple[str, ...]
-    parts: tuple[Part, ...]
+    passes: tuple[Pass, ...]
 
 
-class Task:
+class Task(ABC):
     """What is trained; a subclass says how.
 
     Args:
@@ -95,26 +96,26 @@ class Task:
         """Return the learning rate over its peak at `step`, when `share` of the run is done."""
         return optim.schedule(step, share, self.loop.warmup, self.loop.schedule)
 
+    @abstractmethod
     def draw(self, step: int) -> Batch:
         """Draw the batch of a step, and fetch this process's rows of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, *inputs: Any) -> Mapping[str, Tensor]:
-        """Return the figures of one part, scalars by name; `loss` is the one to descend."""
-        raise NotImplementedError
+        """Return the figures of one pass, scalars by name; `loss` is the one to descend."""
 
+    @abstractmethod
     def validate(self) -> dict[str, float]:
         """Return figures on validation data; the net has its averaged weights and is in `eval`."""
-        raise NotImplementedError
 
-    def preview(self, step: int, log: TrainingLog) -> None:
+    def preview(self, step: int, log: TrainingLog) -> None:  # noqa: B027
         """Show what the net makes of validation data; it is as for `validate`."""
 
+    @abstractmethod
     def export(self) -> Path:
         """Write the net, which is as for `validate`; return the file. Every process calls this."""
-        raise NotImplementedError
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027
         """Wait until no thread of the task uses the GPU."""
 
 
@@ -298,13 +299,13 @@ class Trainer:
         world = self.processes.world
         self.optimizer.zero_grad(set_to_none=True)
         figures = {name: torch.zeros((), device=self.device) for name in batch.figures}
-        for n, part in enumerate(batch.parts):
-            with parallel.gradient_sync(self.task.model, n == len(batch.parts) - 1):
-                terms = self.task.loss(*part.inputs)
+        for n, given in enumerate(batch.passes):
+            with parallel.gradient_sync(self.task.model, n == len(batch.passes) - 1):
+                terms = self.task.loss(*given.inputs)
                 # The mean over these rows counts as much as they are of the batch; gradients are
                 # then averaged over processes, not added up.
-                (terms["loss"] * (part.weights["loss"] * world)).backward()
-            for name, weight in part.weights.items():
+                (terms["loss"] * (given.weights["loss"] * world)).backward()
+            for name, weight in given.weights.items():
                 figures[name] += terms[name].detach() * weight
         norm = nn.utils.clip_grad_norm_(self.params, self.loop.clip or math.inf, foreach=True)
         norm = parallel.whole(norm) / world  # the same everywhere, and added up

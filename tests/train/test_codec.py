@@ -103,7 +103,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
         trainer = Trainer(CodecTask(dataclasses.replace(TINY, out=tmp_path)), processes)
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
     batch = trainer.task.draw(0)
-    batch.parts[0].inputs[1][0, 0, 0] = math.nan  # of the latents' noise
+    batch.passes[0].inputs[1][0, 0, 0] = math.nan  # of the latents' noise
     assert math.isnan(float(trainer.work(batch, trainer._flags())[0]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
 

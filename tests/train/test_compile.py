@@ -81,7 +81,7 @@ def test_what_is_not_finite_changes_nothing(recipe):
     run.work(run.task.draw(0), run._flags())
     before = {key: value.clone() for key, value in run.tensors().items()}
     drawn = run.task.draw(0)
-    features = drawn.parts[0].inputs[0]
+    features = drawn.passes[0].inputs[0]
     features["latent"][0, 0, 0] = math.inf
     with Waits():
         flat = run.work(drawn, run._flags())

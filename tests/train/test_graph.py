@@ -9,7 +9,7 @@ import torch
 
 from mfmjt import cuda_graph
 from mfmjt.cuda_graph import CapturedStep
-from mfmjt.train import store
+from mfmjt.features import store
 from mfmjt.train.parallel import Processes
 from mfmjt.train.tasks.network import NetworkTask
 from mfmjt.train.trainer import Trainer

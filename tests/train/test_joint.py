@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from mfmjt.errors import InputError
+from mfmjt.features.format import write_part
+from mfmjt.features.store import FeatureStore
 from mfmjt.model import MFMJT
 from mfmjt.train.recipe import DataSource, NetworkTraining, load_config
-from mfmjt.train.shards import write_shard
-from mfmjt.train.store import FeatureStore
 from mfmjt.train.tasks.network import train_network
 from mfmjt.train.tasks.step import Step, draw
 from tests.train.states import curve, load_state, same_state, undo
@@ -28,7 +28,7 @@ def sounds(store, tmp_path_factory) -> Path:
     index = json.loads((store / "train" / "index.json").read_text())
     for name in index["shards"]:
         tensors = load_file(store / "train" / name)
-        write_shard(folder / "train" / name, {k: tensors[k] for k in ("mean", "logvar")}, {})
+        write_part(folder / "train" / name, {k: tensors[k] for k in ("mean", "logvar")}, {})
     index["captions"] = ["", *index["captions"][1:]]
     (folder / "train" / "index.json").write_text(json.dumps(index))
     return folder

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mfmjt.features.format import write_part
 from mfmjt.model import MFMJT, to_mmaudio_state_dict
-from mfmjt.train.shards import write_shard
 from mfmjt.train.stages import run
 from tests.support.bundles import TINY_CODEC, TINY_ENCODERS
 from tests.support.peers import load_peft
@@ -71,7 +71,7 @@ def store(tmp_path_factory) -> Path:
             name: torch.randn(CLIPS, *shape, generator=draw).half()
             for name, shape in shapes.items()
         }
-        write_shard(folder / split / "000000.safetensors", features, {})
+        write_part(folder / split / "000000.safetensors", features, {})
         index = {
             "captions": [f"clip {i}" for i in range(CLIPS)], "shards": ["000000.safetensors"],
             "latent_mean": [0.1] * 20, "latent_std": [1.2] * 20,

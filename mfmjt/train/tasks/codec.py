@@ -145,7 +145,7 @@ class CodecTask(ProceduralTask):
         starts = rng.integers(self.samples - crop, size=batch)
         crops = [self.sounds[row, at : at + crop] for row, at in zip(rows, starts, strict=True)]
         target = torch.from_numpy(np.stack(crops)).float() / 32767
-        # Gain and polarity: eight classes of loudness are not what the latents should memorise.
+        # Gain and polarity: eight classes of loudness are not what the latents should memorize.
         gain = rng.uniform(0.5, 1.0, size=(batch, 1)) * rng.choice([-1.0, 1.0], size=(batch, 1))
         target = target * torch.from_numpy(gain).float()
         noise = torch.randn(batch, self.frames, self.codec.config.latent_dim, generator=generator)

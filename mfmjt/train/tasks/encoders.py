@@ -186,7 +186,7 @@ def _augment(frames: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
         x = x * float(rng.uniform(0.8, 1.2)) + float(rng.uniform(-0.15, 0.15))
         start = int(rng.integers(x.numel()))
         x = x + float(rng.uniform(0, 0.04)) * grain[start : start + x.numel()].view(x.shape)
-        # Blocks of eight pixels that flicker, as coarse quantisation makes them.
+        # Blocks of eight pixels that flicker, as coarse quantization makes them.
         blocks = rng.standard_normal((length, 3, height // 8, 1, width // 8, 1), dtype=np.float32)
         x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))
         x = x + float(rng.uniform(0, 0.03)) * torch.from_numpy(blocks)

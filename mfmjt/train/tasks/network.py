@@ -20,6 +20,7 @@ from mfmjt.codec import Codec, NanoCodec
 from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.families import open_bundle
+from mfmjt.features.store import FeatureStore
 from mfmjt.model import MFMJT, ModelConfig, load_mmaudio
 from mfmjt.model.checkpoint import is_ours
 from mfmjt.model.config import config_for
@@ -28,9 +29,8 @@ from mfmjt.train import parallel, preview
 from mfmjt.train.log import TrainingLog
 from mfmjt.train.parallel import Processes
 from mfmjt.train.recipe import NetworkTraining
-from mfmjt.train.store import FeatureStore
 from mfmjt.train.tasks.step import Draws, Step, compile_step, draw
-from mfmjt.train.trainer import Batch, Part, Task, TrainingResult, train
+from mfmjt.train.trainer import Batch, Pass, Task, TrainingResult, train
 
 __all__ = ["AUTO", "NetworkTask", "starting_network", "train_network"]
 
@@ -133,16 +133,16 @@ class NetworkTask(Task):
         intervals = 0 if step < config.flow_steps else round(config.ratio * rows)
         whole = draw(config, self.store, rows, window, intervals, self.generator, self.chooser)
         of = dict(zip(FIGURES, (rows, rows - intervals, intervals), strict=True))
-        parts = []
+        passes = []
         for index in self._indices():
             draws = whole.rows(index)
             features = self.store.rows(draws.clips, draws.starts, draws.latent_noise)
             mine, first = len(range(rows)[index]), len(range(intervals)[index])
             counts = zip(FIGURES, (mine, mine - first, first), strict=True)
             weights = {name: count / of[name] for name, count in counts if count}
-            parts.append(Part((features, draws, first), weights))
+            passes.append(Pass((features, draws, first), weights))
         self._prefetch_next(step + 1)
-        return Batch(rows, tuple(name for name, count in of.items() if count), tuple(parts))
+        return Batch(rows, tuple(name for name, count in of.items() if count), tuple(passes))
 
     def _rows(self, step: int) -> tuple[int, int | None]:
         """How many clips a step takes, and windows of how many latents; None for whole clips."""
@@ -153,8 +153,8 @@ class NetworkTask(Task):
 
     def _indices(self) -> list[slice]:
         """Which rows are this process's, pass by pass."""
-        passes = self.config.accumulate
-        return [self.processes.rows(part, passes) for part in range(passes)]
+        count = self.config.accumulate
+        return [self.processes.rows(number, count) for number in range(count)]
 
     def _prefetch_next(self, step: int) -> None:
         """Let the store read what a step will draw while the one before computes."""
@@ -281,7 +281,7 @@ def _codec(path: str, config: ModelConfig) -> Codec:
 def starting_network(config: NetworkTraining) -> MFMJT:
     """Make the network, or read it; put adapters in where they are asked for.
 
-    A network that is read keeps its own normalisation of latents and its own null text, and is at
+    A network that is read keeps its own normalization of latents and its own null text, and is at
     first the function it was: MMAudio's velocity with the opposite sign, for every r.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import nn
 from mfmjt.files import atomic_path
 from mfmjt.train import optim
 from mfmjt.train.recipe import Loop
-from mfmjt.train.trainer import Batch, Part, Task
+from mfmjt.train.trainer import Batch, Pass, Task
 
 __all__ = ["ProceduralTask", "ProceduralTraining", "render_array", "whole_batch"]
 
@@ -102,8 +102,8 @@ class ProceduralTask(Task):
 
 
 def whole_batch(rows: int, figures: tuple[str, ...], *inputs: Any) -> Batch:
-    """Return a batch of one part."""
-    return Batch(rows, figures, (Part(inputs, dict.fromkeys(figures, 1.0)),))
+    """Return a batch of one pass."""
+    return Batch(rows, figures, (Pass(inputs, dict.fromkeys(figures, 1.0)),))
 
 
 def render_array(

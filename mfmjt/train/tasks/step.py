@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mfmjt import meanflow
+from mfmjt.features.store import FeatureStore
 from mfmjt.meanflow.targets import Target, Velocity
 from mfmjt.train.recipe import TARGETS, NetworkTraining, named
-from mfmjt.train.store import FeatureStore
 
 __all__ = ["Draws", "Step", "compile_step", "draw"]
 
@@ -27,7 +27,7 @@ class Draws(NamedTuple):
         clips: Clips (B,) int64, on the CPU.
         starts: First latents of the windows (B,) int64, on the CPU; None for whole clips.
         latent_noise: Of sampling the codec's latents (B, N, C).
-        video_mask: Rows (B,) that keep video and synchronisation.
+        video_mask: Rows (B,) that keep video and synchronization.
         text_mask: Rows (B,) that keep their text.
         r: End of the interval (B,).
         t: Its begin (B,).
@@ -85,7 +85,7 @@ def draw(
 
 
 class Step(nn.Module):
-    """The loss of some rows as one module with one forward pass, which is what DDP can synchronise.
+    """The loss of some rows as one module with one forward pass, which is what DDP can synchronize.
 
     MeanFlow calls the network twice, one time of that inside `torch.func.jvp`. Wrapped alone, the
     network would be called around DDP's hooks, and gradients would differ between processes
