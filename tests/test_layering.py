@@ -13,28 +13,32 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
-HELPERS = {"errors", "files"}
+HELPERS = {"errors", "files", "progress"}
 ENDS = {"codec", "encoders", "data"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "device": {"errors"},
+    "progress": set(),
+    "devices": {"errors"},
     "checkpoints": HELPERS,
     "kernels": set(),
     "model": {"kernels", "checkpoints", *HELPERS},
     "meanflow": {"errors"},
     **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
     "media": HELPERS,
-    "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
-    "train": {*ENDS, "model", "meanflow", "evaluate", "device", *HELPERS},
-    "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*ENDS, "model", "media", "pipeline", "train", "device", *HELPERS},
+    "evaluate": {*ENDS, "model", "meanflow", "devices", *HELPERS},
+    "train": {*ENDS, "model", "meanflow", "evaluate", "devices", *HELPERS},
+    "pipeline": {*ENDS, "model", "meanflow", "media", "devices", "checkpoints", *HELPERS},
+    "extract": {*ENDS, "model", "media", "pipeline", "train", "devices", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
-TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train")
+TRAINING = (
+    *("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train"),
+    *("devices", *sorted(HELPERS)),
+)
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 
 

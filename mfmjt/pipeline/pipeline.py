@@ -18,7 +18,7 @@ from mfmjt.codec import MMAudioCodec, NanoCodec
 from mfmjt.codec.bigvgan import BigVGANConfig
 from mfmjt.codec.mmaudio import codec_files
 from mfmjt.codec.vae import VAEConfig
-from mfmjt.device import choose_device
+from mfmjt.devices import choose_device
 from mfmjt.encoders import CLIPConfig, MMAudioEncoders, NanoEncoders, SynchformerConfig
 from mfmjt.encoders.mmaudio import ENCODER_FILES
 from mfmjt.errors import InputError, RunError, some

@@ -18,3 +18,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A video of 1.2 s."""
     return write_video(tmp_path_factory.mktemp("clips") / "clip.mp4", frames=30)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
