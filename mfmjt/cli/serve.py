@@ -64,8 +64,8 @@ def serve(
         root_path=root_path,
     )
     try:
+        from mfmjt.serve.guard import is_local
         from mfmjt.serve.server import serve as run
-        from mfmjt.serve.shield import is_local
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "mfmjt":
             raise

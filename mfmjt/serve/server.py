@@ -12,7 +12,7 @@ import uvicorn
 
 from mfmjt.errors import RunError
 from mfmjt.pipeline import Pipeline
-from mfmjt.serve.api import create_app
+from mfmjt.serve.app import create_app
 from mfmjt.serve.settings import Settings
 
 __all__ = ["serve"]

@@ -1,6 +1,6 @@
 """The process in which an upload is opened: what a hostile file breaks is this process alone.
 
-`python -m mfmjt.serve.child` reads one request (JSON) from its standard input, does one of two
+`python -m mfmjt.serve.sandboxed` reads one request (JSON) from its standard input, does one of two
 things with a file in its working folder, and writes one line of JSON: what it found, or why the
 file is refused. It imports no more than it needs, because every upload starts it anew.
 """
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> dict[str, Any]:
-    """Write pictures at each rate as `pictures-N.npy`; tells their duration and notes."""
+    """Write pictures at each rate as `frames-N.npy`; tells their duration and notes."""
     duration, limit = request["duration"], request["limit"]
     with video.open("rb") as file:
         head = file.read(600)
@@ -112,7 +112,7 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
         for pieces, new in zip(found, block, strict=True):
             pieces += [np.asarray(piece) for piece in new]
     for i, pieces in enumerate(found):
-        np.save(f"pictures-{i}.npy", np.concatenate(pieces), allow_pickle=False)
+        np.save(f"frames-{i}.npy", np.concatenate(pieces), allow_pickle=False)
     containers, notes = destinations(video, Fraction(stream.duration), FORMATS)
     return {
         "duration": stream.duration,

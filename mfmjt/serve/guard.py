@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mfmjt.serve.settings import Settings, authority
 
-__all__ = ["HEAD", "Shield", "is_local"]
+__all__ = ["HEAD", "Guard", "is_local"]
 
 HEAD = "mfmjt.head"
 """Key of the scope that says whether the body of the answer is left out."""
@@ -42,7 +42,7 @@ def is_local(host: str) -> bool:
         return False
 
 
-class Shield:
+class Guard:
     """Refuses requests under foreign names, from foreign pages, or without the token.
 
     A page from elsewhere whose name was made to point here (DNS rebinding) sends that name as

@@ -1,4 +1,4 @@
-"""Uploads, opened in a process of their own (`mfmjt.serve.child`)."""
+"""Uploads, opened in a process of their own (`mfmjt.serve.sandboxed`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import numpy as np
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.media import Video
 
-__all__ = ["PICTURES", "Reader", "load_pictures"]
+__all__ = ["FRAMES", "Sandbox", "load_frames"]
 
-PICTURES = ("pictures-0.npy", "pictures-1.npy")
+FRAMES = ("frames-0.npy", "frames-1.npy")
 _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _ANSWER = 64 * 1024  # bytes, at most, that a child has to say
 
 
-class Reader:
+class Sandbox:
     """Starts the processes, at most so many at once, and ends those that take too long.
 
     Args:
@@ -74,7 +74,7 @@ class Reader:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "mfmjt.serve.child",
+                "mfmjt.serve.sandboxed",
                 cwd=folder,
                 # No secret of the server's environment; the same code and libraries as here.
                 env={
@@ -115,14 +115,14 @@ class Reader:
         return answer
 
 
-def load_pictures(folder: Path, found: dict[str, Any]) -> Video:
+def load_frames(folder: Path, found: dict[str, Any]) -> Video:
     """What a child read, for the pipeline.
 
     Raises:
         RunError: The files are not there any more.
     """
     try:
-        frames = tuple(np.load(folder / name, allow_pickle=False) for name in PICTURES)
+        frames = tuple(np.load(folder / name, allow_pickle=False) for name in FRAMES)
     except (OSError, ValueError) as error:
         raise RunError(
             f"The pictures of the video are gone: {reason(error)}. Send it again."

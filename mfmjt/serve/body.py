@@ -138,18 +138,18 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no number")
 
 
-async def _body(request: Request, most: int, settings: Settings) -> AsyncGenerator[bytes, None]:
+async def _body(request: Request, limit: int, settings: Settings) -> AsyncGenerator[bytes, None]:
     """The body in blocks, until it is too large or its sender falls silent."""
     declared = request.headers.get("content-length", "")
     large = HTTPException(
         413,
-        f"The request is larger than {most // 2**20} MB."
-        if most >= 2**20
-        else f"The request is larger than {most // 1024} kB.",
+        f"The request is larger than {limit // 2**20} MB."
+        if limit >= 2**20
+        else f"The request is larger than {limit // 1024} kB.",
         # What the sender still has to say is not waited for.
         {"Connection": "close"},
     )
-    if declared.isdigit() and int(declared) > most:
+    if declared.isdigit() and int(declared) > limit:
         raise large
     size = 0
     stream = request.stream().__aiter__()
@@ -165,7 +165,7 @@ async def _body(request: Request, most: int, settings: Settings) -> AsyncGenerat
                 {"Connection": "close"},
             ) from None
         size += len(block)
-        if size > most:
+        if size > limit:
             raise large
         yield block
 
