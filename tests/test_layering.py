@@ -14,30 +14,43 @@ PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
 HELPERS = {"errors", "files", "progress"}
-ENDS = {"codec", "encoders", "data"}
+PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "progress": set(),
     "devices": {"errors"},
+    "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
     "model": {"kernels", "checkpoints", *HELPERS},
-    "meanflow": {"errors"},
-    **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
+    "meanflow": {"cuda_graph", "errors"},
+    "codec": {"kernels", "checkpoints", *HELPERS},
+    "encoders": {"kernels", "model", "checkpoints", *HELPERS},
+    "data": HELPERS,
     "media": HELPERS,
-    "evaluate": {*ENDS, "model", "meanflow", "devices", *HELPERS},
-    "train": {*ENDS, "model", "meanflow", "evaluate", "devices", *HELPERS},
-    "pipeline": {*ENDS, "model", "meanflow", "media", "devices", "checkpoints", *HELPERS},
-    "extract": {*ENDS, "model", "media", "pipeline", "train", "devices", *HELPERS},
+    "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
+    "evaluate": {*PARTS, "families", "data", "devices", *HELPERS},
+    "train": {*PARTS, "families", "data", "evaluate", "devices", "cuda_graph", *HELPERS},
+    "pipeline": {*PARTS, "families", "media", "devices", "checkpoints", *HELPERS},
+    "extract": {*PARTS, "families", "data", "media", "train", "devices", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
 TRAINING = (
-    *("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train"),
-    *("devices", *sorted(HELPERS)),
+    "kernels",
+    "model",
+    "meanflow",
+    "codec",
+    "encoders",
+    "data",
+    "families",
+    "evaluate",
+    "train",
+    "devices",
+    *sorted(HELPERS),
 )
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 

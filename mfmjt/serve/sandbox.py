@@ -8,11 +8,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mfmjt.encoders import FrameSpec
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.media import Video
 
@@ -30,12 +32,14 @@ class Sandbox:
         workers: Processes at once.
         seconds: Wall time of each.
         memory: Bytes of each, beside what it takes by itself.
-        spec: Which pictures the encoders want: `rates`, `size`, `mmaudio`.
+        specs: The frames that the encoders take.
     """
 
-    def __init__(self, workers: int, seconds: float, memory: int, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, workers: int, seconds: float, memory: int, specs: Sequence[FrameSpec]
+    ) -> None:
         self._slots = asyncio.Semaphore(workers)
-        self._seconds, self._memory, self._spec = seconds, memory, spec
+        self._seconds, self._memory, self._specs = seconds, memory, specs
 
     async def read(self, folder: Path, duration: float | None, limit: float) -> dict[str, Any]:
         """Read the file `upload` of a folder; its pictures are then in files beside it.
@@ -52,7 +56,7 @@ class Sandbox:
         Raises:
             InputError: The file cannot be used.
         """
-        asked = {"do": "read", "duration": duration, "limit": limit, **self._spec}
+        asked = {"do": "read", "duration": duration, "limit": limit, "specs": self._specs}
         return await self._run(folder, asked)
 
     async def mux(self, folder: Path, sound: str, output: str) -> list[str]:

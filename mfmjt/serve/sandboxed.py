@@ -14,11 +14,9 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
@@ -68,13 +66,13 @@ def main() -> None:
     """Do what standard input asks for; the one line on standard output says how it ended."""
     request = json.load(sys.stdin)
     _follow_parent()
-    fit = _fits(request)
+    options = _options(request["specs"]) if request["do"] == "read" else {}
     _limit(request["memory"], request["seconds"])
     video = Path("upload")
     try:
         # FFmpeg tells its troubles to the terminal; nobody reads them here.
         av.logging.set_level(None)
-        answer = _read(video, request, fit) if request["do"] == "read" else _mux(video, request)
+        answer = _read(video, request, options) if request["do"] == "read" else _mux(video, request)
     except MfmjtError as error:
         answer = {"refused": _plain(str(error), "the file")}
     except MemoryError:
@@ -84,7 +82,7 @@ def main() -> None:
     os._exit(0)  # nothing of the decoder's own threads and clean-up is worth waiting for
 
 
-def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> dict[str, Any]:
+def _read(video: Path, request: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Write pictures at each rate as `frames-N.npy`; tells their duration and notes."""
     duration, limit = request["duration"], request["limit"]
     with video.open("rb") as file:
@@ -97,17 +95,8 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
     signal.setitimer(signal.ITIMER_REAL, SURVEY_SECONDS)
     _survey(video, duration, limit)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    stream = media.VideoStream(
-        video,
-        request["rates"],
-        request["size"],
-        duration,
-        limit,
-        fit,
-        "shown" if fit is None else "next",
-        FORMATS,
-    )
-    found: list[list[Any]] = [[] for _ in request["rates"]]
+    stream = media.VideoStream(video, duration=duration, limit=limit, formats=FORMATS, **options)
+    found: list[list[Any]] = [[] for _ in options["rates"]]
     for block in stream:
         for pieces, new in zip(found, block, strict=True):
             pieces += [np.asarray(piece) for piece in new]
@@ -170,21 +159,21 @@ def _mux(video: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"notes": [_plain(note) for note in notes]}
 
 
-def _fits(request: dict[str, Any]) -> list[media.Fit] | None:
-    """What MMAudio's networks are given of a picture; others get squares as they are decoded."""
-    if not request.get("mmaudio"):
-        return None
+def _options(specs: list[list[Any]]) -> dict[str, Any]:
+    """Arguments of `media.VideoStream` for frames as the encoders take them.
+
+    Args:
+        specs: `FrameSpec` of each stream.
+    """
+    rates, sizes, fits, picks = zip(*specs, strict=True)
+    if fits[0] == "decoder":  # without PyTorch, which takes long to load
+        return {"rates": rates, "size": sizes, "fit": None, "pick": picks[0]}
     import torch
 
-    from mfmjt.encoders import MMAudioEncoders
+    from mfmjt.encoders.base import FrameSpec, stream_options
 
     torch.set_num_threads(2)
-    sizes = cast(MMAudioEncoders, SimpleNamespace(frame_size=request["size"]))
-
-    def fitted(way: Callable[[Any, torch.Tensor], torch.Tensor]) -> media.Fit:
-        return lambda picture: way(sizes, torch.from_numpy(picture)).numpy()
-
-    return [fitted(MMAudioEncoders.fit_frames), fitted(MMAudioEncoders.fit_sync)]
+    return stream_options([FrameSpec(*spec) for spec in specs])
 
 
 def _limit(memory: int, seconds: float) -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from mfmjt.encoders import MMAudioEncoders
 from mfmjt.errors import InputError
 from mfmjt.pipeline import Pipeline
 from mfmjt.serve.body import read_request
@@ -44,26 +43,20 @@ class Service:
         self.jobs = Jobs(settings, self.run)
         self.metrics = Metrics(lambda: self.jobs.busy, lambda: len(self.jobs))
         self.examples = Examples(self.run.folder)
-        encoders = pipeline.encoders
         self.sandbox = Sandbox(
             settings.workers,
             settings.read_seconds,
             settings.memory,
-            {
-                "rates": (encoders.video_fps, encoders.sync_fps),
-                "size": encoders.frame_size,
-                "mmaudio": isinstance(encoders, MMAudioEncoders),
-            },
+            pipeline.encoders.frame_specs,
         )
         self.worker = Worker(pipeline, settings.batch, asyncio.get_running_loop(), self._count)
-        steps, guidance, mode = pipeline.settled()
         self.model = Model(
             name=name,
             device=str(pipeline.device),
             sample_rate=pipeline.codec.sample_rate,
-            steps=steps,
-            guidance=guidance,
-            guidance_mode=mode,
+            steps=pipeline.sampling.steps,
+            guidance=pipeline.sampling.guidance,
+            guidance_mode=pipeline.sampling.mode,
             max_duration=settings.max_duration,
             max_upload=settings.max_upload,
             max_count=MAX_COUNT,
