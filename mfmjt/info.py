@@ -91,7 +91,7 @@ def _gpus() -> list[str]:
 
 
 def _ops() -> list[str]:
-    """The C++ kernels, and one line for each op: what runs it on each device."""
+    """Return a line on the C++ kernels, and one for each op: what runs it on each device."""
     import torch
 
     from mfmjt import kernels
@@ -117,7 +117,7 @@ def _ops() -> list[str]:
 
 
 def _on_cpu(op: str, parts: list[str], served: set[str]) -> str:
-    """What runs the parts of an op (value fwd, tangent jvp, gradient bwd) on a CPU."""
+    """Return what runs the parts of an op (value fwd, tangent jvp, gradient bwd) on a CPU."""
     native = [part for part in parts if f"{op}_{part}" in served]
     if native and native == parts:
         return "C++"

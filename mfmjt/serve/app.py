@@ -1,4 +1,4 @@
-"""The application: the API, the page, and what stands before both."""
+"""The application: the API, the page, and the guard before both."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PAGE = Path(__file__).with_name("page")
 
 
 def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
-    """The application that a server such as uvicorn runs.
+    """Build the application that a server such as uvicorn runs.
 
     Args:
-        pipeline: Makes the sounds; nobody else may use it meanwhile.
+        pipeline: Makes the sounds; nothing else may use it meanwhile.
         name: What the model is called.
         settings: Limits and addresses.
     """
@@ -85,7 +85,7 @@ def create_app(pipeline: Pipeline, name: str, settings: Settings) -> FastAPI:
 
 
 def _add_page(app: FastAPI, root: str) -> None:
-    """Return the page's files, read once: no path of a request is ever opened.
+    """Serve the page's files, which are read once: no path of a request is ever opened.
 
     Their addresses are relative, so that the page works under any path. Where its own path is shown
     without a slash at the end they would lead elsewhere: `root` stands before them for that.
@@ -122,7 +122,7 @@ def _add_page(app: FastAPI, root: str) -> None:
 
 
 def _add_faults(app: FastAPI) -> None:
-    """Every error is a `Fault`."""
+    """Answer every error with a `Fault`."""
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

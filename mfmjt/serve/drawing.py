@@ -20,7 +20,7 @@ RANGE = 70.0  # dB under the loudest
 
 
 def drawing(waveform: Tensor, sample_rate: int) -> dict[str, Any]:
-    """Numbers for a page to draw.
+    """Return numbers for a page to draw.
 
     Args:
         waveform: Samples `(S,)`.

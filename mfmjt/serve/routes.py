@@ -44,9 +44,24 @@ def _job(request: Request, name: str) -> Job:
     return job
 
 
-def _error_responses(reasons: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    """The published answers to what cannot be done: status -> why."""
-    return {code: {"model": Fault, "description": reason} for code, reason in reasons.items()}
+_FAULTS = {
+    400: "The body cannot be read.",
+    401: "The token is missing or wrong.",
+    403: "The request comes from another origin's page.",
+    404: "There is no such job.",
+    408: "The body stopped coming.",
+    409: "The job is not done, or the container cannot hold its video.",
+    413: "The body is too large.",
+    415: "The content type is neither a form nor JSON.",
+    421: "The Host header names another server.",
+    422: "The request, its video or a parameter cannot be used.",
+    429: "The queue is full.",
+}
+
+
+def _faults(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Return `responses` of an endpoint for these statuses."""
+    return {code: {"model": Fault, "description": _FAULTS[code]} for code in codes}
 
 
 _EVENT = {
@@ -61,43 +76,20 @@ _EVENT = {
     },
     "required": ["event", "data"],
 }
-_COMMON = _error_responses(
-    {
-        401: "The token is missing or wrong.",
-        403: "The request comes from another origin's page.",
-        421: "The Host header names another server.",
-    }
-)
-_NO_JOB = _error_responses(
-    {404: "There is no such job.", 422: "A parameter is not what it should be."}
-)
-router = APIRouter(responses=_COMMON)
+router = APIRouter(responses=_faults(401, 403, 421))
 
 
 @router.post(
     "/v1/generate",
     status_code=202,
-    response_model=JobState,
     responses={
         202: {"headers": {"Location": {"schema": {"type": "string"}}}},
-        **_error_responses(
-            {
-                400: "The body cannot be read.",
-                408: "The body stopped coming.",
-                413: "The body is too large.",
-                415: "The content type is neither a form nor JSON.",
-                422: "The request or its video cannot be used.",
-            }
-        ),
-        429: {
-            "model": Fault,
-            "description": "The queue is full.",
-            "headers": {"Retry-After": {"schema": {"type": "integer"}}},
-        },
+        **_faults(400, 408, 413, 415, 422),
+        429: _faults(429)[429] | {"headers": {"Retry-After": {"schema": {"type": "integer"}}}},
     },
 )
 async def generate(request: Request, response: Response) -> JobState:
-    """Make sound for a video (form) or for a prompt alone (JSON); answers with a job."""
+    """Make sound for a video (form) or for a prompt alone (JSON); the answer is a job."""
     service = _service(request)
     status = 202
     try:
@@ -114,13 +106,13 @@ async def generate(request: Request, response: Response) -> JobState:
     return service.state(job)
 
 
-@router.get("/v1/jobs/{job}", response_model=JobState, responses=_NO_JOB)
+@router.get("/v1/jobs/{job}", responses=_faults(404, 422))
 async def job_state(request: Request, job: JobName) -> JobState:
-    """How far a job is, and what it made."""
+    """Return how far a job is, and what it made."""
     return _service(request).state(_job(request, job))
 
 
-@router.delete("/v1/jobs/{job}", status_code=204, responses=_NO_JOB)
+@router.delete("/v1/jobs/{job}", status_code=204, responses=_faults(404, 422))
 async def remove_job(request: Request, job: JobName) -> None:
     """End a job and remove its files."""
     _service(request).jobs.remove(_job(request, job))
@@ -135,7 +127,7 @@ async def remove_job(request: Request, job: JobName) -> None:
             "stream is closed before that is dropped.",
             "content": {"text/event-stream": {"schema": _EVENT}},
         },
-        **_NO_JOB,
+        **_faults(404, 422),
     },
 )
 async def job_events(request: Request, job: JobName) -> StreamingResponse:
@@ -174,8 +166,7 @@ async def job_events(request: Request, job: JobName) -> StreamingResponse:
                 **{name: {"schema": {"type": "string"}} for name in _TYPES.values()},
             }
         },
-        **_NO_JOB,
-        **_error_responses({409: "The job is not done, or the container cannot hold its video."}),
+        **_faults(404, 409, 422),
     },
 )
 async def sound(
@@ -204,15 +195,15 @@ async def sound(
     return FileResponse(path, media_type=_TYPES[kind], filename=name)
 
 
-@router.get("/healthz", response_model=Health)
+@router.get("/healthz")
 async def health(request: Request) -> Health:
-    """That the server works."""
+    """Return whether the server works, and how busy it is."""
     return Health(status="ok", busy=_service(request).jobs.busy)
 
 
-@router.get("/v1/models", response_model=Models)
+@router.get("/v1/models")
 async def models(request: Request) -> Models:
-    """The model, its defaults, and the limits of requests."""
+    """Return the model, its defaults, and the limits of requests."""
     return Models(models=[_service(request).model])
 
 
@@ -222,7 +213,7 @@ async def models(request: Request) -> Models:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
+    """Return metrics for Prometheus."""
     return Response(
         _service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
     )

@@ -1,4 +1,4 @@
-"""Uploads, opened in a process of their own (`mfmjt.serve.sandboxed`)."""
+"""Opens uploads in a process of their own (`mfmjt.serve.sandboxed`)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ANSWER = 64 * 1024  # bytes, at most, that a child has to say
 
 
 class Sandbox:
-    """Starts the processes, at most so many at once, and ends those that take too long.
+    """Starts the processes, a bounded number at once, and kills those that take too long.
 
     Args:
         workers: Processes at once.
-        seconds: Wall time of each.
-        memory: Bytes of each, beside what it takes by itself.
+        seconds: Wall time of each at most.
+        memory: Bytes of each at most, in addition to what an idle one takes.
         specs: The frames that the encoders take.
     """
 
@@ -42,7 +42,7 @@ class Sandbox:
         self._seconds, self._memory, self._specs = seconds, memory, specs
 
     async def read(self, folder: Path, duration: float | None, limit: float) -> dict[str, Any]:
-        """Read the file `upload` of a folder; its pictures are then in files beside it.
+        """Read the file `upload` of a folder; its frames are then in `FRAMES` beside it.
 
         Args:
             folder: Where the upload is.
@@ -60,13 +60,13 @@ class Sandbox:
         return await self._run(folder, asked)
 
     async def mux(self, folder: Path, sound: str, output: str) -> list[str]:
-        """Write the upload's pictures with another sound to `output` in the same folder.
+        """Write the upload's video stream with another sound to `output` in the same folder.
 
         Returns:
             One line each on what of the upload is not in the output.
 
         Raises:
-            InputError: The container cannot hold the pictures as they are.
+            InputError: The container cannot hold the video stream as it is.
         """
         answer = await self._run(folder, {"do": "mux", "sound": sound, "output": output})
         notes: list[str] = answer["notes"]
@@ -120,7 +120,7 @@ class Sandbox:
 
 
 def load_frames(folder: Path, found: dict[str, Any]) -> Video:
-    """What a child read, for the pipeline.
+    """Load what the sandbox read, for the pipeline.
 
     Raises:
         RunError: The files are not there any more.
@@ -129,7 +129,7 @@ def load_frames(folder: Path, found: dict[str, Any]) -> Video:
         frames = tuple(np.load(folder / name, allow_pickle=False) for name in FRAMES)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"The pictures of the video are gone: {reason(error)}. Send it again."
+            f"The frames of the video are gone: {reason(error)}. Send it again."
         ) from error
     return Video(
         frames,

@@ -54,7 +54,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 
 
 def kind(head: bytes) -> str | None:
-    """The container that a file's first 600 bytes tell of, None if it is none that is opened."""
+    """Return the container by a file's first 600 bytes, None if it is none that is opened."""
     for place, mark, name in _SIGNATURES:
         if head[place : place + len(mark)] == mark:
             return name
@@ -63,14 +63,14 @@ def kind(head: bytes) -> str | None:
 
 
 def main() -> None:
-    """Do what standard input asks for; the one line on standard output says how it ended."""
+    """Do what standard input asks for, and write the result to standard output as one line."""
     request = json.load(sys.stdin)
     _follow_parent()
     options = _options(request["specs"]) if request["do"] == "read" else {}
     _limit(request["memory"], request["seconds"])
     video = Path("upload")
     try:
-        # FFmpeg tells its troubles to the terminal; nobody reads them here.
+        # FFmpeg logs to the terminal, which nobody reads here.
         av.logging.set_level(None)
         answer = _read(video, request, options) if request["do"] == "read" else _mux(video, request)
     except MfmjtError as error:
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _read(video: Path, request: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Write pictures at each rate as `frames-N.npy`; tells their duration and notes."""
+    """Write the frames of stream N as `frames-N.npy`; return what is known of the video."""
     duration, limit = request["duration"], request["limit"]
     with video.open("rb") as file:
         head = file.read(600)
@@ -114,7 +114,7 @@ def _read(video: Path, request: dict[str, Any], options: dict[str, Any]) -> dict
 
 
 def _plain(text: str, name: str = "the video") -> str:
-    """Return what `media` says of the file `upload`, for who has never heard of such a file."""
+    """Return a message of `media` without the name `upload`, which no user knows."""
     text = text.replace("upload", name, 1)
     return text[0].upper() + text[1:]
 
@@ -160,7 +160,7 @@ def _mux(video: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(specs: list[list[Any]]) -> dict[str, Any]:
-    """Arguments of `media.VideoStream` for frames as the encoders take them.
+    """Return arguments of `media.VideoStream` for the frames that the encoders take.
 
     Args:
         specs: `FrameSpec` of each stream.

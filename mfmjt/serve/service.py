@@ -1,4 +1,4 @@
-"""What a server holds while it runs: the pipeline, its thread, the jobs and their folders."""
+"""State of a running server: the pipeline, its thread, the jobs and their folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SWEEP = 5.0  # seconds between two looks for what has expired
 
 
 class Service:
-    """One run: the pipeline, its thread, the jobs and their folders.
+    """One run of a server; `accept` takes a request from its body to the queue.
 
     Args:
         pipeline: Makes the sounds.
@@ -77,7 +77,7 @@ class Service:
         await asyncio.to_thread(self.run.close)
 
     async def accept(self, request: Request) -> Job:
-        """A job for a request, once its upload is read.
+        """Read a request and its upload, and queue a job for it.
 
         Raises:
             HTTPException: It cannot be taken.
@@ -108,7 +108,7 @@ class Service:
         return job
 
     def state(self, job: Job) -> JobState:
-        """What is told of a job."""
+        """Return a job as the API shows it."""
         held = () if job.video is None else job.video["containers"]
         return JobState(
             id=job.id,
@@ -125,7 +125,7 @@ class Service:
         )
 
     def drop_unless_followed(self, job: Job) -> None:
-        """Drop a job whose last listener went away, unless one comes back in time."""
+        """Cancel a job whose last listener went away, unless one comes back in time."""
 
         def drop() -> None:
             if job.listeners == 0:
@@ -150,7 +150,7 @@ class Service:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away before."""
+    """Await `work`, which is cancelled if the client goes away before."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

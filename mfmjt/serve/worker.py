@@ -25,16 +25,16 @@ _log = logging.getLogger("mfmjt.serve")
 
 
 class _Unwanted(Exception):
-    """Nobody waits for any of the jobs that are worked at."""
+    """Every job in the batch was cancelled."""
 
 
 class Worker(threading.Thread):
-    """Takes jobs in order and tells the event loop how they go.
+    """Takes jobs in order and reports their progress to the event loop.
 
     Args:
         pipeline: Makes the sounds.
         max_sounds: Sounds in a batch at most.
-        loop: Whose thread owns the jobs.
+        loop: Event loop whose thread owns the jobs.
         done: Called in that thread with the jobs of each batch and the seconds it took.
     """
 
@@ -59,7 +59,7 @@ class Worker(threading.Thread):
             self._condition.notify()
 
     def close(self) -> None:
-        """End the thread; what it works at is dropped at its next step."""
+        """End the thread; running jobs are dropped at their next step."""
         with self._condition:
             self._closed = True
             for job in (*self._waiting, *self._working):
@@ -81,7 +81,7 @@ class Worker(threading.Thread):
                 self._working = []
 
     def _next(self) -> list[Job]:
-        """The first jobs that wait, as many as make a batch."""
+        """Take the first jobs of the queue, as many as make a batch."""
         jobs: list[Job] = []
         sounds = 0
         while self._waiting:
