@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from mfmjt.convert import from_mmaudio, to_mmaudio
 from mfmjt.errors import InputError, RunError
 from mfmjt.model import MFMJT, load_mmaudio
-from tests.cli import commands
-from tests.cli.commands import refused
-from tests.model.published import read
+from tests.support import commands
+from tests.support.commands import refused
+from tests.support.weights import read
 
 run = partial(commands.run, "convert")
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    return read("net_tiny")[0]
+    return read("model", "net_tiny")[0]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": HELPERS,
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "evaluate": {*PARTS, "families", "data", "devices", *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "devices", *HELPERS},
     "train": {*PARTS, "families", "data", "evaluate", "devices", "cuda_graph", *HELPERS},
     "pipeline": {*PARTS, "families", "media", "devices", "checkpoints", *HELPERS},
     "extract": {*PARTS, "families", "data", "media", "train", "devices", *HELPERS},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import refused, run
+from tests.support.commands import refused, run
 
 COMMANDS = (
     *("generate", "check", "serve", "extract", "train", "evaluate", "convert"),

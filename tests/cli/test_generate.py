@@ -8,8 +8,8 @@ from PIL import Image
 
 from mfmjt.cli._outputs import STAGE_TITLES
 from mfmjt.media import read_video
-from tests.cli.commands import refused, run
-from tests.clips import frame_index, grey, packets, write_sound, write_video
+from tests.support.clips import frame_index, grey, packets, write_sound, write_video
+from tests.support.commands import refused, run
 
 
 def test_video_to_video(here: Path, model_folder: Path, clip: Path) -> None:
