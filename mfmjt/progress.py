@@ -34,20 +34,15 @@ class ProgressBar:
         self, title: str, total: int, start: int = 0, unit: str = "steps", quiet: bool = False
     ) -> None:
         self.title, self.total, self.start, self.unit = title, total, start, unit
-        self.quiet = quiet
-        self.done = start
+        self.quiet, self.done, self.note, self.fraction = quiet, start, "", 0.0
         self.began = self.shown = time.monotonic()
-        self.note = ""
-        self.fraction: float | None = None
         self.bar: Any = None
 
     def __enter__(self) -> ProgressBar:
         self.bar = None if self.quiet else _rich_bar()
         if self.bar is not None:
             self.bar.start()
-            self.task = self.bar.add_task(
-                self.title, total=self.total, completed=self.start, note=""
-            )
+            self.task = self.bar.add_task(self.title, total=self.total, note="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,7 +55,7 @@ class ProgressBar:
         interval = PLAIN_INTERVAL_S if self.bar is None else BAR_INTERVAL_S
         return time.monotonic() - self.shown >= interval
 
-    def update(self, done: int, note: str = "", fraction: float | None = None) -> None:
+    def update(self, done: int, note: str = "", fraction: float = 0.0) -> None:
         """Move to `done` units.
 
         Args:
@@ -82,10 +77,11 @@ class ProgressBar:
     def _show(self) -> None:
         self.shown = time.monotonic()
         elapsed, new = self.shown - self.began, self.done - self.start
-        share = max(self.done / max(1, self.total), (self.fraction or 0.0) if self.done else 0.0)
+        share = max(self.done / max(1, self.total), self.fraction if self.done else 0.0)
         left = "-"
         if new > 0:
-            left = str(timedelta(seconds=round(elapsed * (1 / share - 1) * self.done / new)))
+            so_far = elapsed * self.done / new  # s, earlier runs included
+            left = str(timedelta(seconds=round(so_far * (1 / share - 1))))
         text = (
             f"{self.done}/{self.total} ({share:.0%}) {self.note + ' ' if self.note else ''}"
             f"{new / max(1e-9, elapsed):.3g} {self.unit}/s, {left} left"

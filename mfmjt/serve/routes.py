@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from mfmjt.errors import InputError
 from mfmjt.serve.guard import HEAD
 from mfmjt.serve.jobs import Job
-from mfmjt.serve.schema import CONTAINERS, Container, Fault, Health, JobState, Models
+from mfmjt.serve.schema import Container, Fault, Health, JobState, Models
 from mfmjt.serve.service import Service
 from mfmjt.serve.settings import MAX_COUNT
 
@@ -179,7 +179,7 @@ async def sound(
     if number >= len(found.sounds):
         raise HTTPException(404, f"The job has {len(found.sounds)} sounds, counted from 0.")
     path = found.folder / f"{number}.{kind}"
-    if kind in CONTAINERS:
+    if kind in get_args(Container):
         if found.video is None:
             raise HTTPException(404, "The job has no video. Take the .wav.")
         async with found.muxing:

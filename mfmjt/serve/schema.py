@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from mfmjt.serve.settings import MAX_COUNT, MAX_PROMPT, MAX_STEPS, Settings
 
-__all__ = [
-    "CONTAINERS",
-    "Asked",
-    "Container",
-    "Fault",
-    "Health",
-    "JobState",
-    "Model",
-    "Models",
-    "Sound",
-    "asked_schema",
-]
+__all__ = ["Asked", "Container", "Fault", "Health", "JobState", "Models", "Sound", "asked_schema"]
 
 Mode = Literal["cfg_scaled", "cfg", "none"]
 Container = Literal["mp4", "webm", "mov", "mkv"]
 """Formats of a video with its sound, the one that most players know first."""
-CONTAINERS: tuple[Container, ...] = get_args(Container)
 
 
 def _whole(value: object) -> object:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -18,7 +18,7 @@ from mfmjt.serve.examples import Examples
 from mfmjt.serve.jobs import Job, Jobs, Run
 from mfmjt.serve.metrics import Metrics
 from mfmjt.serve.sandbox import Sandbox
-from mfmjt.serve.schema import CONTAINERS, JobState, Model, Sound
+from mfmjt.serve.schema import Container, JobState, Model, Sound
 from mfmjt.serve.settings import MAX_COUNT, MAX_STEPS, Settings
 from mfmjt.serve.worker import Worker
 
@@ -118,7 +118,7 @@ class Service:
             ahead=0 if job.status != "queued" else self.jobs.ahead(job),
             error=job.error,
             video=job.video is not None,
-            containers=[kind for kind in CONTAINERS if f".{kind}" in held],
+            containers=[kind for kind in get_args(Container) if f".{kind}" in held],
             sounds=[Sound(**sound) for sound in job.sounds],
             timings=job.timings,
             notes=job.notes,
