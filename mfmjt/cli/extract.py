@@ -87,7 +87,11 @@ def extract(
 
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
+    from mfmjt.devices import parse_dtype
     from mfmjt.extract import work
+    from mfmjt.extract.clips import Cut
+    from mfmjt.extract.ends import Ends
+    from mfmjt.extract.tables import read_table
     from mfmjt.train.distributed import rank_and_world
 
     if verify and rank_and_world()[1] > 1:
@@ -95,49 +99,22 @@ def extract(
     if table is None and not verify:
         raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
     if table is not None:
-        _make(
-            table, out, media, layout, column or [], split, model, codec, arithmetic, sound,
-            seconds, shortest, pieces, dtype, workers, device,
-        )  # fmt: skip
+        precision = parse_dtype(arithmetic)
+        columns = dict(part.split("=", 1) for part in column or () if "=" in part)
+        if len(columns) < len(column or ()):
+            raise InputError("A --column is OURS=THEIRS, such as path=filename.")
+        cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
+        settings = work.Settings(cut, dtype, workers, work.own_device(device))
+        # The table is read first: its mistakes are known before gigabytes of weights are.
+        rows = read_table(table, layout, media, columns, split)
+        ends = Ends.load(model, codec, precision)
+        for done in work.extract(rows, out, ends, settings):
+            if done.finished:
+                parts = [f"{done.folder}: {done.clips} clips"]
+                if done.rejects:
+                    parts.append(f"{done.rejects} skipped: {done.folder / work.REJECTS}")
+                if done.notes:
+                    parts.append(f"{done.notes} with a note: {done.folder / work.NOTES}")
+                typer.echo(", ".join(parts) + ".")
     if verify:
         typer.echo(f"{work.verify(out)} files of {out} are as they were written.")
-
-
-def _make(
-    table: Path,
-    out: Path,
-    media: Path | None,
-    layout: str,
-    column: list[str],
-    split: str | None,
-    model: str,
-    codec: str | None,
-    arithmetic: str,
-    sound: bool,
-    seconds: float,
-    shortest: float | None,
-    pieces: int,
-    dtype: str,
-    workers: int,
-    device: str | None,
-) -> None:
-    from mfmjt.devices import parse_dtype
-    from mfmjt.extract.clips import Cut
-    from mfmjt.extract.ends import Ends
-    from mfmjt.extract.tables import read_table
-    from mfmjt.extract.work import NOTES, REJECTS, Settings, extract, own_device
-
-    precision = parse_dtype(arithmetic)
-    columns = dict(part.split("=", 1) for part in column if "=" in part)
-    if len(columns) < len(column):
-        raise InputError("A --column is OURS=THEIRS, such as path=filename.")
-    cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
-    settings = Settings(cut, dtype, workers, own_device(device))
-    # The table is read first: its mistakes are known before gigabytes of weights are.
-    rows = read_table(table, layout, media, columns, split)
-    ends = Ends.load(model, codec, precision)
-    for done in extract(rows, out, ends, settings):
-        if done.finished:
-            skipped = f", {done.rejects} skipped: {done.folder / REJECTS}" if done.rejects else ""
-            noted = f", {done.notes} with a note: {done.folder / NOTES}" if done.notes else ""
-            typer.echo(f"{done.folder}: {done.clips} clips{skipped}{noted}.")
