@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
-from mfmjt.device import choose_device
+from mfmjt.devices import choose_device
 from mfmjt.errors import InputError
 
 __all__ = ["own_device", "rank_and_world", "share"]

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
-HELPERS = {"errors", "files"}
-WORKERS = {"processes", "progress", "memory"}
+HELPERS = {"errors", "files", "progress"}
+WORKERS = {"processes", "memory"}
 PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "device": {"errors"},
-    "processes": {"device", "errors"},
+    "devices": {"errors"},
+    "processes": {"devices", "errors"},
     "progress": set(),
     "memory": set(),
     "cuda_graph": set(),
@@ -34,20 +34,20 @@ ALLOWED: dict[str, set[str]] = {
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
     "features": {"codec", "encoders", "model", "data", *WORKERS, *HELPERS},
-    "evaluate": {*PARTS, "checkpoints", "families", "data", "device", *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "devices", *HELPERS},
     "train": {
         *PARTS,
         "families",
         "data",
         "features",
         "evaluate",
-        "device",
+        "devices",
         "cuda_graph",
         *WORKERS,
         *HELPERS,
     },
-    "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
-    "extract": {"encoders", "families", "features", "media", *WORKERS, *HELPERS},
+    "pipeline": {*PARTS, "families", "media", "devices", "checkpoints", *HELPERS},
+    "extract": {"encoders", "families", "features", "media", "devices", *WORKERS, *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
@@ -64,6 +64,8 @@ TRAINING = (
     "features",
     "evaluate",
     "train",
+    "devices",
+    *sorted(HELPERS | WORKERS),
 )
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mfmjt.devices import parse_dtype
 from mfmjt.errors import InputError, RunError, short
 from mfmjt.extract.clips import Cut, Piece, decode
 from mfmjt.extract.tables import Row
@@ -28,7 +29,7 @@ from mfmjt.families import Bundle
 from mfmjt.features.format import Part
 from mfmjt.features.writer import Job, Writer
 from mfmjt.files import atomic_path
-from mfmjt.progress import Progress
+from mfmjt.progress import ProgressBar
 
 __all__ = ["NOTES", "REJECTS", "Done", "Settings", "extract"]
 
@@ -37,8 +38,8 @@ NOTES = "notes.jsonl"
 PART_ROWS = 64
 PART_TEXTS = 256
 ENCODE_CLIPS = 8
+_DTYPES = ("float16", "float32")
 _AHEAD = 2  # clips decoded beyond one for each worker: enough that encoding never waits for one
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 Decoded = tuple[Row, list[Piece] | str]
 """A row, and its clips or why there are none."""
@@ -62,8 +63,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if self.dtype not in _DTYPES:
-            raise InputError(f"There is no dtype {self.dtype!r}. Choose float16 or float32.")
+        parse_dtype(self.dtype, _DTYPES)
         if self.workers < 0:
             raise InputError(f"{self.workers} workers: give 0 or more.")
 
@@ -168,7 +168,7 @@ class _Encoder:
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle, self.settings = bundle, settings
-        self.device, self.dtype = bundle.device, _DTYPES[settings.dtype]
+        self.device, self.dtype = bundle.device, parse_dtype(settings.dtype)
         self.rejected = 0
 
     def clips(self, row: Row) -> list[Piece] | str:
@@ -181,7 +181,7 @@ class _Encoder:
             return short(error, 300)
 
     @torch.inference_mode()
-    def texts(self, texts: Sequence[str], progress: Progress) -> Tensor:
+    def texts(self, texts: Sequence[str], progress: ProgressBar) -> Tensor:
         """Return features (n, L, D) of texts, on the CPU as they are stored."""
         features = []
         for first in range(0, len(texts), ENCODE_CLIPS):
@@ -228,7 +228,7 @@ def _decode(rows: Sequence[Row], encoder: _Encoder) -> Generator[Decoded, None, 
 
 
 def _write_clips(
-    writer: Writer, job: Job, decoded: Iterable[Decoded], encoder: _Encoder, progress: Progress
+    writer: Writer, job: Job, decoded: Iterable[Decoded], encoder: _Encoder, progress: ProgressBar
 ) -> None:
     """Encode the clips of one part's rows and write it."""
     kept: list[dict[str, Tensor]] = []

@@ -25,7 +25,7 @@ from torch import Tensor
 from mfmjt.errors import InputError, RunError, reason, some
 from mfmjt.features.format import INDEX, Part, will_need
 from mfmjt.model.config import SYNC_SEGMENT
-from mfmjt.progress import Progress
+from mfmjt.progress import ProgressBar
 
 __all__ = ["FeatureStore", "verify"]
 
@@ -308,7 +308,7 @@ def verify(store: str | Path) -> int:
             wrong.append(f"{path} cannot be read ({reason(error)}).")
             continue
         paths += [path.parent / name for name in names]
-    with Progress("verify", len(paths), 0, "files") as progress:
+    with ProgressBar("verify", len(paths), 0, "files") as progress:
         for done, path in enumerate(paths, start=1):
             try:
                 Part(path).check()

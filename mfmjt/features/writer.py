@@ -31,7 +31,7 @@ from mfmjt.errors import InputError
 from mfmjt.features.format import FORMAT, INDEX, Part, write_part
 from mfmjt.files import atomic_path
 from mfmjt.processes import rank_and_world, share
-from mfmjt.progress import Progress
+from mfmjt.progress import ProgressBar
 
 __all__ = ["Job", "Writer", "latent_statistics"]
 
@@ -111,7 +111,7 @@ class Writer:
     @contextmanager
     def work(
         self, title: str, unit: str, jobs: Sequence[Job]
-    ) -> Iterator[tuple[list[Job], Progress]]:
+    ) -> Iterator[tuple[list[Job], ProgressBar]]:
         """Begin this process's share of the jobs.
 
         What killed processes left half-written of it is removed.
@@ -136,7 +136,7 @@ class Writer:
         missing = [job for job in mine if not self._is_done(job)]
         total = sum(len(job.items) for job in mine)
         done = total - sum(len(job.items) for job in missing)
-        with Progress(title, total, done, unit, not first) as progress:
+        with ProgressBar(title, total, done, unit, not first) as progress:
             yield missing, progress
 
     def write(self, job: Job, tensors: Mapping[str, Tensor], **about: Any) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mfmjt.cuda_graph import CapturedStep
 from mfmjt.errors import InputError, RunError
 from mfmjt.memory import keep_memory
-from mfmjt.progress import Progress
+from mfmjt.progress import ProgressBar
 from mfmjt.train import optim, parallel
 from mfmjt.train.checkpoint import CheckpointFolder
 from mfmjt.train.log import TrainingLog
@@ -209,7 +209,7 @@ class Trainer:
         with (
             _stop_signals(self),
             self.log,
-            Progress(self.task.title, loop.steps, self.step, quiet=not first) as self.progress,
+            ProgressBar(self.task.title, loop.steps, self.step, quiet=not first) as self.progress,
         ):
             if resumed:
                 self.progress.message(f"Going on from step {self.step} in {self.out}.")

@@ -1,4 +1,4 @@
-"""`mfmjt extract`, the command."""
+"""`mfmjt extract`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mfmjt.cli._common import Debug, Device
 from mfmjt.errors import InputError
 
 __all__ = ["extract"]
-
-
-def _remember(ctx: typer.Context, debug: bool) -> bool:
-    if debug:
-        ctx.find_root().obj = True
-    return debug
 
 
 def extract(
@@ -44,14 +39,17 @@ def extract(
         str,
         typer.Option(help="Codec and encoders: nano, or a folder with these or MMAudio's files."),
     ] = "nano",
-    mode: Annotated[
-        str | None, typer.Option(help="Of MMAudio's codecs: 16k or 44k. Default: what is there.")
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec", "--mode", help="MMAudio's codec: 16k or 44k. Default: what is there."
+        ),
     ] = None,
     arithmetic: Annotated[
-        str, typer.Option(help="Of MMAudio's networks: float32, bfloat16 or float16.")
+        str, typer.Option(help="Precision of MMAudio's networks: float32, bfloat16 or float16.")
     ] = "float32",
     sound: Annotated[
-        bool, typer.Option("--sound", help="Only sound and captions; pictures are not looked at.")
+        bool, typer.Option("--sound", help="Only sound and captions; frames are not looked at.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 8.0,
     shortest: Annotated[
@@ -61,20 +59,15 @@ def extract(
     pieces: Annotated[
         int, typer.Option(help="Clips that a long file of sound gives at most, with --sound.")
     ] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the stored features: float16 or float32.")] = (
-        "float16"
-    ),
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the stored features: float16 or float32.")
+    ] = "float16",
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 4,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
-    ] = None,
+    device: Device = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then compare all files with their checksums.")
     ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Show the traceback of an error.", callback=_remember),
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Turn videos or sounds with captions into features to train on.
 
@@ -84,7 +77,7 @@ def extract(
     For example:
     - `mfmjt extract clips.csv --media videos --out features/mine`
 
-    - `mfmjt extract vggsound.csv --layout vggsound --media VGGSound --model MMAudio --mode 16k`
+    - `mfmjt extract vggsound.csv --layout vggsound --media VGGSound --model MMAudio --codec 16k`
 
     - `mfmjt extract train.csv --layout audiocaps --media audiocaps --sound --split train`
 
@@ -94,8 +87,7 @@ def extract(
 
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
-    import torch
-
+    from mfmjt.devices import parse_dtype
     from mfmjt.extract import run, tables
     from mfmjt.extract.clips import Cut
     from mfmjt.families import open_bundle
@@ -107,9 +99,7 @@ def extract(
     if table is None and not verify:
         raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
     if table is not None:
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if arithmetic not in known:
-            raise InputError(f"There is no arithmetic {arithmetic!r}. Choose {', '.join(known)}.")
+        precision = parse_dtype(arithmetic)
         columns = dict(part.split("=", 1) for part in column or [] if "=" in part)
         if len(columns) < len(column or []):
             raise InputError("A --column is OURS=THEIRS, such as path=filename.")
@@ -117,7 +107,7 @@ def extract(
         settings = run.Settings(cut, dtype, workers, own_device(device))
         # The table is read first: its mistakes are known before gigabytes of weights are.
         rows = tables.read_table(table, layout, media, columns, split)
-        bundle = open_bundle(model, False, mode, known[arithmetic])
+        bundle = open_bundle(model, False, codec, precision)
         for done in run.extract(rows, out, bundle, settings):
             if done.finished:
                 typer.echo(done)
