@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": HELPERS,
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "evaluate": {*PARTS, "families", "data", "device", *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "device", *HELPERS},
     "train": {*PARTS, "families", "data", "evaluate", "device", "cuda_graph", *HELPERS},
     "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
     "extract": {*PARTS, "families", "data", "media", "train", "device", *HELPERS},

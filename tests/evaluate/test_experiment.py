@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mfmjt.codec import NanoCodec
-from mfmjt.codec.nano import NanoCodecConfig
 from mfmjt.data import foley
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
@@ -30,6 +29,7 @@ from mfmjt.evaluate.experiment import (
     write_report,
 )
 from mfmjt.model import MFMJT
+from tests.support.bundles import CODEC
 
 CLIPS = 3
 DURATION = 1.5  # s: long enough for an event in each of the clips
@@ -44,8 +44,7 @@ def parts() -> Parts:
         for parameter in network.parameters():
             if parameter.requires_grad and not bool(parameter.detach().any()):
                 torch.nn.init.normal_(parameter, std=0.2)
-        sizes = {"encoder_dim": 16, "encoder_depth": 2, "decoder_depths": (1, 1, 1)}
-        codec = NanoCodec(NanoCodecConfig(decoder_dims=(16, 16, 16), **sizes))
+        codec = NanoCodec(CODEC)
         encoders = NanoEncoders()
     return Parts(network.eval(), codec.eval(), encoders.eval())
 
