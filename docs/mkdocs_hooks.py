@@ -47,7 +47,9 @@ def links(path: Path, text: str) -> Iterator[tuple[str, Path]]:
 def relinked(path: Path, text: str) -> str:
     """The document with its links as they are on the site."""
     here = os.path.dirname(address(path))
-    there = {target: os.path.relpath(address(file), here or ".") for target, file in links(path, text)}
+    there = {
+        target: os.path.relpath(address(file), here or ".") for target, file in links(path, text)
+    }
     return LINK.sub(lambda match: there.get(match[0], match[0]), text)
 
 
