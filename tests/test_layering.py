@@ -14,11 +14,15 @@ PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
 HELPERS = {"errors", "files"}
+WORKERS = {"processes", "progress", "memory"}
 PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "device": {"errors"},
+    "processes": {"device", "errors"},
+    "progress": set(),
+    "memory": set(),
     "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
@@ -29,10 +33,21 @@ ALLOWED: dict[str, set[str]] = {
     "data": HELPERS,
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
+    "features": {"codec", "encoders", "model", "data", *WORKERS, *HELPERS},
     "evaluate": {*PARTS, "checkpoints", "families", "data", "device", *HELPERS},
-    "train": {*PARTS, "families", "data", "evaluate", "device", "cuda_graph", *HELPERS},
+    "train": {
+        *PARTS,
+        "families",
+        "data",
+        "features",
+        "evaluate",
+        "device",
+        "cuda_graph",
+        *WORKERS,
+        *HELPERS,
+    },
     "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*PARTS, "families", "data", "media", "train", "device", *HELPERS},
+    "extract": {"encoders", "families", "features", "media", *WORKERS, *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
@@ -46,6 +61,7 @@ TRAINING = (
     "encoders",
     "data",
     "families",
+    "features",
     "evaluate",
     "train",
 )

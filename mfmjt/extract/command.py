@@ -94,60 +94,32 @@ def extract(
 
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
-    from mfmjt.extract import work
-    from mfmjt.train.distributed import rank_and_world
+    import torch
+
+    from mfmjt.extract import run, tables
+    from mfmjt.extract.clips import Cut
+    from mfmjt.families import open_bundle
+    from mfmjt.features import store
+    from mfmjt.processes import own_device, rank_and_world
 
     if verify and rank_and_world()[1] > 1:
         raise InputError("--verify is for one process: leave it out, and run it when all are done.")
     if table is None and not verify:
         raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
     if table is not None:
-        _make(
-            table, out, media, layout, column or [], split, model, mode, arithmetic, sound,
-            seconds, shortest, pieces, dtype, workers, device,
-        )  # fmt: skip
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if arithmetic not in known:
+            raise InputError(f"There is no arithmetic {arithmetic!r}. Choose {', '.join(known)}.")
+        columns = dict(part.split("=", 1) for part in column or [] if "=" in part)
+        if len(columns) < len(column or []):
+            raise InputError("A --column is OURS=THEIRS, such as path=filename.")
+        cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
+        settings = run.Settings(cut, dtype, workers, own_device(device))
+        # The table is read first: its mistakes are known before gigabytes of weights are.
+        rows = tables.read_table(table, layout, media, columns, split)
+        bundle = open_bundle(model, False, mode, known[arithmetic])
+        for done in run.extract(rows, out, bundle, settings):
+            if done.finished:
+                typer.echo(done)
     if verify:
-        typer.echo(f"{work.verify(out)} files of {out} are as they were written.")
-
-
-def _make(
-    table: Path,
-    out: Path,
-    media: Path | None,
-    layout: str,
-    column: list[str],
-    split: str | None,
-    model: str,
-    mode: str | None,
-    arithmetic: str,
-    sound: bool,
-    seconds: float,
-    shortest: float | None,
-    pieces: int,
-    dtype: str,
-    workers: int,
-    device: str | None,
-) -> None:
-    import torch
-
-    from mfmjt.extract.clips import Cut
-    from mfmjt.extract.ends import Ends
-    from mfmjt.extract.tables import read_table
-    from mfmjt.extract.work import NOTES, REJECTS, Settings, extract, own_device
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if arithmetic not in known:
-        raise InputError(f"There is no arithmetic {arithmetic!r}. Choose {', '.join(known)}.")
-    columns = dict(part.split("=", 1) for part in column if "=" in part)
-    if len(columns) < len(column):
-        raise InputError("A --column is OURS=THEIRS, such as path=filename.")
-    cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
-    settings = Settings(cut, dtype, workers, own_device(device))
-    # The table is read first: its mistakes are known before gigabytes of weights are.
-    rows = read_table(table, layout, media, columns, split)
-    ends = Ends.load(model, mode, known[arithmetic])
-    for done in extract(rows, out, ends, settings):
-        if done.finished:
-            skipped = f", {done.rejects} skipped: {done.folder / REJECTS}" if done.rejects else ""
-            noted = f", {done.notes} with a note: {done.folder / NOTES}" if done.notes else ""
-            typer.echo(f"{done.folder}: {done.clips} clips{skipped}{noted}.")
+        typer.echo(f"{store.verify(out)} files of {out} are as they were written.")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
+from mfmjt.progress import Progress
 from mfmjt.train.checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from mfmjt.train.ema import EMA
-from mfmjt.train.progress import Progress
 
 __all__ = ["Log", "Trainer", "cosine_warmup", "render_array"]
 
