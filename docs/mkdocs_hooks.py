@@ -23,6 +23,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 AS_THEY_ARE = {".md", ".svg", ".png", ".mp4"}  # other files are shown in a block of code
+BY_FILE = {"mfmjt.evaluate", "mfmjt.features", "mfmjt.kernels", "mfmjt.train"}
+"""Packages that are described file by file, since they export files."""
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -100,6 +102,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in _named(config, "reference/"):
         module = name.removeprefix("reference/").removesuffix(".md")
         content = f"# `{module}`\n\n::: {module}\n"
+        if module in BY_FILE:
+            content += "    options:\n      show_submodules: true\n"
         files.append(File.generated(config, name, content=content))
     return files
 
