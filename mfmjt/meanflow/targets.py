@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError, reason
-from mfmjt.meanflow._forward import derivative
+from mfmjt.meanflow._network import Network
+from mfmjt.meanflow.tangent import derivative
 
 __all__ = [
     "TARGETS",
@@ -31,8 +32,6 @@ __all__ = [
     "regressed_to",
 ]
 
-Network = Callable[..., Tensor]
-"""f(z, r, t, **cond) -> u, shaped like z."""
 Target = Callable[
     [Network, Tensor, Tensor, Tensor, Tensor, "dict[str, Any]"], "tuple[Tensor, Tensor]"
 ]
