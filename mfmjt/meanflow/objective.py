@@ -91,22 +91,22 @@ def loss(
         f: f(z, r, t, **cond) -> u, shaped like z. Called in the dtype of x and with subsets of the
             batch: once for the samples with r < t, under `torch.func.jvp`, and once for the others;
             or once for all, where f has a method `jvp_rows` and that is faster (see `tangent`).
-        x: Clean data (B, ...), noise-free and normalised, in the dtype that f takes. The mixture,
+        x: Clean data (B, ...), noise-free and normalized, in the dtype that f takes. The mixture,
             the target and the loss are computed in float32 or wider; times are rounded to the dtype
             of x first, so that f gets exactly the times of z.
         cond: Keyword arguments for f, all with the batch first: tensors or tuples of them.
         ratio: Share of samples with r < t; their number is round(ratio·B), so that shapes are
             static. 0 is flow matching. Ignored where r is given.
         noise: Standard normal, like x; drawn by default.
-        r: End of the intervals (B,), with t; by default drawn. Which samples have r < t is found
+        r: End of the intervals (B,), with t; by default drawn. Which samples have r < t is read
             from the values, which waits for the device; under `torch.compile` all get tangents.
         t: Begin of the intervals (B,). Alone, it fixes t, and r ≤ t is drawn.
         time_sampler: Distribution of both times; see `logit_normal`.
         p: Exponent of the adaptive weight; 0 weighs all samples alike, 1 is close to a log loss.
         c: Keeps the weight finite.
         generator: Source of all draws.
-        intervals: With r and t, how many samples have r < t, where they come first, as `time_pairs`
-            draws them: nothing need be found then. Not verified.
+        intervals: Number of samples with r < t, where r and t are given and these samples come
+            first, as `time_pairs` draws them; r and t are then not read. Not verified.
         target: What samples with r < t are regressed to; see `mfmjt.meanflow.targets` for others:
             `improved_mean_velocity`, `alpha_flow`, `finite_difference`.
         velocity: Takes the place of v, as `guided_velocity` does. Called with all samples.
@@ -184,14 +184,14 @@ def loss_and_errors(
     if velocity is not None:
         v = velocity(call, z, t, v, dict(cond)).detach()
 
-    if intervals is not None and target is mean_velocity:
+    if intervals is not None and target is mean_velocity:  # one call may evaluate all samples
         ends = torch.cat((r[:intervals], t[intervals:]))
         u, du_dt, u_flow = value_and_tangent(
             f, z.to(dtype), ends.to(dtype), t.to(dtype), v.to(dtype), cond, intervals
         )
         goal = regressed_to(v[:intervals], r[:intervals], t[:intervals], du_dt)
     else:
-        if intervals is None:  # those with r < t first
+        if intervals is None:  # bring the samples with r < t to the front
             intervals = int((r != t).sum())
             z, r, t, v, cond = rows((z, r, t, v, cond), (r == t).int().argsort(stable=True))
         u = goal = u_flow = z[:0]

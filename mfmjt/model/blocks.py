@@ -1,7 +1,7 @@
 """Layers of the transformer: channels-last, on the kernels' public functions.
 
 A sub-layer's output is not added to the residual where it is made: it travels as a `Pending` sum to
-the next normalisation, so that gate, add, norm and modulation are one pass at every boundary, those
+the next normalization, so that gate, add, norm and modulation are one pass at every boundary, those
 between blocks included.
 """
 
@@ -41,7 +41,7 @@ class Linear(nn.Linear):
     """`nn.Linear` on our kernel: xavier-uniform weight, zero bias."""
 
     def reset_parameters(self) -> None:
-        """Initialise as published."""
+        """Initialize as published."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -101,7 +101,7 @@ class Pending(NamedTuple):
     gate: Tensor | None = None
 
     def norm(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Add up, normalise and modulate: (residual, modulated)."""
+        """Add up, normalize and modulate: (residual, modulated)."""
         if self.h is None or self.gate is None:
             return self.x, adaln(self.x, shift, scale, eps=NORM_EPS)
         return gated_residual_adaln(self.x, self.h, self.gate, shift, scale, eps=NORM_EPS)
@@ -120,7 +120,7 @@ class FrameCondition(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Projection to q, k and v, with RMS-normalised and rotated q and k.
+    """Projection to q, k and v, with RMS-normalized and rotated q and k.
 
     The rows of `qkv` are planar, (3, heads, head_dim); published checkpoints interleave them and
     `load_mmaudio` permutes.

@@ -35,7 +35,7 @@ _cache: dict[tuple[object, ...], Tensor] = {}
 
 
 def _cached(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, remembered by `key`; for small constant tables.
+    """Return `make()`, cached by `key`; for small constant tables.
 
     A table made while compiling, under a functorch transform or as a fake tensor must not outlive
     that moment, so it is not kept; nor may a mode that makes fake tensors meet a real one. One made
@@ -56,12 +56,12 @@ def _cached(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
 
 
 def tables() -> tuple[Tensor, ...]:
-    """All that are remembered now; who holds them may go on reading them."""
+    """Return all cached tables; a CUDA graph that reads them keeps them in memory by this."""
     return tuple(_cache.values())
 
 
 def rope_table(length: int, head_dim: int, scaling: float, device: torch.device) -> Tensor:
-    """Cosine and sine of the rotary angles n·scaling·10000^(−2i/head_dim).
+    """Return cosine and sine of the rotary angles n·scaling·10000^(−2i/head_dim).
 
     Args:
         length: Number of positions N.
@@ -92,9 +92,9 @@ def stream_ropes(
 
 
 def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
-    """Index (length,) that resamples `rows` rows as `interpolate(mode="nearest-exact")` does.
+    """Return the index (length,) that resamples `rows` rows as `nearest-exact` interpolation does.
 
-    PyTorch's own rounding is asked, because at exact ties it decides which row is taken.
+    It is computed by PyTorch, whose rounding decides at exact ties which row is taken.
     """
 
     def make() -> Tensor:
@@ -143,7 +143,7 @@ class TimeEmbedding(nn.Module):
 
 
 def r_embedding(dim: int) -> TimeEmbedding:
-    """Embedding of t − r that starts at zero, so that u(z, r, t) starts as u(z, t, t).
+    """Make the embedding of t − r, which starts at zero, so that u(z, r, t) starts as u(z, t, t).
 
     Never with v2's frequencies: a tangent of 10,000 rad per unit of time drowns du/dt.
     """
@@ -153,13 +153,13 @@ def r_embedding(dim: int) -> TimeEmbedding:
 
 
 class Conditions(NamedTuple):
-    """What the network needs of its conditions, whatever the latent and the time.
+    """Encoded conditions, which do not depend on the latent or the time.
 
     The first dimension is the batch, or 1 where a condition is null for all samples.
 
     Attributes:
         video: Projected video tokens (B, N_video, D).
-        sync: Projected synchronisation features (B, N_sync, D), not yet resampled.
+        sync: Projected synchronization features (B, N_sync, D), before resampling.
         text: Projected text tokens (B, N_text, D).
         pooled: Global condition (B, D).
     """
