@@ -115,7 +115,7 @@ class Step(nn.Module):
         cond = {key: value for key, value in features.items() if key != "latent"}
         for name, kept in (("video_mask", draws.video_mask), ("text_mask", draws.text_mask)):
             cond[name] = cond[name] & kept if name in cond else kept  # a clip may lack them
-        return meanflow.loss(
+        return meanflow.loss_and_errors(
             self.net,
             features["latent"],
             cond,
@@ -127,7 +127,6 @@ class Step(nn.Module):
             intervals=intervals,
             target=self.target,
             velocity=self.velocity,
-            return_stats=True,
         )
 
 
