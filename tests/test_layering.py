@@ -13,12 +13,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
-HELPERS = {"errors", "files"}
+HELPERS = {"errors", "files", "progress"}
+WORKERS = {"processes", "memory"}
 PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "device": {"errors"},
+    "devices": {"errors"},
+    "processes": {"devices", "errors"},
+    "progress": set(),
+    "memory": set(),
     "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
@@ -29,10 +33,21 @@ ALLOWED: dict[str, set[str]] = {
     "data": HELPERS,
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "evaluate": {*PARTS, "checkpoints", "families", "data", "device", *HELPERS},
-    "train": {*PARTS, "families", "data", "evaluate", "device", "cuda_graph", *HELPERS},
-    "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*PARTS, "families", "data", "media", "train", "device", *HELPERS},
+    "features": {"codec", "encoders", "model", "data", *WORKERS, *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "devices", *HELPERS},
+    "train": {
+        *PARTS,
+        "families",
+        "data",
+        "features",
+        "evaluate",
+        "devices",
+        "cuda_graph",
+        *WORKERS,
+        *HELPERS,
+    },
+    "pipeline": {*PARTS, "families", "media", "devices", "checkpoints", *HELPERS},
+    "extract": {"encoders", "families", "features", "media", "devices", *WORKERS, *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
@@ -46,8 +61,11 @@ TRAINING = (
     "encoders",
     "data",
     "families",
+    "features",
     "evaluate",
     "train",
+    "devices",
+    *sorted(HELPERS | WORKERS),
 )
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 

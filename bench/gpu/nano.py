@@ -15,9 +15,9 @@ from bench.rows import TRAIN, read
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
-from mfmjt.train.config import FeatureExtraction, NetworkTraining, load_config
-from mfmjt.train.features import extract_all
-from mfmjt.train.loop import train
+from mfmjt.features.procedural import FeatureExtraction, extract_all
+from mfmjt.train.recipe import NetworkTraining, load_config
+from mfmjt.train.tasks.network import train_network
 
 __all__ = ["clips", "extract", "features", "training"]
 
@@ -97,7 +97,7 @@ def training(job: Job, how: str, **changes: int) -> None:
     config = load_config(NetworkTraining, "nano_gpu", "network", words)
     began = time.monotonic()
     with job.trying(rows, about):
-        result = train(config, stop_after=max(4.0, min(600.0, job.left() - 8)))
+        result = train_network(config, stop_after=max(4.0, min(600.0, job.left() - 8)))
         for line in read(out / "log.jsonl"):
             if "step" in line and "loss" in line:
                 rows.add({**about, **line})

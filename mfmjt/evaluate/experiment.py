@@ -219,8 +219,7 @@ def examples(
         events += [np.asarray(row.events, dtype=np.float64) for row in rows]
         captions += [row.caption for row in rows]
         with watch("encode"):
-            count = -(-frames.shape[1] * encoders.video_fps // foley.FPS)
-            shown = torch.arange(count) * foley.FPS // encoders.video_fps
+            shown = foley.frames_shown(frames.shape[1], encoders.video_fps)
             features["video"].append(encoders.encode_frames(frames[:, shown].to(device)).cpu())
             features["sync"].append(encoders.encode_sync(frames.to(device)).cpu())
             features["text"].append(encoders.encode_text([row.caption for row in rows]).cpu())

@@ -1,18 +1,1 @@
-"""Training: the codec, the encoders, the features and the network, each a resumable stage."""
-
-from __future__ import annotations
-
-__all__ = [
-    "checkpoint",
-    "codec",
-    "config",
-    "distributed",
-    "ema",
-    "encoders",
-    "features",
-    "log",
-    "loop",
-    "sharded",
-    "step",
-    "store",
-]
+"""Training: one loop (`trainer`) over what is trained (`tasks`), and the stages of a recipe."""

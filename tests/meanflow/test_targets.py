@@ -6,7 +6,7 @@ import torch
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.meanflow.targets import TARGETS, load_target
-from tests.meanflow.test_objective import R, T, batch, definition, gradients
+from tests.meanflow.test_objective import R, T, batch, gradients
 from tests.oracle import allowance, error
 
 TERMS = 5 * 3 * 16
@@ -55,7 +55,7 @@ def test_alpha_flow_has_the_gradient_of_its_paper(alpha):
 def test_alpha_flow_and_finite_differences_approach_meanflow():
     """Halving the step of a first-order and of a second-order scheme divides their errors."""
     net, x, e = batch()
-    truth = gradients(net, definition(net, x, e, R, T))
+    truth = gradients(net, meanflow.loss_ref(net, x, {}, e, R, T))
 
     def distance(target):
         found = gradients(net, meanflow.loss(net, x, noise=e, r=R, t=T, target=target))
