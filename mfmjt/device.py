@@ -1,12 +1,15 @@
-"""The device that a user names, or the best there is."""
+"""The device that a user names, or the best there is; and the CPU's name."""
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 
 from mfmjt.errors import InputError, reason
 
-__all__ = ["choose_device"]
+__all__ = ["choose_device", "cpu_name"]
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -28,3 +31,13 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
             f"The device {name} cannot be used: {reason(error)}. Leave it out, or give cpu."
         ) from error
     return device
+
+
+def cpu_name() -> str:
+    """Return the CPU's model as the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

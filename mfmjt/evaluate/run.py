@@ -1,0 +1,152 @@
+"""How good the generated sound is: a report on a network, and the table of two.
+
+Every figure stands beside what the same judge says of the real audio, so that the judge's own error
+shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mfmjt.evaluate.classifier import Classifier, load_classifier
+from mfmjt.evaluate.examples import Examples, Progress, procedural, silent
+from mfmjt.evaluate.metrics import METRICS, CodecAlone, Metric
+from mfmjt.evaluate.report import Report, environment, table, write_report
+from mfmjt.evaluate.sounds import Made, Sounds
+from mfmjt.files import atomic_path
+from mfmjt.meanflow import Sampling
+
+__all__ = ["evaluate", "suite"]
+
+
+def evaluate(
+    bundle: Any,
+    examples: Examples,
+    sampling: Sampling | None = None,
+    classifier: Classifier | None = None,
+    *,
+    metrics: Sequence[Metric] = METRICS,
+    conditions: str = "both",
+    batch: int = 20,
+    model: str = "nano",
+    progress: Progress = silent,
+) -> Report:
+    """Generate sound for examples and judge it.
+
+    Args:
+        bundle: Network, codec and encoders that belong together.
+        examples: What to make sound for, and what is known of it.
+        sampling: Steps and guidance.
+        classifier: Judge of class and embedding; the shipped one by default.
+        metrics: What to measure. One whose truth the examples lack leaves its figures out.
+        conditions: `both`, `video` or `text`.
+        batch: Sounds made at once.
+        model: What to call the network in the report.
+        progress: Called as (stage, fraction done).
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: Unknown conditions, too few clips, or a network that makes NaN.
+    """
+    sampling = sampling or Sampling()
+    made = Made(
+        bundle,
+        examples,
+        classifier or load_classifier(),
+        sampling=sampling,
+        conditions=conditions,
+        batch=batch,
+        progress=progress,
+    )
+    real = Sounds(examples.audio, examples.sample_rate, made.classifier, made.seconds)
+    classes = examples.classes
+    report = Report(
+        model,
+        len(examples),
+        examples.split,
+        examples.seed,
+        **dataclasses.asdict(sampling),
+        conditions=conditions,
+        figures=dict.fromkeys(f.key for metric in (*METRICS, *metrics) for f in metric.figures),
+        per_class={name: {"clips": float(classes.count(name))} for name in sorted(set(classes))},
+        environment=environment(next(bundle.network.parameters()).device),
+    )
+    for done, metric in enumerate(metrics):
+        progress(metric.name, done / len(metrics))
+        score = metric(made, real, examples)
+        if score is not None:
+            report.figures |= score.figures
+            report.interval |= score.interval
+            for key, by_class in score.per_class.items():
+                for name, value in by_class.items():
+                    report.per_class[name][key] = value
+    report.seconds_per_clip = {k: v / len(examples) for k, v in made.seconds.items()}
+    return report
+
+
+def suite(
+    mean_flow: Any,
+    flow_matching: Any | None,
+    out: str | os.PathLike[str],
+    classifier: Classifier | None = None,
+    *,
+    clips: int = 200,
+    seed: int = 0,
+    steps: Sequence[int] = (1, 4, 25),
+    sampling: Sampling | None = None,
+    batch: int = 20,
+    progress: Progress = silent,
+) -> list[Report]:
+    """Make the table: MeanFlow and flow matching at some numbers of steps on equal clips and noise.
+
+    Writes evaluate_{meanflow,flow}_{steps}.json and table.md into `out` as it goes.
+
+    Args:
+        mean_flow: The MeanFlow network with its codec and encoders.
+        flow_matching: The network of the same size and budget trained without MeanFlow, if any;
+            codec and encoders must be the same.
+        out: Folder, made if missing.
+        classifier: The judge; the shipped one by default.
+        clips: Number of test clips.
+        seed: Decides which clips and the noise.
+        steps: Numbers of steps to try.
+        sampling: Guidance; its steps are not looked at.
+        batch: As in `evaluate`.
+        progress: As in `evaluate`.
+
+    Returns:
+        The reports in the order of the table.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    examples = procedural(mean_flow.encoders, clips, seed, batch=batch, progress=progress)
+    without_codec = tuple(m for m in METRICS if not isinstance(m, CodecAlone))
+    reports: list[Report] = []
+    for name, stem, bundle in (
+        ("MeanFlow", "meanflow", mean_flow),
+        ("flow matching", "flow", flow_matching),
+    ):
+        for count in steps if bundle is not None else ():
+            report = evaluate(
+                bundle,
+                examples,
+                dataclasses.replace(
+                    sampling or Sampling(), steps=count, instantaneous=stem == "flow"
+                ),
+                classifier,
+                metrics=without_codec if reports else METRICS,
+                batch=batch,
+                model=name,
+                progress=progress,
+            )
+            write_report(report, out / f"evaluate_{stem}_{count}.json")
+            reports.append(report)
+            with atomic_path(out / "table.md") as temporary:
+                temporary.write_text(table(reports))
+    return reports
