@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from mfmjt.codec.mel import mel_power
 from mfmjt.errors import InputError, reason
-from mfmjt.evaluate._mel import mel_power
 from mfmjt.files import atomic_path
 
 __all__ = ["Classifier", "ClassifierConfig", "load_classifier"]

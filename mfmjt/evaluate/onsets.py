@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mfmjt.codec.mel import mel_power
 from mfmjt.errors import InputError
-from mfmjt.evaluate._mel import mel_power
 
 __all__ = ["OnsetScore", "detect_onsets", "match_onsets", "onset_f1", "onset_strength"]
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mfmjt.codec.mel import mel_power
 from mfmjt.data import foley
 from mfmjt.errors import InputError, reason
-from mfmjt.evaluate._mel import mel_power
 from mfmjt.evaluate.onsets import detect_onsets
 from mfmjt.files import atomic_path
 
