@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError
 
-__all__ = ["MEL_CONFIGS", "MelConfig", "MelSpectrogram", "filterbank", "mel_power", "stft"]
+__all__ = [
+    "MEL_CONFIGS",
+    "MelConfig",
+    "MelSpectrogram",
+    "filterbank",
+    "htk_mel",
+    "mel_power",
+    "stft",
+]
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,14 @@ def _slaney_edges(low: float, high: float, count: int) -> Tensor:
     )
 
 
+def htk_mel(hz: Tensor) -> Tensor:
+    """Give mels of frequencies in Hz, on HTK's scale."""
+    return 2595.0 * torch.log10(1.0 + hz / 700.0)
+
+
 def _htk_edges(low: float, high: float, count: int) -> Tensor:
     # Both ends in float32, as they were when the judge of `mfmjt evaluate` was trained.
-    ends = 2595.0 * torch.log10(1.0 + torch.tensor([low, high]) / 700.0)
+    ends = htk_mel(torch.tensor([low, high]))
     mel = torch.linspace(float(ends[0]), float(ends[1]), count, dtype=torch.float64)
     return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
 
