@@ -23,7 +23,7 @@ Times = Sequence[float] | np.ndarray
 
 # Distinct for every kind of color vision, and by lightness in print (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -104,12 +104,16 @@ def spectrogram(
         aspect="auto",
         interpolation="none",
         cmap="magma",
-        extent=(0, len(wave) / sample_rate, *htk_mel(torch.tensor([LOWEST, sample_rate / 2]))),
+        extent=(
+            0,
+            len(wave) / sample_rate,
+            *htk_mel(torch.tensor([LOWEST, sample_rate / 2])).tolist(),
+        ),
         vmin=FLOOR,
         vmax=0,
     )
     ticks = [khz for khz in (0.25, 1, 2, 4, 8, 16) if khz * 2000 <= sample_rate]
-    axis.set_yticks(htk_mel(torch.tensor(ticks) * 1000).numpy(), [f"{khz:g}" for khz in ticks])
+    axis.set_yticks(htk_mel(torch.tensor(ticks) * 1000).tolist(), [f"{khz:g}" for khz in ticks])
 
 
 def plot_spectrograms(
@@ -118,7 +122,7 @@ def plot_spectrograms(
     columns: Sequence[str],
     sample_rate: int,
     times: Sequence[tuple[Times, Sequence[Times]]] | None = None,
-    **look: float,
+    **look: Any,
 ) -> None:
     """Draw sounds as a grid of spectrograms.
 

@@ -14,27 +14,42 @@ PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
 HELPERS = {"errors", "files"}
-ENDS = {"codec", "encoders", "data"}
+PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "device": {"errors"},
+    "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
     "model": {"kernels", "checkpoints", *HELPERS},
-    "meanflow": {"errors"},
-    **{end: {"kernels", "model", "meanflow", "checkpoints", *HELPERS} for end in ENDS},
+    "meanflow": {"cuda_graph", "errors"},
+    "codec": {"kernels", "checkpoints", *HELPERS},
+    "encoders": {"kernels", "model", "checkpoints", *HELPERS},
+    "data": {"plotting", *HELPERS},
+    "plotting": {"codec", *HELPERS},
     "media": HELPERS,
-    "evaluate": {*ENDS, "model", "meanflow", "device", *HELPERS},
-    "train": {*ENDS, "model", "meanflow", "evaluate", "device", *HELPERS},
-    "pipeline": {*ENDS, "model", "meanflow", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*ENDS, "model", "media", "pipeline", "train", "device", *HELPERS},
+    "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
+    "evaluate": {*PARTS, "families", "data", "device", "plotting", *HELPERS},
+    "train": {*PARTS, "families", "data", "evaluate", "device", "cuda_graph", "plotting", *HELPERS},
+    "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
+    "extract": {*PARTS, "families", "data", "media", "train", "device", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
-    "plot": {"media", "evaluate", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
 TOP = {"cli", "info", "__init__"}
-TRAINING = ("kernels", "model", "meanflow", *sorted(ENDS), "evaluate", "train")
+TRAINING = (
+    "kernels",
+    "model",
+    "meanflow",
+    "codec",
+    "encoders",
+    "data",
+    "plotting",
+    "families",
+    "evaluate",
+    "train",
+)
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 
 

@@ -35,7 +35,8 @@ from triton.runtime.jit import JITFunction
 
 from bench.gpu.job import Job
 from bench.gpu.piece import function
-from mfmjt.meanflow import capture, objective
+from mfmjt import cuda_graph
+from mfmjt.meanflow import objective
 
 __all__ = ["Hollow", "dry", "installed", "main"]
 
@@ -175,9 +176,9 @@ def _act_as_on_a_gpu() -> None:
     objective._pays_at_once = lambda *_: False
 
     def call(self: Any, first: Tensor, **given: Any) -> Tensor:
-        return self._function(first, **capture._floats_as_tensors(given, first.device))
+        return self._function(first, **cuda_graph.floats_as_tensors(given, first.device))
 
-    capture.Captured.__call__ = call  # type: ignore[method-assign]
+    cuda_graph.Captured.__call__ = call  # type: ignore[method-assign]
 
 
 def _report(piece: str, ops: tuple[str, ...], is_dry: bool, smoke: bool) -> int:

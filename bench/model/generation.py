@@ -14,6 +14,7 @@ from bench.cases import TINY
 from bench.providers import OURS
 from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec
+from mfmjt.cuda_graph import Captured
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS
@@ -129,7 +130,7 @@ class Work:
             return lambda: latents(self.z, self.cond)
         decode: Callable[[Tensor], Tensor] = self.codec.decode
         if provider == OURS:
-            decode = meanflow.capture.Captured(decode)
+            decode = Captured(decode)
 
         @torch.no_grad()
         def waveform() -> Tensor:

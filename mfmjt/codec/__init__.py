@@ -1,5 +1,6 @@
-"""Audio front and back ends: mel spectrograms, the shipped model's codec and MMAudio's."""
+"""Codecs, waveform <-> latents: the shipped model's and MMAudio's; mel spectrograms."""
 
+from mfmjt.codec.base import Codec
 from mfmjt.codec.bigvgan import BigVGAN, BigVGANConfig
 from mfmjt.codec.mel import MelSpectrogram
 from mfmjt.codec.mmaudio import MMAudioCodec
@@ -10,6 +11,7 @@ __all__ = [
     "VAE",
     "BigVGAN",
     "BigVGANConfig",
+    "Codec",
     "MMAudioCodec",
     "MelSpectrogram",
     "NanoCodec",

@@ -6,9 +6,10 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mfmjt.checkpoints import Check, PublishedFile, about, find_all, read_content
+from mfmjt.checkpoints import Check, PublishedFile, about, find_all, fingerprint, read_content
+from mfmjt.codec.base import Codec
 from mfmjt.codec.bigvgan import BigVGAN, BigVGANConfig
 from mfmjt.codec.mel import MEL_CONFIGS, MelSpectrogram
 from mfmjt.codec.vae import VAE, VAEConfig
@@ -58,7 +59,7 @@ def codec_files(mode: str) -> list[PublishedFile]:
     return [_VAE_FILES[mode], _VOCODER_FILES[mode]]
 
 
-class MMAudioCodec(nn.Module):
+class MMAudioCodec(Codec):
     """Waveform <-> MMAudio's latents, with the interface of `NanoCodec`.
 
     Args:
@@ -133,6 +134,10 @@ class MMAudioCodec(nn.Module):
         for part in (self.vae.encoder, self.vae.decoder, self.vocoder):
             part.to(dtype)
         return self
+
+    def identity(self) -> str:
+        """Return a digest of the autoencoder, which alone decides on latents."""
+        return fingerprint(self.vae)
 
     def encode(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of the latents.

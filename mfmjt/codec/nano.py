@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_module, save_module
+from mfmjt.codec.base import Codec
 from mfmjt.codec.mel import MelSpectrogram, filterbank, stft
 from mfmjt.errors import InputError
 
@@ -74,7 +75,7 @@ class _Upsample(nn.Module):
         return self.split(x).unflatten(-1, (2, -1)).flatten(1, 2)
 
 
-class NanoCodec(nn.Module):
+class NanoCodec(Codec):
     """16 kHz mono waveform <-> 20 latent channels at 31.25 Hz.
 
     Args:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfmjt.checkpoints import Check, PublishedFile, about, find_all, read_content
+from mfmjt.encoders.base import (
+    FRAMES_AT_ONCE,
+    Encoders,
+    FrameSpec,
+    Lengths,
+    check_frames,
+    check_texts,
+)
 from mfmjt.encoders.clip import CLIP, CLIPConfig
 from mfmjt.encoders.synchformer import Synchformer, SynchformerConfig
 from mfmjt.encoders.tokenizer import MERGES_FILES, Tokenizer
-from mfmjt.errors import InputError
+from mfmjt.model import ModelConfig
 
-__all__ = ["ENCODER_FILES", "FRAMES_AT_ONCE", "MMAudioEncoders"]
+__all__ = ["ENCODER_FILES", "MMAudioEncoders"]
 
 _CLIP_FILE = PublishedFile(
     "open_clip_pytorch_model.bin",
@@ -35,16 +43,14 @@ ENCODER_FILES = (_CLIP_FILE, _SYNC_FILE)
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 _STRIDE = 8  # frames from one of Synchformer's segments to the next
-FRAMES_AT_ONCE = 32
-"""Frames that CLIP is given at a time: bounds memory, and is enough to fill a GPU."""
 _SEGMENTS_AT_ONCE = 8
+_ROUNDING = 1e-6  # of durations in seconds, which are quotients
 
 
-class MMAudioEncoders(nn.Module):
+class MMAudioEncoders(Encoders):
     """Frames and text to the features that MMAudio was trained on.
 
-    The interface is that of `NanoEncoders`. Frames may have any size; those that already have
-    `frame_size` are not resized.
+    Frames may have any size; those that already have `frame_size` are not resized.
 
     Args:
         clip: CLIP's towers.
@@ -60,6 +66,9 @@ class MMAudioEncoders(nn.Module):
 
     video_fps = 8
     sync_fps = 25
+    frames_are_independent = True
+    period = 0.0
+    frame_size: tuple[int, int]
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -124,6 +133,23 @@ class MMAudioEncoders(nn.Module):
             part.to(dtype)
         return self
 
+    @property
+    def frame_specs(self) -> tuple[FrameSpec, FrameSpec]:
+        """Frames as MMAudio gives them to CLIP and to Synchformer."""
+        clip, sync = self.frame_size
+        return (
+            FrameSpec(self.video_fps, clip, "squash", "next"),
+            FrameSpec(self.sync_fps, sync, "crop", "next"),
+        )
+
+    def lengths(self, seconds: float, config: ModelConfig) -> Lengths:
+        """Give as many latents and frames as MMAudio's own code gives its networks."""
+        latents = math.ceil(seconds * config.latent_rate - _ROUNDING)
+        frames, sync = (
+            max(1, int(seconds * rate + _ROUNDING)) for rate in (self.video_fps, self.sync_fps)
+        )
+        return Lengths(max(1, latents), frames, sync)
+
     def fit_frames(self, frames: Tensor) -> Tensor:
         """Pictures as CLIP is given them: squashed to a square by bicubic interpolation.
 
@@ -133,8 +159,7 @@ class MMAudioEncoders(nn.Module):
         Returns:
             uint8 `(T, S, S, 3)` on the same device, S = `frame_size[0]`.
         """
-        side = self.frame_size[0]
-        return _resized(frames.permute(0, 3, 1, 2), side, side).permute(0, 2, 3, 1)
+        return self.frame_specs[0].fitted(frames)
 
     def fit_sync(self, frames: Tensor) -> Tensor:
         """Pictures as Synchformer is given them: shorter side to S, then the middle square.
@@ -145,12 +170,7 @@ class MMAudioEncoders(nn.Module):
         Returns:
             uint8 `(T, S, S, 3)` on the same device, S = `frame_size[1]`.
         """
-        side = self.frame_size[1]
-        height, width = frames.shape[1:3]
-        short = min(height, width)
-        large = _resized(frames.permute(0, 3, 1, 2), side * height // short, side * width // short)
-        top, left = (round((size - side) / 2) for size in large.shape[-2:])
-        return large[..., top : top + side, left : left + side].permute(0, 2, 3, 1)
+        return self.frame_specs[1].fitted(frames)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """CLIP's embeddings of single frames.
@@ -164,7 +184,7 @@ class MMAudioEncoders(nn.Module):
         Raises:
             InputError: Not uint8 of that shape, or no frames.
         """
-        _check(frames)
+        check_frames(frames)
         found = []
         for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE):
             x = self.fit_frames(part).permute(0, 3, 1, 2).float()
@@ -186,7 +206,7 @@ class MMAudioEncoders(nn.Module):
         Raises:
             InputError: Not uint8 of that shape, or no frames.
         """
-        _check(frames)
+        check_frames(frames)
         length = self.synchformer.config.frames
         return torch.stack([self._segments(self.fit_sync(sample), length) for sample in frames])
 
@@ -221,10 +241,7 @@ class MMAudioEncoders(nn.Module):
         Raises:
             InputError: Not a list of strings, or an empty one.
         """
-        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
-            raise InputError(
-                "Text must be a non-empty list of strings. Put a single prompt in a list."
-            )
+        check_texts(texts)
         return self.clip.encode_text(self.tokenizer(texts).to(self.pixel_mean.device))
 
     def unread(self, text: str) -> str:
@@ -235,28 +252,3 @@ class MMAudioEncoders(nn.Module):
             if room < 0:
                 return text[word.start() :]
         return ""
-
-
-def _check(frames: Tensor) -> None:
-    if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-        raise InputError(
-            f"Frames of shape {tuple(frames.shape)}, {frames.dtype} cannot be encoded: "
-            "uint8 (batch, time, height, width, 3) is needed."
-        )
-    if frames.numel() == 0:
-        raise InputError("No frames to encode. Give at least one.")
-
-
-def _resized(frames: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with anti-aliasing, uint8 `(T, 3, H, W)` in and out, as torchvision resizes."""
-    if frames.shape[-2:] == (height, width):
-        return frames
-    parts = []
-    for part in frames.split(FRAMES_AT_ONCE):
-        if part.device.type == "cpu":
-            # In uint8, which is over ten times faster there and a level apart on pictures.
-            parts.append(F.interpolate(part, (height, width), mode="bicubic", antialias=True))
-        else:
-            x = F.interpolate(part.float(), (height, width), mode="bicubic", antialias=True)
-            parts.append(x.clamp(0, 255).round().to(torch.uint8))
-    return torch.cat(parts)

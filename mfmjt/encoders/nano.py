@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import re
 import string
@@ -21,13 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_module, save_module
+from mfmjt.encoders.base import Encoders, FrameSpec, Lengths, check_frames, check_texts
 from mfmjt.errors import InputError
 from mfmjt.files import atomic_path
+from mfmjt.model import ModelConfig
+from mfmjt.model.config import SYNC_SEGMENT
 
 __all__ = ["FrameEncoder", "NanoEncoders", "NanoEncodersConfig", "SyncEncoder", "TextEncoder"]
 
 _WORDS = "words.txt"
 _WORD = re.compile(r"\w+|[^\w\s]")
+_ROUNDING = 1e-6  # of durations in seconds, which are quotients
 _REACH = 4  # frames on each side that a sync feature sees
 _SEGMENT, _STRIDE = 16, 8  # Synchformer's segments: 16 frames, of which the middle 8 get features
 
@@ -198,7 +203,7 @@ class TextEncoder(nn.Module):
         return _unit(self.out(x))
 
 
-class NanoEncoders(nn.Module):
+class NanoEncoders(Encoders):
     """Frame, sync and text encoder behind the interfaces of CLIP and Synchformer.
 
     Args:
@@ -212,9 +217,11 @@ class NanoEncoders(nn.Module):
             They are kept beside the weights, in `words.txt`.
     """
 
-    frame_size = 64
+    frame_size: int = 64
     video_fps = 8
     sync_fps = 25
+    frames_are_independent = False  # they are, but few: a window's are encoded at once
+    period = SYNC_SEGMENT / sync_fps
 
     def __init__(self, config: NanoEncodersConfig | None = None) -> None:
         super().__init__()
@@ -223,6 +230,25 @@ class NanoEncoders(nn.Module):
         self.sync_encoder = SyncEncoder(self.config)
         self.text_encoder = TextEncoder(self.config)
         self.vocabulary: frozenset[str] = frozenset()
+
+    @property
+    def frame_specs(self) -> tuple[FrameSpec, FrameSpec]:
+        """Frames for `encode_frames` and `encode_sync`."""
+        return (
+            FrameSpec(self.video_fps, self.frame_size),
+            FrameSpec(self.sync_fps, self.frame_size),
+        )
+
+    def lengths(self, seconds: float, config: ModelConfig) -> Lengths:
+        """Give the lengths of whole segments of `period` seconds, where frames meet latents.
+
+        What is beyond the duration is cut off the waveform.
+        """
+        whole = math.ceil(seconds / self.period - _ROUNDING) * self.period
+        latents, frames, sync = (
+            round(whole * rate) for rate in (config.latent_rate, self.video_fps, self.sync_fps)
+        )
+        return Lengths(latents, frames, sync)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Features of single frames, CLIP's part.
@@ -294,10 +320,7 @@ class NanoEncoders(nn.Module):
         Raises:
             InputError: Not a list of strings, or an empty one.
         """
-        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
-            raise InputError(
-                "Text must be a non-empty list of strings. Put a single prompt in a list."
-            )
+        check_texts(texts)
         return self.text_encoder(list(texts))
 
     def unread(self, text: str) -> str:
@@ -320,13 +343,7 @@ class NanoEncoders(nn.Module):
 
     def _prepare(self, frames: Tensor) -> Tensor:
         """uint8 `(B, T, H, W, 3)` -> float `(B, T, 3, 64, 64)` in [-1, 1]."""
-        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-            raise InputError(
-                f"Frames of shape {tuple(frames.shape)}, {frames.dtype} cannot be encoded: "
-                "uint8 (batch, time, height, width, 3) is needed."
-            )
-        if frames.numel() == 0:
-            raise InputError("No frames to encode. Give at least one.")
+        check_frames(frames)
         x = frames.flatten(0, 1).permute(0, 3, 1, 2)
         if x.shape[-2:] != (self.frame_size, self.frame_size):
             size = (self.frame_size, self.frame_size)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from mfmjt.data import foley
+from mfmjt.encoders.base import Encoders, FrameSpec
 from mfmjt.errors import InputError
+from mfmjt.families import Bundle
 
 __all__ = ["Examples", "Progress", "procedural", "silent", "stored", "timed"]
 
@@ -121,7 +123,7 @@ def _numbers(clips: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def procedural(
-    encoders: Any,
+    encoders: Encoders,
     clips: int = 200,
     seed: int = 0,
     split: str = "test",
@@ -133,7 +135,7 @@ def procedural(
     """Render clips of the procedural set and encode their frames and captions.
 
     Args:
-        encoders: Frame and text encoders.
+        encoders: Frame and text encoders; the frames are drawn as large as they take them.
         clips: Number of clips.
         seed: Which clips: numbers seed * clips to (seed + 1) * clips - 1 of the split.
         split: Split of the procedural set.
@@ -149,16 +151,20 @@ def procedural(
     indices = _numbers(clips, seed)
     made: list[foley.Clip] = []
     features: dict[str, list[Tensor]] = {"video": [], "sync": [], "text": []}
+    seen, heard = encoders.frame_specs
+    size = max(seen.size, heard.size)
+    batch = max(1, batch * foley.FRAME_SIZE**2 // size**2)
     for start in range(0, clips, batch):
         with timed(seconds, "render"):
-            rows = [foley.clip(i, split, duration=duration) for i in indices[start : start + batch]]
-            frames = torch.stack([torch.from_numpy(row.frames) for row in rows])
+            rows = [
+                foley.clip(i, split, duration=duration, size=size)
+                for i in indices[start : start + batch]
+            ]
+            frames = torch.stack([torch.from_numpy(row.frames) for row in rows]).to(device)
         made += [dataclasses.replace(row, frames=None) for row in rows]
         with timed(seconds, "encode"):
-            count = -(-frames.shape[1] * encoders.video_fps // foley.FPS)
-            shown = torch.arange(count) * foley.FPS // encoders.video_fps
-            features["video"].append(encoders.encode_frames(frames[:, shown].to(device)).cpu())
-            features["sync"].append(encoders.encode_sync(frames.to(device)).cpu())
+            features["video"].append(encoders.encode_frames(_picked(frames, seen)).cpu())
+            features["sync"].append(encoders.encode_sync(_picked(frames, heard)).cpu())
             features["text"].append(encoders.encode_text([row.caption for row in rows]).cpu())
         progress("render", len(made) / clips)
     return Examples(
@@ -176,10 +182,18 @@ def procedural(
     )
 
 
+def _picked(frames: Tensor, spec: FrameSpec) -> Tensor:
+    """Of clips' frames (B, T, H, H, 3), those that an encoder takes, in its size."""
+    times = torch.arange(-(-frames.shape[1] * spec.fps // foley.FPS)) * foley.FPS
+    index = times // spec.fps if spec.pick == "shown" else -(-times // spec.fps)
+    picked = frames[:, index.clamp(max=frames.shape[1] - 1)]
+    return spec.fitted(picked.flatten(0, 1)).unflatten(0, picked.shape[:2])
+
+
 @torch.inference_mode()
 def stored(
     store: Any,
-    bundle: Any,
+    bundle: Bundle,
     clips: int = 200,
     seed: int = 0,
     split: str = "test",
@@ -214,11 +228,10 @@ def stored(
             store.encode_text(bundle.encoders)
         features = store.rows(torch.tensor(indices))
         latents = features.pop("latent") * store.latent_std + store.latent_mean
-    device = next(bundle.codec.parameters()).device
     waves: list[Tensor] = []
     for rows in latents.split(batch):
         with timed(seconds, "decode the real sound"):
-            waves.append(bundle.codec.decode(rows.float().to(device)).cpu())
+            waves.append(bundle.decode(rows.float().to(bundle.device)))
         progress("read", sum(map(len, waves)) / len(indices))
     known = len(store.labels) == len(store) == len(store.events)
     return Examples(

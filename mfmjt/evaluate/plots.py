@@ -39,15 +39,16 @@ def plot_steps(
     """
     if not reports:
         raise InputError("There are no reports to plot. Run the evaluation first.")
-    panels = [f for metric in metrics for f in metric.figures if f.title and f.real]
+    held = {key for r in reports for key, value in r.figures.items() if value is not None}
+    panels = [f for m in metrics for f in m.figures if f.title and f.real and f.key in held]
     names = list(dict.fromkeys(report.model for report in reports))
     ticks = sorted({report.steps for report in reports})
     with figure(path, (2.6 * len(panels) + 0.4, 3.2)) as drawn:
         axes = drawn.subplots(1, len(panels), squeeze=False)[0]
         for axis, (key, title, _, real, _) in zip(axes, panels, strict=True):
             for name, color in zip(names, COLORS, strict=False):
-                rows = sorted((r for r in reports if r.model == name), key=lambda r: r.steps)
-                rows = [row for row in rows if row.figures.get(key) is not None]
+                rows = [r for r in reports if r.model == name and r.figures.get(key) is not None]
+                rows.sort(key=lambda report: report.steps)
                 steps = [row.steps for row in rows]
                 axis.plot(steps, [r.figures[key] for r in rows], "o-", color=color, label=name)
                 if rows and all(key in row.interval for row in rows):
@@ -67,44 +68,27 @@ def plot_steps(
         drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
-def plot_gallery(
-    examples: Examples,
-    generated: Tensor,
-    path: str | os.PathLike[str],
-    rows: Sequence[int] | None = None,
-) -> None:
-    """Draw spectrograms of real and generated sound, with events above and onsets below.
+def plot_gallery(examples: Examples, generated: Tensor, path: str | os.PathLike[str]) -> None:
+    """Draw real and generated sound of up to four examples that sound unlike each other.
+
+    Events are marked above the spectrograms, and onsets detected in each below.
 
     Args:
         examples: What the sound was generated for.
-        generated: Waveforms (n, S) of the first examples, in their order.
+        generated: Waveforms (n, S), in their order.
         path: SVG file to write.
-        rows: Which of the examples to show; by default four that sound unlike each other.
 
     Raises:
-        InputError: No such example, or matplotlib is missing.
+        InputError: matplotlib is missing.
     """
-    count = min(len(examples), len(generated))
-    if rows is None:
-        rows = [row for row in GALLERY if row < count]
-    if not rows or max(rows) >= count or min(rows) < 0:
-        raise InputError(f"There are {count} clips, not {list(rows)}. Give other rows.")
     labels = examples.classes or examples.captions
-    grid, times = [], []
-    for row in rows:
-        pair = (examples.audio[row], generated[row])
-        events = np.empty(0) if examples.events is None else examples.events[row]
+    rows, times = [], []
+    for i in (i for i in GALLERY if i < len(examples)):
+        pair = (examples.audio[i], generated[i])
+        events = np.empty(0) if examples.events is None else examples.events[i]
         detected = pair if len(events) else ()
-        grid.append((labels[row].replace("_", " "), pair))
+        rows.append((labels[i].replace("_", " "), pair))
         times.append((events, [detect_onsets(wave, examples.sample_rate) for wave in detected]))
-    plot_spectrograms(
-        path,
-        grid,
-        ("real", "generated"),
-        examples.sample_rate,
-        times,
-        # In steps that the eye does not miss and the size of the file does.
-        hop=0.04,
-        bands=48,
-        step=4.0,
-    )
+    # Coarse: the eye does not miss what the size of the file does.
+    look = {"hop": 0.04, "bands": 48, "step": 4.0}
+    plot_spectrograms(path, rows, ("real", "generated"), examples.sample_rate, times, **look)

@@ -10,13 +10,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mfmjt.evaluate.classifier import Classifier, load_classifier
-from mfmjt.evaluate.examples import Examples, Progress, procedural, silent
+from mfmjt.evaluate.examples import Examples, Progress, silent
 from mfmjt.evaluate.metrics import METRICS, CodecAlone, Metric
 from mfmjt.evaluate.report import Report, environment, table, write_report
 from mfmjt.evaluate.sounds import Made, Sounds
+from mfmjt.families import Bundle
 from mfmjt.files import atomic_path
 from mfmjt.meanflow import Sampling
 
@@ -24,7 +24,7 @@ __all__ = ["evaluate", "suite"]
 
 
 def evaluate(
-    bundle: Any,
+    bundle: Bundle,
     examples: Examples,
     sampling: Sampling | None = None,
     classifier: Classifier | None = None,
@@ -40,7 +40,7 @@ def evaluate(
     Args:
         bundle: Network, codec and encoders that belong together.
         examples: What to make sound for, and what is known of it.
-        sampling: Steps and guidance.
+        sampling: Steps and guidance; by default what the network is made for.
         classifier: Judge of class and embedding; the shipped one by default.
         metrics: What to measure. One whose truth the examples lack leaves its figures out.
         conditions: `both`, `video` or `text`.
@@ -52,9 +52,9 @@ def evaluate(
         The report.
 
     Raises:
-        InputError: Unknown conditions, too few clips, or a network that makes NaN.
+        InputError: Unknown conditions, or too few clips.
+        RunError: The network makes samples that are not finite.
     """
-    sampling = sampling or Sampling()
     made = Made(
         bundle,
         examples,
@@ -71,11 +71,11 @@ def evaluate(
         len(examples),
         examples.split,
         examples.seed,
-        **dataclasses.asdict(sampling),
+        **dataclasses.asdict(made.sampling),
         conditions=conditions,
         figures=dict.fromkeys(f.key for metric in (*METRICS, *metrics) for f in metric.figures),
         per_class={name: {"clips": float(classes.count(name))} for name in sorted(set(classes))},
-        environment=environment(next(bundle.network.parameters()).device),
+        environment=environment(bundle.device),
     )
     for done, metric in enumerate(metrics):
         progress(metric.name, done / len(metrics))
@@ -91,15 +91,14 @@ def evaluate(
 
 
 def suite(
-    mean_flow: Any,
-    flow_matching: Any | None,
+    mean_flow: Bundle,
+    flow_matching: Bundle | None,
     out: str | os.PathLike[str],
+    examples: Examples,
+    sampling: Sampling | None = None,
     classifier: Classifier | None = None,
     *,
-    clips: int = 200,
-    seed: int = 0,
     steps: Sequence[int] = (1, 4, 25),
-    sampling: Sampling | None = None,
     batch: int = 20,
     progress: Progress = silent,
 ) -> list[Report]:
@@ -112,11 +111,10 @@ def suite(
         flow_matching: The network of the same size and budget trained without MeanFlow, if any;
             codec and encoders must be the same.
         out: Folder, made if missing.
-        classifier: The judge; the shipped one by default.
-        clips: Number of test clips.
-        seed: Decides which clips and the noise.
-        steps: Numbers of steps to try.
+        examples: What both make sound for.
         sampling: Guidance; its steps are not looked at.
+        classifier: As in `evaluate`.
+        steps: Numbers of steps to try.
         batch: As in `evaluate`.
         progress: As in `evaluate`.
 
@@ -125,22 +123,20 @@ def suite(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    examples = procedural(mean_flow.encoders, clips, seed, batch=batch, progress=progress)
-    without_codec = tuple(m for m in METRICS if not isinstance(m, CodecAlone))
+    sampling = sampling or mean_flow.sampling
     reports: list[Report] = []
-    for name, stem, bundle in (
-        ("MeanFlow", "meanflow", mean_flow),
-        ("flow matching", "flow", flow_matching),
-    ):
-        for count in steps if bundle is not None else ():
+    networks = [("MeanFlow", "meanflow", mean_flow)]
+    if flow_matching is not None:
+        networks.append(("flow matching", "flow", flow_matching))
+    for name, stem, bundle in networks:
+        for count in steps:
             report = evaluate(
                 bundle,
                 examples,
-                dataclasses.replace(
-                    sampling or Sampling(), steps=count, instantaneous=stem == "flow"
-                ),
+                dataclasses.replace(sampling, steps=count, instantaneous=stem == "flow"),
                 classifier,
-                metrics=without_codec if reports else METRICS,
+                # The codec alone is the same in every row.
+                metrics=[m for m in METRICS if not (reports and isinstance(m, CodecAlone))],
                 batch=batch,
                 model=name,
                 progress=progress,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier
 from mfmjt.evaluate.examples import Examples, Progress, silent, timed
 from mfmjt.evaluate.onsets import detect_onsets
+from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
-from mfmjt.model import Conditions
 
 __all__ = ["CONDITIONS", "Made", "Sounds", "generate"]
 
@@ -31,7 +29,7 @@ AGAIN = 48
 
 @torch.inference_mode()
 def generate(
-    bundle: Any,
+    bundle: Bundle,
     examples: Examples,
     sampling: Sampling | None = None,
     *,
@@ -44,9 +42,9 @@ def generate(
     """Make a sound for every example.
 
     Args:
-        bundle: Network and codec.
+        bundle: Network, codec and encoders.
         examples: What to condition on.
-        sampling: Steps and guidance.
+        sampling: Steps and guidance; by default what the network is made for.
         conditions: `both`, `video` (frames alone) or `text` (caption alone).
         seed: Decides the noise, by default the examples' seed; example number i gets the same noise
             in every batch size and set.
@@ -58,17 +56,17 @@ def generate(
         Waveforms (n, S) float32 on the CPU, as long as the real ones.
 
     Raises:
-        InputError: Unknown conditions, or a network that makes NaN.
+        InputError: Unknown conditions.
+        RunError: The network makes samples that are not finite.
     """
     if conditions not in CONDITIONS:
         raise InputError(
             f"Unknown conditions {conditions!r}: there are {', '.join(CONDITIONS)}. Give one."
         )
-    sampling = sampling or Sampling()
+    sampling = sampling or bundle.sampling
     seconds = {} if seconds is None else seconds
     seed = examples.seed if seed is None else seed
-    network, codec = bundle.network, bundle.codec
-    device = next(network.parameters()).device
+    codec, device = bundle.codec, bundle.device
     given = {k: v for k, v in examples.features.items() if k in CONDITIONS[conditions]}
     samples = round(examples.duration * codec.sample_rate)
     length = -(-samples // codec.hop)
@@ -77,45 +75,15 @@ def generate(
         rows = examples.indices[start : start + batch]
         with timed(seconds, "generate"):
             noise = torch.stack([_noise(seed, row, length, codec.latent_dim) for row in rows])
-            cond = {k: v[start : start + batch].to(device) for k, v in given.items()}
-            latent = meanflow.sample(
-                network,
-                noise.to(device),
-                steps=sampling.steps,
-                cond={"cond": _conditions(network, len(rows), length, cond)},
-                null={"cond": _conditions(network, len(rows), length, {})},
-                guidance=sampling.guidance,
-                mode=sampling.mode,
-                instantaneous=sampling.instantaneous,
-            )
-            latent = network.unnormalize(latent)
+            features = {k: v[start : start + batch].to(device) for k, v in given.items()}
+            cond = bundle.conditions(features, length, sampling)
+            latents = bundle.latents(noise.to(device), cond, sampling)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         with timed(seconds, "decode"):
-            waves.append(codec.decode(latent.float())[:, :samples].cpu())
+            waves.append(bundle.decode(latents.float())[:, :samples])
         progress("generate", (start + len(rows)) / len(examples))
-    made = torch.cat(waves)
-    check_finite(made)
-    return made
-
-
-def check_finite(waves: Tensor) -> None:
-    """Refuse samples that are not numbers.
-
-    Raises:
-        InputError: NaN or infinity among them.
-    """
-    if not bool(torch.isfinite(waves).all()):
-        raise InputError(
-            "The network made NaN or infinite samples, which cannot be judged. "
-            "Its weights are damaged or untrained: give others."
-        )
-
-
-def _conditions(network: Any, rows: int, length: int, given: dict[str, Tensor]) -> Conditions:
-    """Conditions computed once for all steps; null ones, too, have a row for every sound."""
-    encoded = network.conditions(**given, latent_length=length)
-    return Conditions(*(part.expand(rows, *part.shape[1:]) for part in encoded))
+    return torch.cat(waves)
 
 
 def _noise(seed: int, index: int, length: int, dim: int) -> Tensor:
@@ -195,20 +163,21 @@ class Made(Sounds):
 
     def __init__(
         self,
-        bundle: Any,
+        bundle: Bundle,
         examples: Examples,
         classifier: Classifier,
         *,
-        sampling: Sampling,
+        sampling: Sampling | None = None,
         conditions: str = "both",
         batch: int = 20,
         progress: Progress = silent,
     ) -> None:
         self.bundle, self.examples = bundle, examples
+        self.sampling = sampling or bundle.sampling
         self.conditions, self.batch = conditions, batch
         self.rng = np.random.default_rng(examples.seed)
         self._generate = functools.partial(
-            generate, bundle, sampling=sampling, batch=batch, progress=progress
+            generate, bundle, sampling=self.sampling, batch=batch, progress=progress
         )
         seconds = dict(examples.seconds)
         waves = self._generate(examples, conditions=conditions, seconds=seconds)
@@ -242,14 +211,15 @@ class Made(Sounds):
 
     @functools.cached_property
     def through_codec(self) -> Sounds | None:
-        """The real sound, encoded and decoded; None where it has been through the codec before."""
-        if not self.examples.procedural:
-            return None
+        """The real sound, encoded and decoded; None where the codec cannot be judged by it."""
         codec, audio = self.bundle.codec, self.examples.audio
-        device = next(codec.parameters()).device
+        if not self.examples.procedural or self.examples.sample_rate != codec.sample_rate:
+            return None
         with timed(self.seconds, "codec"), torch.inference_mode():
             waves = [
-                codec.decode(codec.encode(rows.to(device))[0])[:, : audio.shape[1]].cpu()
+                codec.decode(codec.encode(rows.to(self.bundle.device))[0])[
+                    :, : audio.shape[1]
+                ].cpu()
                 for rows in audio.split(self.batch)
             ]
         return self.like(torch.cat(waves))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mfmjt.meanflow.guidance import guide
 from mfmjt.meanflow.objective import LossStats, condition_dropout, loss
-from mfmjt.meanflow.sampling import OneStep, Sampling, sample
+from mfmjt.meanflow.one_step import OneStep
+from mfmjt.meanflow.sampling import Sampling, sample
 from mfmjt.meanflow.targets import (
     alpha_flow,
     finite_difference,

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
-from mfmjt.meanflow._dtype import called_in, network_dtype
-from mfmjt.meanflow._tree import Cond, rows
+from mfmjt.meanflow._network import Cond, called_in, network_dtype, rows
 from mfmjt.meanflow.targets import Network, Target, Velocity, mean_velocity, regressed_to
 from mfmjt.meanflow.times import TimeSampler, logit_normal, time_pairs
 
@@ -170,7 +169,7 @@ def loss(
 
     at = t.view(-1, *(1 for _ in x.shape[1:]))
     z, v = (1 - at) * x + at * noise, noise - x
-    cond = {} if cond is None else cond
+    cond = dict(cond or {})
 
     if velocity is not None:
         v = velocity(call, z, t, v, dict(cond)).detach()

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
-from mfmjt.meanflow._dtype import network_dtype
-from mfmjt.meanflow._tree import Cond, stack
-from mfmjt.meanflow.capture import Captured
+from mfmjt.meanflow._network import Cond, Network, network_dtype, stack
 from mfmjt.meanflow.guidance import GuidanceMode, check_mode, guide
 
-__all__ = ["OneStep", "Sampling", "sample"]
+__all__ = ["Sampling", "sample"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How noise becomes data.
+    """How noise becomes data: those parameters of `sample` by their names.
+
+    `sample(f, noise, cond=cond, null=null, **dataclasses.asdict(sampling))` uses it.
 
     Attributes:
         steps: Evaluations of the network, twice that many with guidance.
@@ -37,6 +35,20 @@ class Sampling:
     mode: GuidanceMode = "cfg_scaled"
     instantaneous: bool = False
 
+    def changed(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: GuidanceMode | None = None,
+    ) -> Sampling:
+        """Return this with other values where they are given."""
+        return replace(
+            self,
+            steps=self.steps if steps is None else steps,
+            guidance=self.guidance if guidance is None else guidance,
+            mode=self.mode if mode is None else mode,
+        )
+
     def __post_init__(self) -> None:
         check_mode(self.mode)
         if not 1 <= self.steps <= 1000:
@@ -49,7 +61,7 @@ class Sampling:
 
 @torch.no_grad()
 def sample(
-    f: Callable[..., Tensor],
+    f: Network,
     noise: Tensor,
     steps: int = 1,
     cond: Cond | None = None,
@@ -82,126 +94,31 @@ def sample(
         raise InputError(f"steps is {steps}: sampling takes at least one. Give 1 or more.")
     cond = {} if cond is None else cond
     guided = mode != "none" and (isinstance(guidance, Tensor) or guidance != 1.0)
-    both: dict[str, Any] | None = None
-    if guided:
-        if null is None:
-            raise InputError(
-                f"guidance is {guidance} and null is missing: guidance compares with the network "
-                "without condition. Give null=, or guidance=1."
-            )
-        both = stack(cond, null)
+    if guided and null is None:
+        raise InputError(
+            f"guidance is {guidance} and null is missing: guidance compares with the network "
+            "without condition. Give null=, or guidance=1."
+        )
+    both = stack(cond, null) if guided and null is not None else None
+    dtype = network_dtype(noise)
 
     def velocity(z: Tensor, r: float, t: float) -> Tensor:
+        def u(z: Tensor, cond: Cond) -> Tensor:
+            now = torch.full((z.shape[0],), t, dtype=dtype, device=z.device)
+            return f(z, now if instantaneous else torch.full_like(now, r), now, **cond)
+
         z = z.to(dtype)
-
-        def at(count: int) -> tuple[Tensor, Tensor]:
-            now = torch.full((count,), t, dtype=z.dtype, device=z.device)
-            return (now if instantaneous else torch.full_like(now, r)), now
-
-        batch = z.shape[0]
         if not guided or null is None:
-            return f(z, *at(batch), **cond)
+            return u(z, cond)
         if both is not None:
-            u_c, u_0 = f(torch.cat((z, z)), *at(2 * batch), **both).chunk(2)
+            u_c, u_0 = u(torch.cat((z, z)), both).chunk(2)
         else:
-            u_c, u_0 = f(z, *at(batch), **cond), f(z, *at(batch), **null)
+            u_c, u_0 = u(z, cond), u(z, null)
         return guide(u_c, u_0, guidance, mode)
 
-    dtype = network_dtype(noise)
     # The state is kept in float32 or wider: rounding it at every step would add up.
     z = noise.to(torch.promote_types(noise.dtype, torch.float32))
     for i in range(steps, 0, -1):
         t, r = i / steps, (i - 1) / steps
         z = z - velocity(z, r, t).to(z.dtype) / steps
     return z.to(noise.dtype)
-
-
-class OneStep:
-    """One guided step of a multimodal network, both passes in one batch.
-
-    A network with a method `frozen(r, t)`, such as `mfmjt.MFMJT`, is made ready for the one
-    interval of one step at once: what does not depend on the latent is computed here. Change the
-    network's weights, and make another. On a CUDA device the step is one graph for each shape.
-
-    Args:
-        net: net(z, r, t, video=, sync=, text=, video_mask=, text_mask=) -> u.
-        guidance: Scale w; 1 needs no second pass.
-        mode: See `guide`.
-        compile: False calls the network as it is, without freezing and without graphs.
-
-    Raises:
-        InputError: Unknown mode.
-    """
-
-    def __init__(
-        self,
-        net: Callable[..., Tensor],
-        guidance: float = 1.5,
-        mode: GuidanceMode = "cfg_scaled",
-        compile: bool = True,
-    ) -> None:
-        check_mode(mode)
-        self.net = net
-        self.guidance = guidance
-        self.mode: GuidanceMode = mode
-        self._step: Callable[..., Tensor] = self._sample
-        if compile:
-            freeze = getattr(net, "frozen", None)
-            ready = None if freeze is None else freeze(0.0, 1.0)
-            step = self._sample if ready is None else ready.step
-            self._step = Captured(step, getattr(ready, "reads", None))
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        z: Tensor,
-        video: Tensor | None = None,
-        sync: Tensor | None = None,
-        text: Tensor | None = None,
-        video_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Data for noise.
-
-        Args:
-            z: Noise (B, N, C).
-            video: Features of the network's conditions, (B, N_video, C_video).
-            sync: Likewise (B, N_sync, C_sync).
-            text: Likewise (B, N_text, C_text).
-            video_mask: (B,) bool; samples that are False have no video.
-            text_mask: (B,) bool; samples that are False have no text.
-
-        Returns:
-            Data, in the shape and dtype of z.
-        """
-        given = {
-            "video": video,
-            "sync": sync,
-            "text": text,
-            "video_mask": video_mask,
-            "text_mask": text_mask,
-        }
-        there = {name: value for name, value in given.items() if value is not None}
-        return self._step(z, **there, guidance=self.guidance, mode=self.mode)
-
-    def _sample(
-        self,
-        z: Tensor,
-        *,
-        guidance: float | Tensor,
-        mode: GuidanceMode,
-        video_mask: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        **features: Tensor,
-    ) -> Tensor:
-        keep = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
-        seen = keep if video_mask is None else video_mask
-        read = keep if text_mask is None else text_mask
-        return sample(
-            self.net,
-            z,
-            cond={**features, "video_mask": seen, "text_mask": read},
-            null={**features, "video_mask": ~keep, "text_mask": ~keep},
-            guidance=guidance,
-            mode=mode,
-        )

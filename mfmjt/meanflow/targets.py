@@ -8,22 +8,25 @@ work in float32 or wider; the f that they are given casts its latents and times 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.meanflow._forward import derivative
 
 __all__ = [
+    "TARGETS",
     "Target",
     "Velocity",
     "alpha_flow",
     "finite_difference",
     "guided_velocity",
     "improved_mean_velocity",
+    "load_target",
     "mean_velocity",
     "regressed_to",
 ]
@@ -111,6 +114,47 @@ def alpha_flow(alpha: float) -> Target:
         return u, goal
 
     return target
+
+
+TARGETS: dict[str, Target] = {
+    "mean_velocity": mean_velocity,
+    "improved_mean_velocity": improved_mean_velocity,
+    "alpha_flow": alpha_flow(0.1),
+    "finite_difference": finite_difference(),
+}
+"""The targets by name, those that take a parameter with its usual value."""
+
+
+def load_target(name: str) -> Target:
+    """Return the target of this name.
+
+    Args:
+        name: A key of `TARGETS`, or `package.module:function` for a target of your own.
+
+    Raises:
+        InputError: No such key, module or function.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise InputError(
+            f"target={name}: choose one of {', '.join(TARGETS)}, or name a function of your own as "
+            "package.module:function."
+        )
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # whatever the module's own code raises
+        raise InputError(
+            f"target={name}: {module} cannot be imported: {reason(error)}. Correct the name, or "
+            "add the module's folder to PYTHONPATH."
+        ) from error
+    if not callable(found):
+        raise InputError(
+            f"target={name}: {module} has no function {function}. Define it, called as "
+            "target(f, z, r, t, v, cond); see mfmjt.meanflow.targets."
+        )
+    return found
 
 
 def guided_velocity(

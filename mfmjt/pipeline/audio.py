@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,10 @@ class Audio:
     def rtf_end_to_end(self) -> float:
         """Seconds from the video file to the waveform per second of sound, all stages counted."""
         return sum(self.timings.values()) / (self.duration * self.count)
+
+    def noted(self, notes: tuple[str, ...]) -> Audio:
+        """Return this sound with notes in front of its own."""
+        return replace(self, notes=notes + self.notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a sound file; the suffix chooses the format, such as `.wav` or `.flac`.

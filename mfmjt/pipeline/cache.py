@@ -17,32 +17,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path
 from mfmjt.media import Pictures, content
 from mfmjt.pipeline.windows import Window
 
-__all__ = ["Entry", "entry", "identity"]
+__all__ = ["Entry", "entry"]
 
 PREPARATION = "2"
 """Another number whenever pictures are picked, scaled or cut into windows in another way."""
 _PATH = "\0"  # stands for the video's name in notes: the same content may have another one
 _DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
-
-
-def identity(encoders: nn.Module) -> str:
-    """A digest of the weights: names, shapes, dtypes and the sums of their bits.
-
-    The sums are exact, so they are the same on every device; they run at the speed of memory.
-    """
-    digest = hashlib.sha256(type(encoders).__name__.encode())
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, value in encoders.state_dict().items():
-        total = value.contiguous().view(bits[value.element_size()]).sum(dtype=torch.int64)
-        digest.update(repr((name, tuple(value.shape), str(value.dtype), int(total))).encode())
-    return digest.hexdigest()
 
 
 def entry(
@@ -56,7 +43,7 @@ def entry(
     Args:
         folder: Of the cache; made where it is not there.
         video: The file or pictures, which are read.
-        encoders: Result of `identity`.
+        encoders: Result of `Encoders.identity`.
         asked: What else decides on the features, such as the duration.
 
     Raises:

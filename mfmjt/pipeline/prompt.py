@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mfmjt.encoders import NanoEncoders
-from mfmjt.pipeline.features import Encoders
+from mfmjt.encoders import Encoders
 
 __all__ = ["prompt_notes"]
 
@@ -20,18 +19,17 @@ def prompt_notes(encoders: Encoders, prompt: str | None) -> tuple[str, ...]:
     notes = []
     if unread := encoders.unread(prompt or ""):
         notes.append(f"The prompt is too long: its end, from {unread[:30]!r} on, is not read.")
-    if isinstance(encoders, NanoEncoders):
-        known, unknown = encoders.understood(prompt or "")
-        if unknown and known:
-            notes.append(
-                f"The text encoder was not trained on these words of the prompt: {_list(unknown)}. "
-                "What is heard depends on the others."
-            )
-        elif unknown:
-            notes.append(
-                f"The text encoder was trained on none of the prompt's words: {_list(unknown)}. "
-                "What is heard does not follow them."
-            )
+    known, unknown = encoders.understood(prompt or "")
+    if unknown and known:
+        notes.append(
+            f"The text encoder was not trained on these words of the prompt: {_list(unknown)}. "
+            "What is heard depends on the others."
+        )
+    elif unknown:
+        notes.append(
+            f"The text encoder was trained on none of the prompt's words: {_list(unknown)}. "
+            "What is heard does not follow them."
+        )
     return tuple(notes)
 
 

@@ -1,84 +1,72 @@
-"""Several requests at once: what has the same shape goes through the network in one batch."""
+"""The one way from requests to sounds: read, encode, generate in batches of one shape, decode.
+
+A request that the network makes in one go waits for others of its shape. A longer one is made by
+itself, window by window, while its video is read.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from mfmjt.errors import MfmjtError, RunError
-from mfmjt.meanflow import sample
-from mfmjt.meanflow.guidance import GuidanceMode
-from mfmjt.media import Video
-from mfmjt.model.conditioning import Conditions
+from mfmjt.errors import MfmjtError
+from mfmjt.meanflow import Sampling
 from mfmjt.pipeline.audio import STAGES, Audio
-from mfmjt.pipeline.features import lengths
-from mfmjt.pipeline.pipeline import NOT_FINITE, TEXT_DURATION, Pipeline, check_call
 from mfmjt.pipeline.prompt import prompt_notes
-from mfmjt.pipeline.windows import STRETCH, Noise, decoded
+from mfmjt.pipeline.request import TEXT_DURATION, Request
+from mfmjt.pipeline.stream import VideoFeatures
+from mfmjt.pipeline.windows import OVERLAP, Joiner, Noise, Window, expected, plan
 
-__all__ = ["Request", "generate_together"]
+if TYPE_CHECKING:
+    from mfmjt.pipeline.pipeline import Pipeline
+
+__all__ = ["Progress", "generate_together"]
 
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `Pipeline` is called with, for one sound or several.
-
-    Attributes:
-        video: As it was read, None for a prompt alone.
-        prompt: What is to be heard, in words.
-        steps: As for `Pipeline`.
-        guidance: As for `Pipeline`.
-        modes: Ways of guidance; each makes all sounds. Empty takes the pipeline's own.
-        seed: As for `Pipeline`.
-        duration: As for `Pipeline`.
-        count: Sounds of each mode.
-    """
-
-    video: Video | None = None
-    prompt: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    modes: tuple[GuidanceMode, ...] = ()
-    seed: int = 0
-    duration: float | None = None
-    count: int = 1
+"""Called with a stage's name and how much of it is done, from 0 to 1."""
+Windows = Iterator[tuple[Window, dict[str, Tensor]]]
+"""Windows of one sound and their features, each `(1, tokens, dim)`."""
 
 
 @dataclass
 class _Unit:
-    """The sounds of one request and mode, on their way through the network.
+    """The sounds of one request and mode that are made in one go.
 
     Attributes:
-        features: Of video and text, for a compiled step, which reads them itself.
-        conditions: With and without them, for the network as it is; None for a compiled step.
+        owner: Number of the request.
+        window: All of the sound.
+        length: Latents.
+        conditions: Of the network, one row for all sounds.
+        seconds: Wall time by stage.
+        notes: On the video and the prompt.
+        made: The sounds.
     """
 
     owner: int
     request: Request
-    steps: int
-    guidance: float
-    mode: GuidanceMode
+    sampling: Sampling
+    window: Window
     length: int
-    features: dict[str, Tensor]
-    conditions: tuple[Conditions, Conditions] | None
+    conditions: Any
     seconds: dict[str, float]
     notes: tuple[str, ...]
     made: list[Audio] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[object, ...]:
-        if self.conditions is None:
-            shapes: object = [(name, self.features[name].shape) for name in sorted(self.features)]
-        else:
-            shapes = [part.shape for part in self.conditions[0]]
-        return self.length, self.steps, self.guidance, self.mode, str(shapes)
+        """What units of one batch have in common."""
+        parts, layout = pytree.tree_flatten(self.conditions)
+        return self.length, self.sampling, str(layout), tuple(part.shape for part in parts)
 
 
 @torch.inference_mode()
@@ -90,8 +78,7 @@ def generate_together(
 ) -> list[list[Audio] | MfmjtError]:
     """Make sound for several requests, those of one shape in one batch.
 
-    A request's sounds are those that the pipeline makes for it alone. What is longer than the
-    network makes in one go is made alone.
+    A request's sounds are those that the pipeline makes for it alone.
 
     Args:
         pipeline: Makes the sounds.
@@ -103,30 +90,28 @@ def generate_together(
         For each request its sounds, all of the first mode first, or the error that it ended with.
     """
     report = progress or (lambda stage, fraction: None)
+    reading = _Reading(report, len(requests))
     made: list[list[Audio] | MfmjtError] = [[] for _ in requests]
     units: list[_Unit] = []
     for owner, request in enumerate(requests):
-        modes = request.modes or (pipeline.settled()[2],)
         try:
-            if _seconds(request) > STRETCH * pipeline.window:
-                made[owner] = _alone(pipeline, request, modes, report)
-            else:
-                report("encode", owner / len(requests))
-                units += _prepared(pipeline, owner, request, modes)
+            begun, made[owner] = _begin(pipeline, owner, request, partial(reading, owner))
+            units += begun
         except MfmjtError as error:
             made[owner] = error
     groups: dict[tuple[object, ...], list[_Unit]] = {}
     for unit in units:
         groups.setdefault(unit.key, []).append(unit)
     batches = [batch for group in groups.values() for batch in _batches(group, most)]
-    done, of = 0, sum(batch[0].steps for batch in batches)
+    done, of = 0, sum(batch[0].sampling.steps for batch in batches)
 
     def stepped() -> None:
         nonlocal done
         done += 1
         report("generate", done / of)
 
-    report("generate", 0.0)
+    if batches:
+        report("generate", 0.0)
     for batch in batches:
         try:
             _generate(pipeline, batch, stepped, report)
@@ -140,85 +125,149 @@ def generate_together(
     return made
 
 
-def _seconds(request: Request) -> float:
-    if request.duration is not None:
-        return request.duration
-    return TEXT_DURATION if request.video is None else request.video.duration
+class _Clock:
+    """Wall time of each stage, and what is reported of it."""
 
-
-def _alone(
-    pipeline: Pipeline, request: Request, modes: Sequence[GuidanceMode], report: Progress
-) -> list[Audio]:
-    made: list[Audio] = []
-    for number, mode in enumerate(modes):
-
-        def reported(stage: str, fraction: float, number: int = number) -> None:
-            report(stage, (number + fraction) / len(modes) if stage == "generate" else fraction)
-
-        sounds = pipeline(
-            request.video,
-            request.prompt,
-            request.steps,
-            request.guidance,
-            mode,
-            request.seed,
-            request.duration,
-            request.count,
-            reported,
-        )
-        made += sounds if isinstance(sounds, list) else [sounds]
-    return made
-
-
-def _prepared(
-    pipeline: Pipeline, owner: int, request: Request, modes: Sequence[GuidanceMode]
-) -> Iterator[_Unit]:
-    """The conditions of a request that is made in one go."""
-    settled = [pipeline.settled(request.steps, request.guidance, mode) for mode in modes]
-    for steps, guidance, mode in settled:
-        check_call(
-            request.video,
-            request.prompt,
-            steps,
-            guidance,
-            mode,
-            request.seed,
-            request.duration,
-            request.count,
-        )
-    seconds = dict.fromkeys(STAGES, 0.0)
+    def __init__(self, device: torch.device, report: Progress) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.report = report
+        self._device = device
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        seconds[name] += time.perf_counter() - begin
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[stage] += time.perf_counter() - begin
 
-    features: dict[str, Tensor] = {}
+    @contextmanager
+    def stage(self, stage: str) -> Iterator[None]:
+        self.report(stage, 0.0)
+        with self.timed(stage):
+            yield
+        self.report(stage, 1.0)
+
+
+class _Reading:
+    """Reports reading and encoding, which take turns, as shares of all requests', only forward."""
+
+    def __init__(self, report: Progress, of: int) -> None:
+        self._report, self._of = report, of
+        self._last = (-1, 0.0)
+
+    def __call__(self, owner: int, stage: str, fraction: float) -> None:
+        if stage in STAGES[:2]:
+            fraction = (owner + fraction) / self._of
+            at = STAGES.index(stage), fraction
+            if at <= self._last:
+                return
+            self._last = at
+        self._report(stage, fraction)
+
+
+def _begin(
+    pipeline: Pipeline, owner: int, request: Request, report: Progress
+) -> tuple[list[_Unit], list[Audio]]:
+    """Read and encode a request: its units, or the sounds of one too long to be made in one go."""
+    samplings = request.samplings(pipeline.sampling)
+    clock = _Clock(pipeline.device, report)
+    source = None if request.video is None else pipeline._video(request)
     notes = prompt_notes(pipeline.encoders, request.prompt)
-    if request.video is not None:
-        source = pipeline._video(request.video, request.duration, None)
-        ((_, features),) = source.windows(stage)
-        notes += source.notes
-    with stage("encode"):
-        features = features | pipeline._text(request.prompt)
-        length, _, _ = lengths(pipeline.encoders, pipeline.network.config, _seconds(request))
-        compiled = [pipeline.one_step is not None and steps == 1 for steps, _, _ in settled]
-        cond, null = (
-            None
-            if all(compiled)
-            else pipeline.network.conditions(
-                **features,
-                video_mask=torch.tensor([keep], device=pipeline.device),
-                text_mask=torch.tensor([keep], device=pipeline.device),
-                latent_length=length,
-            )
-            for keep in (True, False)
-        )
-    for (steps, guidance, mode), ready in zip(settled, compiled, strict=True):
-        both = None if ready or cond is None or null is None else (cond, null)
-        yield _Unit(owner, request, steps, guidance, mode, length, features, both, seconds, notes)
-        seconds = dict.fromkeys(STAGES, 0.0)  # what the modes share is counted once
+    with closing(
+        _windows(pipeline, request, source, clock)
+    ) as windows:  # and the thread it reads in
+        window, features = next(windows)
+        if not window.last:
+            rest = itertools.chain([(window, features)], windows)
+            sounds = _long(pipeline, request, samplings, source, rest, clock)
+            return [], [s.noted(notes + (source.notes if source else ())) for s in sounds]
+    length = _length(pipeline, window)
+    with clock.timed("generate"):
+        conditions = pipeline.bundle.conditions(features, length, samplings[0])
+    notes += source.notes if source else ()
+    seconds = [clock.seconds, *({} for _ in samplings[1:])]  # what modes share is counted once
+    return [
+        _Unit(owner, request, sampling, window, length, conditions, own, notes)
+        for sampling, own in zip(samplings, seconds, strict=True)
+    ], []
+
+
+def _windows(
+    pipeline: Pipeline, request: Request, source: VideoFeatures | None, clock: _Clock
+) -> Generator[tuple[Window, dict[str, Tensor]], None, None]:
+    """Give each window with the features of video and text."""
+    given: Windows
+    if source is None:
+        whole = TEXT_DURATION if request.duration is None else request.duration
+        given = ((w, {}) for w in plan(pipeline.window, lambda s: whole if whole <= s else None))
+    else:
+        given = source.windows(clock.stage)
+    text: dict[str, Tensor] | None = None
+    for window, features in given:
+        if text is None:
+            with clock.stage("encode"):
+                text = pipeline._text(request.prompt)
+        yield window, features | text
+
+
+def _length(pipeline: Pipeline, window: Window) -> int:
+    """Return the latents of a window, which begins at the nearest latent."""
+    length = pipeline.bundle.lengths(window.duration).latents
+    rate = pipeline.network.config.latent_rate
+    if not window.last:
+        return length
+    # The last one reaches to the end.
+    return max(length, math.ceil(window.end * rate - 1e-6) - round(window.start * rate))
+
+
+def _long(
+    pipeline: Pipeline,
+    request: Request,
+    samplings: Sequence[Sampling],
+    source: VideoFeatures | None,
+    windows: Windows,
+    clock: _Clock,
+) -> list[Audio]:
+    """Make sounds of several windows, each for all modes before the next one is read."""
+    bundle, config = pipeline.bundle, pipeline.network.config
+    report, clock.report = clock.report, lambda stage, fraction: None
+    noise = Noise(request.seed, request.count, config.latent_dim)
+
+    def decode(latents: Tensor) -> Tensor:
+        with clock.timed("decode"):
+            return bundle.decode(latents)
+
+    fade = round(OVERLAP * config.latent_rate)
+    joiners = [Joiner(decode, pipeline.codec.hop, fade) for _ in samplings]
+    for number, (window, features) in enumerate(windows):
+        known = source.declared if source else request.duration
+        of = 0 if known is None else expected(pipeline.window, known)
+        of = number + 1 if window.last else max(of, number + 2)
+        start, length = round(window.start * config.latent_rate), _length(pipeline, window)
+        drawn = noise(start, length).to(pipeline.device)
+        with clock.timed("generate"):
+            conditions = bundle.conditions(features, length, samplings[0])
+        done, steps = 0, samplings[0].steps * len(samplings)
+
+        def stepped() -> None:
+            nonlocal done
+            done += 1
+            report("generate", (number + done / steps) / of)  # noqa: B023  called in this turn
+
+        report("generate", number / of)
+        for joiner, sampling in zip(joiners, samplings, strict=True):
+            with clock.timed("generate"):
+                latents = bundle.latents(drawn, conditions, sampling, stepped)
+            joiner.add(start, latents)
+    rate, count = pipeline.codec.sample_rate, request.count
+    waveforms = [joiner.finish()[:, : max(1, round(window.end * rate))] for joiner in joiners]
+    report("decode", 1.0)
+    return [
+        Audio(wave[None], rate, request.seed + i, clock.seconds, count * len(samplings))
+        for waveform in waveforms
+        for i, wave in enumerate(waveform)
+    ]
 
 
 def _batches(group: list[_Unit], most: int) -> Iterator[list[_Unit]]:
@@ -237,63 +286,29 @@ def _generate(
     pipeline: Pipeline, batch: list[_Unit], stepped: Callable[[], None], report: Progress
 ) -> None:
     """Put into each unit of the batch its sounds."""
-    first = batch[0]
+    bundle, clock = pipeline.bundle, _Clock(pipeline.device, report)
     channels, rate = pipeline.network.config.latent_dim, pipeline.codec.sample_rate
+    counts = [unit.request.count for unit in batch]
+    with clock.timed("generate"):
+        noise = torch.cat(
+            [Noise(u.request.seed, u.request.count, channels)(0, u.length) for u in batch]
+        ).to(pipeline.device)
 
-    def together(conditions: Sequence[Conditions]) -> dict[str, Conditions]:
-        rows = (
-            tuple(part.expand(unit.request.count, *part.shape[1:]) for part in own)
-            for unit, own in zip(batch, conditions, strict=True)
-        )
-        return {"cond": Conditions(*map(torch.cat, zip(*rows, strict=True)))}
+        def rows(*parts: Tensor) -> Tensor:
+            own = zip(parts, counts, strict=True)
+            return torch.cat([part.expand(count, *part.shape[1:]) for part, count in own])
 
-    def velocity(z: Tensor, r: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        u = pipeline.network(z, r, t, cond=cond)
-        stepped()
-        return u
-
-    begin = time.perf_counter()
-    noise = torch.cat(
-        [Noise(u.request.seed, u.request.count, channels)(0, u.length) for u in batch]
-    )
-    noise = noise.to(pipeline.device)
-    conditions = [unit.conditions for unit in batch if unit.conditions is not None]
-    if pipeline.one_step is not None and not conditions:
-        features = {
-            name: torch.cat(
-                [u.features[name].expand(u.request.count, -1, -1) for u in batch],
-            )
-            for name in first.features
-        }
-        latent = pipeline.one_step(noise, **features, guidance=first.guidance, mode=first.mode)
-        stepped()
-    else:
-        latent = sample(
-            velocity,
-            noise,
-            first.steps,
-            together([cond for cond, _ in conditions]),
-            together([null for _, null in conditions]),
-            first.guidance,
-            first.mode,
-            instantaneous=pipeline.flow_matching,
-        )
-    latent = pipeline.network.unnormalize(latent)
-    if pipeline.device.type == "cuda":
-        torch.cuda.synchronize(pipeline.device)
-    middle = time.perf_counter()
-    report("decode", 0.0)
-    parts = decoded(lambda z: pipeline.decode(z).float().cpu(), [latent], pipeline.codec.hop)
-    waveforms = torch.cat(list(parts), dim=1)
-    end = time.perf_counter()
-    if not bool(torch.isfinite(waveforms).all()):
-        raise RunError(NOT_FINITE)
-    place = 0
-    for unit in batch:
-        seconds = unit.seconds | {"generate": middle - begin, "decode": end - middle}
-        count, samples = unit.request.count, max(1, round(_seconds(unit.request) * rate))
-        for i in range(count):
+        conditions = pytree.tree_map(rows, *(unit.conditions for unit in batch))
+        latents = bundle.latents(noise, conditions, batch[0].sampling, stepped)
+    with clock.stage("decode"):
+        joiner = Joiner(bundle.decode, pipeline.codec.hop)
+        joiner.add(0, latents)
+        waveforms = joiner.finish()
+    for unit, own in zip(batch, waveforms.split(counts), strict=True):
+        seconds = {stage: unit.seconds.get(stage, 0.0) + clock.seconds[stage] for stage in STAGES}
+        samples = max(1, round(unit.window.end * rate))
+        unit.made += [
             # A copy: the sounds of others shall not live as long as this one.
-            wave = waveforms[place + i, :samples].clone()[None]
-            unit.made.append(Audio(wave, rate, unit.request.seed + i, seconds, count, unit.notes))
-        place += count
+            Audio(wave.clone()[None], rate, seed, seconds, len(own), unit.notes)
+            for seed, wave in enumerate(own[:, :samples], unit.request.seed)
+        ]

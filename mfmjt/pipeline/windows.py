@@ -9,14 +9,14 @@ but the waveform.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["OVERLAP", "Noise", "Window", "decoded", "expected", "joined", "plan"]
+__all__ = ["OVERLAP", "Joiner", "Noise", "Window", "expected", "plan"]
 
 OVERLAP = 1
 """Seconds that a window shares with the one before it, and over which the two are faded."""
@@ -117,71 +117,71 @@ class Noise:
         return torch.stack(drawn)
 
 
-def joined(parts: Iterable[tuple[int, Tensor]], fade: int) -> Iterator[Tensor]:
-    """Latents of windows as one sequence, faded in the middle of each overlap.
+class Joiner:
+    """Makes one waveform of the windows of a sound, in parts, as soon as nothing can change them.
 
-    Args:
-        parts: First position and latents `(B, n, C)` of each window; each begins after the one
-            before it began, and before that one ends.
-        fade: Latents of a fade.
-
-    Yields:
-        `(B, n, C)`, one after the other, as soon as nothing can change them.
-    """
-    held: Tensor | None = None
-    begin = 0
-    for start, part in parts:
-        if held is None:
-            held, begin = part, start
-            continue
-        overlap = begin + held.shape[1] - start
-        width = min(fade, overlap)
-        skipped = (overlap - width) // 2
-        first = start - begin + skipped
-        yield held[:, :first]
-        mixed = _faded(held[:, first : first + width], part[:, skipped : skipped + width])
-        held = torch.cat((mixed, part[:, skipped + width :]), dim=1)
-        begin += first
-    if held is not None:
-        yield held
-
-
-def decoded(
-    decode: Callable[[Tensor], Tensor], latents: Iterable[Tensor], hop: int
-) -> Iterator[Tensor]:
-    """Waveform of a sequence of latents, chunk by chunk.
-
-    What fits into one chunk is decoded as it is.
+    Latents are faded in the middle of each overlap. What fits into one chunk is decoded as it is.
 
     Args:
         decode: Latents `(B, n, C)` to samples `(B, n * hop)`.
-        latents: The sequence in parts `(B, n, C)`.
         hop: Samples of a latent.
-
-    Yields:
-        Samples `(B, n)`, one after the other.
+        fade: Latents over which two windows are faded.
     """
-    overlap, margin = 2 * CONTEXT + FADE, CONTEXT * hop
-    held: Tensor | None = None
-    tail: Tensor | None = None
-    for part in latents:
-        held = part if held is None else torch.cat((held, part), dim=1)
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], hop: int, fade: int = 0) -> None:
+        self._decode, self._hop, self._fade = decode, hop, fade
+        self._window: Tensor | None = None  # latents that the next window may change
+        self._begin = 0  # position of the first of them
+        self._latents: Tensor | None = None  # that wait for a chunk
+        self._tail: Tensor | None = None  # end of the last chunk, for the next one's fade
+        self._waveform: list[Tensor] = []
+
+    def add(self, start: int, latents: Tensor) -> None:
+        """Add a window's latents `(B, n, C)`, from position `start` on.
+
+        Each begins after the one before it began, and before that one ends.
+        """
+        if self._window is None:
+            self._window, self._begin = latents, start
+            return
+        overlap = self._begin + self._window.shape[1] - start
+        width = min(self._fade, overlap)
+        skipped = (overlap - width) // 2
+        first = start - self._begin + skipped
+        self._push(self._window[:, :first])
+        mixed = _faded(
+            self._window[:, first : first + width], latents[:, skipped : skipped + width]
+        )
+        self._window = torch.cat((mixed, latents[:, skipped + width :]), dim=1)
+        self._begin += first
+
+    def finish(self) -> Tensor:
+        """Give the whole waveform `(B, samples)`."""
+        assert self._window is not None, "add a window first"
+        self._push(self._window)
+        assert self._latents is not None
+        self._waveform.append(self._continued(self._latents))
+        return torch.cat(self._waveform, dim=1)
+
+    def _push(self, latents: Tensor) -> None:
+        """Take latents that nothing changes any more, and decode them where they fill a chunk."""
+        held = latents if self._latents is None else torch.cat((self._latents, latents), dim=1)
+        overlap = 2 * CONTEXT + FADE
         while held.shape[1] > CHUNK + overlap:
-            wave = _continued(tail, decode(held[:, : CHUNK + overlap]), margin)
-            yield wave[:, : -overlap * hop]
-            tail = wave[:, -overlap * hop :]
+            wave = self._continued(held[:, : CHUNK + overlap])
+            self._waveform.append(wave[:, : -overlap * self._hop])
+            self._tail = wave[:, -overlap * self._hop :]
             held = held[:, CHUNK:]
-    if held is not None:
-        yield _continued(tail, decode(held), margin)
+        self._latents = held
 
-
-def _continued(tail: Tensor | None, wave: Tensor, margin: int) -> Tensor:
-    """`wave` with its begin faded in from `tail`, the end of the chunk before."""
-    if tail is None:
-        return wave
-    end = tail.shape[1] - margin
-    mixed = _faded(tail[:, margin:end], wave[:, margin:end])
-    return torch.cat((tail[:, :margin], mixed, wave[:, end:]), dim=1)
+    def _continued(self, latents: Tensor) -> Tensor:
+        """Decode a chunk, its begin faded in from the end of the one before."""
+        tail, wave, margin = self._tail, self._decode(latents), CONTEXT * self._hop
+        if tail is None:
+            return wave
+        end = tail.shape[1] - margin
+        mixed = _faded(tail[:, margin:end], wave[:, margin:end])
+        return torch.cat((tail[:, :margin], mixed, wave[:, end:]), dim=1)
 
 
 def _faded(old: Tensor, new: Tensor) -> Tensor:

@@ -85,14 +85,13 @@ class Service:
             },
         )
         self.engine = Engine(pipeline, settings.batch, asyncio.get_running_loop(), self._worked)
-        steps, guidance, mode = pipeline.settled()
         self.model = Model(
             name=name,
             device=str(pipeline.device),
             sample_rate=pipeline.codec.sample_rate,
-            steps=steps,
-            guidance=guidance,
-            guidance_mode=mode,
+            steps=pipeline.sampling.steps,
+            guidance=pipeline.sampling.guidance,
+            guidance_mode=pipeline.sampling.mode,
             max_duration=settings.max_duration,
             max_upload=settings.max_upload,
             max_count=MAX_COUNT,

@@ -134,7 +134,7 @@ class Engine(threading.Thread):
     def _finish(self, job: Job, made: list[Audio], waited: float) -> None:
         self._tell(job, stage="write", progress=0.0)
         begin = time.perf_counter()
-        modes = job.asked["guidance_mode"] or [self._pipeline.settled()[2]]
+        modes = job.asked["guidance_mode"] or [self._pipeline.sampling.mode]
         sounds: list[dict[str, Any]] = []
         try:
             for number, sound in enumerate(made):

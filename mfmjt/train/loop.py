@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mfmjt import meanflow
 from mfmjt.codec import NanoCodec
+from mfmjt.cuda_graph import CapturedStep
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.model import MFMJT
@@ -33,7 +34,6 @@ from mfmjt.train import distributed, preview
 from mfmjt.train.config import NetworkTraining, as_json
 from mfmjt.train.distributed import Processes
 from mfmjt.train.ema import EMA
-from mfmjt.train.graph import Recorded
 from mfmjt.train.log import TrainingLog
 from mfmjt.train.memory import keep_memory
 from mfmjt.train.progress import Progress
@@ -198,7 +198,7 @@ class _Run:
             }
         self.work: Callable[..., Tensor] = self._work
         if config.cuda_graph:
-            self.work = Recorded(self._work, self.device, self.store.settle)
+            self.work = CapturedStep(self._work, self.device, self.store.settle)
         self.generator, self.next = torch.Generator(self.device), torch.Generator()
         # Of a GPU's random numbers the host would have to wait to know what to read.
         self.chooser = self.generator if self.device.type == "cpu" else torch.Generator()

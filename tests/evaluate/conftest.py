@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
@@ -16,6 +13,7 @@ from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
 from mfmjt.evaluate.examples import Examples, procedural
 from mfmjt.evaluate.report import Report
 from mfmjt.evaluate.run import evaluate
+from mfmjt.families import Bundle
 from mfmjt.model import MFMJT
 
 CLIPS = 3
@@ -23,7 +21,7 @@ DURATION = 1.5  # s: long enough for an event in each of the clips
 
 
 @pytest.fixture(scope="session")
-def bundle() -> Any:
+def bundle() -> Bundle:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = MFMJT.from_config("nano", hidden_dim=32, num_heads=1, depth=2, fused_depth=1)
@@ -34,7 +32,7 @@ def bundle() -> Any:
         sizes = {"encoder_dim": 16, "encoder_depth": 2, "decoder_depths": (1, 1, 1)}
         codec = NanoCodec(NanoCodecConfig(decoder_dims=(16, 16, 16), **sizes))
         encoders = NanoEncoders()
-    return SimpleNamespace(network=network.eval(), codec=codec.eval(), encoders=encoders.eval())
+    return Bundle(network, codec, encoders).to("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +44,10 @@ def classifier() -> Classifier:
 
 
 @pytest.fixture(scope="session")
-def clips(bundle: Any) -> Examples:
+def clips(bundle: Bundle) -> Examples:
     return procedural(bundle.encoders, CLIPS, seed=1, duration=DURATION)
 
 
 @pytest.fixture(scope="session")
-def report(bundle: Any, classifier: Classifier, clips: Examples) -> Report:
+def report(bundle: Bundle, classifier: Classifier, clips: Examples) -> Report:
     return evaluate(bundle, clips, classifier=classifier, batch=2)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.evaluate.examples import Examples, procedural, stored
+from mfmjt.families import Bundle
 from mfmjt.train.features import extract
 from mfmjt.train.store import FeatureStore
 
@@ -37,26 +37,26 @@ def test_the_first_keep_their_features(clips: Examples) -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_others_are_other_clips_of_the_same_classes(bundle: Any, split: str) -> None:
+def test_others_are_other_clips_of_the_same_classes(bundle: Bundle, split: str) -> None:
     clips = procedural(bundle.encoders, 2, split=split, duration=1.0)
     others = clips.others()
     assert others.shape == clips.audio.shape
     assert not any(torch.equal(a, b) for a, b in zip(others, clips.audio, strict=True))
 
 
-def test_too_few_are_refused(bundle: Any) -> None:
+def test_too_few_are_refused(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="at least 2 clips"):
         procedural(bundle.encoders, 1)
 
 
 @pytest.fixture(scope="module")
-def store(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     extract(folder, "test", 4, bundle.encoders, bundle.codec, workers=0)
     return folder
 
 
-def test_a_store_gives_what_its_clips_give(bundle: Any, store: Path) -> None:
+def test_a_store_gives_what_its_clips_give(bundle: Bundle, store: Path) -> None:
     ours = stored(FeatureStore(store, "test"), bundle, 2, seed=1)
     theirs = procedural(bundle.encoders, 2, seed=1)
     assert (
@@ -76,14 +76,14 @@ def test_a_store_gives_what_its_clips_give(bundle: Any, store: Path) -> None:
     assert ours.others() is None
 
 
-def test_of_a_store_without_them_class_and_events_are_unknown(bundle: Any, store: Path) -> None:
+def test_of_a_store_without_them_class_and_events_are_unknown(bundle: Bundle, store: Path) -> None:
     unknown = FeatureStore(store, "test")
     unknown.labels, unknown.events = [], []  # as `mfmjt extract` leaves them
     clips = stored(unknown, bundle, 3)
     assert (clips.labels, clips.events, clips.classes, len(clips.impact)) == (None, None, [], 0)
 
 
-def test_a_store_without_so_many_clips_is_refused(bundle: Any, store: Path) -> None:
+def test_a_store_without_so_many_clips_is_refused(bundle: Bundle, store: Path) -> None:
     assert len(stored(FeatureStore(store, "test"), bundle, 3, seed=0)) == 3
     with pytest.raises(InputError, match="holds 4 clips"):
         stored(FeatureStore(store, "test"), bundle, 3, seed=1)

@@ -3,8 +3,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +24,7 @@ from mfmjt.evaluate.metrics import (
 from mfmjt.evaluate.report import Report, table
 from mfmjt.evaluate.run import evaluate
 from mfmjt.evaluate.sounds import Made, Sounds
+from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
 from mfmjt.model import MFMJT
 
@@ -48,9 +47,9 @@ def real(classifier: Classifier, clips: Examples) -> Sounds:
 
 
 def test_a_network_that_answers_with_a_mean_has_no_diversity(
-    bundle: Any, classifier: Classifier, clips: Examples, report: Report, real: Sounds
+    bundle: Bundle, classifier: Classifier, clips: Examples, report: Report, real: Sounds
 ) -> None:
-    mean = SimpleNamespace(network=Mean(bundle.network), codec=bundle.codec)
+    mean = Bundle(Mean(bundle.network), bundle.codec, bundle.encoders, Sampling())
     same = Made(mean, clips, classifier, sampling=Sampling(guidance=1.0))
     diversity = Diversity()(same, real, clips).figures["diversity"]
     # z - (z - 0.3) leaves the rounding of z.
@@ -59,7 +58,7 @@ def test_a_network_that_answers_with_a_mean_has_no_diversity(
 
 
 def test_real_sound_in_place_of_the_network_reaches_the_bounds(
-    bundle: Any,
+    bundle: Bundle,
     classifier: Classifier,
     clips: Examples,
     real: Sounds,
@@ -80,7 +79,7 @@ def test_real_sound_in_place_of_the_network_reaches_the_bounds(
 
 
 def test_without_a_truth_only_distances_are_judged(
-    bundle: Any, classifier: Classifier, clips: Examples
+    bundle: Bundle, classifier: Classifier, clips: Examples
 ) -> None:
     unknown = dataclasses.replace(clips, labels=None, events=None, procedural=False)
     report = evaluate(bundle, unknown, classifier=classifier)
@@ -109,7 +108,7 @@ loudness = Loudness()
 
 
 def test_a_metric_of_ones_own_is_one_file(
-    bundle: Any,
+    bundle: Bundle,
     classifier: Classifier,
     clips: Examples,
     report: Report,

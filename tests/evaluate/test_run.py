@@ -1,27 +1,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mfmjt.evaluate.classifier import Classifier
 from mfmjt.evaluate.examples import Examples
 from mfmjt.evaluate.report import Report, read_reports, table
 from mfmjt.evaluate.run import evaluate, suite
+from mfmjt.families import Bundle
 
 
 def test_equal_arguments_give_equal_figures(
-    bundle: Any, classifier: Classifier, clips: Examples, report: Report
+    bundle: Bundle, classifier: Classifier, clips: Examples, report: Report
 ) -> None:
     again = evaluate(bundle, clips, classifier=classifier, batch=2)
     assert (again.figures, again.interval) == (report.figures, report.interval)
 
 
 def test_the_suite_writes_reports_and_a_table(
-    bundle: Any, classifier: Classifier, tmp_path: Path
+    bundle: Bundle, classifier: Classifier, clips: Examples, tmp_path: Path
 ) -> None:
     seen = []
     reports = suite(
-        bundle, bundle, tmp_path / "results", classifier, clips=2, steps=(1, 2),
+        bundle, bundle, tmp_path / "results", clips, classifier=classifier, steps=(1, 2),
         progress=lambda stage, done: seen.append((stage, done)),
     )  # fmt: skip
     assert [(r.model, r.steps, r.instantaneous) for r in reports] == [

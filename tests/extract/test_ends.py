@@ -89,7 +89,7 @@ def test_features_are_what_the_network_is_trained_on(mmaudio, video, tmp_path):
 def test_folders_without_ends_say_what_to_do(tmp_path):
     with pytest.raises(InputError, match="neither"):
         Ends.load(tmp_path)
-    with pytest.raises(InputError, match="leave out the mode"):
+    with pytest.raises(InputError, match="leave out the codec"):
         Ends.load("nano", "16k")
     with pytest.raises(InputError, match=r"best_netG\.pt"):
         Ends.load(tmp_path, "16k")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from mfmjt.errors import InputError
-from mfmjt.meanflow import OneStep, guide, sample
+from mfmjt.meanflow import Sampling, guide, sample
 from tests.meanflow import exact
 from tests.model.test_transformer import inputs, network
 from tests.oracle import DTYPES, allowance, error
@@ -103,19 +105,6 @@ def test_network_is_called_in_the_dtype_of_the_noise(dtype, mode, same):
     assert error(found, truth) <= allowance(truth, dtype, 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("compile", [True, False])
-def test_one_step_in_any_dtype(dtype, compile):
-    net = network().to(dtype)
-    z, _, _, features = inputs(2)
-    features = {name: value.to(dtype) for name, value in features.items()}
-    found = OneStep(net, compile=compile)(z.to(dtype), **features)
-    assert found.dtype == dtype
-    double = {name: value.double() for name, value in features.items()}
-    truth = OneStep(net.double(), compile=False)(z.to(dtype).double(), **double)
-    assert error(found, truth) <= allowance(truth, dtype, 9 * 256)
-
-
 def test_misuse_is_named():
     with pytest.raises(InputError, match="steps is 0"):
         sample(conditional, noise(), 0)
@@ -123,20 +112,6 @@ def test_misuse_is_named():
         sample(conditional, noise(), 1, {"condition": noise(3, 4)}, guidance=2.0)
     with pytest.raises(InputError, match="No guidance mode"):
         sample(conditional, noise(), 1, mode="other")
-
-
-def test_one_step_equals_the_two_passes():
-    net = network()
-    z, _, _, features = inputs(2)
-    step = OneStep(net, guidance=1.5)
-    with torch.no_grad():
-        u_c = net(z, 0.0, 1.0, **features)
-        u_0 = net(z, 0.0, 1.0, **features, **dict.fromkeys(("video_mask", "text_mask"), NONE))
-        truth = z - guide(u_c, u_0, 1.5)
-    assert error(step(z, **features), truth) <= allowance(truth, z.dtype, 9 * 256)
-    assert OneStep(net)(z).shape == z.shape
-    with pytest.raises(InputError, match="No guidance mode"):
-        OneStep(net, mode="other")
 
 
 NONE = torch.zeros(2, dtype=torch.bool)
@@ -152,3 +127,34 @@ def test_encoded_conditions_serve_all_steps():
     drop = {"video_mask": NONE, "text_mask": NONE}
     truth = sample(net, z, 2, {**features, **keep}, {**features, **drop}, guidance=2.0)
     assert error(result, truth) <= allowance(truth, z.dtype, 2 * 9 * 256)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(3, 2.5, "cfg", instantaneous=True)])
+def test_sampling_holds_parameters_of_sample(sampling):
+    given = dataclasses.asdict(sampling)
+    assert given.keys() <= inspect.signature(sample).parameters.keys()
+    z, cond, null = noise(), {"condition": noise(3, 4)}, {"condition": noise(3, 4)}
+    found = sample(conditional, z, cond=cond, null=null, **given)
+    steps, guidance, mode = sampling.steps, sampling.guidance, sampling.mode
+    truth = sample(conditional, z, steps, cond, null, guidance, mode, sampling.instantaneous)
+    assert torch.equal(found, truth)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sampling.steps = 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps is 0. Give 1 to 1000"),
+        ({"steps": 1001}, "steps is 1001"),
+        ({"guidance": -0.5}, r"guidance is -0.5. Give 0 to 100"),
+        ({"guidance": 101.0}, "guidance is 101"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"mode": "other"}, "No guidance mode 'other'"),
+    ],
+)
+def test_sampling_refuses_values_out_of_range(given, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**given)
+    assert Sampling(steps=1000, guidance=100.0).steps == 1000
+    assert Sampling(steps=1, guidance=0.0, mode="none").guidance == 0

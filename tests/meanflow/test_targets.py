@@ -5,6 +5,7 @@ import torch
 
 from mfmjt import meanflow
 from mfmjt.errors import InputError
+from mfmjt.meanflow.targets import TARGETS, load_target
 from tests.meanflow.test_objective import R, T, batch, definition, gradients
 from tests.oracle import allowance, error
 
@@ -103,3 +104,62 @@ def test_guidance_in_the_target(kappa):
 def test_refuses(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_every_target_is_loaded_by_name():
+    """Those with a parameter have its default of the recipes and of the function."""
+    net, x, e = batch()
+    made = {
+        "mean_velocity": meanflow.mean_velocity,
+        "improved_mean_velocity": meanflow.improved_mean_velocity,
+        "alpha_flow": meanflow.alpha_flow(0.1),
+        "finite_difference": meanflow.finite_difference(),
+    }
+    assert made.keys() == TARGETS.keys()
+    for name, target in made.items():
+        found, truth = (
+            meanflow.loss(net, x, noise=e, r=R, t=T, target=one)
+            for one in (load_target(name), target)
+        )
+        assert torch.equal(found, truth)
+
+
+def own_target(f, z, r, t, v, cond):
+    return f(z, r, t, **cond), v
+
+
+def test_a_target_of_ones_own_is_loaded_from_its_module(tmp_path, monkeypatch):
+    (tmp_path / "my_objective.py").write_text(
+        "def plain(f, z, r, t, v, cond):\n    return f(z, r, t, **cond), v\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    net, x, e = batch()
+    found, truth = (
+        meanflow.loss(net, x, noise=e, r=R, t=T, target=one)
+        for one in (load_target("my_objective:plain"), own_target)
+    )
+    assert torch.equal(found, truth)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mean", "target=mean: choose one of mean_velocity, .*finite_difference, or .*own"),
+        ("json:", "choose one of"),
+        (":loads", "choose one of"),
+        ("no_such_module:f", "no_such_module cannot be imported: No module named"),
+        ("json:no_such_function", "json has no function no_such_function"),
+        ("json:__name__", "json has no function __name__"),
+        (".relative:f", "cannot be imported"),
+    ],
+)
+def test_names_of_no_target_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        load_target(name)
+
+
+def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
+    (tmp_path / "broken_objective.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="broken_objective cannot be imported: division by zero"):
+        load_target("broken_objective:f")

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mfmjt import kernels
 from mfmjt.errors import InputError
 from mfmjt.meanflow import OneStep
-from mfmjt.meanflow.capture import Captured
 from mfmjt.model import MFMJT
 from tests.model.test_transformer import DIMS, SMALL, TERMS, inputs, network
 from tests.oracle import allowance, error
@@ -115,20 +114,6 @@ def test_wrong_shapes_and_intervals_are_named():
         OneStep(net)(z, **features | {"video": features["text"]})
     with pytest.raises(InputError, match="0 <= r <= t <= 1"):
         net.frozen(1.0, 0.5)
-
-
-def test_off_a_gpu_a_captured_function_is_the_function():
-    seen = []
-
-    def function(x, *, factor, y=None):
-        seen.append(factor)
-        return factor * x if y is None else factor * x + y
-
-    captured = Captured(function)
-    x = torch.randn(3)
-    assert torch.equal(captured(x, factor=2.0), 2 * x)
-    assert torch.equal(captured(x, factor=3.0, y=x), 3 * x + x)
-    assert seen == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("mode", ["cfg", "cfg_scaled"])

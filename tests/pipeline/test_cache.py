@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from mfmjt.checkpoints import fingerprint
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
 from mfmjt.errors import InputError, RunError
 from mfmjt.pipeline import Audio, Pipeline
-from mfmjt.pipeline.cache import identity
 from tests.clips import write_video
 from tests.pipeline.test_long import moving
 
@@ -150,10 +150,10 @@ def test_identity_is_of_names_and_values() -> None:
         torch.manual_seed(seed)
         return NanoEncoders(config)
 
-    assert identity(made(0)) == identity(made(0))
-    found = {identity(made(0)), identity(made(1)), identity(made(0).bfloat16())}
-    found |= {identity(nn.Linear(2, 2)), identity(nn.Sequential(nn.Linear(2, 2)))}
+    assert fingerprint(made(0)) == fingerprint(made(0))
+    found = {fingerprint(made(0)), fingerprint(made(1)), fingerprint(made(0).bfloat16())}
+    found |= {fingerprint(nn.Linear(2, 2)), fingerprint(nn.Sequential(nn.Linear(2, 2)))}
     changed = made(0)
     with torch.no_grad():
         changed.frame_encoder.out.bias[3] += 2**-20
-    assert len(found | {identity(changed)}) == 6
+    assert len(found | {fingerprint(changed)}) == 6

@@ -16,6 +16,8 @@ from mfmjt.codec import MMAudioCodec
 from mfmjt.convert import from_mmaudio
 from mfmjt.encoders import CLIP, CLIPConfig, MMAudioEncoders, Synchformer, SynchformerConfig
 from mfmjt.errors import InputError, RunError
+from mfmjt.families import mmaudio
+from mfmjt.meanflow import Sampling
 from mfmjt.media import VideoStream
 from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.checkpoint import NETWORK_FILES
@@ -90,7 +92,7 @@ def one(made: Audio | list[Audio]) -> Audio:
 def test_it_is_a_flow_matching_network_and_knows_its_defaults(
     pipe: Pipeline, short_clip: Path
 ) -> None:
-    assert pipe.flow_matching
+    assert pipe.sampling == Sampling(25, 4.5, "cfg", instantaneous=True)
     assert pipe.window == 8
     seen: list[float] = []
 
@@ -270,8 +272,8 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
 def test_on_the_command_line(
     folder: Path, tmp_path: Path, short_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = Pipeline.from_mmaudio
-    monkeypatch.setattr(Pipeline, "from_mmaudio", partial(load, check="name", **SIZES))
+    sized = partial(mmaudio.open_published, check="name", **SIZES)
+    monkeypatch.setattr(mmaudio, "open_published", sized)
     for model in (folder, folder / "weights" / "mmaudio_small_16k.pth"):
         out = tmp_path / "out.mp4"
         arguments = ["generate", short_clip, "--model", model, "--steps", "2", "-o", out,

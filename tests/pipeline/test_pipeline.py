@@ -121,7 +121,7 @@ def test_timings_and_progress(pipe: Pipeline, clip: Path) -> None:
     made = pipe(clip, steps=3, count=2, progress=lambda stage, part: seen.append((stage, part)))
     assert isinstance(made, list)
     assert list(dict.fromkeys(stage for stage, _ in seen)) == list(STAGES)
-    assert [part for stage, part in seen if stage == "generate"] == [0, 1 / 3, 2 / 3, 1, 1]
+    assert [part for stage, part in seen if stage == "generate"] == [0, 1 / 3, 2 / 3, 1]
     audio = made[0]
     assert list(audio.timings) == list(STAGES)
     assert all(seconds > 0 for seconds in audio.timings.values())

@@ -10,8 +10,8 @@ import pytest
 from mfmjt.data._captions import CLASSES, PACES, caption
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import MfmjtError
+from mfmjt.families import PRETRAINED
 from mfmjt.pipeline import Pipeline
-from mfmjt.pipeline.pipeline import PRETRAINED
 from mfmjt.pipeline.prompt import prompt_notes
 from mfmjt.pipeline.together import Request, generate_together
 from tests.model_folder import write_model

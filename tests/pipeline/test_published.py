@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from mfmjt.checkpoints import read_content
 from mfmjt.errors import InputError
+from mfmjt.families import PRETRAINED, mmaudio
 from mfmjt.model import load_mmaudio
 from mfmjt.pipeline import Pipeline
-from mfmjt.pipeline.pipeline import PRETRAINED
 from tests.encoders.test_clip import merges  # noqa: F401
 from tests.pipeline.test_mmaudio import SIZES, folder, network_state, one  # noqa: F401
 
@@ -30,9 +30,8 @@ COMFY = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Pipeline, "from_mmaudio", partial(Pipeline.from_mmaudio, check="name", **SIZES)
-    )
+    sized = partial(mmaudio.open_published, check="name", **SIZES)
+    monkeypatch.setattr(mmaudio, "open_published", sized)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from mfmjt.errors import InputError
 from mfmjt.media import Video, read_video
-from mfmjt.pipeline import Audio, Pipeline, Request, generate_together
+from mfmjt.pipeline import STAGES, Audio, Pipeline, Request, generate_together
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_progress_goes_forward_and_what_it_raises_ends_the_work(
     told: list[tuple[str, float]] = []
     requests = [Request(held, steps=2), Request(held, "a prompt " * 200, steps=2)]
     made = generate_together(pipe, requests, lambda *state: told.append(state))
-    order = {"encode": 0, "generate": 1, "decode": 2}
+    order = {stage: i for i, stage in enumerate(STAGES)}
     assert [(order[stage], part) for stage, part in told] == sorted(
         (order[stage], part) for stage, part in told
     )

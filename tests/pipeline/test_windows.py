@@ -19,10 +19,9 @@ from mfmjt.pipeline.windows import (
     FADE,
     OVERLAP,
     STRETCH,
+    Joiner,
     Noise,
-    decoded,
     expected,
-    joined,
     plan,
 )
 from tests.codec import test_bigvgan, test_vae
@@ -96,31 +95,35 @@ def test_noise_is_normal_and_its_rows_are_independent():
         assert abs(float(torch.corrcoef(torch.stack((one, other)))[0, 1])) < 4 / math.sqrt(1000)
 
 
+def joined(windows, fade=0, decode=lambda latent: latent, hop=1):
+    joiner = Joiner(decode, hop, fade)
+    for start, latents in windows:
+        joiner.add(start, latents)
+    return joiner.finish()
+
+
+def pieces(latent, size):
+    """Windows one after the other, which do not overlap."""
+    return [(at, latent[:, at : at + size]) for at in range(0, latent.shape[1], size)]
+
+
 @pytest.mark.parametrize("fade", [1, 5, 31, 100])
 def test_windows_that_agree_are_joined_without_a_trace(fade):
     whole = torch.randn(2, 700, 3, dtype=torch.float64)
     places = ((0, 250), (219, 469), (438, 688), (450, 700))
-    parts = list(joined(((a, whole[:, a:b]) for a, b in places), fade))
-    assert len(parts) == len(places)
-    result = torch.cat(parts, dim=1)
+    result = joined([(a, whole[:, a:b]) for a, b in places], fade)
     assert error(result, whole) <= allowance(whole, torch.float64, 2)
 
 
 def test_a_fade_goes_from_one_window_to_the_next_in_the_middle():
     zeros, ones = torch.zeros(1, 40, 1), torch.ones(1, 40, 1)
-    result = torch.cat(list(joined([(0, zeros), (20, ones)], 10)), dim=1).flatten()
+    result = joined([(0, zeros), (20, ones)], 10).flatten()
     assert result.shape == (60,)
     assert not bool(result[:25].any())
     assert bool((result[35:] == 1).all())
     fade = result[24:36]
     assert bool((fade.diff() > 0).all())
     assert error(fade + fade.flip(0), torch.ones(12)) <= allowance(fade, torch.float32, 2)
-
-
-def in_chunks(decode, latent, hop, part=37):
-    pieces = list(decoded(decode, latent.split(part, dim=1), hop))
-    assert len(pieces) > 1
-    return torch.cat(pieces, dim=1)
 
 
 def test_what_fits_into_one_chunk_is_decoded_as_it_is():
@@ -132,8 +135,8 @@ def test_what_fits_into_one_chunk_is_decoded_as_it_is():
 
     for length in (1, CHUNK, CHUNK + 2 * CONTEXT + FADE):
         latent = torch.randn(1, length, 3)
-        (piece,) = decoded(decode, latent.split(100, dim=1), 1)
-        assert torch.equal(piece, latent[..., 0])
+        made = joined(pieces(latent, 100), decode=decode)
+        assert torch.equal(made, latent[..., 0])
     assert calls == [1, CHUNK, CHUNK + 2 * CONTEXT + FADE]
 
 
@@ -144,7 +147,7 @@ def test_nano_in_chunks_is_nano_as_a_whole():
     codec.head.bias[3 * 257 :] = 0  # its noise is heard, so its phase must fit
     latent = torch.randn(1, 2 * CHUNK + 300, 20)
     whole = codec.decode(latent)
-    chunked = in_chunks(codec.decode, latent, codec.hop)
+    chunked = joined(pieces(latent, 37), decode=codec.decode, hop=codec.hop)
     assert error(chunked, whole) <= allowance(whole, torch.float32, 512)
     shifted = torch.cat((whole[:, : CHUNK * codec.hop], codec.decode(latent[:, CHUNK - 1 :])), 1)
     assert error(shifted[:, : whole.shape[1]], whole) > allowance(whole, torch.float32, 512)

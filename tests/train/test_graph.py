@@ -1,4 +1,4 @@
-"""A recording and what goes on beside it; what is recorded is judged in test_compile.py."""
+"""What other threads do during a capture; what is captured is judged in test_compile.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
-from mfmjt.train import graph, store
+from mfmjt import cuda_graph
+from mfmjt.cuda_graph import CapturedStep
+from mfmjt.train import store
 from mfmjt.train.distributed import Processes
-from mfmjt.train.graph import Recorded
 from mfmjt.train.loop import _Run
 
 
-def test_the_next_batch_is_read_before_a_recording_begins(recipe, monkeypatch):
-    """Where a GPU is, its thread allocates pinned memory, which a recording need not survive."""
+def test_the_next_batch_is_read_before_a_capture_begins(recipe, monkeypatch):
+    """Where a GPU is, its thread allocates pinned memory, which may end a capture."""
     with Processes() as processes:
         run = _Run(recipe(), processes)
     monkeypatch.setattr(store, "will_need", lambda *_: time.sleep(0.2))  # a slow disk
@@ -22,14 +23,14 @@ def test_the_next_batch_is_read_before_a_recording_begins(recipe, monkeypatch):
     read = []
 
     @contextmanager
-    def recording(pool, stream):
+    def capturing(pool, stream):
         read.extend(future.done() for future in run.store._ahead.values())
         yield None
 
-    monkeypatch.setattr(graph, "recording", recording)
-    recorded = object.__new__(Recorded)  # the rest of it needs a GPU
-    recorded.work, recorded.settle = run._work, run.store.settle
-    recorded.pool = recorded.stream = None
-    _, _, result = recorded._record((batch, flags))
+    monkeypatch.setattr(cuda_graph, "_capturing", capturing)
+    step = object.__new__(CapturedStep)  # the rest of it needs a GPU
+    step._step, step._settle = run._work, run.store.settle
+    step._pool = step._stream = None
+    result = step._capture((batch, flags)).result
     assert read == [True]
     assert torch.isfinite(result).all()

@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mfmjt.encoders import MMAudioEncoders, NanoEncoders
-from mfmjt.encoders.mmaudio import FRAMES_AT_ONCE
+from mfmjt.encoders import Encoders
+from mfmjt.encoders.base import FRAMES_AT_ONCE, stream_options
 from mfmjt.errors import InputError
 from mfmjt.media import Pictures, Video, VideoStream
 from mfmjt.model import ModelConfig
-from mfmjt.model.config import SYNC_SEGMENT
 from mfmjt.pipeline.ahead import ahead
 from mfmjt.pipeline.cache import Entry
 from mfmjt.pipeline.windows import OVERLAP, Window, plan
 
-__all__ = ["Encoders", "VideoFeatures", "lengths"]
+__all__ = ["VideoFeatures"]
 
-Encoders = NanoEncoders | MMAudioEncoders
 Stage = Callable[[str], AbstractContextManager[None]]
 """Times a stage of the pipeline by its name."""
 
 _BLOCKS_AHEAD = 8  # seconds of pictures that wait: about one window's work
-_ROUNDING = 1e-6
-
-
-def lengths(encoders: Encoders, config: ModelConfig, duration: float) -> tuple[int, int, int]:
-    """Latents, frames for `encode_frames` and frames for `encode_sync` of so many seconds.
-
-    MMAudio's networks get as many of each as its own code gives them. Nano's synchronisation
-    features come in segments, and its network works on whole ones, where frames and latents stay
-    in step; what is beyond the duration is cut off the waveform.
-    """
-    rates = encoders.video_fps, encoders.sync_fps
-    if isinstance(encoders, MMAudioEncoders):
-        latents = math.ceil(duration * config.latent_rate - _ROUNDING)
-        seen, synced = (max(1, int(duration * rate + _ROUNDING)) for rate in rates)
-        return max(1, latents), seen, synced
-    segment = SYNC_SEGMENT / encoders.sync_fps
-    whole = math.ceil(duration / segment - _ROUNDING) * segment
-    seen, synced = (round(whole * rate) for rate in rates)
-    return round(whole * config.latent_rate), seen, synced
 
 
 class VideoFeatures:
@@ -108,7 +85,7 @@ class VideoFeatures:
             for number, window in enumerate(plan(self._length, lambda s: frames.total(s, stage))):
                 if self.declared is None:
                     self.declared = frames.declared
-                _, *counts = lengths(self._encoders, self._config, window.duration)
+                _, *counts = self._encoders.lengths(window.duration, self._config)
                 features = frames.features(window.start, counts, stage)
                 if window.last:
                     self.declared = window.end
@@ -121,8 +98,8 @@ class VideoFeatures:
 class _Frames:
     """Pictures of a video, read ahead as far as they are asked for and forgotten behind.
 
-    CLIP sees single pictures: they are encoded as they come, while a thread decodes the next ones,
-    and once where windows overlap. What sees its neighbours is encoded window by window.
+    Frames that are independent, as for CLIP, are encoded as they come, while a thread decodes the
+    next ones, and once where windows overlap. Others are encoded window by window.
     """
 
     def __init__(
@@ -135,18 +112,13 @@ class _Frames:
     ) -> None:
         self.rates = encoders.video_fps, encoders.sync_fps
         self._stream: VideoStream | _Held
-        wanted: dict[str, Any]
-        if isinstance(encoders, MMAudioEncoders):
-            fits = encoders.fit_frames, encoders.fit_sync
-            wanted = {"fit": [_on(device, fit) for fit in fits], "pick": "next"}
-        else:
-            wanted = {"size": encoders.frame_size}
         if isinstance(source, Video):
             self._stream = _Held(source, duration, self.rates)
         else:
-            self._stream = VideoStream(source, self.rates, duration=duration, limit=limit, **wanted)
+            wanted = stream_options(encoders.frame_specs, device)
+            self._stream = VideoStream(source, duration=duration, limit=limit, **wanted)
         self._encoders, self._device = encoders, device
-        self._singly = isinstance(encoders, MMAudioEncoders)
+        self._singly = encoders.frames_are_independent
         self._waiting: list[Tensor] = []  # pictures that will be encoded singly
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._begin = [0, 0]
@@ -242,13 +214,3 @@ class _Held:
 
     def __iter__(self) -> Iterator[tuple[list[Any], ...]]:
         yield self._pieces
-
-
-def _on(device: torch.device, fit: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:
-    """`fit` for pictures that come from the decoder, run on `device`."""
-
-    @torch.inference_mode()
-    def fitted(pictures: np.ndarray) -> Tensor:
-        return fit(torch.from_numpy(pictures).to(device)).contiguous()
-
-    return fitted

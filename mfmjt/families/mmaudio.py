@@ -1,0 +1,149 @@
+"""MMAudio's published files, under its own names or ComfyUI's, and networks trained from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from mfmjt.checkpoints import Check, about, find_all, read_content, there, weights_in
+from mfmjt.codec import BigVGANConfig, MMAudioCodec, VAEConfig
+from mfmjt.codec.mmaudio import codec_files
+from mfmjt.encoders import CLIPConfig, MMAudioEncoders, SynchformerConfig
+from mfmjt.encoders.mmaudio import ENCODER_FILES
+from mfmjt.errors import InputError, some
+from mfmjt.families.bundle import Bundle
+from mfmjt.families.nano import CODEC, NETWORK
+from mfmjt.model import MFMJT, config_for, load_mmaudio
+from mfmjt.model.checkpoint import MARK, NETWORK_FILES, is_ours
+
+__all__ = ["holds", "open_folder", "open_published"]
+
+
+def holds(folder: Path, network: Path | bool) -> bool:
+    """Return whether the folder, and the network where one is named, are of this family.
+
+    A network of ours, trained further from one of MMAudio's, goes with MMAudio's codec and encoders
+    where none of ours are beside it.
+    """
+    if network is True and not (folder / NETWORK).exists():
+        return bool(_networks(folder))
+    if isinstance(network, Path) and network.exists() and not is_ours(network):
+        return True
+    return not (folder / CODEC).exists() and _codec(folder) is not None
+
+
+def open_folder(
+    folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype
+) -> Bundle:
+    """Open network, codec and encoders; see `open_bundle`.
+
+    Raises:
+        InputError: Files are missing, damaged or others; the message names all of them and says
+            where their publishers keep them.
+    """
+    codec = codec or _codec(folder)
+    if network is False:
+        assert codec is not None
+        with torch.device("meta"):
+            net = MFMJT(config_for(f"small_{codec}"))
+        return _bundle(net, folder, codec, dtype=dtype)
+    if network is True and (folder / NETWORK).exists():
+        network = folder / NETWORK
+    if isinstance(network, Path) and is_ours(network):
+        assert codec is not None
+        find_all(folder, [*codec_files(codec), *ENCODER_FILES])
+        return _bundle(MFMJT.load(network), folder, codec, dtype=dtype)
+    if network is True:
+        return open_published(folder, dtype=dtype)
+    known = next((name for name, path in _networks(folder).items() if path == network), None)
+    return open_published(folder, known or network, dtype=dtype)
+
+
+def open_published(
+    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    check: Check = "size",
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: VAEConfig | None = None,
+    vocoder: BigVGANConfig | None = None,
+    clip: CLIPConfig | None = None,
+    synchformer: SynchformerConfig | None = None,
+) -> Bundle:
+    """Open what MMAudio's publishers keep; `Pipeline.from_mmaudio` says what the arguments are.
+
+    Raises:
+        InputError: Files are missing, damaged or others; the message names all of them and says
+            where their publishers keep them.
+    """
+    if model is None:
+        found = _networks(Path(folder))
+        if len(found) > 1:
+            files = some(path.name for path in found.values())
+            raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
+        model = next(iter(found), "small_16k")
+    # All that is missing is said at once, before the first gigabyte is read.
+    config = None
+    if model in NETWORK_FILES:
+        codec = "16k" if str(model).endswith("16k") else "44k"
+        needed = [NETWORK_FILES[str(model)], *codec_files(codec), *ENCODER_FILES]
+        network, *_ = find_all(folder, needed, check)
+        if check != "name" and (vae, vocoder, clip, synchformer) == (None,) * 4:
+            config = str(model)
+    elif os.path.isfile(network := Path(model)):
+        codec = _codec_for(network)
+        find_all(folder, [*codec_files(codec), *ENCODER_FILES], check)
+    else:
+        raise InputError(
+            f"MMAudio has no network {str(model)!r}: there are {', '.join(NETWORK_FILES)}. "
+            "Choose one, or give a file."
+        )
+    return _bundle(
+        load_mmaudio(network, config), folder, codec, "name", dtype, vae, vocoder, clip, synchformer
+    )
+
+
+def _bundle(
+    network: MFMJT,
+    folder: str | os.PathLike[str],
+    codec: str,
+    check: Check = "size",
+    dtype: torch.dtype = torch.float32,
+    vae: VAEConfig | None = None,
+    vocoder: BigVGANConfig | None = None,
+    clip: CLIPConfig | None = None,
+    synchformer: SynchformerConfig | None = None,
+) -> Bundle:
+    return Bundle(
+        network,
+        MMAudioCodec.from_folder(folder, codec, check, vae, vocoder).cast(dtype),
+        MMAudioEncoders.from_folder(folder, check, clip, synchformer).cast(dtype),
+    )
+
+
+def _codec(folder: Path) -> str | None:
+    """Return which codec, "16k" or "44k", is, at least in part, in a folder or inside it."""
+    for codec in ("16k", "44k"):
+        if any(there(folder, file) for file in codec_files(codec)):
+            return codec
+    return None
+
+
+def _codec_for(network: Path) -> str:
+    """Return the codec of the network in a file of any name, by the channels of its latents.
+
+    Raises:
+        InputError: The file cannot be read, or is no network of MMAudio's.
+    """
+    content = read_content(network)
+    with about(network, NETWORK_FILES["small_16k"]):
+        state, _ = weights_in(content, MARK, "an MMAudio network")
+    return "16k" if state[MARK].shape[1:2] == (20,) else "44k"
+
+
+def _networks(folder: Path) -> dict[str, Path]:
+    """Return the published networks in a folder or inside it, by name."""
+    found = {model: there(folder, file) for model, file in NETWORK_FILES.items()}
+    return {model: path for model, path in found.items() if path}
