@@ -129,8 +129,9 @@ def _on_cpu(op: str, parts: list[str], served: set[str]) -> str:
 
 
 def _models() -> list[str]:
-    folder = Path(__file__).parent / "pretrained"
-    return sorted(path.parent.name for path in folder.glob("*/network.safetensors"))
+    from mfmjt.families import PRETRAINED
+
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/network.safetensors"))
 
 
 if __name__ == "__main__":

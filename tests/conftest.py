@@ -16,6 +16,8 @@ with warnings.catch_warnings():
 
 from mfmjt.kernels import _triton
 
+pytest_plugins = ["tests.support.digests", "tests.support.fixtures"]
+
 if _triton.INTERPRETED:
     np.seterr(
         all="ignore"

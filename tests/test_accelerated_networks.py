@@ -9,7 +9,7 @@ from mfmjt.kernels import accelerate_jvp
 from tests import oracle
 from tests.kernels.accelerated import by_pytorch, by_us, kept_bytes, math_attention, products
 from tests.oracle import randn
-from tests.peers import load_torchvision
+from tests.support.peers import load_torchvision
 
 LAYERS = 2
 

@@ -12,7 +12,7 @@ from mfmjt import cli
 from mfmjt.convert import from_mmaudio, to_mmaudio
 from mfmjt.errors import InputError, RunError
 from mfmjt.model import MFMJT, load_mmaudio
-from tests.model.published import read
+from tests.support.weights import read
 
 
 def run(*arguments: str | Path) -> Result:
@@ -28,7 +28,7 @@ def refused(result: Result, exit_code: int, says: str) -> None:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    return read("net_tiny")[0]
+    return read("model", "net_tiny")[0]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "plotting": {"codec", *HELPERS},
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "evaluate": {*PARTS, "families", "data", "device", "plotting", *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "device", "plotting", *HELPERS},
     "train": {*PARTS, "families", "data", "evaluate", "device", "cuda_graph", "plotting", *HELPERS},
     "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
     "extract": {*PARTS, "families", "data", "media", "train", "device", *HELPERS},

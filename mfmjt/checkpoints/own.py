@@ -50,12 +50,30 @@ def read_own(path: str | os.PathLike[str], what: str) -> tuple[dict[str, str], d
 
 
 def save_module(
-    path: str | os.PathLike[str], module: nn.Module, config: Any, dtype: torch.dtype
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    config: Any,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights, stored as `dtype`, with a dataclass of sizes as safetensors metadata."""
-    state = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
+    """Write weights and the sizes of their module to one safetensors file, whole or not at all.
+
+    Args:
+        path: The file.
+        module: Whose state dict is written.
+        config: A dataclass of its sizes, kept as "config" in the file's metadata.
+        dtype: Of stored floating-point values; None keeps their own.
+        metadata: Further strings.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    state = {
+        name: value.detach().to(dtype=dtype if value.is_floating_point() else None).contiguous()
+        for name, value in module.state_dict().items()
+    }
     with atomic_path(path) as temporary:
-        save_file(state, temporary, {"config": json.dumps(asdict(config))})
+        save_file(state, temporary, {**(metadata or {}), "config": json.dumps(asdict(config))})
 
 
 def load_module(
@@ -79,9 +97,12 @@ def load_module(
         sizes = dict(json.loads(metadata["config"]))
         sizes |= {name: tuple(size) for name, size in sizes.items() if isinstance(size, list)}
         check_depths(sizes, len(tensors))
-        largest = max(n for value in tensors.values() for n in value.shape)
-        for size in sizes.values():
-            if max(size if isinstance(size, tuple) else (size,)) > largest:
+        # Sizes of no weight, such as a window, are small, and small ones cost little.
+        largest = max(1024, *(n for value in tensors.values() for n in value.shape))
+        for name, size in sizes.items():
+            all_of_it = size if isinstance(size, tuple) else (size,)
+            numbers = [n for n in all_of_it if not isinstance(n, str)]
+            if name != "sample_rate" and max(numbers, default=0) > largest:
                 raise ValueError("its sizes are not those of its tensors")
         module = kind(config(**sizes))
         module.load_state_dict({name: value.float() for name, value in tensors.items()})

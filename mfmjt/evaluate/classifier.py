@@ -7,21 +7,18 @@ audio says how far that would pass for the real thing; its embedding carries the
 from __future__ import annotations
 
 import itertools
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from mfmjt.checkpoints import load_module, save_module
 from mfmjt.codec.mel import mel_power
-from mfmjt.errors import InputError, reason
-from mfmjt.files import atomic_path
+from mfmjt.errors import InputError
+from mfmjt.families import PRETRAINED
 
 __all__ = ["Classifier", "ClassifierConfig", "load_classifier"]
 
@@ -137,15 +134,7 @@ class Classifier(nn.Module):
             path: File to write.
             metadata: Further strings to keep in the file's header.
         """
-        tensors = {
-            name: value.detach()
-            .cpu()
-            .to(torch.float16 if value.is_floating_point() else value.dtype)
-            for name, value in self.state_dict().items()
-        }
-        header = {**(metadata or {}), "config": json.dumps(asdict(self.config))}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+        save_module(path, self, self.config, torch.float16, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Classifier:
@@ -154,25 +143,7 @@ class Classifier(nn.Module):
         Raises:
             InputError: No such file, or not a classifier.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            values: dict[str, Any] = json.loads(header["config"])
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            network = cls(ClassifierConfig(**values))
-            network.load_state_dict(tensors)
-        except OSError as error:
-            raise InputError(
-                f"Cannot read the classifier {path}: {reason(error)}. Give a "
-                "classifier.safetensors."
-            ) from error
-        except Exception as error:  # what is in the file decides
-            raise InputError(
-                f"{path} is not a classifier: {reason(error)}. "
-                "Train one with mfmjt.train.classifier, or use the one in the package."
-            ) from error
-        return network.eval()
+        return load_module(path, cls, ClassifierConfig, "classifier")
 
 
 def load_classifier(folder: str | os.PathLike[str] | None = None) -> Classifier:
@@ -181,5 +152,5 @@ def load_classifier(folder: str | os.PathLike[str] | None = None) -> Classifier:
     Raises:
         InputError: The folder holds none.
     """
-    folder = Path(folder) if folder else Path(__file__).parents[1] / "pretrained" / "nano"
+    folder = Path(folder) if folder else PRETRAINED / "nano"
     return Classifier.load(folder / "classifier.safetensors")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mfmjt.checkpoints import (
@@ -21,10 +20,10 @@ from mfmjt.checkpoints import (
     load_published,
     read_content,
     read_own,
+    save_module,
     weights_in,
 )
 from mfmjt.errors import InputError, reason
-from mfmjt.files import atomic_path
 from mfmjt.model.conditioning import r_embedding
 from mfmjt.model.config import CONFIGS, ModelConfig, config_for
 from mfmjt.model.transformer import MFMJT
@@ -69,10 +68,7 @@ def save(net: MFMJT, path: str | os.PathLike[str], dtype: torch.dtype | None = N
     Raises:
         RunError: The file cannot be written.
     """
-    state = {name: value.detach().to(dtype=dtype).contiguous() for name, value in _state(net)}
-    metadata = {"config": json.dumps(dataclasses.asdict(net.config))}
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+    save_module(path, net, net.config, dtype)
 
 
 def load(path: str | os.PathLike[str]) -> MFMJT:
@@ -163,7 +159,7 @@ def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
     """
     config = net.config
     state = {}
-    for key, value in _state(net):
+    for key, value in net.state_dict().items():
         if key.startswith(_OURS):
             continue
         if ".attn.qkv." in key:
@@ -171,10 +167,6 @@ def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
             value = parts.movedim(0, 2).flatten(0, 2)
         state[key] = value.detach().clone()
     return state
-
-
-def _state(net: MFMJT) -> list[tuple[str, Tensor]]:
-    return list(net.state_dict().items())
 
 
 def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> MFMJT:

@@ -8,7 +8,7 @@ import sys
 from bench.model import bench_memory
 from bench.model.bench_memory import kept, state
 from mfmjt.model.lora import LoRA
-from tests.peers import load_peft
+from tests.support.peers import load_peft
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 3, "fused_depth": 2}
 

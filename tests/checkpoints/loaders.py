@@ -31,7 +31,7 @@ from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
 from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.lora import FORMAT, merge_adapter
 from mfmjt.train.checkpoint import load_state, save_state
-from tests.pipeline.test_fuzz import mutate
+from tests.support.damage import mutate
 
 SIZES = {
     "hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1, "video_dim": 8, "sync_dim": 8,

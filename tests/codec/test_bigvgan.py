@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,42 +11,12 @@ from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS, BigVGAN, BigVGANConfig
 from mfmjt.errors import InputError
 from mfmjt.kernels.snake import snake_ref
 from tests.oracle import allowance, error
-from tests.weights import draw_all, read
+from tests.support.published import vocoder_shapes
+from tests.support.weights import draw_all, read
 
-VECTORS = Path(__file__).parent / "vectors"
 TINY = BigVGANConfig(bands=5, width=16, rates=(4, 2), kernels=(8, 4), tanh=True, bias=True)
 TINY_V2 = BigVGANConfig(bands=5, width=16, rates=(8, 2), kernels=(16, 4), tanh=False, bias=False)
 TERMS = 11 * TINY.width * 24  # the widest sum, through the layers of two stages
-
-
-def published_shapes(c: BigVGANConfig) -> dict[str, list[int]]:
-    """Names and shapes of the published file, written down without our modules."""
-    shapes: dict[str, list[int]] = {}
-
-    def conv(name: str, first: int, second: int, kernel: int, bias: int) -> None:
-        shapes[f"{name}.weight_g"] = [first, 1, 1]
-        shapes[f"{name}.weight_v"] = [first, second, kernel]
-        if bias:
-            shapes[f"{name}.bias"] = [bias]
-
-    def activation(name: str, channels: int) -> None:
-        shapes[f"{name}.act.alpha"] = shapes[f"{name}.act.beta"] = [channels]
-        shapes[f"{name}.upsample.filter"] = shapes[f"{name}.downsample.lowpass.filter"] = [1, 1, 12]
-
-    conv("conv_pre", c.width, c.bands, 7, c.width)
-    width = c.width
-    for i, kernel in enumerate(c.kernels):
-        conv(f"ups.{i}.0", width, width // 2, kernel, width // 2)
-        width //= 2
-        for j, length in enumerate((3, 7, 11)):
-            for k in range(3):
-                conv(f"resblocks.{3 * i + j}.convs1.{k}", width, width, length, width)
-                conv(f"resblocks.{3 * i + j}.convs2.{k}", width, width, length, width)
-            for k in range(6):
-                activation(f"resblocks.{3 * i + j}.activations.{k}", width)
-    activation("activation_post", width)
-    conv("conv_post", 1, width, 7, int(c.bias))
-    return shapes
 
 
 def plain(state: dict[str, Tensor], c: BigVGANConfig, mel: Tensor) -> Tensor:
@@ -89,7 +58,7 @@ def plain(state: dict[str, Tensor], c: BigVGANConfig, mel: Tensor) -> Tensor:
 @pytest.mark.parametrize("config", [TINY, TINY_V2], ids=["tanh", "clamp"])
 @pytest.mark.parametrize("frames", [1, 13])
 def test_sounds_as_the_formulas_say(config, frames):
-    state = draw_all(published_shapes(config), seed=1)
+    state = draw_all(vocoder_shapes(config), seed=1)
     state["conv_post.weight_g"] *= 200  # loud enough that what limits the output matters
     mel = torch.randn(2, config.bands, frames)
     vocoder = BigVGAN.from_state_dict(state, config)
@@ -102,7 +71,7 @@ def test_sounds_as_the_formulas_say(config, frames):
 
 
 def test_all_layouts_of_the_weights_give_the_same_sound():
-    state = draw_all(published_shapes(TINY), seed=2)
+    state = draw_all(vocoder_shapes(TINY), seed=2)
     new_names = {
         name.replace("weight_g", "parametrizations.weight.original0").replace(
             "weight_v", "parametrizations.weight.original1"
@@ -111,7 +80,7 @@ def test_all_layouts_of_the_weights_give_the_same_sound():
     }
     filters = {
         name: torch.zeros(shape)
-        for name, shape in published_shapes(TINY).items()
+        for name, shape in vocoder_shapes(TINY).items()
         if name.endswith(".filter")
     }
     first = BigVGAN.from_state_dict(state, TINY)
@@ -122,7 +91,7 @@ def test_all_layouts_of_the_weights_give_the_same_sound():
 
 
 def test_every_wrong_entry_is_named():
-    state = draw_all(published_shapes(TINY))
+    state = draw_all(vocoder_shapes(TINY))
     del state["ups.0.0.weight_g"], state["resblocks.1.activations.0.act.beta"]
     state["conv_post.bias"] = torch.zeros(2)
     state["discriminator.weight"] = torch.zeros(1)
@@ -154,7 +123,7 @@ def test_published_names_and_shapes_are_all_known(mode):
     with torch.device("meta"):
         ours = {name: list(p.shape) for name, p in BigVGAN(mode).state_dict().items()}
     expected = {}
-    for name, shape in published_shapes(BIGVGAN_CONFIGS[mode]).items():
+    for name, shape in vocoder_shapes(BIGVGAN_CONFIGS[mode]).items():
         if not name.endswith((".weight_g", ".filter")):
             expected[name.replace(".weight_v", ".weight").replace(".act.", ".")] = shape
     assert ours == expected
@@ -163,7 +132,7 @@ def test_published_names_and_shapes_are_all_known(mode):
 @pytest.mark.slow
 def test_compiles_without_a_break():
     config = BigVGANConfig(5, 8, rates=(2,), kernels=(4,), tanh=True, bias=True)
-    vocoder = BigVGAN.from_state_dict(draw_all(published_shapes(config)), config)
+    vocoder = BigVGAN.from_state_dict(draw_all(vocoder_shapes(config)), config)
     mel = torch.randn(1, config.bands, 3)
     with torch.no_grad():
         truth = vocoder(mel)
@@ -174,7 +143,7 @@ def test_compiles_without_a_break():
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name"), [("16k", "bigvgan_16k"), ("44k", "bigvgan_v2_44k")])
 def test_agrees_with_the_published_implementation(mode, name):
-    state, given = read(VECTORS / f"{name}.safetensors")
+    state, given = read("codec", name)
     vocoder = BigVGAN.from_state_dict(state, mode)
     with torch.inference_mode():
         result = vocoder(given["in.mel"])

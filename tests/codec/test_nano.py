@@ -6,14 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mfmjt.codec import NanoCodec, NanoCodecConfig
+from mfmjt.codec import NanoCodec
 from mfmjt.errors import InputError
+from tests.support.bundles import TINY_CODEC as TINY
 
 EPS = torch.finfo(torch.float32).eps
-TINY = NanoCodecConfig(
-    latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
-    decoder_depths=(1, 1, 1),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,46 +11,11 @@ from torch import Tensor
 from mfmjt.codec.vae import VAE, VAE_CONFIGS, VAEConfig
 from mfmjt.errors import InputError
 from tests.oracle import allowance, error
-from tests.weights import draw_all, read
+from tests.support.published import vae_shapes
+from tests.support.weights import draw_all, read
 
-VECTORS = Path(__file__).parent / "vectors"
 TINY = VAEConfig(bands=6, latent_dim=4, width=8)
 TERMS = 3 * 4 * TINY.width  # inputs of the widest convolution
-
-
-def published_shapes(c: VAEConfig) -> dict[str, list[int]]:
-    """Names and shapes of the published file, written down without our modules."""
-    w, widest = c.width, 4 * c.width
-    shapes: dict[str, list[int]] = {"data_mean": [1, c.bands, 1], "data_std": [1, c.bands, 1]}
-
-    def block(name: str, inner: int, outer: int) -> None:
-        shapes[f"{name}.conv1.weight"] = [outer, inner, 3]
-        shapes[f"{name}.conv2.weight"] = [outer, outer, 3]
-        if inner != outer:
-            shapes[f"{name}.nin_shortcut.weight"] = [outer, inner, 1]
-
-    for side in ("encoder", "decoder"):
-        shapes[f"{side}.learnable_gain"] = []
-        block(f"{side}.mid.block_1", widest, widest)
-        block(f"{side}.mid.block_2", widest, widest)
-        shapes[f"{side}.mid.attn_1.qkv.weight"] = [3 * widest, widest, 1]
-        shapes[f"{side}.mid.attn_1.proj_out.weight"] = [widest, widest, 1]
-    widths = [w, 2 * w, 4 * w]
-    for level, outer in enumerate(widths):
-        inner = widths[max(level - 1, 0)]
-        for i in range(2):
-            block(f"encoder.down.{level}.block.{i}", outer if i else inner, outer)
-        above = widths[min(level + 1, 2)]
-        for i in range(3):
-            block(f"decoder.up.{level}.block.{i}", outer if i else above, outer)
-    for i in (1, 2):
-        shapes[f"encoder.down.0.downsample.conv{i}.weight"] = [w, w, 1]
-    shapes["decoder.up.1.upsample.conv.weight"] = [2 * w, 2 * w, 3]
-    shapes["encoder.conv_in.weight"] = [w, c.bands, 3]
-    shapes["encoder.conv_out.weight"] = [2 * c.latent_dim, widest, 3]
-    shapes["decoder.conv_in.weight"] = [widest, c.latent_dim, 3]
-    shapes["decoder.conv_out.weight"] = [c.bands, w, 3]
-    return shapes
 
 
 class Plain:
@@ -121,7 +85,7 @@ class Plain:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    return draw_all(published_shapes(TINY), seed=3)
+    return draw_all(vae_shapes(TINY), seed=3)
 
 
 def agrees(result: Tensor, truth: Tensor, terms: int = TERMS) -> None:
@@ -156,7 +120,7 @@ def test_log_variance_is_clamped(state):
 def test_published_names_and_shapes_are_all_known(mode):
     with torch.device("meta"):
         ours = VAE(mode).state_dict()
-    published = published_shapes(VAE_CONFIGS[mode])
+    published = vae_shapes(VAE_CONFIGS[mode])
     gains = {"encoder.learnable_gain", "decoder.learnable_gain"}
     assert {name: list(value.shape) for name, value in ours.items()} == {
         name: shape for name, shape in published.items() if name not in gains
@@ -229,7 +193,7 @@ def test_compiles_without_a_break(state):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["16k", "44k"])
 def test_agrees_with_the_published_implementation(mode):
-    state, given = read(VECTORS / f"vae_{mode}.safetensors")
+    state, given = read("codec", f"vae_{mode}")
     vae = VAE.from_mmaudio(state, mode)
     terms = 3 * 4 * vae.config.width
     with torch.inference_mode():

@@ -8,36 +8,25 @@ import torch
 import torch.nn.functional as F
 
 from mfmjt.codec import MelSpectrogram
-from mfmjt.codec.bigvgan import BigVGAN, BigVGANConfig
+from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS, BigVGAN, BigVGANConfig
 from mfmjt.codec.mmaudio import MMAudioCodec
-from mfmjt.codec.vae import VAE, VAEConfig
-from mfmjt.encoders.clip import CLIP, CLIPConfig
+from mfmjt.codec.vae import VAE, VAE_CONFIGS
+from mfmjt.encoders.clip import CLIP
 from mfmjt.encoders.mmaudio import MMAudioEncoders
-from mfmjt.encoders.synchformer import Synchformer, SynchformerConfig
+from mfmjt.encoders.synchformer import Synchformer
 from mfmjt.encoders.tokenizer import Tokenizer
 from mfmjt.errors import InputError
-from tests.codec import test_bigvgan, test_vae
-from tests.encoders.test_clip import merges  # noqa: F401
 from tests.oracle import allowance, error
-from tests.weights import draw_all
-
-VAES = {"16k": VAEConfig(80, 20, 8), "44k": VAEConfig(128, 40, 8)}
-VOCODERS = {
-    "16k": BigVGANConfig(80, 8, (16, 16), (32, 32), tanh=True, bias=True),
-    "44k": BigVGANConfig(128, 8, (32, 16), (64, 32), tanh=False, bias=False),
-}
-CLIP_CONFIG = CLIPConfig(
-    embed_dim=10,
-    image_size=42,
-    patch=14,
-    image_dim=12,
-    image_depth=1,
-    image_heads=3,
-    text_dim=8,
-    text_depth=1,
-    text_heads=2,
+from tests.support.published import (
+    CLIP_CONFIG,
+    SYNC_CONFIG,
+    VAES,
+    VOCODERS,
+    vae_shapes,
+    vocoder_shapes,
 )
-SYNC_CONFIG = SynchformerConfig(dim=12, depth=1, heads=3, size=32)
+from tests.support.weights import draw_all
+
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
@@ -53,13 +42,13 @@ def mode(request):
 
 @pytest.fixture
 def codec(mode):
-    vae = VAE.from_mmaudio(draw_all(test_vae.published_shapes(VAES[mode])), VAES[mode])
-    state = draw_all(test_bigvgan.published_shapes(VOCODERS[mode]))
+    vae = VAE.from_mmaudio(draw_all(vae_shapes(VAES[mode])), VAES[mode])
+    state = draw_all(vocoder_shapes(VOCODERS[mode]))
     return MMAudioCodec(mode, vae, BigVGAN.from_state_dict(state, VOCODERS[mode])).eval()
 
 
 @pytest.fixture(scope="module")
-def encoders(merges):  # noqa: F811
+def encoders(merges):
     torch.manual_seed(0)
     parts = CLIP(CLIP_CONFIG), Synchformer(SYNC_CONFIG), Tokenizer(merges)
     return MMAudioEncoders(*parts, frame_size=(44, 32)).eval().requires_grad_(False)
@@ -202,11 +191,11 @@ ENDS = {
     ids=["traced", "float32", "bfloat16"],
 )
 @pytest.mark.parametrize("end", ENDS)
-def test_every_end_compiles_without_a_break(merges, end, backend, dtype):  # noqa: F811
+def test_every_end_compiles_without_a_break(merges, end, backend, dtype):
     mode = "16k"
-    vae = VAE.from_mmaudio(draw_all(test_vae.published_shapes(VAES[mode])), VAES[mode])
+    vae = VAE.from_mmaudio(draw_all(vae_shapes(VAES[mode])), VAES[mode])
     small = BigVGANConfig(80, 8, (2,), (4,), tanh=True, bias=True)
-    vocoder = BigVGAN.from_state_dict(draw_all(test_bigvgan.published_shapes(small)), small)
+    vocoder = BigVGAN.from_state_dict(draw_all(vocoder_shapes(small)), small)
     codec = SimpleNamespace(vae=vae, vocoder=vocoder, latent_dim=VAES[mode].latent_dim)
     parts = CLIP(CLIP_CONFIG), Synchformer(SYNC_CONFIG), Tokenizer(merges)
     module, forward, x = ENDS[end]((codec, MMAudioEncoders(*parts, frame_size=(44, 32))))
@@ -233,8 +222,8 @@ def test_missing_files_are_named_with_their_publisher(tmp_path):
 def test_published_files_are_found_and_loaded(tmp_path):
     weights = tmp_path / "ext_weights"
     weights.mkdir()
-    vae = draw_all(test_vae.published_shapes(test_vae.VAE_CONFIGS["16k"]))
-    vocoder = draw_all(test_bigvgan.published_shapes(test_bigvgan.BIGVGAN_CONFIGS["16k"]))
+    vae = draw_all(vae_shapes(VAE_CONFIGS["16k"]))
+    vocoder = draw_all(vocoder_shapes(BIGVGAN_CONFIGS["16k"]))
     torch.save(vae, weights / "v1-16.pth")
     torch.save({"generator": vocoder}, weights / "best_netG.pt")
     codec = MMAudioCodec.from_folder(tmp_path, "16k")

@@ -8,14 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
+from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
+from tests.support.bundles import TINY_ENCODERS as TINY
 
 EPS = torch.finfo(torch.float32).eps
-TINY = NanoEncodersConfig(
-    dim=16, frame_channels=(4, 4, 8, 8), sync_channels=(4, 4, 8, 8), buckets=64, bucket_dim=8,
-    text_heads=2,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

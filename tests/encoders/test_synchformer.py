@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 from mfmjt.encoders.synchformer import Synchformer, SynchformerConfig
 from mfmjt.errors import InputError
 from tests.oracle import allowance, error
-from tests.weights import draw_all, normal, read
+from tests.support.weights import draw_all, normal, read
 
-VECTORS = Path(__file__).parent / "vectors"
 TINY = SynchformerConfig(dim=12, depth=2, heads=3, frames=8, size=48, patch=16)
 TERMS = 3 * 2 * 16 * 16  # a patch embedding's inputs, the longest sum
 PREFIX = "vfeat_extractor."
@@ -175,7 +173,7 @@ def test_published_names_and_shapes_are_all_known():
 
 @pytest.mark.slow
 def test_agrees_with_the_published_implementation():
-    state, given = read(VECTORS / "synchformer.safetensors")
+    state, given = read("encoders", "synchformer")
     frames = normal("input.frames", (1, 1, 16, 3, 224, 224), 0).clamp(-1, 1).half().float()
     with torch.inference_mode():
         features = Synchformer.from_state_dict(state)(frames)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mfmjt.codec import NanoCodec
-from mfmjt.codec.nano import NanoCodecConfig
 from mfmjt.data import foley
 from mfmjt.encoders import NanoEncoders
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
@@ -15,6 +14,7 @@ from mfmjt.evaluate.report import Report
 from mfmjt.evaluate.run import evaluate
 from mfmjt.families import Bundle
 from mfmjt.model import MFMJT
+from tests.support.bundles import CODEC
 
 CLIPS = 3
 DURATION = 1.5  # s: long enough for an event in each of the clips
@@ -29,8 +29,7 @@ def bundle() -> Bundle:
         for parameter in network.parameters():
             if parameter.requires_grad and not bool(parameter.detach().any()):
                 torch.nn.init.normal_(parameter, std=0.2)
-        sizes = {"encoder_dim": 16, "encoder_depth": 2, "decoder_depths": (1, 1, 1)}
-        codec = NanoCodec(NanoCodecConfig(decoder_dims=(16, 16, 16), **sizes))
+        codec = NanoCodec(CODEC)
         encoders = NanoEncoders()
     return Bundle(network, codec, encoders).to("cpu")
 

@@ -11,13 +11,14 @@ import pytest
 import soundfile
 import torch
 
-from mfmjt.codec import NanoCodec, NanoCodecConfig
+from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.data.preview import write_clip
 from mfmjt.encoders import NanoEncoders
 from mfmjt.extract.clips import Cut
 from mfmjt.extract.ends import Ends
 from mfmjt.extract.work import Settings
+from tests.support.bundles import CODEC
 
 SECONDS = 0.96  # of clips: the shortest whole segments that leave the network something to see
 RATE = foley.SAMPLE_RATE
@@ -29,10 +30,7 @@ SOUND = Settings(Cut(SECONDS, SECONDS, pictures=False), workers=2)
 def ends() -> Ends:
     """Untrained, and small."""
     torch.manual_seed(0)
-    small = NanoCodecConfig(
-        encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
-    )
-    return Ends(NanoCodec(small), NanoEncoders()).to(torch.device("cpu"))
+    return Ends(NanoCodec(CODEC), NanoEncoders()).to(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -20,18 +20,16 @@ from mfmjt.extract.work import Settings, extract
 from mfmjt.media import VideoStream, read_audio
 from mfmjt.train.shards import Shard
 from mfmjt.train.store import FeatureStore
-from tests.encoders.test_clip import merges  # noqa: F401
-from tests.encoders.test_mmaudio_ends import VAES, VOCODERS
 from tests.extract.conftest import write_table
 from tests.oracle import allowance, error
-from tests.pipeline.test_mmaudio import CLIP_CONFIG, SYNC_CONFIG
+from tests.support.published import CLIP_CONFIG, SYNC_CONFIG, VAES, VOCODERS
 
 CPU = torch.device("cpu")
 SECONDS = 1.2
 
 
 @pytest.fixture(scope="module", params=["16k", "44k"])
-def mmaudio(request, merges) -> Ends:  # noqa: F811
+def mmaudio(request, merges) -> Ends:
     torch.manual_seed(0)
     mode = request.param
     encoders = MMAudioEncoders(

@@ -17,7 +17,6 @@ from mfmjt.extract import work
 from mfmjt.extract.tables import read_table
 from mfmjt.extract.work import extract, verify
 from mfmjt.train.store import FeatureStore
-from tests.clips import encode_sound, write_sound
 from tests.extract.conftest import (
     RATE,
     SHORT,
@@ -27,6 +26,7 @@ from tests.extract.conftest import (
     write_table,
     write_wave,
 )
+from tests.support.clips import encode_sound, write_sound
 
 
 @pytest.fixture(scope="module")

@@ -324,7 +324,7 @@ def test_condition_dropout():
 COMPILED = """
 import torch
 from mfmjt import meanflow
-from tests.model.test_transformer import network, inputs
+from tests.support.networks import network, inputs
 from tests.oracle import DTYPES, allowance, error
 
 torch.set_num_threads(1)

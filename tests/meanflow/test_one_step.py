@@ -5,8 +5,8 @@ import torch
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow import OneStep, guide
-from tests.model.test_transformer import inputs, network
 from tests.oracle import DTYPES, allowance, error
+from tests.support.networks import inputs, network
 
 NONE = torch.zeros(2, dtype=torch.bool)
 

@@ -11,8 +11,8 @@ from torch import nn
 from mfmjt.errors import InputError
 from mfmjt.meanflow import Sampling, guide, sample
 from tests.meanflow import exact
-from tests.model.test_transformer import inputs, network
 from tests.oracle import DTYPES, allowance, error
+from tests.support.networks import inputs, network
 
 
 def noise(*shape, dtype=torch.float64):

@@ -12,7 +12,7 @@ import soundfile
 
 from mfmjt.errors import InputError
 from mfmjt.media import read_audio
-from tests.clips import write_video
+from tests.support.clips import write_video
 
 RATE = 16_000
 PCM = 2.0**-14  # of 16 bits, twice rounded

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from mfmjt import cli
 from mfmjt.errors import InputError
 from mfmjt.media import as_source, check
-from tests.clips import rotate, write_sound, write_video
 from tests.media.films import Film
+from tests.support.clips import rotate, write_sound, write_video
 
 WITHOUT_WEBM = (".mp4", ".m4v", ".mov", ".mkv")
 

@@ -12,8 +12,8 @@ import pytest
 from mfmjt.errors import InputError
 from mfmjt.media import VIDEO_SUFFIXES, check, check_output, mux, read_audio, read_video
 from mfmjt.media.write import containers_for
-from tests.clips import encode_sound, packets, write_video
 from tests.media.films import Film, draw, look
+from tests.support.clips import encode_sound, packets, write_video
 
 RATE = 16_000
 SOME, MANY = 32, 600

@@ -24,7 +24,7 @@ from mfmjt.media import (
     mux,
     read_video,
 )
-from tests.clips import BLACK, STEP, grey, write_video
+from tests.support.clips import BLACK, STEP, grey, write_video
 
 RATE = 16_000
 SIZE = 47, 63  # odd, which H.264 does not know

@@ -23,7 +23,14 @@ from mfmjt.media import (
     write_audio,
 )
 from mfmjt.train.features import video_frames
-from tests.clips import decoded_sound, frame_index, packets, rotate, write_sound, write_video
+from tests.support.clips import (
+    decoded_sound,
+    frame_index,
+    packets,
+    rotate,
+    write_sound,
+    write_video,
+)
 
 RATE = 16000
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
-from tests.model.test_transformer import network
+from tests.support.networks import network
 
 
 def test_a_saved_network_comes_back_bit_for_bit(tmp_path):

@@ -13,7 +13,7 @@ from mfmjt.model import MFMJT
 from mfmjt.model.blocks import Conv1d, Linear
 from mfmjt.model.lora import LoRA, add_lora, merge_adapter, merged_state, save_adapter
 from tests.oracle import allowance, error
-from tests.peers import load_peft
+from tests.support.peers import load_peft
 
 SMALL = {"hidden_dim": 32, "num_heads": 1, "depth": 3, "fused_depth": 1}
 LORA = LoRA(rank=3, alpha=6)

@@ -10,8 +10,8 @@ from mfmjt import kernels
 from mfmjt.errors import InputError
 from mfmjt.meanflow import OneStep
 from mfmjt.model import MFMJT
-from tests.model.test_transformer import DIMS, SMALL, TERMS, inputs, network
 from tests.oracle import allowance, error
+from tests.support.networks import DIMS, SMALL, TERMS, inputs, network
 
 
 def steps(net, **options):

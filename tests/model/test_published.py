@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from safetensors import safe_open
 from mfmjt.errors import InputError
 from mfmjt.meanflow import guide
 from mfmjt.model import CONFIGS, MFMJT, load_mmaudio, to_mmaudio_state_dict
-from tests.model.published import TINY, VECTORS, draw, read
 from tests.oracle import allowance, error
+from tests.support.weights import draw, read
+
+VECTORS = Path(__file__).parent / "vectors"
+TINY = {"latent_length": 25, "video_length": 8, "sync_length": 24}
 
 
 def agrees(result: torch.Tensor, truth: torch.Tensor, net: MFMJT) -> None:
@@ -22,7 +26,7 @@ def agrees(result: torch.Tensor, truth: torch.Tensor, net: MFMJT) -> None:
 
 @pytest.mark.parametrize("name", ["net_tiny", "net_tiny_v2"])
 def test_gives_minus_the_published_velocity_at_the_opposite_time(name):
-    state, given = read(name)
+    state, given = read("model", name)
     net = load_mmaudio(state, **TINY)
     t = 1 - given["in.t"]
     with torch.no_grad():
@@ -35,7 +39,7 @@ def test_gives_minus_the_published_velocity_at_the_opposite_time(name):
 
 @pytest.mark.slow
 def test_gives_the_published_velocity_at_full_size():
-    state, given = read("net_small_16k")
+    state, given = read("model", "net_small_16k")
     net = load_mmaudio(state)
     assert net.config == CONFIGS["small_16k"]
     t = 1 - given["in.t"]
@@ -49,7 +53,7 @@ def test_gives_the_published_velocity_at_full_size():
 
 @pytest.mark.parametrize("name", ["net_tiny", "net_tiny_v2"])
 def test_import_and_export_are_inverse(name):
-    state, _ = read(name)
+    state, _ = read("model", name)
     exported = to_mmaudio_state_dict(load_mmaudio(state))
     assert exported.keys() == state.keys()
     for key, value in state.items():
@@ -57,7 +61,7 @@ def test_import_and_export_are_inverse(name):
 
 
 def test_import_does_not_change_its_source():
-    state, _ = read("net_tiny")
+    state, _ = read("model", "net_tiny")
     before = {key: value.clone() for key, value in state.items()}
     load_mmaudio(state)
     assert all(torch.equal(before[key], value) for key, value in state.items())
@@ -95,14 +99,14 @@ def test_names_and_shapes_are_the_published_ones():
 
 
 def test_tables_of_older_checkpoints_are_dropped():
-    state, _ = read("net_tiny")
+    state, _ = read("model", "net_tiny")
     state["t_embed.freqs"] = torch.zeros(128)
     state["latent_rot"] = state["clip_rot"] = torch.zeros(1)
     load_mmaudio(state)
 
 
 def test_every_wrong_parameter_is_named():
-    state, _ = read("net_tiny")
+    state, _ = read("model", "net_tiny")
     del state["fused_blocks.1.linear1.bias"], state["clip_cond_proj.bias"]
     state["extra.weight"] = torch.zeros(1)
     state["text_cond_proj.bias"] = torch.zeros(7)
@@ -123,7 +127,7 @@ def test_another_state_dict_is_refused():
 
 
 def test_reads_published_files_and_training_checkpoints(tmp_path):
-    state, _ = read("net_tiny")
+    state, _ = read("model", "net_tiny")
     torch.save(state, tmp_path / "a.pth")
     torch.save({"it": 3, "weights": state}, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):

@@ -1,20 +1,51 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.clips import write_video
-from tests.model_folder import write_model
+from mfmjt.encoders import CLIP, Synchformer
+from mfmjt.pipeline import Audio, Pipeline
+from tests.support.published import (
+    CLIP_CONFIG,
+    SYNC_CONFIG,
+    VAES,
+    VOCODERS,
+    network_state,
+    vae_shapes,
+    vocoder_shapes,
+)
+from tests.support.weights import draw_all
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a complete model of random weights."""
-    return write_model(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder, device="cpu")
 
 
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video of 1.2 s."""
-    return write_video(tmp_path_factory.mktemp("clips") / "clip.mp4", frames=30)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, merges: Path) -> Path:
+    """The files as MMAudio lays them out, in `weights` and `ext_weights`."""
+    root = tmp_path_factory.mktemp("mmaudio")
+    weights, beside = root / "weights", root / "ext_weights"
+    weights.mkdir()
+    beside.mkdir()
+    torch.save(network_state("small_16k"), weights / "mmaudio_small_16k.pth")
+    torch.save(draw_all(vae_shapes(VAES["16k"])), beside / "v1-16.pth")
+    vocoder = draw_all(vocoder_shapes(VOCODERS["16k"]))
+    torch.save({"generator": vocoder}, beside / "best_netG.pt")
+    torch.manual_seed(0)
+    torch.save(CLIP(CLIP_CONFIG).state_dict(), beside / "open_clip_pytorch_model.bin")
+    sync = Synchformer(SYNC_CONFIG).state_dict()
+    sync = {f"vfeat_extractor.{name}": value for name, value in sync.items()}
+    torch.save({**sync, "afeat_extractor.x": torch.zeros(1)}, beside / "synchformer_state_dict.pth")
+    shutil.copy(merges, beside / "merges.txt")
+    return root
+
+
+def one(made: Audio | list[Audio]) -> Audio:
+    """The sound of a pipeline that was asked for one."""
+    assert isinstance(made, Audio)
+    return made

@@ -12,19 +12,14 @@ from torch import nn
 from mfmjt.checkpoints import fingerprint
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
 from mfmjt.errors import InputError, RunError
-from mfmjt.pipeline import Audio, Pipeline
-from tests.clips import write_video
-from tests.pipeline.test_long import moving
+from mfmjt.pipeline import Pipeline
+from tests.pipeline.conftest import one
+from tests.support.clips import moving, write_video
 
 
 @pytest.fixture
 def pipe(model_folder: Path) -> Pipeline:
     return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
-def one(made: Audio | list[Audio]) -> Audio:
-    assert isinstance(made, Audio)
-    return made
 
 
 def blind(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from mfmjt.media import read_video
 from mfmjt.pipeline import Audio, Pipeline, Request, generate_together
-from tests.clips import write_video
+from tests.support.clips import write_video
 
 
 @pytest.fixture(scope="module")

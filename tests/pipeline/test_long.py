@@ -18,22 +18,11 @@ from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
 from mfmjt.meanflow import sample
 from mfmjt.model import MFMJT
-from mfmjt.pipeline import STAGES, Audio, Pipeline
-from tests.clips import write_video
+from mfmjt.pipeline import STAGES, Pipeline
+from tests.pipeline.conftest import one
+from tests.support.clips import moving, write_video
 
 RATE = 16_000
-
-
-def one(made: Audio | list[Audio]) -> Audio:
-    assert isinstance(made, Audio)
-    return made
-
-
-def moving(i: int, height: int, width: int) -> np.ndarray:
-    picture = np.full((height, width, 3), 40, np.uint8)
-    left = i * 3 % (width - 8)
-    picture[8:16, left : left + 8] = 220
-    return picture
 
 
 @pytest.fixture(scope="module")

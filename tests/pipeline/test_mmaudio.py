@@ -14,62 +14,18 @@ from typer.testing import CliRunner
 from mfmjt import cli
 from mfmjt.codec import MMAudioCodec
 from mfmjt.convert import from_mmaudio
-from mfmjt.encoders import CLIP, CLIPConfig, MMAudioEncoders, Synchformer, SynchformerConfig
+from mfmjt.encoders import MMAudioEncoders
 from mfmjt.errors import InputError, RunError
 from mfmjt.families import mmaudio
 from mfmjt.meanflow import Sampling
 from mfmjt.media import VideoStream
-from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.checkpoint import NETWORK_FILES
-from mfmjt.pipeline import Audio, Pipeline
-from tests.clips import write_video
-from tests.codec import test_bigvgan, test_vae
-from tests.encoders.test_clip import merges  # noqa: F401
-from tests.encoders.test_mmaudio_ends import VAES, VOCODERS
+from mfmjt.pipeline import Pipeline
 from tests.oracle import allowance, error
-from tests.pipeline.test_long import moving
-from tests.weights import draw_all
-
-CLIP_CONFIG = CLIPConfig(
-    embed_dim=24, image_size=42, patch=14, image_dim=12, image_depth=1, image_heads=3,
-    text_dim=16, text_depth=1, text_heads=2,
-)  # fmt: skip
-SYNC_CONFIG = SynchformerConfig(dim=12, depth=1, heads=3, size=32)
-SIZES = {"clip": CLIP_CONFIG, "synchformer": SYNC_CONFIG, "vae": VAES["16k"],
-         "vocoder": VOCODERS["16k"]}  # fmt: skip
-NETWORK = {
-    "hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "video_dim": 24, "sync_dim": 12,
-    "text_dim": 16,
-}  # fmt: skip
-
-
-def network_state(name: str, **changes: object) -> dict[str, torch.Tensor]:
-    """Random weights in the published layout."""
-    with torch.device("meta"):
-        net = MFMJT(config_for(name, **{**NETWORK, **changes}))
-    shapes = {k: v.shape for k, v in net.state_dict().items() if not k.startswith("r_embed.")}
-    state = draw_all(shapes)
-    return state | {k: 0.3 * v for k, v in state.items() if k.startswith("final_layer.conv")}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, merges: Path) -> Path:  # noqa: F811
-    """The files as MMAudio lays them out, in `weights` and `ext_weights`."""
-    root = tmp_path_factory.mktemp("mmaudio")
-    weights, beside = root / "weights", root / "ext_weights"
-    weights.mkdir()
-    beside.mkdir()
-    torch.save(network_state("small_16k"), weights / "mmaudio_small_16k.pth")
-    torch.save(draw_all(test_vae.published_shapes(VAES["16k"])), beside / "v1-16.pth")
-    vocoder = draw_all(test_bigvgan.published_shapes(VOCODERS["16k"]))
-    torch.save({"generator": vocoder}, beside / "best_netG.pt")
-    torch.manual_seed(0)
-    torch.save(CLIP(CLIP_CONFIG).state_dict(), beside / "open_clip_pytorch_model.bin")
-    sync = Synchformer(SYNC_CONFIG).state_dict()
-    sync = {f"vfeat_extractor.{name}": value for name, value in sync.items()}
-    torch.save({**sync, "afeat_extractor.x": torch.zeros(1)}, beside / "synchformer_state_dict.pth")
-    shutil.copy(merges, beside / "merges.txt")
-    return root
+from tests.pipeline.conftest import one
+from tests.support.clips import moving, write_video
+from tests.support.published import CLIP_CONFIG, SIZES, SYNC_CONFIG, VAES, VOCODERS, network_state
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +38,6 @@ def short_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2 s at 30 frames a second, wider than high."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     return write_video(path, frames=60, rate=30, size=(48, 80), picture=moving)
-
-
-def one(made: Audio | list[Audio]) -> Audio:
-    assert isinstance(made, Audio)
-    return made
 
 
 def test_it_is_a_flow_matching_network_and_knows_its_defaults(

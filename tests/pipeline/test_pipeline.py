@@ -13,19 +13,10 @@ import torch
 import mfmjt
 from mfmjt.errors import InputError
 from mfmjt.media import read_video
-from mfmjt.pipeline import MAX_DURATION, STAGES, Audio, Pipeline
-from tests.clips import packets, write_video
-from tests.model_folder import write_model
-
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
-def one(made: Audio | list[Audio]) -> Audio:
-    assert isinstance(made, Audio)
-    return made
+from mfmjt.pipeline import MAX_DURATION, STAGES, Pipeline
+from tests.pipeline.conftest import one
+from tests.support.bundles import write_model
+from tests.support.clips import packets, write_video
 
 
 def test_video_and_prompt(pipe: Pipeline, clip: Path) -> None:

@@ -14,7 +14,7 @@ from mfmjt.families import PRETRAINED
 from mfmjt.pipeline import Pipeline
 from mfmjt.pipeline.prompt import prompt_notes
 from mfmjt.pipeline.together import Request, generate_together
-from tests.model_folder import write_model
+from tests.support.bundles import write_model
 
 
 @pytest.fixture(scope="module")

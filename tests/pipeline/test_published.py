@@ -16,8 +16,8 @@ from mfmjt.errors import InputError
 from mfmjt.families import PRETRAINED, mmaudio
 from mfmjt.model import load_mmaudio
 from mfmjt.pipeline import Pipeline
-from tests.encoders.test_clip import merges  # noqa: F401
-from tests.pipeline.test_mmaudio import SIZES, folder, network_state, one  # noqa: F401
+from tests.pipeline.conftest import one
+from tests.support.published import SIZES, network_state
 
 COMFY = {
     "weights/mmaudio_small_16k.pth": "mmaudio_small_16k_fp16.safetensors",
@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def copy(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "copy")
 
 
@@ -46,7 +46,7 @@ def flat(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def comfy(folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def comfy(folder: Path, tmp_path: Path) -> Path:
     """The folder that ComfyUI's nodes read: half precision, its own names, safetensors."""
     there = tmp_path / "models" / "mmaudio"
     there.mkdir(parents=True)
@@ -62,7 +62,7 @@ def sound(model: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> torch.Tensor:  # noqa: F811
+def expected(folder: Path) -> torch.Tensor:
     pipe = Pipeline.from_mmaudio(folder, device="cpu", check="name", **SIZES)
     return one(pipe(prompt="rain", duration=0.5, steps=1)).waveform
 

@@ -12,17 +12,8 @@ from PIL import Image
 
 from mfmjt.errors import InputError
 from mfmjt.media import read_video
-from mfmjt.pipeline import Audio, Pipeline
-
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
-def one(made: Audio | list[Audio]) -> Audio:
-    assert isinstance(made, Audio)
-    return made
+from mfmjt.pipeline import Pipeline
+from tests.pipeline.conftest import one
 
 
 def pictures(count: int = 30) -> np.ndarray:

@@ -11,11 +11,6 @@ from mfmjt.pipeline import STAGES, Audio, Pipeline, Request, generate_together
 
 
 @pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def held(pipe: Pipeline, clip: Path) -> Video:
     rates = pipe.encoders.video_fps, pipe.encoders.sync_fps
     return read_video(clip, rates, pipe.encoders.frame_size)

@@ -24,9 +24,9 @@ from mfmjt.pipeline.windows import (
     expected,
     plan,
 )
-from tests.codec import test_bigvgan, test_vae
 from tests.oracle import allowance, error
-from tests.weights import draw_all
+from tests.support.published import vae_shapes, vocoder_shapes
+from tests.support.weights import draw_all
 
 durations = st.floats(0.01, 500, allow_nan=False)
 
@@ -158,12 +158,12 @@ def test_nano_in_chunks_is_nano_as_a_whole():
 def test_mmaudio_in_chunks_differs_by_its_attention_alone(mode):
     # The published depths and rates, which decide how far the convolutions see; little width.
     sizes = VAEConfig({"16k": 80, "44k": 128}[mode], 20, 4)
-    vae = VAE.from_mmaudio(draw_all(test_vae.published_shapes(sizes)), sizes)
+    vae = VAE.from_mmaudio(draw_all(vae_shapes(sizes)), sizes)
     published = BIGVGAN_CONFIGS[mode]
     narrow = BigVGANConfig(
         published.bands, 64, published.rates, published.kernels, published.tanh, published.bias
     )
-    vocoder = BigVGAN.from_state_dict(draw_all(test_bigvgan.published_shapes(narrow)), narrow)
+    vocoder = BigVGAN.from_state_dict(draw_all(vocoder_shapes(narrow)), narrow)
     vae.decoder.mid.attn_1.proj_out.weight.zero_()
 
     def decode(latent):

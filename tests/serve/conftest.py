@@ -17,8 +17,6 @@ import pytest
 from bench.serve.client import Client
 from mfmjt.pipeline import Pipeline
 from mfmjt.serve.settings import Settings
-from tests.clips import write_video
-from tests.model_folder import write_model
 
 Start = Callable[..., AbstractContextManager[Client]]
 Proxy = Callable[[Client, str], AbstractContextManager[Client]]
@@ -40,15 +38,15 @@ http {{
 
 
 @pytest.fixture(scope="session")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def pipe(model_folder: Path) -> Pipeline:
     """A complete model of random weights."""
-    return Pipeline.from_pretrained(write_model(tmp_path_factory.mktemp("model")), device="cpu")
+    return Pipeline.from_pretrained(model_folder, device="cpu")
 
 
 @pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def clip(clip: Path) -> bytes:
     """A video of 1.2 s."""
-    return write_video(tmp_path_factory.mktemp("clips") / "clip.mp4", frames=30).read_bytes()
+    return clip.read_bytes()
 
 
 @pytest.fixture(scope="session")

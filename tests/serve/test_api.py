@@ -21,7 +21,7 @@ import torch
 
 from bench.serve.client import Client
 from mfmjt.pipeline import Audio, Pipeline
-from tests.clips import grey, packets, write_video
+from tests.support.clips import grey, packets, write_video
 
 SLOW = {"prompt": "x", "duration": 9, "steps": 100, "count": 8, "guidance_mode": ["cfg", "none"]}
 """A request that keeps the server busy until it is removed."""

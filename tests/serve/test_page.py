@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from bench.serve.client import Client
-from tests.clips import packets, write_sound
+from tests.support.clips import packets, write_sound
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

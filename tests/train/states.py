@@ -1,16 +1,46 @@
-"""Training states as a test reads them: put together from their shards, without the reader."""
+"""What a test reads of a training run: its log, and its state, put together from the shards."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mfmjt.train.loop import CHECKPOINTS
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """The log of a run without what no other run repeats."""
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@contextlib.contextmanager
+def stopped(owner: Any, name: str, call: int) -> Iterator[None]:
+    """Run the block up to the `call`-th call of the function `owner.name`, which fails."""
+
+    class Stop(Exception):
+        pass
+
+    real, calls = getattr(owner, name), []
+
+    def interrupt(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == call:
+            raise Stop
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(Stop):
+            yield
 
 
 def newest(out: str | Path) -> Path:

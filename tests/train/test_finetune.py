@@ -13,9 +13,9 @@ from mfmjt.train.config import NetworkTraining, load_config
 from mfmjt.train.distributed import Processes
 from mfmjt.train.loop import _Run, train
 from mfmjt.train.start import starting_network
-from tests.model.published import read
 from tests.oracle import allowance, error
-from tests.peers import load_peft
+from tests.support.peers import load_peft
+from tests.support.weights import read
 from tests.train.conftest import TINY
 from tests.train.states import load_state
 
@@ -51,7 +51,7 @@ def test_it_starts_as_the_published_velocity_turned_around(tmp_path, name, adapt
     """u(z, r, t) = -v(z, 1 - t) for every r, against MMAudio's own outputs."""
     if adapted:
         load_peft()
-    state, given = read(name)
+    state, given = read("model", name)
     torch.save(state, tmp_path / "mmaudio.pth")
     config = NetworkTraining(
         model="auto",

@@ -13,12 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 from mfmjt import cli
-from mfmjt.codec import NanoCodec, NanoCodecConfig
 from mfmjt.data import foley
 from mfmjt.data.preview import write_clip
-from mfmjt.encoders import NanoEncoders
 from mfmjt.model import MFMJT, to_mmaudio_state_dict
-from tests.peers import load_peft
+from tests.support.bundles import write_ends
+from tests.support.peers import load_peft
 from tests.train.conftest import TINY
 
 SECONDS = 0.96
@@ -36,11 +35,7 @@ def model(tmp_path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     torch.manual_seed(0)
-    small = NanoCodecConfig(
-        encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
-    )
-    NanoCodec(small).save(folder / "codec.safetensors")
-    NanoEncoders().save(folder / "encoders.safetensors")
+    write_ends(folder)
     net = MFMJT.from_config("nano", **TINY)
     with torch.no_grad():
         for p in net.parameters():

@@ -1,4 +1,4 @@
-"""A complete model of random weights on disk, small enough to be run in every test."""
+"""Complete models of random weights, small enough to be run in every test."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ from pathlib import Path
 import torch
 
 from mfmjt.codec import NanoCodec, NanoCodecConfig
-from mfmjt.encoders import NanoEncoders
+from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
 from mfmjt.model import MFMJT
+
+CODEC = NanoCodecConfig(
+    encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
+)
+TINY_CODEC = NanoCodecConfig(
+    latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
+    decoder_depths=(1, 1, 1),
+)  # fmt: skip
+TINY_ENCODERS = NanoEncodersConfig(
+    dim=16, frame_channels=(4, 4, 8, 8), sync_channels=(4, 4, 8, 8), buckets=64, bucket_dim=8,
+    text_heads=2,
+)  # fmt: skip
 
 
 def write_model(folder: Path, **overrides: object) -> Path:
@@ -23,9 +35,11 @@ def write_model(folder: Path, **overrides: object) -> Path:
                 if parameter.requires_grad and not bool(parameter.any()):
                     parameter.normal_(std=0.1)
         network.save(folder / "network.safetensors")
-        small = NanoCodecConfig(
-            encoder_dim=16, encoder_depth=2, decoder_dims=(32, 24, 16), decoder_depths=(1, 1, 1)
-        )
-        NanoCodec(small).save(folder / "codec.safetensors")
-        NanoEncoders().save(folder / "encoders.safetensors")
+        write_ends(folder)
     return folder
+
+
+def write_ends(folder: Path) -> None:
+    """Save small codec and encoders, drawn from the global seed."""
+    NanoCodec(CODEC).save(folder / "codec.safetensors")
+    NanoEncoders().save(folder / "encoders.safetensors")

@@ -23,6 +23,14 @@ def frame_index(pictures: np.ndarray) -> list[int]:
     return [round((float(p.mean()) + DARKER - BLACK) / STEP) for p in pictures]
 
 
+def moving(i: int, height: int, width: int) -> np.ndarray:
+    """A light square that goes to the right over a dark ground."""
+    picture = np.full((height, width, 3), 40, np.uint8)
+    left = i * 3 % (width - 8)
+    picture[8:16, left : left + 8] = 220
+    return picture
+
+
 def write_video(
     path: Path,
     frames: int = 50,

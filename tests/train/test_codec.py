@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -14,20 +13,14 @@ from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.train.codec import CodecConfig, SpectralLoss, train_codec
 from mfmjt.train.ends import cosine_warmup
+from tests.support.bundles import TINY_CODEC
+from tests.train.states import records, stopped
 
 TINY = CodecConfig(
     steps=12, batch=2, seconds=0.256, lr=3e-3, warmup=2, clips=4, validation_clips=1, workers=0,
     log_every=3, save_every=6, bf16=False,
-    model=NanoCodecConfig(
-        latent_dim=4, encoder_dim=16, encoder_depth=2, decoder_dims=(16, 16, 16),
-        decoder_depths=(1, 1, 1),
-    ),
+    model=TINY_CODEC,
 )  # fmt: skip
-
-
-def records(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +49,10 @@ def test_what_is_exported_is_the_averaged_codec(whole: Path) -> None:
 
 
 def test_resuming_repeats_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
     config = dataclasses.replace(TINY, out=tmp_path)
-    spectral = SpectralLoss.forward
-    calls = 0
-
-    def interrupt(self: SpectralLoss, a: torch.Tensor, b: torch.Tensor) -> tuple:
-        nonlocal calls
-        calls += 1
-        # Six steps, one validation clip, and two steps that the checkpoint does not have.
-        if calls == 10:
-            raise Stop
-        return spectral(self, a, b)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SpectralLoss, "forward", interrupt)
-        with pytest.raises(Stop):
-            train_codec(config)
+    # Six steps, one validation clip, and two steps that the checkpoint does not have.
+    with stopped(SpectralLoss, "forward", call=10):
+        train_codec(config)
     train_codec(config)
     assert records(tmp_path) == records(whole)
     ours, theirs = (NanoCodec.load(f / "codec.safetensors") for f in (tmp_path, whole))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +8,17 @@ import pytest
 import torch
 
 from mfmjt.data import foley
-from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
+from mfmjt.encoders import NanoEncoders
 from mfmjt.train import encoders as training
 from mfmjt.train.encoders import EncodersConfig, train_encoders
+from tests.support.bundles import TINY_ENCODERS
+from tests.train.states import records, stopped
 
 TINY = EncodersConfig(
     steps=10, windows=2, window=16, batch=12, pictures=1, lr=3e-3, warmup=2, clips=12,
     validation_clips=2, workers=0, log_every=5, save_every=5, bf16=False,
-    model=NanoEncodersConfig(
-        dim=16, frame_channels=(4, 4, 8, 8), sync_channels=(4, 4, 8, 8), buckets=64, bucket_dim=8,
-        text_heads=2,
-    ),
+    model=TINY_ENCODERS,
 )  # fmt: skip
-
-
-def records(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +41,10 @@ def test_the_export_loads(whole: Path) -> None:
 
 
 def test_resuming_repeats_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
     # Frames in memory here and on disk there must make no difference either.
     config = dataclasses.replace(TINY, out=tmp_path, on_disk=False)
-    contrast = training._sync_loss
-    calls = 0
-
-    def interrupt(*arguments: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 8:
-            raise Stop
-        return contrast(*arguments)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_sync_loss", interrupt)
-        with pytest.raises(Stop):
-            train_encoders(config)
+    with stopped(training, "_sync_loss", call=8):
+        train_encoders(config)
     train_encoders(config)
     assert records(tmp_path) == records(whole)
     ours, theirs = (NanoEncoders.load(f / "encoders.safetensors") for f in (tmp_path, whole))

@@ -1,7 +1,7 @@
 """Weights by rule, so that a network of any size has the same ones here and at its publisher's.
 
 The published implementations of the codec and the encoders were run with these weights; what they
-took and gave is in `vectors/`, with the names and shapes of all parameters and the seed.
+took and gave is in `tests/*/vectors/`, with the names and shapes of all parameters and the seed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def draw_all(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Te
     return {k: draw(k, shape, seed) for k, shape in shapes.items() if not k.endswith(".filter")}
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(published state dict, inputs and outputs) of a file of vectors."""
+def read(part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(published state dict, inputs and outputs) of a file in the `vectors` of `tests/<part>`."""
+    path = Path(__file__).parents[1] / part / "vectors" / f"{name}.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mfmjt import cli
 from mfmjt.media import read_video
-from tests.clips import frame_index, grey, packets, write_sound, write_video
+from tests.support.clips import frame_index, grey, packets, write_sound, write_video
 
 COMMANDS = ("generate", "check", "serve", "train", "evaluate", "convert", "data preview", "info")
 
@@ -224,7 +224,7 @@ def test_debug_shows_where_an_error_is_from(here: Path) -> None:
 def test_interrupted(here: Path, clip: Path, model_folder: Path, number: int) -> None:
     command = [sys.executable, "-m", "mfmjt.cli", "generate", str(clip), "-o", "out.mp4"]
     command += ["--model", str(model_folder), "--steps", "1000", "--device", "cpu"]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
