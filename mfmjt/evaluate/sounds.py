@@ -114,9 +114,6 @@ class Sounds:
         self.classifier = classifier
         self.seconds = {} if seconds is None else seconds
 
-    def __len__(self) -> int:
-        return len(self.waves)
-
     @functools.cached_property
     def onsets(self) -> list[np.ndarray]:
         """Times at which each sound has detected onsets, in seconds."""
@@ -127,6 +124,10 @@ class Sounds:
     def predicted(self) -> np.ndarray:
         """Class that the classifier hears, as an index, (n,) int64."""
         return self._judged[0].numpy()
+
+    def share_of(self, labels: np.ndarray) -> float:
+        """Return the share of sounds in which the classifier hears these classes (n,)."""
+        return float((self.predicted == labels).mean())
 
     @property
     def embedding(self) -> np.ndarray:

@@ -11,22 +11,15 @@ import torch
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier
 from mfmjt.evaluate.examples import Examples
-from mfmjt.evaluate.metrics import (
-    METRICS,
-    Classes,
-    Diversity,
-    Frechet,
-    Onsets,
-    bootstrap,
-    derangement,
-    load_metric,
-)
+from mfmjt.evaluate.metrics import METRICS, bootstrap, derangement, load_metric
 from mfmjt.evaluate.report import Report, table
 from mfmjt.evaluate.run import evaluate
 from mfmjt.evaluate.sounds import Made, Sounds
 from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
 from mfmjt.model import MFMJT
+
+SCORE = {metric.name: metric.score for metric in METRICS}
 
 
 class Mean(torch.nn.Module):
@@ -51,7 +44,7 @@ def test_a_network_that_answers_with_a_mean_has_no_diversity(
 ) -> None:
     mean = Bundle(Mean(bundle.network), bundle.codec, bundle.encoders, Sampling())
     same = Made(mean, clips, classifier, sampling=Sampling(guidance=1.0))
-    diversity = Diversity()(same, real, clips).figures["diversity"]
+    diversity = SCORE["diversity"](same, real, clips).figures["diversity"]
     # z - (z - 0.3) leaves the rounding of z.
     assert diversity < 1e3 * torch.finfo(torch.float32).eps
     assert report.figures["diversity"] > 1e3 * diversity
@@ -68,13 +61,13 @@ def test_real_sound_in_place_of_the_network_reaches_the_bounds(
         "mfmjt.evaluate.sounds.generate", lambda bundle, clips, **options: clips.audio
     )
     best = Made(bundle, clips, classifier, sampling=Sampling())
-    onsets = Onsets()(best, real, clips).figures
+    onsets = SCORE["onsets"](best, real, clips).figures
     assert onsets["onset_f1"] == onsets["onset_f1_real"] == 1
     assert onsets["onset_f1_shuffled"] == onsets["onset_f1_real_shuffled"] < 1
-    classes = Classes()(best, real, clips).figures
+    classes = SCORE["classes"](best, real, clips).figures
     assert classes["class_accuracy"] == classes["class_accuracy_real"]
     scale = float(np.square(real.embedding).sum())
-    frechet = Frechet()(best, real, clips).figures["frechet"]
+    frechet = SCORE["Fréchet"](best, real, clips).figures["frechet"]
     assert frechet <= scale * np.sqrt(np.finfo(np.float64).eps)
 
 
@@ -91,20 +84,15 @@ def test_without_a_truth_only_distances_are_judged(
     assert [key for key, value in report.figures.items() if value is not None] == ["frechet"]
 
 
-OWN = '''
-"""Loudness of what was made over that of what is real."""
-from mfmjt.evaluate.metrics import Figure, Score
+OWN = """
+from mfmjt.evaluate.metrics import Figure, Metric, Score
 
-class Loudness:
-    name = "loudness"
-    figures = (Figure("loudness", "loudness", 1, 1.0), Figure("worst"))
+def score(made, real, examples):
+    ratio = made.waves.std(dim=1) / real.waves.std(dim=1)
+    return Score({"loudness": float(ratio.mean()), "worst": float(ratio.min())})
 
-    def __call__(self, made, real, examples):
-        ratio = made.waves.std(dim=1) / real.waves.std(dim=1)
-        return Score({"loudness": float(ratio.mean()), "worst": float(ratio.min())})
-
-loudness = Loudness()
-'''
+loudness = Metric("loudness", (Figure("loudness", "loudness", 1, 1.0), Figure("worst")), score)
+"""
 
 
 def test_a_metric_of_ones_own_is_one_file(
@@ -133,10 +121,10 @@ def test_a_metric_of_ones_own_is_one_file(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("loudness", "package.module:object"),
+        ("loudness", "package.module:name"),
         ("no.such:metric", "cannot be imported"),
-        ("mfmjt.evaluate.metrics:loudness", "no metric loudness"),
-        ("mfmjt.evaluate.metrics:derangement", "no metric derangement"),
+        ("mfmjt.evaluate.metrics:loudness", "no Metric"),
+        ("mfmjt.evaluate.metrics:derangement", "no Metric"),
     ],
 )
 def test_what_is_no_metric_is_refused(name: str, message: str) -> None:
