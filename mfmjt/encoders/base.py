@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import fingerprint
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, some
 from mfmjt.model import ModelConfig
 
 __all__ = ["FRAMES_AT_ONCE", "Encoders", "FrameSpec", "Lengths", "stream_options"]
@@ -110,6 +110,25 @@ class Encoders(nn.Module):
     def understood(self, text: str) -> tuple[list[str], list[str]]:
         """Return words of a text that training had, and had not; none where that is not known."""
         return [], []
+
+    def prompt_notes(self, prompt: str | None) -> tuple[str, ...]:
+        """Return one line on a prompt that is cut off, and one on words that training had not."""
+        prompt, notes = prompt or "", []
+        if unread := self.unread(prompt):
+            notes.append(f"The prompt is too long: its end, from {unread[:30]!r} on, is not read.")
+        known, unknown = self.understood(prompt)
+        words = some(map(repr, unknown))
+        if unknown and known:
+            notes.append(
+                f"The text encoder was not trained on these words of the prompt: {words}. What is "
+                "heard depends on the others."
+            )
+        elif unknown:
+            notes.append(
+                f"The text encoder was trained on none of the prompt's words: {words}. What is "
+                "heard does not follow them."
+            )
+        return tuple(notes)
 
     def identity(self) -> str:
         """Return a digest of what decides on features."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mfmjt.checkpoints import Check
 from mfmjt.codec import BigVGANConfig, Codec, VAEConfig
@@ -17,12 +15,9 @@ from mfmjt.errors import InputError, MfmjtError
 from mfmjt.families import Bundle, open_bundle
 from mfmjt.families.mmaudio import open_published
 from mfmjt.meanflow.guidance import GuidanceMode
-from mfmjt.media import Pictures, Video, as_source
 from mfmjt.model import MFMJT
 from mfmjt.pipeline.audio import Audio
-from mfmjt.pipeline.cache import entry
-from mfmjt.pipeline.request import MAX_DURATION, Request
-from mfmjt.pipeline.stream import VideoFeatures
+from mfmjt.pipeline.request import Request
 from mfmjt.pipeline.together import Progress, generate_together
 
 __all__ = ["Pipeline"]
@@ -242,29 +237,3 @@ class Pipeline:
             raise made
         sounds = [sound.noted(self.notes) for sound in made]
         return sounds[0] if count == 1 else sounds
-
-    def _video(self, request: Request) -> VideoFeatures:
-        """Return the features of a request's video, which will be read, or found in its cache."""
-        source: Path | Pictures | Video = request.video
-        if not isinstance(source, Video) or request.fps is not None:
-            source = as_source(source, request.fps)
-        cached = None
-        if request.cache is not None and not isinstance(source, Video):
-            asked = (request.duration, self.window, self.encoders.frame_size)
-            cached = entry(request.cache, source, self.bundle.encoders_identity(), asked)
-        return VideoFeatures(
-            source,
-            request.duration,
-            MAX_DURATION,
-            self.window,
-            self.encoders,
-            self.network.config,
-            self.device,
-            cached,
-        )
-
-    def _text(self, prompt: str | None) -> dict[str, Tensor]:
-        """Features `(1, tokens, dim)` of the prompt, where there is one."""
-        if not (prompt and prompt.strip()):
-            return {}
-        return {"text": self.encoders.encode_text([prompt])}

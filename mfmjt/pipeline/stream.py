@@ -14,8 +14,8 @@ from torch import Tensor
 from mfmjt.encoders import Encoders
 from mfmjt.encoders.base import FRAMES_AT_ONCE, stream_options
 from mfmjt.errors import InputError
+from mfmjt.families import Bundle
 from mfmjt.media import Pictures, Video, VideoStream
-from mfmjt.model import ModelConfig
 from mfmjt.pipeline.ahead import ahead
 from mfmjt.pipeline.cache import Entry
 from mfmjt.pipeline.windows import OVERLAP, Window, plan
@@ -36,9 +36,7 @@ class VideoFeatures:
         duration: Seconds of it from the start; None for all.
         limit: Refuse a video longer than so many seconds when `duration` is None.
         length: Seconds of a window.
-        encoders: Of frames.
-        config: Of the network that takes the features.
-        device: Where frames are encoded.
+        bundle: Whose encoders are used, on their device, for its network.
         cached: Where the features may be, and are put if they are not.
 
     Attributes:
@@ -52,16 +50,13 @@ class VideoFeatures:
         duration: float | None,
         limit: float,
         length: int,
-        encoders: Encoders,
-        config: ModelConfig,
-        device: torch.device,
+        bundle: Bundle,
         cached: Entry | None = None,
     ) -> None:
         self.declared = duration
         self.notes: tuple[str, ...] = ()
-        self._length, self._encoders, self._config = length, encoders, config
-        self._frames = _Frames(source, duration, limit, encoders, device)
-        self._device, self._cached = device, cached
+        self._length, self._bundle, self._cached = length, bundle, cached
+        self._frames = _Frames(source, duration, limit, bundle.encoders, bundle.device)
 
     def windows(self, stage: Stage) -> Iterator[tuple[Window, dict[str, Tensor]]]:
         """Each window with its features `(1, tokens, dim)`, on the device.
@@ -78,14 +73,14 @@ class VideoFeatures:
                 self.declared = found[-1].end
                 for number, window in enumerate(found):
                     with stage("read"):
-                        features = self._cached.load(number, self._device)
+                        features = self._cached.load(number, self._bundle.device)
                     yield window, features
                 return
         with self._frames as frames:
             for number, window in enumerate(plan(self._length, lambda s: frames.total(s, stage))):
                 if self.declared is None:
                     self.declared = frames.declared
-                _, *counts = self._encoders.lengths(window.duration, self._config)
+                _, *counts = self._bundle.lengths(window.duration)
                 features = frames.features(window.start, counts, stage)
                 if window.last:
                     self.declared = window.end

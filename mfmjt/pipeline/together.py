@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from torch.utils import _pytree as pytree
 
 from mfmjt.errors import MfmjtError
 from mfmjt.meanflow import Sampling
+from mfmjt.media import Pictures, Video, as_source
 from mfmjt.pipeline.audio import STAGES, Audio
-from mfmjt.pipeline.prompt import prompt_notes
-from mfmjt.pipeline.request import TEXT_DURATION, Request
+from mfmjt.pipeline.cache import entry
+from mfmjt.pipeline.request import MAX_DURATION, TEXT_DURATION, Request
 from mfmjt.pipeline.stream import VideoFeatures
 from mfmjt.pipeline.windows import OVERLAP, Joiner, Noise, Window, expected, plan
 
@@ -172,8 +174,8 @@ def _begin(
     """Read and encode a request: its units, or the sounds of one too long to be made in one go."""
     samplings = request.samplings(pipeline.sampling)
     clock = _Clock(pipeline.device, report)
-    source = None if request.video is None else pipeline._video(request)
-    notes = prompt_notes(pipeline.encoders, request.prompt)
+    source = None if request.video is None else _source(pipeline, request)
+    notes = pipeline.encoders.prompt_notes(request.prompt)
     with closing(
         _windows(pipeline, request, source, clock)
     ) as windows:  # and the thread it reads in
@@ -193,6 +195,27 @@ def _begin(
     ], []
 
 
+def _source(pipeline: Pipeline, request: Request) -> VideoFeatures:
+    """Return the features of a request's video, which will be read, or found in its cache."""
+    source: Path | Pictures | Video = request.video
+    if not isinstance(source, Video) or request.fps is not None:
+        source = as_source(source, request.fps)
+    cached = None
+    if request.cache is not None and not isinstance(source, Video):
+        asked = (request.duration, pipeline.window, pipeline.encoders.frame_size)
+        cached = entry(request.cache, source, pipeline.bundle.encoders_identity(), asked)
+    return VideoFeatures(
+        source, request.duration, MAX_DURATION, pipeline.window, pipeline.bundle, cached
+    )
+
+
+def _text(pipeline: Pipeline, prompt: str | None) -> dict[str, Tensor]:
+    """Return features `(1, tokens, dim)` of the prompt, where there is one."""
+    if not (prompt and prompt.strip()):
+        return {}
+    return {"text": pipeline.encoders.encode_text([prompt])}
+
+
 def _windows(
     pipeline: Pipeline, request: Request, source: VideoFeatures | None, clock: _Clock
 ) -> Generator[tuple[Window, dict[str, Tensor]], None, None]:
@@ -207,7 +230,7 @@ def _windows(
     for window, features in given:
         if text is None:
             with clock.stage("encode"):
-                text = pipeline._text(request.prompt)
+                text = _text(pipeline, request.prompt)
         yield window, features | text
 
 

@@ -12,7 +12,6 @@ from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import MfmjtError
 from mfmjt.families import PRETRAINED
 from mfmjt.pipeline import Pipeline
-from mfmjt.pipeline.prompt import prompt_notes
 from mfmjt.pipeline.together import Request, generate_together
 from tests.support.bundles import write_model
 
@@ -29,7 +28,7 @@ def test_all_captions_are_understood(encoders: NanoEncoders) -> None:
         for pace in PACES:
             for split in ("train", "test"):
                 text = caption(rng, name, pace, split)
-                assert prompt_notes(encoders, text) == (), text
+                assert encoders.prompt_notes(text) == (), text
 
 
 SOME = (
@@ -52,18 +51,18 @@ NONE = "The text encoder was trained on none of the prompt's words: {}. What is 
 def test_words_that_training_had_not_are_named(
     encoders: NanoEncoders, prompt: str, begin: str
 ) -> None:
-    (note,) = prompt_notes(encoders, prompt)
+    (note,) = encoders.prompt_notes(prompt)
     assert note.startswith(begin)
     assert "\n" not in note
 
 
 @pytest.mark.parametrize("prompt", [None, "", "BELL", "...", "a bell: a bell, close-up!"])
 def test_what_is_understood_has_no_note(encoders: NanoEncoders, prompt: str | None) -> None:
-    assert prompt_notes(encoders, prompt) == ()
+    assert encoders.prompt_notes(prompt) == ()
 
 
 def test_what_is_cut_off_is_said_first(encoders: NanoEncoders) -> None:
-    cut, unknown = prompt_notes(encoders, "bell " * 30 + "dog cat")
+    cut, unknown = encoders.prompt_notes("bell " * 30 + "dog cat")
     assert cut == "The prompt is too long: its end, from 'cat' on, is not read."
     assert "'dog'" in unknown
     assert "'cat'" not in unknown
@@ -72,7 +71,7 @@ def test_what_is_cut_off_is_said_first(encoders: NanoEncoders) -> None:
 def test_the_vocabulary_stays_with_the_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     loaded = NanoEncoders.load(folder / "encoders.safetensors")
-    assert prompt_notes(loaded, "a dog") == ()  # nothing is known of what it knows
+    assert loaded.prompt_notes("a dog") == ()  # nothing is known of what it knows
     loaded.vocabulary = frozenset({"a", "cat", "größe"})
     loaded.save(folder / "encoders.safetensors")
     pipe = Pipeline.from_pretrained(folder, device="cpu")
