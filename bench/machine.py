@@ -17,6 +17,7 @@ import torch
 from bench.cases import Case
 from bench.harness import cuda_events, dtype_name, on_cpu
 from bench.rows import short
+from mfmjt.devices import cpu_name
 
 __all__ = ["Ceilings", "commit", "environment", "row_of"]
 
@@ -87,7 +88,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     stamp: dict[str, Any] = {
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(device),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -110,15 +111,6 @@ def environment(device: torch.device) -> dict[str, Any]:
 def commit() -> str | None:
     """Return what is measured: COMMIT of the environment where there is no .git, or git's word."""
     return os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _version(package: str) -> str | None:

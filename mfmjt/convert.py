@@ -23,7 +23,7 @@ PUBLISHED = (".pth", ".pt", ".safetensors")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """A network that was converted.
 
     Attributes:
         path: The file that was written.
@@ -54,8 +54,8 @@ def from_mmaudio(
         to: The `.safetensors` file to write; it appears whole or not at all.
         config: Name of the configuration that every shape must agree with; None infers it.
         dtype: Storage dtype; None keeps float32.
-        adapter: An `adapter.safetensors` of a training that started from this network: it is merged
-            into the weights first.
+        adapter: An `adapter.safetensors` of a training that started from this network, which is
+            merged into the weights first.
 
     Raises:
         InputError: The source cannot be used, the first wrong parameters named, or the suffix of
@@ -86,8 +86,8 @@ def to_mmaudio(
             or `.safetensors`; it appears whole or not at all.
         config: Name of the configuration that the source must have; None takes any.
         dtype: Storage dtype; None keeps float32.
-        adapter: An `adapter.safetensors` of a training that started from this network: it is merged
-            into the weights first.
+        adapter: An `adapter.safetensors` of a training that started from this network, which is
+            merged into the weights first.
 
     Raises:
         InputError: The source is no network, has another configuration, or the suffix of `to`.
@@ -126,7 +126,7 @@ def to_mmaudio(
 def _checked(
     source: str | os.PathLike[str], to: str | os.PathLike[str], suffixes: tuple[str, ...]
 ) -> Path:
-    """The path to write, if it can be one."""
+    """Return the path to write, if it can be written."""
     to = Path(to)
     if to.suffix not in suffixes:
         raise InputError(

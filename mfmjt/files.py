@@ -42,7 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise RunError if `path` could not be written now; to be asked before long work.
+    """Raise RunError if `path` could not be written now; for use before long work.
 
     Raises:
         RunError: The folder does not exist or cannot be written.

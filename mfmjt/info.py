@@ -18,11 +18,10 @@ OPTIONAL = {
 }
 NOT_OPS = ("accelerate_jvp", "jvp_rows", "reference")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def report() -> str:
-    """Everything that a report of a problem or a measurement should state, as lines of text."""
+    """Return what a report of a problem or a measurement should state, as lines of text."""
     import torch
 
     import mfmjt
@@ -63,15 +62,15 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    if not CPU_INFO.exists():
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in CPU_INFO.read_text().splitlines():
-        name, _, value = line.partition(":")
-        fields[name.strip()] = value.strip()
+    from mfmjt.devices import cpu_info, cpu_name
+
+    fields = cpu_info()
+    if not fields:
+        return cpu_name()
     flags = fields.get("flags", fields.get("Features", "")).split()
-    model = fields.get("model name", platform.machine())
-    return f"{model} ({', '.join(f for f in CPU_FLAGS if f in flags) or 'no vector extensions'})"
+    return (
+        f"{cpu_name()} ({', '.join(f for f in CPU_FLAGS if f in flags) or 'no vector extensions'})"
+    )
 
 
 def _gpus() -> list[str]:
@@ -92,7 +91,7 @@ def _gpus() -> list[str]:
 
 
 def _ops() -> list[str]:
-    """The C++ kernels, and one line for each op: what runs it on each device."""
+    """Return a line on the C++ kernels, and one for each op: what runs it on each device."""
     import torch
 
     from mfmjt import kernels
@@ -118,7 +117,7 @@ def _ops() -> list[str]:
 
 
 def _on_cpu(op: str, parts: list[str], served: set[str]) -> str:
-    """What runs the parts of an op (value fwd, tangent jvp, gradient bwd) on a CPU."""
+    """Return what runs the parts of an op (value fwd, tangent jvp, gradient bwd) on a CPU."""
     native = [part for part in parts if f"{op}_{part}" in served]
     if native and native == parts:
         return "C++"

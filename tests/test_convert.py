@@ -1,29 +1,21 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
-from mfmjt import cli
 from mfmjt.convert import from_mmaudio, to_mmaudio
 from mfmjt.errors import InputError, RunError
 from mfmjt.model import MFMJT, load_mmaudio
+from tests.support import commands
+from tests.support.commands import refused
 from tests.support.weights import read
 
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
-
-
-def refused(result: Result, exit_code: int, says: str) -> None:
-    assert result.exit_code == exit_code, result.output
-    assert result.stdout == ""
-    assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
-    assert says in result.stderr
+run = partial(commands.run, "convert")
 
 
 @pytest.fixture(scope="module")

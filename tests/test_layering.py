@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
-HELPERS = {"errors", "files"}
+HELPERS = {"errors", "files", "progress"}
 PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "device": {"errors"},
+    "progress": set(),
+    "devices": {"errors"},
     "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
@@ -30,10 +31,19 @@ ALLOWED: dict[str, set[str]] = {
     "plotting": {"codec", *HELPERS},
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "evaluate": {*PARTS, "checkpoints", "families", "data", "device", "plotting", *HELPERS},
-    "train": {*PARTS, "families", "data", "evaluate", "device", "cuda_graph", "plotting", *HELPERS},
-    "pipeline": {*PARTS, "families", "media", "device", "checkpoints", *HELPERS},
-    "extract": {*PARTS, "families", "data", "media", "train", "device", *HELPERS},
+    "evaluate": {*PARTS, "checkpoints", "families", "data", "devices", "plotting", *HELPERS},
+    "train": {
+        *PARTS,
+        "families",
+        "data",
+        "evaluate",
+        "devices",
+        "cuda_graph",
+        "plotting",
+        *HELPERS,
+    },
+    "pipeline": {*PARTS, "families", "media", "devices", "checkpoints", *HELPERS},
+    "extract": {*PARTS, "families", "data", "media", "train", "devices", *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
@@ -49,6 +59,8 @@ TRAINING = (
     "families",
     "evaluate",
     "train",
+    "devices",
+    *sorted(HELPERS),
 )
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 

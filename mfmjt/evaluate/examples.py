@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,9 @@ from mfmjt.data import foley
 from mfmjt.encoders.base import Encoders, FrameSpec
 from mfmjt.errors import InputError
 from mfmjt.families import Bundle
+from mfmjt.progress import Progress
 
-__all__ = ["Examples", "Progress", "procedural", "silent", "stored", "timed"]
-
-Progress = Callable[[str, float], None]
-"""Called with a stage's name and how much of it is done, from 0 to 1."""
+__all__ = ["Examples", "procedural", "silent", "stored", "timed"]
 
 
 def silent(stage: str, done: float) -> None:

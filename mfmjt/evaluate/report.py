@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mfmjt.device import cpu_name
+from mfmjt.devices import cpu_name
 from mfmjt.errors import InputError
 from mfmjt.evaluate.metrics import METRICS, Figure, Metric
 from mfmjt.files import atomic_path

@@ -10,15 +10,17 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mfmjt.evaluate.classifier import Classifier, load_classifier
-from mfmjt.evaluate.examples import Examples, Progress, silent
+from mfmjt.evaluate.examples import Examples, silent
 from mfmjt.evaluate.metrics import METRICS, Metric
 from mfmjt.evaluate.report import Report, environment, table, write_report
 from mfmjt.evaluate.sounds import Made, Sounds
 from mfmjt.families import Bundle
 from mfmjt.files import atomic_path
 from mfmjt.meanflow import Sampling
+from mfmjt.progress import Progress
 
 __all__ = ["evaluate", "suite"]
 
@@ -96,11 +98,10 @@ def suite(
     out: str | os.PathLike[str],
     examples: Examples,
     sampling: Sampling | None = None,
-    classifier: Classifier | None = None,
     *,
     steps: Sequence[int] = (1, 4, 25),
-    batch: int = 20,
-    progress: Progress = silent,
+    metrics: Sequence[Metric] = METRICS,
+    **options: Any,
 ) -> list[Report]:
     """Make the table: MeanFlow and flow matching at some numbers of steps on equal clips and noise.
 
@@ -113,10 +114,9 @@ def suite(
         out: Folder, made if missing.
         examples: What both make sound for.
         sampling: Guidance; its steps are not looked at.
-        classifier: As in `evaluate`.
         steps: Numbers of steps to try.
-        batch: As in `evaluate`.
-        progress: As in `evaluate`.
+        metrics: What to measure.
+        options: Further arguments of `evaluate`.
 
     Returns:
         The reports in the order of the table.
@@ -134,15 +134,13 @@ def suite(
                 bundle,
                 examples,
                 dataclasses.replace(sampling, steps=count, instantaneous=stem == "flow"),
-                classifier,
                 # The codec alone is the same in every row.
-                metrics=[m for m in METRICS if not (reports and m.name == "codec")],
-                batch=batch,
+                metrics=[m for m in metrics if not (reports and m.name == "codec")],
                 model=name,
-                progress=progress,
+                **options,
             )
             write_report(report, out / f"evaluate_{stem}_{count}.json")
             reports.append(report)
             with atomic_path(out / "table.md") as temporary:
-                temporary.write_text(table(reports))
+                temporary.write_text(table(reports, metrics))
     return reports

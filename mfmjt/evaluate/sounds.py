@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier
-from mfmjt.evaluate.examples import Examples, Progress, silent, timed
+from mfmjt.evaluate.examples import Examples, silent, timed
 from mfmjt.evaluate.onsets import detect_onsets
 from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
+from mfmjt.progress import Progress
 
 __all__ = ["CONDITIONS", "Made", "Sounds", "generate"]
 

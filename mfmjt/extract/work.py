@@ -31,15 +31,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfmjt.device import choose_device
+from mfmjt.devices import choose_device
 from mfmjt.errors import InputError, RunError, reason, short, some
 from mfmjt.extract.clips import Cut, Piece, decode
 from mfmjt.extract.ends import Ends
 from mfmjt.extract.tables import Row
 from mfmjt.files import atomic_path
+from mfmjt.progress import ProgressBar
 from mfmjt.train.distributed import rank_and_world, share
 from mfmjt.train.features import FORMAT, INDEX, latent_statistics
-from mfmjt.train.progress import Progress
 from mfmjt.train.shards import Shard, write_shard
 
 __all__ = ["NOTES", "REJECTS", "Done", "Settings", "extract", "own_device", "verify"]
@@ -184,7 +184,7 @@ def verify(store: str | Path) -> int:
             wrong.append(f"{path} cannot be read ({reason(error)}).")
             continue
         paths += [path.parent / name for name in names]
-    with Progress("verify", len(paths), 0, "files", rank_and_world()[0] > 0) as progress:
+    with ProgressBar("verify", len(paths), 0, "files", rank_and_world()[0] > 0) as progress:
         for done, path in enumerate(paths, start=1):
             try:
                 Shard(path).check()
@@ -274,7 +274,7 @@ class _Work:
         if not missing:
             return
         total = sum(len(job.items) for job in missing)
-        with Progress(f"texts {name}", total, 0, "texts", self.quiet) as progress:
+        with ProgressBar(f"texts {name}", total, 0, "texts", self.quiet) as progress:
             for job in missing:
                 parts = []
                 for first in range(0, len(job.items), ENCODE_CLIPS):
@@ -292,7 +292,7 @@ class _Work:
         rows = [row for job in missing for row in job.items]
         decoded = self._decoded(rows)
         try:
-            with Progress(f"features {name}", total, done, "clips", self.quiet) as progress:
+            with ProgressBar(f"features {name}", total, done, "clips", self.quiet) as progress:
                 for job in missing:
                     self._make_shard(job, islice(decoded, len(job.items)), progress)
         finally:
@@ -329,7 +329,7 @@ class _Work:
             pool.shutdown(cancel_futures=True)
 
     def _make_shard(
-        self, job: _Job, decoded: Iterable[tuple[Row, list[Piece] | str]], progress: Progress
+        self, job: _Job, decoded: Iterable[tuple[Row, list[Piece] | str]], progress: ProgressBar
     ) -> None:
         kept: list[dict[str, Tensor]] = []
         clips: list[dict[str, Any]] = []

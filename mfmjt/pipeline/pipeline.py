@@ -9,7 +9,7 @@ import torch
 
 from mfmjt.checkpoints import Check
 from mfmjt.codec import BigVGANConfig, Codec, VAEConfig
-from mfmjt.device import choose_device
+from mfmjt.devices import choose_device
 from mfmjt.encoders import CLIPConfig, Encoders, SynchformerConfig
 from mfmjt.errors import InputError, MfmjtError
 from mfmjt.families import Bundle, open_bundle
@@ -18,7 +18,8 @@ from mfmjt.meanflow.guidance import GuidanceMode
 from mfmjt.model import MFMJT
 from mfmjt.pipeline.audio import Audio
 from mfmjt.pipeline.request import Request
-from mfmjt.pipeline.together import Progress, generate_together
+from mfmjt.pipeline.together import generate_together
+from mfmjt.progress import Progress
 
 __all__ = ["Pipeline"]
 

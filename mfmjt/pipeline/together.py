@@ -28,14 +28,13 @@ from mfmjt.pipeline.cache import entry
 from mfmjt.pipeline.request import MAX_DURATION, TEXT_DURATION, Request
 from mfmjt.pipeline.stream import VideoFeatures
 from mfmjt.pipeline.windows import OVERLAP, Joiner, Noise, Window, expected, plan
+from mfmjt.progress import Progress
 
 if TYPE_CHECKING:
     from mfmjt.pipeline.pipeline import Pipeline
 
-__all__ = ["Progress", "generate_together"]
+__all__ = ["generate_together"]
 
-Progress = Callable[[str, float], None]
-"""Called with a stage's name and how much of it is done, from 0 to 1."""
 Windows = Iterator[tuple[Window, dict[str, Tensor]]]
 """Windows of one sound and their features, each `(1, tokens, dim)`."""
 

@@ -1,4 +1,4 @@
-"""The example clips: drawn by the procedural set, so that no file need be there."""
+"""The example clips, drawn by the procedural set: no file of them ships."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = {
 
 
 class Examples:
-    """Silent clips of 8 s, each drawn when it is first asked for.
+    """Silent clips of 8 s, each drawn when it is first requested.
 
     Args:
         folder: Where they are kept.
@@ -30,7 +30,7 @@ class Examples:
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
-        """The clip `EXAMPLES` knows by this name."""
+        """Return the file of a clip in `EXAMPLES`."""
         path = self._folder / f"{name}.mp4"
         with self._lock:
             if not path.exists():

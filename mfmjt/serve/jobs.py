@@ -1,4 +1,4 @@
-"""Jobs, their folders, and the end of both."""
+"""Jobs and their folders, and when they are removed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _LOCK = "lock"
 class Run:
     """The folder of one run of the server, removed at its end.
 
-    A lock says that the run lives; the folders of runs that ended without one, such as by a loss
-    of power, are removed by the next.
+    A lock marks it as in use. Folders of runs that could not remove them, as after a loss of power,
+    are removed by the next run.
     """
 
     def __init__(self, parent: Path | None) -> None:
@@ -64,15 +64,15 @@ class Job:
     """One request on its way; changed by the event loop's thread only.
 
     Attributes:
-        id: A secret name, which nobody can guess.
+        id: Name that cannot be guessed.
         folder: Its files.
-        asked: The request as it was understood.
-        video: What the reader found in the upload, None without one.
-        status: How far it is.
-        stage: What is worked at.
-        progress: How much of the stage is done, 0 to 1.
+        asked: Fields of the request (`schema.Asked`).
+        video: What the sandbox found in the upload, None without one.
+        status: Queued, running, or how it ended.
+        stage: Current stage.
+        progress: Share of the stage that is done, 0 to 1.
         error: Why it failed.
-        sounds: What was made, one entry for each sound.
+        sounds: One entry for each sound (`schema.Sound`).
         timings: Seconds of each stage.
         notes: What was odd about the input.
         cancelled: Set when nobody wants the result any more.
@@ -100,11 +100,11 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether nothing of it will change any more."""
+        """Whether it has ended."""
         return self.status in ENDED
 
     def tell(self, **changes: Any) -> None:
-        """Change attributes and wake who listens."""
+        """Change attributes and wake listeners; an ended job stays as it is."""
         if self.over:
             return
         for name, value in changes.items():
@@ -135,20 +135,20 @@ class Jobs:
 
     @property
     def busy(self) -> int:
-        """Requests that are read, wait or are worked at."""
+        """Number of requests that are being read, waiting or running."""
         return self._entering + sum(not job.over for job in self._jobs.values())
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def get(self, name: str) -> Job | None:
-        """The job of this name, if it is (still) there."""
+        """Return the job of this id, None if there is none any more."""
         self.expire()
         return self._jobs.get(name)
 
     @contextlib.asynccontextmanager
     async def entering(self) -> AsyncIterator[Path]:
-        """A folder for a request that is being read; removed unless `enter` takes it."""
+        """Yield a folder for a request that is being read; removed unless `enter` takes it."""
         self.expire()
         self._entering += 1
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._run.folder))
@@ -160,32 +160,32 @@ class Jobs:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def enter(self, folder: Path, asked: dict[str, Any], video: dict[str, Any] | None) -> Job:
-        """A job for a request that was read."""
+        """Make a job of a request that was read."""
         job = Job(secrets.token_urlsafe(16), folder, asked, video)
         self._jobs[job.id] = job
         return job
 
     def ahead(self, job: Job) -> int:
-        """Jobs that came before it and are not over."""
+        """Count the jobs that came before it and have not ended."""
         before = (other for other in self._jobs.values() if other.queued < job.queued)
         return sum(not other.over for other in before)
 
     def remove(self, job: Job) -> None:
-        """Forget a job and its files; work at it ends at its next step."""
+        """Remove a job and its files; if it is running, it ends at its next step."""
         job.cancelled.set()
         job.tell(status="cancelled", error="The job was removed.")
         self._jobs.pop(job.id, None)
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def cancel(self, job: Job, why: str) -> None:
-        """End the work at a job that nobody waits for; it can still be asked how it ended."""
+        """End a job that nobody waits for; its state can still be requested."""
         if not job.over:
             job.cancelled.set()
             job.tell(status="cancelled", error=why)
             shutil.rmtree(job.folder, ignore_errors=True)
 
     def expire(self) -> None:
-        """Remove what was finished too long ago, and the oldest where there are too many."""
+        """Remove jobs that ended too long ago, and the oldest where there are too many."""
         now = time.monotonic()
         finished = [job for job in self._jobs.values() if job.ended is not None]
         finished.sort(key=lambda job: job.ended or 0.0)
@@ -195,6 +195,6 @@ class Jobs:
                 self.remove(job)
 
     def close(self) -> None:
-        """Remove all."""
+        """Remove all jobs."""
         for job in list(self._jobs.values()):
             self.remove(job)

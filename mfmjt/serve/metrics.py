@@ -1,4 +1,4 @@
-"""Figures of the server in Prometheus' format."""
+"""Metrics of the server in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """What is counted, in a registry of its own, so that two servers can share a process.
+    """Counters, in a registry of their own, so that two servers can share a process.
 
     Args:
-        busy: Tells how many requests are read, wait or are worked at.
-        kept: Tells how many jobs there are, finished ones included.
+        busy: Gives the number of requests that are being read, waiting or running.
+        kept: Gives the number of jobs, finished ones included.
     """
 
     def __init__(self, busy: Callable[[], int], kept: Callable[[], int]) -> None:
@@ -48,5 +48,5 @@ class Metrics:
             Gauge(name, text, registry=self._registry).set_function(function)
 
     def text(self) -> bytes:
-        """All figures as Prometheus reads them."""
+        """Return all metrics as Prometheus reads them."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What goes over the wire, and the schema that is published of it."""
+"""Requests and answers, and the schema that is published of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Asked", "Container", "Fault", "Health", "JobState", "Models", "Sound
 
 Mode = Literal["cfg_scaled", "cfg", "none"]
 Container = Literal["mp4", "webm", "mov", "mkv"]
-"""What a video is saved in with its sound, the one that most players know first."""
+"""Formats of a video with its sound, the one that most players know first."""
 
 
 def _whole(value: object) -> object:
-    """2.0 is an integer in JSON."""
+    """Convert 2.0 to 2: it is an integer in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -150,7 +150,7 @@ class Models(BaseModel):
 
 
 def asked_schema(settings: Settings, video: bool, form: bool) -> dict[str, Any]:
-    """JSON schema of a request with or without a video, with this server's limits.
+    """Return the JSON schema of a request with or without a video, with this server's limits.
 
     Args:
         settings: Has the limits.

@@ -1,4 +1,4 @@
-"""Loading a model and serving it until somebody ends it."""
+"""Loads a model and serves it until the process is ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import uvicorn
 
 from mfmjt.errors import RunError
 from mfmjt.pipeline import Pipeline
-from mfmjt.serve.api import create_app
+from mfmjt.serve.app import create_app
 from mfmjt.serve.settings import Settings
 
 __all__ = ["serve"]
@@ -59,7 +59,7 @@ def serve(settings: Settings, model: str, device: str | None, ready: Callable[[s
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """A socket at the address, before the model is loaded: what is taken is said at once."""
+    """Open a socket before the model is loaded, so that an address in use is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MAX_COUNT = 8
 MAX_STEPS = 100
 MAX_SECONDS = 600.0
 MAX_PROMPT = 2000
-"""Characters; what the encoders do not read of them is said in a note."""
+"""Characters; a note says what of them the encoders do not read."""
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::(\d{0,5}))?", re.ASCII | re.IGNORECASE)
 # No part of the server's own paths: whether a proxy left the root path out is seen by its presence.
 _ROOT = re.compile(r"(?!/?(v1|page|examples)(/|$))[\w./~-]*", re.ASCII)
 
 
 def authority(text: str) -> tuple[str, int | None]:
-    """Return host (lower case) and port of NAME or NAME:PORT; no host where it is not one.
+    """Split NAME or NAME:PORT into host (lower case) and port; an empty host where it is neither.
 
     An IPv6 address stands in brackets there and comes back without.
     """
@@ -39,19 +39,19 @@ class Settings:
     Attributes:
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
-        token: Asked of every request but those for the page itself and for health, if given.
+        token: Secret that every request but those for the page and for health must carry, if any.
         names: Further host names under which browsers may reach the server, as NAME or NAME:PORT.
         max_duration: Longest sound in seconds.
         max_upload: Largest upload in bytes.
         workers: Uploads that are read at once, each in a process of its own.
-        queue: Requests that may wait or be worked at; more are told to come again.
+        queue: Requests that may be waiting or running; more are told to come again.
         read_seconds: Longest time that reading one upload may take.
         body_seconds: Longest silence of a client that is sending.
-        memory: Bytes that a process may take for one upload, beside what it takes by itself.
+        memory: Bytes that a process may take for one upload, in addition to what an idle one takes.
         grace: Seconds after which work is dropped when nobody follows it any more.
         keep: Seconds that results stay after they were made.
         kept: Finished jobs that stay at most.
-        batch: Sounds that are made at once at most, of one request or of several.
+        batch: Sounds in a batch at most, of one request or of several.
         folder: Where temporary files go; None takes the system's folder.
         root_path: Path under which a proxy shows the server, such as /foley.
 
@@ -83,8 +83,8 @@ class Settings:
                 raise InputError(f"{name} is {getattr(self, name)}. Give more than 0.")
         if self.max_duration > MAX_SECONDS:
             raise InputError(
-                f"max_duration is {self.max_duration:g} s. Give at most {MAX_SECONDS:g}: pictures "
-                "of longer videos do not belong in memory."
+                f"max_duration is {self.max_duration:g} s. Give at most {MAX_SECONDS:g}: the "
+                "frames of longer videos do not belong in memory."
             )
         if not 0 <= self.port < 2**16:
             raise InputError(f"There is no port {self.port}. Give 1 to 65535, or 0 for a free one.")
@@ -106,6 +106,6 @@ class Settings:
 
     @property
     def root(self) -> str:
-        """`root_path` as what stands before /v1: empty, or with a slash at its beginning alone."""
+        """What stands before /v1: `root_path` with a slash at its beginning alone, or nothing."""
         path = self.root_path.strip("/")
         return f"/{path}" if path else ""

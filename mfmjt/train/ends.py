@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
+from mfmjt.progress import ProgressBar
 from mfmjt.train.checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from mfmjt.train.ema import EMA
-from mfmjt.train.progress import Progress
 
 __all__ = ["Log", "Trainer", "cosine_warmup", "render_array"]
 
@@ -158,7 +158,7 @@ class Trainer:
             RunError: The gradient is no longer finite.
         """
         recent: list[dict[str, float]] = []
-        with Progress(title, self.steps, self.step) as progress:
+        with ProgressBar(title, self.steps, self.step) as progress:
             while self.step < self.steps:
                 terms = self._advance(loss)
                 recent.append(terms)

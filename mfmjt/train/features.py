@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from mfmjt.data import foley
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
+from mfmjt.progress import ProgressBar
 from mfmjt.train.config import FeatureExtraction
 from mfmjt.train.distributed import rank_and_world, share
 from mfmjt.train.memory import keep_memory
-from mfmjt.train.progress import Progress
 from mfmjt.train.shards import Shard, write_shard
 
 __all__ = ["FORMAT", "INDEX", "extract", "extract_all", "latent_statistics", "video_frames"]
@@ -99,7 +99,7 @@ def extract(
     total = sum(count for _, _, count in mine)
     done = total - sum(count for _, _, count in missing)
     quiet = rank_and_world()[0] > 0
-    with Progress(f"features {split}", total, done, "clips", quiet) as progress:
+    with ProgressBar(f"features {split}", total, done, "clips", quiet) as progress:
         for count in _work(missing, source, encoders, codec, workers):
             done += count
             progress.update(done)

@@ -30,13 +30,13 @@ from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.model import MFMJT
 from mfmjt.model.lora import merged_state, save_adapter
+from mfmjt.progress import ProgressBar
 from mfmjt.train import distributed, preview
 from mfmjt.train.config import NetworkTraining, as_json
 from mfmjt.train.distributed import Processes
 from mfmjt.train.ema import EMA
 from mfmjt.train.log import TrainingLog
 from mfmjt.train.memory import keep_memory
-from mfmjt.train.progress import Progress
 from mfmjt.train.sharded import CheckpointFolder
 from mfmjt.train.start import starting_network
 from mfmjt.train.step import Draws, Step, compile_step, draw
@@ -244,7 +244,7 @@ class _Run:
         with (
             _stop_signals(self),
             self.log,
-            Progress(
+            ProgressBar(
                 f"train {config.model}", config.steps, self.step, quiet=not first
             ) as self.progress,
         ):

@@ -55,7 +55,7 @@ def start(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Start:
     for name in ("fastapi", "python_multipart", "prometheus_client"):
         pytest.importorskip(name, reason="serving needs the extra 'web'")
     uvicorn = pytest.importorskip("uvicorn", reason="serving needs the extra 'web'")
-    from mfmjt.serve.api import create_app
+    from mfmjt.serve.app import create_app
 
     @contextlib.contextmanager
     def started(**options: Any) -> Iterator[Client]:

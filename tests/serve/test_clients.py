@@ -31,7 +31,7 @@ def parts(*given: tuple[str, bytes]) -> bytes:
 
 def read(body: bytes, kind: str = MULTIPART) -> tuple[Any, bytes | None]:
     """What the server understands of a body: fields and file."""
-    upload = pytest.importorskip("mfmjt.serve.upload", reason="serving needs the extra 'web'")
+    reader = pytest.importorskip("mfmjt.serve.body", reason="serving needs the extra 'web'")
     from starlette.requests import Request
 
     async def receive() -> dict[str, Any]:
@@ -40,8 +40,8 @@ def read(body: bytes, kind: str = MULTIPART) -> tuple[Any, bytes | None]:
     request = Request({"type": "http", "headers": [(b"content-type", kind.encode())]}, receive)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        asked, has_video = asyncio.run(upload.read_request(request, folder, Settings()))
-        return asked, (folder / upload.UPLOAD).read_bytes() if has_video else None
+        asked, has_video = asyncio.run(reader.read_request(request, folder, Settings()))
+        return asked, (folder / reader.UPLOAD).read_bytes() if has_video else None
 
 
 def post(server: Client, body: bytes, kind: str = MULTIPART) -> Answer:

@@ -101,7 +101,7 @@ def test_the_process_that_reads_has_no_secret(
                     # Until it is another program, it is this one and was told the same.
                     program = Path(f"/proc/{child}/cmdline").read_bytes()
                     told = Path(f"/proc/{child}/environ").read_bytes()
-                    seen = told if b"mfmjt.serve.child" in program and told else seen
+                    seen = told if b"mfmjt.serve.sandboxed" in program and told else seen
         thread.join()
         assert seen
         assert b"TOKEN" not in seen

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfmjt.evaluate.onsets import detect_onsets
 
-__all__ = ["picture"]
+__all__ = ["drawing"]
 
 COLUMNS = 600
 BANDS = 96
@@ -19,8 +19,8 @@ LOWEST = 50.0  # Hz
 RANGE = 70.0  # dB under the loudest
 
 
-def picture(waveform: Tensor, sample_rate: int) -> dict[str, Any]:
-    """Numbers for a page to draw.
+def drawing(waveform: Tensor, sample_rate: int) -> dict[str, Any]:
+    """Return numbers for a page to draw.
 
     Args:
         waveform: Samples `(S,)`.

@@ -1,4 +1,4 @@
-"""`mfmjt extract`, the command."""
+"""`mfmjt extract`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mfmjt.cli._common import Debug, Device
 from mfmjt.errors import InputError
 
 __all__ = ["extract"]
-
-
-def _remember(ctx: typer.Context, debug: bool) -> bool:
-    if debug:
-        ctx.find_root().obj = True
-    return debug
 
 
 def extract(
@@ -44,14 +39,17 @@ def extract(
         str,
         typer.Option(help="Codec and encoders: nano, or a folder with these or MMAudio's files."),
     ] = "nano",
-    mode: Annotated[
-        str | None, typer.Option(help="Of MMAudio's codecs: 16k or 44k. Default: what is there.")
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec", "--mode", help="MMAudio's codec: 16k or 44k. Default: what is there."
+        ),
     ] = None,
     arithmetic: Annotated[
-        str, typer.Option(help="Of MMAudio's networks: float32, bfloat16 or float16.")
+        str, typer.Option(help="Precision of MMAudio's networks: float32, bfloat16 or float16.")
     ] = "float32",
     sound: Annotated[
-        bool, typer.Option("--sound", help="Only sound and captions; pictures are not looked at.")
+        bool, typer.Option("--sound", help="Only sound and captions; frames are not looked at.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 8.0,
     shortest: Annotated[
@@ -61,20 +59,15 @@ def extract(
     pieces: Annotated[
         int, typer.Option(help="Clips that a long file of sound gives at most, with --sound.")
     ] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the stored features: float16 or float32.")] = (
-        "float16"
-    ),
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the stored features: float16 or float32.")
+    ] = "float16",
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 4,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
-    ] = None,
+    device: Device = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then compare all files with their checksums.")
     ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Show the traceback of an error.", callback=_remember),
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Turn videos or sounds with captions into features to train on.
 
@@ -84,7 +77,7 @@ def extract(
     For example:
     - `mfmjt extract clips.csv --media videos --out features/mine`
 
-    - `mfmjt extract vggsound.csv --layout vggsound --media VGGSound --model MMAudio --mode 16k`
+    - `mfmjt extract vggsound.csv --layout vggsound --media VGGSound --model MMAudio --codec 16k`
 
     - `mfmjt extract train.csv --layout audiocaps --media audiocaps --sound --split train`
 
@@ -94,7 +87,11 @@ def extract(
 
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
+    from mfmjt.devices import parse_dtype
     from mfmjt.extract import work
+    from mfmjt.extract.clips import Cut
+    from mfmjt.extract.ends import Ends
+    from mfmjt.extract.tables import read_table
     from mfmjt.train.distributed import rank_and_world
 
     if verify and rank_and_world()[1] > 1:
@@ -102,52 +99,22 @@ def extract(
     if table is None and not verify:
         raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
     if table is not None:
-        _make(
-            table, out, media, layout, column or [], split, model, mode, arithmetic, sound,
-            seconds, shortest, pieces, dtype, workers, device,
-        )  # fmt: skip
+        precision = parse_dtype(arithmetic)
+        columns = dict(part.split("=", 1) for part in column or () if "=" in part)
+        if len(columns) < len(column or ()):
+            raise InputError("A --column is OURS=THEIRS, such as path=filename.")
+        cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
+        settings = work.Settings(cut, dtype, workers, work.own_device(device))
+        # The table is read first: its mistakes are known before gigabytes of weights are.
+        rows = read_table(table, layout, media, columns, split)
+        ends = Ends.load(model, codec, precision)
+        for done in work.extract(rows, out, ends, settings):
+            if done.finished:
+                parts = [f"{done.folder}: {done.clips} clips"]
+                if done.rejects:
+                    parts.append(f"{done.rejects} skipped: {done.folder / work.REJECTS}")
+                if done.notes:
+                    parts.append(f"{done.notes} with a note: {done.folder / work.NOTES}")
+                typer.echo(", ".join(parts) + ".")
     if verify:
         typer.echo(f"{work.verify(out)} files of {out} are as they were written.")
-
-
-def _make(
-    table: Path,
-    out: Path,
-    media: Path | None,
-    layout: str,
-    column: list[str],
-    split: str | None,
-    model: str,
-    mode: str | None,
-    arithmetic: str,
-    sound: bool,
-    seconds: float,
-    shortest: float | None,
-    pieces: int,
-    dtype: str,
-    workers: int,
-    device: str | None,
-) -> None:
-    import torch
-
-    from mfmjt.extract.clips import Cut
-    from mfmjt.extract.ends import Ends
-    from mfmjt.extract.tables import read_table
-    from mfmjt.extract.work import NOTES, REJECTS, Settings, extract, own_device
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if arithmetic not in known:
-        raise InputError(f"There is no arithmetic {arithmetic!r}. Choose {', '.join(known)}.")
-    columns = dict(part.split("=", 1) for part in column if "=" in part)
-    if len(columns) < len(column):
-        raise InputError("A --column is OURS=THEIRS, such as path=filename.")
-    cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
-    settings = Settings(cut, dtype, workers, own_device(device))
-    # The table is read first: its mistakes are known before gigabytes of weights are.
-    rows = read_table(table, layout, media, columns, split)
-    ends = Ends.load(model, mode, known[arithmetic])
-    for done in extract(rows, out, ends, settings):
-        if done.finished:
-            skipped = f", {done.rejects} skipped: {done.folder / REJECTS}" if done.rejects else ""
-            noted = f", {done.notes} with a note: {done.folder / NOTES}" if done.notes else ""
-            typer.echo(f"{done.folder}: {done.clips} clips{skipped}{noted}.")

@@ -1,4 +1,4 @@
-"""`mfmjt serve`, the command."""
+"""`mfmjt serve`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mfmjt.cli._common import Debug, Device
 from mfmjt.errors import InputError
 from mfmjt.serve.settings import Settings
 
@@ -16,21 +17,13 @@ TOKEN = "MFMJT_TOKEN"
 """Variable of the environment that holds the token, where others cannot list it."""
 
 
-def _remember(ctx: typer.Context, debug: bool) -> bool:
-    if debug:
-        ctx.find_root().obj = True
-    return debug
-
-
 def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
     model: Annotated[str, typer.Option(help="As for `mfmjt generate`.")] = "nano",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
-    ] = None,
+    device: Device = None,
     max_duration: Annotated[float, typer.Option(help="Longest sound, in seconds.")] = 30.0,
     max_upload: Annotated[int, typer.Option(help="Largest upload, in MB.")] = 100,
     workers: Annotated[int, typer.Option(help="Uploads that are read at the same time.")] = 2,
@@ -44,10 +37,7 @@ def serve(
     root_path: Annotated[
         str, typer.Option(help="Path under which a proxy shows the server, such as /foley.")
     ] = "",
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Show the traceback of an error.", callback=_remember),
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Serve a page to drop a video on, and an HTTP API.
 
@@ -74,8 +64,8 @@ def serve(
         root_path=root_path,
     )
     try:
+        from mfmjt.serve.guard import is_local
         from mfmjt.serve.server import serve as run
-        from mfmjt.serve.shield import is_local
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "mfmjt":
             raise

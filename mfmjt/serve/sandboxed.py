@@ -1,6 +1,6 @@
 """The process in which an upload is opened: what a hostile file breaks is this process alone.
 
-`python -m mfmjt.serve.child` reads one request (JSON) from its standard input, does one of two
+`python -m mfmjt.serve.sandboxed` reads one request (JSON) from its standard input, does one of two
 things with a file in its working folder, and writes one line of JSON: what it found, or why the
 file is refused. It imports no more than it needs, because every upload starts it anew.
 """
@@ -14,11 +14,9 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
@@ -56,7 +54,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 
 
 def kind(head: bytes) -> str | None:
-    """The container that a file's first 600 bytes tell of, None if it is none that is opened."""
+    """Return the container by a file's first 600 bytes, None if it is none that is opened."""
     for place, mark, name in _SIGNATURES:
         if head[place : place + len(mark)] == mark:
             return name
@@ -65,16 +63,16 @@ def kind(head: bytes) -> str | None:
 
 
 def main() -> None:
-    """Do what standard input asks for; the one line on standard output says how it ended."""
+    """Do what standard input asks for, and write the result to standard output as one line."""
     request = json.load(sys.stdin)
     _follow_parent()
-    fit = _fits(request)
+    options = _options(request["specs"]) if request["do"] == "read" else {}
     _limit(request["memory"], request["seconds"])
     video = Path("upload")
     try:
-        # FFmpeg tells its troubles to the terminal; nobody reads them here.
+        # FFmpeg logs to the terminal, which nobody reads here.
         av.logging.set_level(None)
-        answer = _read(video, request, fit) if request["do"] == "read" else _mux(video, request)
+        answer = _read(video, request, options) if request["do"] == "read" else _mux(video, request)
     except MfmjtError as error:
         answer = {"refused": _plain(str(error), "the file")}
     except MemoryError:
@@ -84,8 +82,8 @@ def main() -> None:
     os._exit(0)  # nothing of the decoder's own threads and clean-up is worth waiting for
 
 
-def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> dict[str, Any]:
-    """Write pictures at each rate as `pictures-N.npy`; tells their duration and notes."""
+def _read(video: Path, request: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Write the frames of stream N as `frames-N.npy`; return what is known of the video."""
     duration, limit = request["duration"], request["limit"]
     with video.open("rb") as file:
         head = file.read(600)
@@ -97,22 +95,13 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
     signal.setitimer(signal.ITIMER_REAL, SURVEY_SECONDS)
     _survey(video, duration, limit)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    stream = media.VideoStream(
-        video,
-        request["rates"],
-        request["size"],
-        duration,
-        limit,
-        fit,
-        "shown" if fit is None else "next",
-        FORMATS,
-    )
-    found: list[list[Any]] = [[] for _ in request["rates"]]
+    stream = media.VideoStream(video, duration=duration, limit=limit, formats=FORMATS, **options)
+    found: list[list[Any]] = [[] for _ in options["rates"]]
     for block in stream:
         for pieces, new in zip(found, block, strict=True):
             pieces += [np.asarray(piece) for piece in new]
     for i, pieces in enumerate(found):
-        np.save(f"pictures-{i}.npy", np.concatenate(pieces), allow_pickle=False)
+        np.save(f"frames-{i}.npy", np.concatenate(pieces), allow_pickle=False)
     containers, notes = destinations(video, Fraction(stream.duration), FORMATS)
     return {
         "duration": stream.duration,
@@ -125,7 +114,7 @@ def _read(video: Path, request: dict[str, Any], fit: list[media.Fit] | None) -> 
 
 
 def _plain(text: str, name: str = "the video") -> str:
-    """Return what `media` says of the file `upload`, for who has never heard of such a file."""
+    """Return a message of `media` without the name `upload`, which no user knows."""
     text = text.replace("upload", name, 1)
     return text[0].upper() + text[1:]
 
@@ -170,21 +159,21 @@ def _mux(video: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"notes": [_plain(note) for note in notes]}
 
 
-def _fits(request: dict[str, Any]) -> list[media.Fit] | None:
-    """What MMAudio's networks are given of a picture; others get squares as they are decoded."""
-    if not request.get("mmaudio"):
-        return None
+def _options(specs: list[list[Any]]) -> dict[str, Any]:
+    """Return arguments of `media.VideoStream` for the frames that the encoders take.
+
+    Args:
+        specs: `FrameSpec` of each stream.
+    """
+    rates, sizes, fits, picks = zip(*specs, strict=True)
+    if fits[0] == "decoder":  # without PyTorch, which takes long to load
+        return {"rates": rates, "size": sizes, "fit": None, "pick": picks[0]}
     import torch
 
-    from mfmjt.encoders import MMAudioEncoders
+    from mfmjt.encoders.base import FrameSpec, stream_options
 
     torch.set_num_threads(2)
-    sizes = cast(MMAudioEncoders, SimpleNamespace(frame_size=request["size"]))
-
-    def fitted(way: Callable[[Any, torch.Tensor], torch.Tensor]) -> media.Fit:
-        return lambda picture: way(sizes, torch.from_numpy(picture)).numpy()
-
-    return [fitted(MMAudioEncoders.fit_frames), fitted(MMAudioEncoders.fit_sync)]
+    return stream_options([FrameSpec(*spec) for spec in specs])
 
 
 def _limit(memory: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, from where, and what browsers may do."""
+"""The guard before every request: who may ask, from where, and what browsers may do."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mfmjt.serve.settings import Settings, authority
 
-__all__ = ["HEAD", "Shield", "is_local"]
+__all__ = ["HEAD", "Guard", "is_local"]
 
 HEAD = "mfmjt.head"
-"""Key of the scope that says whether the body of the answer is left out."""
+"""Key of the scope for whether the body of the answer is left out."""
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -33,7 +33,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def is_local(host: str) -> bool:
-    """Whether an address is this machine's own, which no other can reach."""
+    """Return whether an address is this machine's own, which no other can reach."""
     if host == "localhost":
         return True
     try:
@@ -42,7 +42,7 @@ def is_local(host: str) -> bool:
         return False
 
 
-class Shield:
+class Guard:
     """Refuses requests under foreign names, from foreign pages, or without the token.
 
     A page from elsewhere whose name was made to point here (DNS rebinding) sends that name as
@@ -50,7 +50,7 @@ class Shield:
     without Origin or with the server's own: the one it was reached under, or one that was given to
     it, since a proxy may send another Host than the browser did.
 
-    What is behind sees one path and one method for each thing: whether or not a proxy left the
+    The application sees one path and one method for each thing: whether or not a proxy left the
     root path out, without a slash at the end, and GET for HEAD.
 
     Args:

@@ -1,4 +1,4 @@
-"""Bodies of requests: bounded, and on disk before anything looks at them."""
+"""Request bodies: bounded in size and time; a video goes to disk before anything opens it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _BLOCK = 2**20
 
 
 async def read_request(request: Request, folder: Path, settings: Settings) -> tuple[Asked, bool]:
-    """What is asked, and whether there is a video, which is then the file `upload` in `folder`.
+    """Read a request; a video becomes the file `upload` in `folder`.
+
+    Returns:
+        What is asked, and whether there is a video.
 
     Raises:
         HTTPException: The body is too large, too slow or not what it should be.
@@ -138,18 +141,18 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no number")
 
 
-async def _body(request: Request, most: int, settings: Settings) -> AsyncGenerator[bytes, None]:
-    """The body in blocks, until it is too large or its sender falls silent."""
+async def _body(request: Request, limit: int, settings: Settings) -> AsyncGenerator[bytes, None]:
+    """Yield the body in blocks, until it is too large or its sender falls silent."""
     declared = request.headers.get("content-length", "")
     large = HTTPException(
         413,
-        f"The request is larger than {most // 2**20} MB."
-        if most >= 2**20
-        else f"The request is larger than {most // 1024} kB.",
+        f"The request is larger than {limit // 2**20} MB."
+        if limit >= 2**20
+        else f"The request is larger than {limit // 1024} kB.",
         # What the sender still has to say is not waited for.
         {"Connection": "close"},
     )
-    if declared.isdigit() and int(declared) > most:
+    if declared.isdigit() and int(declared) > limit:
         raise large
     size = 0
     stream = request.stream().__aiter__()
@@ -165,7 +168,7 @@ async def _body(request: Request, most: int, settings: Settings) -> AsyncGenerat
                 {"Connection": "close"},
             ) from None
         size += len(block)
-        if size > most:
+        if size > limit:
             raise large
         yield block
 
@@ -193,7 +196,7 @@ def _bounded(asked: Asked, settings: Settings) -> Asked:
 
 
 def _from_fields(items: list[tuple[str, Any]]) -> Asked:
-    """Return what a form's fields ask; those that are empty are not there."""
+    """Parse a form's fields; those that are empty count as missing."""
     given: dict[str, list[str]] = {}
     for name, text in items:
         if name not in _FIELDS or not isinstance(text, str):
@@ -205,7 +208,7 @@ def _from_fields(items: list[tuple[str, Any]]) -> Asked:
 
 
 def _value(name: str, texts: list[str]) -> Any:
-    """A form's text as what JSON would have said."""
+    """Convert a field's text to the value that JSON would have."""
     if name == "guidance_mode":
         return texts
     if len(texts) > 1:

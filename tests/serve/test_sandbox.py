@@ -1,40 +1,42 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from mfmjt.encoders import MMAudioEncoders
+from mfmjt.encoders import FrameSpec
+from mfmjt.encoders.base import stream_options
 from mfmjt.errors import InputError, RunError
 from mfmjt.media import VIDEO_SUFFIXES, VideoStream, mux
-from mfmjt.serve.child import kind
-from mfmjt.serve.reader import Reader, load_pictures
+from mfmjt.serve.sandbox import Sandbox, load_frames
+from mfmjt.serve.sandboxed import kind
 from tests.media.films import WIDTH, Film
 
 MEMORY = 2**30
-NANO = {"rates": (8, 25), "size": 64, "mmaudio": False}
+NANO = (FrameSpec(8, 64), FrameSpec(25, 64))
 RATE = Fraction(25)
 TIMES = [i / RATE for i in range(20)]
 
 
-def read(folder: Path, clip: bytes, spec: dict[str, Any], limit: float = 30.0) -> dict[str, Any]:
+def read(
+    folder: Path, clip: bytes, specs: Sequence[FrameSpec], limit: float = 30.0
+) -> dict[str, Any]:
     (folder / "upload").write_bytes(clip)
 
     async def run() -> dict[str, Any]:
-        return await Reader(1, 60.0, MEMORY, spec).read(folder, None, limit)
+        return await Sandbox(1, 60.0, MEMORY, specs).read(folder, None, limit)
 
     return asyncio.run(run())
 
 
 def test_pictures_are_those_that_the_pipeline_reads(tmp_path: Path, clip: bytes) -> None:
     found = read(tmp_path, clip, NANO)
-    video = load_pictures(tmp_path, found)
+    video = load_frames(tmp_path, found)
     stream = VideoStream(tmp_path / "upload", (8, 25), 64)
     expected = [np.concatenate(pieces) for pieces in zip(*_blocks(stream), strict=True)]
     for frames, same in zip(video.frames, expected, strict=True):
@@ -43,14 +45,10 @@ def test_pictures_are_those_that_the_pipeline_reads(tmp_path: Path, clip: bytes)
 
 
 def test_pictures_for_mmaudio_are_fitted_as_its_encoders_do(tmp_path: Path, clip: bytes) -> None:
-    sizes = cast(MMAudioEncoders, SimpleNamespace(frame_size=(40, 24)))
-    found = read(tmp_path, clip, {"rates": (8, 25), "size": (40, 24), "mmaudio": True})
-    video = load_pictures(tmp_path, found)
-    fits = [
-        lambda picture: MMAudioEncoders.fit_frames(sizes, torch.from_numpy(picture)).numpy(),
-        lambda picture: MMAudioEncoders.fit_sync(sizes, torch.from_numpy(picture)).numpy(),
-    ]
-    stream = VideoStream(tmp_path / "upload", (8, 25), fit=fits, pick="next")
+    specs = FrameSpec(8, 40, "squash", "next"), FrameSpec(25, 24, "crop", "next")
+    found = read(tmp_path, clip, specs)
+    video = load_frames(tmp_path, found)
+    stream = VideoStream(tmp_path / "upload", **stream_options(specs))
     expected = [np.concatenate(pieces) for pieces in zip(*_blocks(stream), strict=True)]
     for frames, same in zip(video.frames, expected, strict=True):
         assert np.array_equal(frames, same)
@@ -99,7 +97,7 @@ def test_the_film_is_read_and_not_its_preview(tmp_path: Path) -> None:
 
 def test_pictures_that_are_gone(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="are gone"):
-        load_pictures(tmp_path, {})
+        load_frames(tmp_path, {})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Uploads, opened in a process of their own (`mfmjt.serve.child`)."""
+"""Opens uploads in a process of their own (`mfmjt.serve.sandboxed`)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,41 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mfmjt.encoders import FrameSpec
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.media import Video
 
-__all__ = ["PICTURES", "Reader", "load_pictures"]
+__all__ = ["FRAMES", "Sandbox", "load_frames"]
 
-PICTURES = ("pictures-0.npy", "pictures-1.npy")
+FRAMES = ("frames-0.npy", "frames-1.npy")
 _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _ANSWER = 64 * 1024  # bytes, at most, that a child has to say
 
 
-class Reader:
-    """Starts the processes, at most so many at once, and ends those that take too long.
+class Sandbox:
+    """Starts the processes, a bounded number at once, and kills those that take too long.
 
     Args:
         workers: Processes at once.
-        seconds: Wall time of each.
-        memory: Bytes of each, beside what it takes by itself.
-        spec: Which pictures the encoders want: `rates`, `size`, `mmaudio`.
+        seconds: Wall time of each at most.
+        memory: Bytes of each at most, in addition to what an idle one takes.
+        specs: The frames that the encoders take.
     """
 
-    def __init__(self, workers: int, seconds: float, memory: int, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, workers: int, seconds: float, memory: int, specs: Sequence[FrameSpec]
+    ) -> None:
         self._slots = asyncio.Semaphore(workers)
-        self._seconds, self._memory, self._spec = seconds, memory, spec
+        self._seconds, self._memory, self._specs = seconds, memory, specs
 
     async def read(self, folder: Path, duration: float | None, limit: float) -> dict[str, Any]:
-        """Read the file `upload` of a folder; its pictures are then in files beside it.
+        """Read the file `upload` of a folder; its frames are then in `FRAMES` beside it.
 
         Args:
             folder: Where the upload is.
@@ -52,17 +56,17 @@ class Reader:
         Raises:
             InputError: The file cannot be used.
         """
-        asked = {"do": "read", "duration": duration, "limit": limit, **self._spec}
+        asked = {"do": "read", "duration": duration, "limit": limit, "specs": self._specs}
         return await self._run(folder, asked)
 
     async def mux(self, folder: Path, sound: str, output: str) -> list[str]:
-        """Write the upload's pictures with another sound to `output` in the same folder.
+        """Write the upload's video stream with another sound to `output` in the same folder.
 
         Returns:
             One line each on what of the upload is not in the output.
 
         Raises:
-            InputError: The container cannot hold the pictures as they are.
+            InputError: The container cannot hold the video stream as it is.
         """
         answer = await self._run(folder, {"do": "mux", "sound": sound, "output": output})
         notes: list[str] = answer["notes"]
@@ -74,7 +78,7 @@ class Reader:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "mfmjt.serve.child",
+                "mfmjt.serve.sandboxed",
                 cwd=folder,
                 # No secret of the server's environment; the same code and libraries as here.
                 env={
@@ -115,17 +119,17 @@ class Reader:
         return answer
 
 
-def load_pictures(folder: Path, found: dict[str, Any]) -> Video:
-    """What a child read, for the pipeline.
+def load_frames(folder: Path, found: dict[str, Any]) -> Video:
+    """Load what the sandbox read, for the pipeline.
 
     Raises:
         RunError: The files are not there any more.
     """
     try:
-        frames = tuple(np.load(folder / name, allow_pickle=False) for name in PICTURES)
+        frames = tuple(np.load(folder / name, allow_pickle=False) for name in FRAMES)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"The pictures of the video are gone: {reason(error)}. Send it again."
+            f"The frames of the video are gone: {reason(error)}. Send it again."
         ) from error
     return Video(
         frames,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfmjt.serve.picture import BANDS, COLUMNS, picture
+from mfmjt.serve.drawing import BANDS, COLUMNS, drawing
 
 RATE = 16_000
 
@@ -20,7 +20,7 @@ def levels(drawn: dict) -> np.ndarray:
 @pytest.mark.parametrize("hertz", [120.0, 1000.0, 6000.0])
 def test_a_tone_is_loudest_in_its_band(hertz: float) -> None:
     time = torch.arange(2 * RATE) / RATE
-    drawn = picture(0.5 * torch.sin(2 * torch.pi * hertz * time), RATE)
+    drawn = drawing(0.5 * torch.sin(2 * torch.pi * hertz * time), RATE)
     edges = np.geomspace(drawn["low"], drawn["high"], BANDS + 1)
     band = int(levels(drawn)[COLUMNS // 2].argmax())
     # A band narrower than a bin shares it with its neighbours.
@@ -34,7 +34,7 @@ def test_clicks_are_where_they_are() -> None:
     for place in places:
         start = round(place * RATE)
         wave[start : start + 400] = torch.randn(400).clamp(-1, 1)
-    drawn = picture(wave, RATE)
+    drawn = drawing(wave, RATE)
     assert len(drawn["onsets"]) == 2
     low, high = (np.array(part) for part in drawn["peaks"])
     loud = np.flatnonzero((high - low) > 0.1) / drawn["columns"]
@@ -47,7 +47,7 @@ def test_clicks_are_where_they_are() -> None:
 
 @pytest.mark.parametrize("samples", [1, 5, 599, 601, 16_000 * 20])
 def test_any_length(samples: int) -> None:
-    drawn = picture(torch.zeros(samples), RATE)
+    drawn = drawing(torch.zeros(samples), RATE)
     assert drawn["columns"] == min(samples, COLUMNS)
     assert len(drawn["peaks"][0]) == len(drawn["peaks"][1]) == drawn["columns"]
     assert levels(drawn).shape == (drawn["columns"], BANDS)

@@ -15,38 +15,38 @@ from typing import Any
 
 from mfmjt.errors import MfmjtError, RunError
 from mfmjt.pipeline import Audio, Pipeline, Request, generate_together
+from mfmjt.serve.drawing import drawing
 from mfmjt.serve.jobs import Job
-from mfmjt.serve.picture import picture
-from mfmjt.serve.reader import load_pictures
+from mfmjt.serve.sandbox import FRAMES, load_frames
 
-__all__ = ["Engine"]
+__all__ = ["Worker"]
 
 _log = logging.getLogger("mfmjt.serve")
 
 
 class _Unwanted(Exception):
-    """Nobody waits for any of the jobs that are worked at."""
+    """Every job in the batch was cancelled."""
 
 
-class Engine(threading.Thread):
-    """Takes jobs in order and tells the event loop how they go.
+class Worker(threading.Thread):
+    """Takes jobs in order and reports their progress to the event loop.
 
     Args:
         pipeline: Makes the sounds.
-        most: Sounds in a batch.
-        loop: Whose thread owns the jobs.
-        made: Called in that thread with the jobs of each batch and the seconds it took.
+        max_sounds: Sounds in a batch at most.
+        loop: Event loop whose thread owns the jobs.
+        done: Called in that thread with the jobs of each batch and the seconds it took.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
-        most: int,
+        max_sounds: int,
         loop: asyncio.AbstractEventLoop,
-        made: Callable[[list[Job], float], None],
+        done: Callable[[list[Job], float], None],
     ) -> None:
-        super().__init__(name="mfmjt-engine", daemon=True)
-        self._pipeline, self._most, self._loop, self._made = pipeline, most, loop, made
+        super().__init__(name="mfmjt-worker", daemon=True)
+        self._pipeline, self._max_sounds, self._loop, self._done = pipeline, max_sounds, loop, done
         self._waiting: collections.deque[Job] = collections.deque()
         self._condition = threading.Condition()
         self._closed = False
@@ -59,7 +59,7 @@ class Engine(threading.Thread):
             self._condition.notify()
 
     def close(self) -> None:
-        """End the thread; what it works at is dropped at its next step."""
+        """End the thread; running jobs are dropped at their next step."""
         with self._condition:
             self._closed = True
             for job in (*self._waiting, *self._working):
@@ -81,13 +81,13 @@ class Engine(threading.Thread):
                 self._working = []
 
     def _next(self) -> list[Job]:
-        """The first jobs that wait, as many as make a batch."""
+        """Take the first jobs of the queue, as many as make a batch."""
         jobs: list[Job] = []
         sounds = 0
         while self._waiting:
             job = self._waiting[0]
             size = job.asked["count"] * max(1, len(job.asked["guidance_mode"] or ()))
-            if jobs and sounds + size > self._most:
+            if jobs and sounds + size > self._max_sounds:
                 break
             self._waiting.popleft()
             if not job.cancelled.is_set():
@@ -114,7 +114,7 @@ class Engine(threading.Thread):
         try:
             report("encode", 0.0)
             answers = generate_together(
-                self._pipeline, [request for _, request in ready], report, self._most
+                self._pipeline, [request for _, request in ready], report, self._max_sounds
             )
             for (job, _), answer in zip(ready, answers, strict=True):
                 if isinstance(answer, MfmjtError):
@@ -129,7 +129,7 @@ class Engine(threading.Thread):
             for job, _ in ready:
                 self._tell(job, status="failed", error=f"Making the sound failed ({reason}).")
         finally:
-            self._call(self._made, jobs, time.perf_counter() - begin)
+            self._call(self._done, jobs, time.perf_counter() - begin)
 
     def _finish(self, job: Job, made: list[Audio], waited: float) -> None:
         self._tell(job, stage="write", progress=0.0)
@@ -139,7 +139,7 @@ class Engine(threading.Thread):
         try:
             for number, sound in enumerate(made):
                 sound.save(job.folder / f"{number}.wav")
-                drawn = picture(sound.waveform[0], sound.sample_rate)
+                drawn = drawing(sound.waveform[0], sound.sample_rate)
                 (job.folder / f"{number}.json").write_text(json.dumps(drawn))
                 sounds.append(
                     {
@@ -157,7 +157,7 @@ class Engine(threading.Thread):
         finally:
             if job.cancelled.is_set():  # its folder was removed, perhaps while this wrote to it
                 shutil.rmtree(job.folder, ignore_errors=True)
-        for name in ("pictures-0.npy", "pictures-1.npy"):
+        for name in FRAMES:
             (job.folder / name).unlink(missing_ok=True)
         timings = {"wait": waited}
         for sound in {id(sound.timings): sound for sound in made}.values():
@@ -189,7 +189,7 @@ def _plain(note: str, folder: Path) -> str:
 def _request(job: Job) -> Request:
     asked = job.asked
     return Request(
-        None if job.video is None else load_pictures(job.folder, job.video),
+        None if job.video is None else load_frames(job.folder, job.video),
         asked["prompt"],
         asked["steps"],
         asked["guidance"],

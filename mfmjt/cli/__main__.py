@@ -1,0 +1,5 @@
+"""`python -m mfmjt.cli`."""
+
+from mfmjt.cli import main
+
+main()

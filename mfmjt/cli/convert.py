@@ -1,0 +1,58 @@
+"""`mfmjt convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mfmjt.cli._common import Debug, defer_interrupts
+from mfmjt.errors import InputError
+
+__all__ = ["convert"]
+
+
+def convert(
+    layout: Annotated[str, typer.Argument(help="Of FILE: mmaudio (published) or mfmjt (ours).")],
+    file: Annotated[Path, typer.Argument(help="The network to convert.")],
+    to: Annotated[
+        Path,
+        typer.Option(
+            help="File to write in the other layout: .safetensors, or .pth for MMAudio's."
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Name of the configuration, such as small_16k. Default: inferred."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the stored file: float32, bfloat16 or float16.")
+    ] = "float32",
+    adapter: Annotated[
+        Path | None, typer.Option(help="Merge this adapter.safetensors of a fine-tuning first.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a network from MMAudio's published layout to ours, or back.
+
+    Weights are read as tensors only; no code in a file is run. Every parameter is accounted for.
+
+    For example:
+    - `mfmjt convert mmaudio mmaudio_small_16k.pth --to small_16k.safetensors`
+
+    - `mfmjt convert mmaudio mine.pth --to mine.safetensors --config large_44k_v2`
+
+    - `mfmjt convert mfmjt mine.safetensors --to mmaudio_mine.pth`
+    """
+    with defer_interrupts():
+        from mfmjt.convert import from_mmaudio, to_mmaudio
+        from mfmjt.devices import parse_dtype
+
+    ways = {"mmaudio": from_mmaudio, "mfmjt": to_mmaudio}
+    if layout not in ways:
+        raise InputError(f"There is no layout {layout!r}. Choose one of {', '.join(ways)}.")
+    done = ways[layout](file, to, config, parse_dtype(dtype), adapter)
+    for note in done.notes:
+        typer.echo(f"Note: {note}", err=True)
+    typer.echo(f"Wrote {done.path}: {done.name}, {done.parameters / 1e6:.1f} M parameters.")
