@@ -309,14 +309,14 @@ def thumbnails(
     Args:
         video: As for `mfmjt.Pipeline`.
         seconds: How much of it is divided into parts.
-        count: Number of parts, fewer where the video ends before.
+        count: Number of parts, fewer where there are not as many pictures.
         size: Side of the pictures, in pixels.
 
     Returns:
         Pictures `(size, size, 3)` uint8, and the second at which the last of their parts ends.
 
     Raises:
-        InputError: The video cannot be read.
+        InputError: The video cannot be read, or is shorter.
     """
     rate = 25
     part = max(1.0, seconds * rate / count)
