@@ -221,15 +221,16 @@ def stored(
             f"{seed}, fewer than 2 are left. Give fewer clips, or a smaller seed."
         )
     captions = [store.captions[i] for i in indices]
+    features = store.rows(torch.tensor(indices))
+    latents = features.pop("latent") * store.latent_std + store.latent_mean
     with timed(seconds, "encode"):
         if not store.has_text and any(captions):
-            store.encode_text(bundle.encoders)
-        features = store.rows(torch.tensor(indices))
-        latents = features.pop("latent") * store.latent_std + store.latent_mean
+            parts = [captions[i : i + batch] for i in range(0, len(captions), batch)]
+            features["text"] = torch.cat([bundle.encoders.encode_text(part) for part in parts])
     waves: list[Tensor] = []
     for rows in latents.split(batch):
-        with timed(seconds, "decode the real sound"):
-            waves.append(bundle.decode(rows.float().to(bundle.device)))
+        with timed(seconds, "read"):
+            waves.append(bundle.decode(rows.to(bundle.device)))
         progress("read", sum(map(len, waves)) / len(indices))
     known = len(store.labels) == len(store) == len(store.events)
     return Examples(

@@ -16,7 +16,7 @@ from mfmjt.evaluate.classifier import Classifier, load_classifier
 from mfmjt.evaluate.examples import Examples, silent
 from mfmjt.evaluate.metrics import METRICS, Metric
 from mfmjt.evaluate.report import Report, environment, table, write_report
-from mfmjt.evaluate.sounds import Made, Sounds
+from mfmjt.evaluate.sounds import Made
 from mfmjt.families import Bundle
 from mfmjt.files import atomic_path
 from mfmjt.meanflow import Sampling
@@ -66,7 +66,7 @@ def evaluate(
         batch=batch,
         progress=progress,
     )
-    real = Sounds(examples.audio, examples.sample_rate, made.classifier, made.seconds)
+    real = made.like(examples.audio, examples.sample_rate)
     classes = examples.classes
     report = Report(
         model,

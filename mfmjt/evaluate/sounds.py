@@ -185,9 +185,9 @@ class Made(Sounds):
         waves = self._generate(examples, conditions=conditions, seconds=seconds)
         super().__init__(waves, bundle.codec.sample_rate, classifier, seconds)
 
-    def like(self, waves: Tensor) -> Sounds:
-        """Other waveforms (n, S) of the same rate, for the same judges."""
-        return Sounds(waves, self.sample_rate, self.classifier, self.seconds)
+    def like(self, waves: Tensor, sample_rate: int | None = None) -> Sounds:
+        """Give other waveforms (n, S) to the same judges; by default of the same rate in Hz."""
+        return Sounds(waves, sample_rate or self.sample_rate, self.classifier, self.seconds)
 
     @functools.cached_property
     def again(self) -> Sounds:
@@ -200,7 +200,7 @@ class Made(Sounds):
     def others(self) -> Sounds | None:
         """Other real sounds of the examples' classes; None where there are none."""
         waves = self.examples.others()
-        return None if waves is None else self.like(waves)
+        return None if waves is None else self.like(waves, self.examples.sample_rate)
 
     @functools.cached_property
     def from_text(self) -> Sounds | None:
@@ -217,11 +217,9 @@ class Made(Sounds):
         codec, audio = self.bundle.codec, self.examples.audio
         if not self.examples.procedural or self.examples.sample_rate != codec.sample_rate:
             return None
+        waves: list[Tensor] = []
         with timed(self.seconds, "codec"), torch.inference_mode():
-            waves = [
-                codec.decode(codec.encode(rows.to(self.bundle.device))[0])[
-                    :, : audio.shape[1]
-                ].cpu()
-                for rows in audio.split(self.batch)
-            ]
+            for rows in audio.split(self.batch):
+                mean, _ = codec.encode(rows.to(self.bundle.device))
+                waves.append(codec.decode(mean)[:, : audio.shape[1]].cpu())
         return self.like(torch.cat(waves))
