@@ -14,12 +14,15 @@ PACKAGE = ROOT / "mfmjt"
 
 # Part -> what it may import besides itself. `cli` and `info` see everything.
 HELPERS = {"errors", "files", "progress"}
+WORKERS = {"processes", "memory"}
 PARTS = {"codec", "encoders", "model", "meanflow"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "progress": set(),
     "devices": {"errors"},
+    "processes": {"devices", "errors"},
+    "progress": set(),
+    "memory": set(),
     "cuda_graph": set(),
     "checkpoints": HELPERS,
     "kernels": set(),
@@ -31,19 +34,32 @@ ALLOWED: dict[str, set[str]] = {
     "plotting": {"codec", *HELPERS},
     "media": HELPERS,
     "families": {*PARTS, "checkpoints", "cuda_graph", *HELPERS},
-    "evaluate": {*PARTS, "checkpoints", "families", "data", "devices", "plotting", *HELPERS},
+    "features": {"codec", "encoders", "model", "data", *WORKERS, *HELPERS},
+    "evaluate": {
+        *PARTS,
+        "checkpoints",
+        "families",
+        "features",
+        "data",
+        "devices",
+        "plotting",
+        "progress",
+        *HELPERS,
+    },
     "train": {
         *PARTS,
         "families",
         "data",
+        "features",
         "evaluate",
         "devices",
         "cuda_graph",
         "plotting",
+        *WORKERS,
         *HELPERS,
     },
     "pipeline": {*PARTS, "families", "media", "devices", "checkpoints", *HELPERS},
-    "extract": {*PARTS, "families", "data", "media", "train", "devices", *HELPERS},
+    "extract": {"encoders", "families", "features", "media", "devices", *WORKERS, *HELPERS},
     "convert": {"model", "checkpoints", *HELPERS},
     "serve": {"pipeline", "media", "evaluate", "data", "meanflow", "encoders", *HELPERS},
 }
@@ -57,10 +73,11 @@ TRAINING = (
     "data",
     "plotting",
     "families",
+    "features",
     "evaluate",
     "train",
     "devices",
-    *sorted(HELPERS),
+    *sorted(HELPERS | WORKERS),
 )
 TRAINING_NEEDS = {"torch", "numpy", "safetensors", "mfmjt", *sys.stdlib_module_names}
 

@@ -29,15 +29,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bench.machine import environment
-from mfmjt.train.features import FORMAT, INDEX
-from mfmjt.train.memory import keep_memory
-from mfmjt.train.shards import write_shard
-from mfmjt.train.store import FeatureStore
+from mfmjt.features.format import FORMAT, INDEX, write_part
+from mfmjt.features.store import FeatureStore
+from mfmjt.memory import keep_memory
 
 __all__ = ["BAR", "main"]
 
 BAR = 1.5
-SHARD = 64
+ROWS = 64
 LABELS = 309  # VGGSound's
 SHAPES = {"mean": (250, 20), "logvar": (250, 20), "video": (64, 1024), "sync": (192, 768)}
 TEXT = (77, 1024)
@@ -87,19 +86,19 @@ def _make(store: Path, clips: int, dtype: torch.dtype, pictures: bool) -> Path:
     def random(rows: int, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(rows, *shape, generator=generator).to(dtype)
 
-    shards, texts = [], []
-    for start in range(0, clips, SHARD):
-        rows = min(SHARD, clips - start)
-        shards.append(f"{start:08d}.safetensors")
-        write_shard(folder / shards[-1], {k: random(rows, s) for k, s in shapes.items()}, {})
+    parts, texts = [], []
+    for start in range(0, clips, ROWS):
+        rows = min(ROWS, clips - start)
+        parts.append(f"{start:08d}.safetensors")
+        write_part(folder / parts[-1], {k: random(rows, s) for k, s in shapes.items()}, {})
     captions = [f"label {i % LABELS if pictures else i}" for i in range(clips)]
     distinct = ["", *dict.fromkeys(captions)]
-    for start in range(0, len(distinct), SHARD):
-        rows = min(SHARD, len(distinct) - start)
+    for start in range(0, len(distinct), ROWS):
+        rows = min(ROWS, len(distinct) - start)
         texts.append(f"text-{start:08d}.safetensors")
-        write_shard(folder / texts[-1], {"text": random(rows, TEXT)}, {})
+        write_part(folder / texts[-1], {"text": random(rows, TEXT)}, {})
     index = {
-        "format": FORMAT, "shards": shards, "text_shards": texts, "texts": distinct,
+        "format": FORMAT, "shards": parts, "text_shards": texts, "texts": distinct,
         "captions": captions, "latent_mean": [0.0] * 20, "latent_std": [1.0] * 20,
     }  # fmt: skip
     (folder / INDEX).write_text(json.dumps(index))
@@ -158,11 +157,16 @@ class _Slices:
             index = json.loads((folder / INDEX).read_text())
             text = [self._open(folder / name) for name in index["text_shards"]]
             number = {caption: i for i, caption in enumerate(index["texts"])}
-            shards = [self._open(folder / name) for name in index["shards"]]
+            parts = [self._open(folder / name) for name in index["shards"]]
             for clip, caption in enumerate(index["captions"]):
                 at = number[caption]
                 self.rows.append(
-                    (shards[clip // SHARD], clip % SHARD, text[at // SHARD], at % SHARD)
+                    (
+                        parts[clip // ROWS],
+                        clip % ROWS,
+                        text[at // ROWS],
+                        at % ROWS,
+                    )
                 )
 
     @staticmethod
@@ -174,8 +178,8 @@ class _Slices:
         """Batches of the clips, in float32; the bytes that were read."""
         read, total = {}, 0
         for i, clip in enumerate(clips):
-            shard, row, text, at = self.rows[clip]
-            pieces = {key: part[row] for key, part in shard.items()} | {"text": text["text"][at]}
+            part, row, text, at = self.rows[clip]
+            pieces = {key: piece[row] for key, piece in part.items()} | {"text": text["text"][at]}
             for key, piece in pieces.items():
                 if key not in read:
                     read[key] = torch.zeros(len(clips), *piece.shape)

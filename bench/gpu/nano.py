@@ -15,8 +15,8 @@ from bench.rows import TRAIN, read
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
-from mfmjt.train.config import FeatureExtraction, NetworkTraining, load_config
-from mfmjt.train.features import extract_all
+from mfmjt.features.procedural import FeatureExtraction, extract_all
+from mfmjt.train.config import NetworkTraining, load_config
 from mfmjt.train.loop import train
 
 __all__ = ["clips", "extract", "features", "training"]
@@ -24,13 +24,13 @@ __all__ = ["clips", "extract", "features", "training"]
 PRETRAINED = Path(__file__).parents[2] / "mfmjt" / "pretrained" / "nano"
 CLIP_SECONDS = 0.5
 """CPU seconds that a clip takes to draw and encode, on a core that others use too."""
-SHARD, MOST = 64, 8000
+PART, MOST = 64, 8000
 
 
 def clips(seconds: float, workers: int) -> int:
-    """Return how many clips `workers` make in that time: whole shards, at least one for each."""
-    shards = int(seconds * workers / CLIP_SECONDS) // SHARD
-    return min(MOST, SHARD * max(workers, shards))
+    """Return how many clips `workers` make in that time: whole parts, at least one for each."""
+    parts = int(seconds * workers / CLIP_SECONDS) // PART
+    return min(MOST, PART * max(workers, parts))
 
 
 def features(job: Job) -> None:

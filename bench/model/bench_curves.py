@@ -32,9 +32,9 @@ from bench.rows import Rows
 from mfmjt import kernels
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
+from mfmjt.features.procedural import write_store
 from mfmjt.kernels import _ext
 from mfmjt.train.config import NetworkTraining
-from mfmjt.train.features import extract
 from mfmjt.train.loop import train
 
 __all__ = ["ERRORS", "PROVIDERS", "judged", "main"]
@@ -175,7 +175,7 @@ def main() -> int:
         store = options.store or Path(scratch) / "store"
         codec = NanoCodec.load(PRETRAINED / "codec.safetensors")
         encoders = NanoEncoders.load(PRETRAINED / "encoders.safetensors")
-        extract(store, "train", clips, encoders, codec, workers=0)
+        write_store(store, {"train": clips}, codec, encoders, workers=0)
         for seed in SEEDS:
             for provider in PROVIDERS:
                 began = time.process_time()

@@ -63,8 +63,8 @@ from bench.model.steps import (
 )
 from bench.rows import Rows
 from mfmjt.kernels import _ext
+from mfmjt.memory import keep_memory
 from mfmjt.model.config import CONFIGS
-from mfmjt.train.memory import keep_memory
 
 __all__ = ["BARS", "Bench", "bars", "main", "plans"]
 

@@ -109,7 +109,7 @@ def evaluate(
             bundle.sampling, **{k: v for k, v in chosen.items() if v is not None}
         )
         if data is not None:
-            from mfmjt.train.store import FeatureStore
+            from mfmjt.features.store import FeatureStore
 
             store = FeatureStore(data, split)
             examples = given.stored(store, bundle, clips, seed, split, progress=progress)

@@ -88,11 +88,11 @@ def extract(
     - `torchrun --nproc-per-node 8 --no-python mfmjt extract clips.parquet --device cuda`
     """
     from mfmjt.devices import parse_dtype
-    from mfmjt.extract import work
+    from mfmjt.extract import run, tables
     from mfmjt.extract.clips import Cut
-    from mfmjt.extract.ends import Ends
-    from mfmjt.extract.tables import read_table
-    from mfmjt.train.distributed import rank_and_world
+    from mfmjt.families import open_bundle
+    from mfmjt.features import store
+    from mfmjt.processes import own_device, rank_and_world
 
     if verify and rank_and_world()[1] > 1:
         raise InputError("--verify is for one process: leave it out, and run it when all are done.")
@@ -100,21 +100,16 @@ def extract(
         raise InputError("Nothing to do. Give a table, or --verify with the --out of a store.")
     if table is not None:
         precision = parse_dtype(arithmetic)
-        columns = dict(part.split("=", 1) for part in column or () if "=" in part)
-        if len(columns) < len(column or ()):
+        columns = dict(part.split("=", 1) for part in column or [] if "=" in part)
+        if len(columns) < len(column or []):
             raise InputError("A --column is OURS=THEIRS, such as path=filename.")
         cut = Cut(seconds, seconds if shortest is None else shortest, pieces, pictures=not sound)
-        settings = work.Settings(cut, dtype, workers, work.own_device(device))
+        settings = run.Settings(cut, dtype, workers, own_device(device))
         # The table is read first: its mistakes are known before gigabytes of weights are.
-        rows = read_table(table, layout, media, columns, split)
-        ends = Ends.load(model, codec, precision)
-        for done in work.extract(rows, out, ends, settings):
+        rows = tables.read_table(table, layout, media, columns, split)
+        bundle = open_bundle(model, False, codec, precision)
+        for done in run.extract(rows, out, bundle, settings):
             if done.finished:
-                parts = [f"{done.folder}: {done.clips} clips"]
-                if done.rejects:
-                    parts.append(f"{done.rejects} skipped: {done.folder / work.REJECTS}")
-                if done.notes:
-                    parts.append(f"{done.notes} with a note: {done.folder / work.NOTES}")
-                typer.echo(", ".join(parts) + ".")
+                typer.echo(done)
     if verify:
-        typer.echo(f"{work.verify(out)} files of {out} are as they were written.")
+        typer.echo(f"{store.verify(out)} files of {out} are as they were written.")

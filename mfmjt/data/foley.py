@@ -30,6 +30,7 @@ __all__ = [
     "SPLITS",
     "Clip",
     "clip",
+    "frames_shown",
 ]
 
 FPS = 25
@@ -128,3 +129,16 @@ def clip(
             frames[i] = canvas.to_uint8()
     text = caption(words, CLASSES[label], scene.pace, split)
     return Clip(frames, audio.astype(np.float32), text, label, scene.events, index, split)
+
+
+def frames_shown(count: int, rate: int) -> NDArray[np.int64]:
+    """Return which of `count` frames are on the screen at the times j / rate, in order.
+
+    Args:
+        count: Frames of a clip, at `FPS`.
+        rate: Frames per second wanted.
+
+    Returns:
+        Indices (ceil(count * rate / FPS),).
+    """
+    return np.arange(-(-count * rate // FPS)) * FPS // rate

@@ -22,6 +22,7 @@ from mfmjt.data import foley
 from mfmjt.encoders.base import Encoders, FrameSpec
 from mfmjt.errors import InputError
 from mfmjt.families import Bundle
+from mfmjt.features.store import FeatureStore
 from mfmjt.progress import Progress
 
 __all__ = ["Examples", "procedural", "silent", "stored", "timed"]
@@ -182,15 +183,13 @@ def procedural(
 
 def _picked(frames: Tensor, spec: FrameSpec) -> Tensor:
     """Of clips' frames (B, T, H, H, 3), those that an encoder takes, in its size."""
-    times = torch.arange(-(-frames.shape[1] * spec.fps // foley.FPS)) * foley.FPS
-    index = times // spec.fps if spec.pick == "shown" else -(-times // spec.fps)
-    picked = frames[:, index.clamp(max=frames.shape[1] - 1)]
+    picked = frames[:, foley.frames_shown(frames.shape[1], spec.fps)]
     return spec.fitted(picked.flatten(0, 1)).unflatten(0, picked.shape[:2])
 
 
 @torch.inference_mode()
 def stored(
-    store: Any,
+    store: FeatureStore,
     bundle: Bundle,
     clips: int = 200,
     seed: int = 0,
@@ -202,7 +201,7 @@ def stored(
     """Read clips of a feature store; their real sound is what the codec makes of their latents.
 
     Args:
-        store: One split of a store, a `FeatureStore`.
+        store: One split of a store.
         bundle: Codec and text encoder that the store was made with.
         clips: Number of clips, or all if there are fewer.
         seed: Which clips: numbers seed * clips to (seed + 1) * clips - 1 of the split.

@@ -1,20 +1,18 @@
-"""One clip as the encoders are given it: pictures at two rates and a waveform, of one length."""
+"""The clips of one file, as codec and encoders take them: a waveform, and frames at two rates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfmjt.encoders import MMAudioEncoders
+from mfmjt.encoders.base import stream_options
 from mfmjt.errors import InputError
-from mfmjt.extract.ends import Ends
+from mfmjt.families import Bundle
 from mfmjt.media import VideoStream, read_audio
 
 __all__ = ["Cut", "Piece", "decode"]
@@ -34,10 +32,10 @@ class Cut:
 
     Attributes:
         seconds: Length of a clip.
-        shortest: Files of fewer seconds are refused; between both, sound ends in silence and the
-            last picture stays.
-        pieces: How many clips a file of sound gives at most, one after the other.
-        pictures: Whether clips have pictures.
+        shortest: Length of the shortest file that is taken, in seconds; what it lacks to a whole
+            clip is silence and its last frame.
+        pieces: Number of clips that a file of sound gives at most, one after the other.
+        pictures: Whether clips have frames.
     """
 
     seconds: float = 8.0
@@ -60,13 +58,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Piece:
-    """A clip as it is encoded.
+    """A clip, ready to be encoded.
 
     Attributes:
         start: Where it begins in its file, in seconds.
-        audio: Samples (S,).
-        video: uint8 (T, H, W, 3) for `encode_frames`; None without pictures.
-        sync: The same for `encode_sync`.
+        audio: Samples (S,), float32.
+        video: Frames for `encode_frames`, uint8 (T, H, W, 3); None for a clip of sound alone.
+        sync: Frames for `encode_sync`, likewise.
         note: What was odd about its file but could be used; mostly empty.
     """
 
@@ -78,19 +76,18 @@ class Piece:
 
 
 @torch.inference_mode()
-def decode(path: Path, cut: Cut, ends: Ends, device: torch.device) -> list[Piece]:
+def decode(path: Path, cut: Cut, bundle: Bundle) -> list[Piece]:
     """Read the clips of one file.
 
     Args:
         path: A video, or a sound.
-        cut: What of it.
-        ends: Whose pictures and samples are wanted.
-        device: Where pictures of MMAudio's size are scaled.
+        cut: What of the file becomes clips.
+        bundle: The codec and encoders that take them; where they are, frames are scaled.
 
     Raises:
         InputError: The file cannot be used; the message says why.
     """
-    rate = ends.codec.sample_rate
+    rate = bundle.codec.sample_rate
     samples = round(cut.seconds * rate)
     notes: list[str] = []
     sound = read_audio(path, rate, cut.pieces * cut.seconds, notes)
@@ -98,8 +95,8 @@ def decode(path: Path, cut: Cut, ends: Ends, device: torch.device) -> list[Piece
         raise InputError(f"{path} has samples that are NaN or infinite.")
     length = len(sound) / rate
     if cut.pictures:
-        video, sync, seen = _pictures(path, cut, ends, device)
-        length = min(length, seen)
+        video, sync, shown = _frames(path, cut, bundle)
+        length = min(length, shown)
     if length + SLACK < cut.shortest:
         raise InputError(f"{path} lasts {length:.2f} s, less than {cut.shortest:g} s.")
     peak = float(np.abs(sound).max(initial=0.0))
@@ -119,37 +116,21 @@ def decode(path: Path, cut: Cut, ends: Ends, device: torch.device) -> list[Piece
     ]
 
 
-def _pictures(
-    path: Path, cut: Cut, ends: Ends, device: torch.device
-) -> tuple[Tensor, Tensor, float]:
-    """Pictures for both encoders, and of how many seconds, up to a clip's length, they are."""
-    encoders = ends.encoders
-    wanted: dict[str, Any] = {"size": encoders.frame_size}
-    if isinstance(encoders, MMAudioEncoders):
-        fits = [_fitting(device, fit) for fit in (encoders.fit_frames, encoders.fit_sync)]
-        wanted = {"fit": fits, "pick": "next"}
-    stream = VideoStream(path, (encoders.video_fps, encoders.sync_fps), **wanted)
-    _, *counts = ends.lengths(cut.seconds)
+def _frames(path: Path, cut: Cut, bundle: Bundle) -> tuple[Tensor, Tensor, float]:
+    """Return frames for both encoders, and the seconds, up to a clip's length, that they show."""
+    stream = VideoStream(path, **stream_options(bundle.encoders.frame_specs, bundle.device))
+    _, *counts = bundle.lengths(cut.seconds)
     kept: list[list[Tensor]] = [[], []]
     for block in stream:
-        for pictures, pieces in zip(kept, block, strict=True):
-            pictures += [torch.as_tensor(piece) for piece in pieces]
-        if all(len(p) >= count for p, count in zip(kept, counts, strict=True)):
-            seen = cut.seconds
+        for frames, new in zip(kept, block, strict=True):
+            frames += [torch.as_tensor(frame) for frame in new]
+        if all(len(frames) >= count for frames, count in zip(kept, counts, strict=True)):
+            shown = cut.seconds
             break
     else:
-        seen = min(cut.seconds, stream.duration)
+        shown = min(cut.seconds, stream.duration)
     video, sync = (
-        torch.cat((pictures + pictures[-1:] * count)[:count])
-        for pictures, count in zip(kept, counts, strict=True)
+        torch.cat((frames + frames[-1:] * count)[:count])
+        for frames, count in zip(kept, counts, strict=True)
     )
-    return video, sync, seen
-
-
-def _fitting(
-    device: torch.device, fit: Callable[[Tensor], Tensor]
-) -> Callable[[np.ndarray], Tensor]:
-    def fitted(pictures: np.ndarray) -> Tensor:
-        return fit(torch.from_numpy(pictures).to(device)).contiguous()
-
-    return fitted
+    return video, sync, shown

@@ -20,7 +20,7 @@ from mfmjt.errors import InputError, reason, some
 __all__ = ["LAYOUTS", "SUFFIXES", "Row", "read_table"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-"""The tables that can be read."""
+"""Suffixes of the tables that can be read."""
 _MEDIA = {
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".3gp"),
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".wma"),
@@ -33,12 +33,12 @@ class Row:
     """One clip of a table.
 
     Attributes:
-        line: Its number among the table's rows, from 1.
-        id: What names it, once in a table.
-        path: Its file, or None if there is none.
-        caption: Empty where there is none.
-        split: Such as `train`.
-        reason: Why it cannot be used, as far as the table tells; empty if it can.
+        line: Number among the table's rows, from 1.
+        id: Name, unique in a table.
+        path: The media file, or None if there is none.
+        caption: What is heard, in words; empty where nothing says it.
+        split: Name of the split, such as `train`.
+        reason: Why the row cannot be used, as far as the table shows; empty if it can.
     """
 
     line: int
@@ -96,7 +96,7 @@ _KNOWN = {
     "wavcaps": _Layout(_wavcaps, (("id",), ("caption",)), inside="data"),
 }
 LAYOUTS = tuple(_KNOWN)
-"""Of tables: our own, and those of data sets."""
+"""Layouts of tables that can be read: our own, and those of data sets."""
 
 
 def read_table(
@@ -109,14 +109,14 @@ def read_table(
     """Read a table of clips and find their files.
 
     Args:
-        path: `.csv`, `.tsv`, `.jsonl`, `.json` (a list of objects) or `.parquet`.
-        layout: `table` has the columns `path` or `id`, and `caption` and `split` if there are any;
-            `vggsound`, `audiocaps` and `wavcaps` are as these sets are published.
+        path: The table: `.csv`, `.tsv`, `.jsonl`, `.json` (a list of objects) or `.parquet`.
+        layout: Form of the table: `table` has the columns `path` or `id`, and optionally `caption`
+            and `split`; `vggsound`, `audiocaps` and `wavcaps` are as these sets are published.
         media: Folder of the files; None is the table's own. What is not found under its path is
             looked for by name, with any suffix of a sound or video, in all folders below.
         columns: Our name of a column -> the table's, where they differ.
-        split: Only rows of this split; for a table without splits, that of all its rows
-            (None: `train`).
+        split: The only split that is read; for a table without splits, that of all its
+            rows (None: `train`).
 
     Raises:
         InputError: No such table, a form that cannot be read, or a column that is missing.
@@ -137,22 +137,22 @@ def read_table(
         fields = {**record, **{ours: record.get(theirs) for ours, theirs in renamed.items()}}
         if line == 1:
             _check_columns(path, form, fields, renamed)
-        name, tried, caption, said = form.parse(fields)
+        name, tried, caption, own = form.parse(fields)
         torn = None in fields  # what csv calls fields beyond the header's
-        said = "" if torn else _SPLITS.get(said, said)
-        said = said or wanted or "train"
-        if wanted and said != wanted:
+        own = "" if torn else _SPLITS.get(own, own)
+        own = own or wanted or "train"
+        if wanted and own != wanted:
             continue
-        if not re.fullmatch(r"[\w-]+", said):
+        if not re.fullmatch(r"[\w-]+", own):
             raise InputError(
-                f"Row {line} of {path} has the split {said!r}, which becomes a folder. Give a "
+                f"Row {line} of {path} has the split {own!r}, which becomes a folder. Give a "
                 "single word, such as train."
             )
         found = files.find([name for name in tried if name])
-        row = Row(line, name, found, caption, said)
+        row = Row(line, name, found, caption, own)
         reason = _refused(row, tried, folder, torn)
-        if not reason and seen.setdefault((said, name), line) != line:
-            reason = f"The id {name} is that of row {seen[said, name]} already."
+        if not reason and seen.setdefault((own, name), line) != line:
+            reason = f"The id {name} is that of row {seen[own, name]} already."
         rows.append(replace(row, reason=reason))
     if not rows:
         of = f" of the split {wanted}" if wanted else ""

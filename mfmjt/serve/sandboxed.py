@@ -139,15 +139,15 @@ def _survey(video: Path, duration: float | None, limit: float) -> None:
                     "Give a duration: it counts from the video's start."
                 )
         frames = 0
-        most = min(limit * MAX_RATE, limit * MAX_WORK / max(1, width * height))
+        max_frames = min(limit * MAX_RATE, limit * MAX_WORK / max(1, width * height))
         with contextlib.suppress(av.error.FFmpegError, ValueError):
             for packet in container.demux(stream):
                 frames += packet.size > 0
-                if frames > most:
+                if frames > max_frames:
                     break
-        if frames > most:
+        if frames > max_frames:
             raise InputError(
-                f"The video has more than {most:.0f} frames of {width}x{height}: decoding it "
+                f"The video has more than {max_frames:.0f} frames of {width}x{height}: decoding it "
                 f"would take too long. Give at most {limit:g} s, or scale it down."
             )
 
@@ -189,8 +189,8 @@ def _limit(memory: int, seconds: float) -> None:
         limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + memory
     for name, value in limits.items():
         _, hard = resource.getrlimit(name)
-        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (most, most))
+        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (lower, lower))
 
 
 def _follow_parent() -> None:

@@ -9,10 +9,8 @@ __all__ = [
     "distributed",
     "ema",
     "encoders",
-    "features",
     "log",
     "loop",
     "sharded",
     "step",
-    "store",
 ]

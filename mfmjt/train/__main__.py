@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from mfmjt.errors import InputError, MfmjtError
-from mfmjt.train.distributed import rank_and_world
+from mfmjt.processes import rank_and_world
 from mfmjt.train.stages import STAGES, run
 
 SHARED = ("features", "network")

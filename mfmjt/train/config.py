@@ -20,33 +20,10 @@ from typing import Any, TypeVar
 from mfmjt.errors import InputError, reason
 from mfmjt.model.lora import LoRA
 
-__all__ = ["DataSource", "FeatureExtraction", "NetworkTraining", "load_config"]
+__all__ = ["DataSource", "NetworkTraining", "load_config"]
 
 C = TypeVar("C")
 RECIPES = Path(__file__).parent / "configs"
-
-
-@dataclass(frozen=True)
-class FeatureExtraction:
-    """What to compute once for every clip before the network is trained.
-
-    Attributes:
-        out: Folder of the feature store; each split is a folder in it.
-        codec: Weights of the codec, from the stage `codec`.
-        encoders: Weights of the encoders, from the stage `encoders`.
-        clips: Number of training clips.
-        validation: Number of validation clips.
-        seed: Seed of the procedural set.
-        workers: Processes, each with one thread.
-    """
-
-    out: str = "output/nano/features"
-    codec: str = "output/nano/codec/codec.safetensors"
-    encoders: str = "output/nano/encoders/encoders.safetensors"
-    clips: int = 4000
-    validation: int = 128
-    seed: int = 0
-    workers: int = 2
 
 
 TARGETS = ("mean_velocity", "improved_mean_velocity", "alpha_flow", "finite_difference")

@@ -13,56 +13,29 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mfmjt.errors import InputError, RunError, reason
+from mfmjt.processes import rank_and_world
 
 __all__ = [
     "Processes",
     "choose_parallel",
     "gradient_sync",
-    "rank_and_world",
     "replicate",
     "shard",
-    "share",
     "whole",
 ]
 
-T = TypeVar("T")
 STATE_BYTES = 20
 """Of a trained parameter in fp32: weight, gradient, two moments, one average."""
 PATIENCE_S = 600
 """How long processes wait for one another at the start."""
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Number of this process and of all, as torchrun tells its processes; (0, 1) without it.
-
-    Raises:
-        InputError: The environment variables RANK and WORLD_SIZE contradict each other.
-    """
-    try:
-        rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    except ValueError:
-        rank, world = -1, 0
-    if not 0 <= rank < world:
-        raise InputError(
-            f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')} are no "
-            "process of a group. Start with torchrun, or unset both."
-        )
-    return rank, world
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of a list of independent jobs: every `world`-th, from its rank on."""
-    rank, world = rank_and_world()
-    return items[rank::world]
 
 
 class Processes:

@@ -28,6 +28,8 @@ from mfmjt.codec import NanoCodec
 from mfmjt.cuda_graph import CapturedStep
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError, reason
+from mfmjt.features.store import FeatureStore
+from mfmjt.memory import keep_memory
 from mfmjt.model import MFMJT
 from mfmjt.model.lora import merged_state, save_adapter
 from mfmjt.progress import ProgressBar
@@ -36,11 +38,9 @@ from mfmjt.train.config import NetworkTraining, as_json
 from mfmjt.train.distributed import Processes
 from mfmjt.train.ema import EMA
 from mfmjt.train.log import TrainingLog
-from mfmjt.train.memory import keep_memory
 from mfmjt.train.sharded import CheckpointFolder
 from mfmjt.train.start import starting_network
 from mfmjt.train.step import Draws, Step, compile_step, draw
-from mfmjt.train.store import FeatureStore
 
 __all__ = ["TrainingResult", "lr_factor", "train"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mfmjt.errors import InputError
+from mfmjt.features.procedural import FeatureExtraction, extract_all
 from mfmjt.train.classifier import ClassifierTraining, train_classifier
 from mfmjt.train.codec import CodecConfig, train_codec
-from mfmjt.train.config import FeatureExtraction, NetworkTraining, load_config
+from mfmjt.train.config import NetworkTraining, load_config
 from mfmjt.train.encoders import EncodersConfig, train_encoders
-from mfmjt.train.features import extract_all
 from mfmjt.train.loop import train
 
 __all__ = ["SETTINGS", "STAGES", "ClassifierStage", "run"]

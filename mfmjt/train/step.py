@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mfmjt import meanflow
+from mfmjt.features.store import FeatureStore
 from mfmjt.meanflow.targets import Target, Velocity
 from mfmjt.train.config import NetworkTraining
-from mfmjt.train.store import FeatureStore
 
 __all__ = ["Draws", "Step", "compile_step", "draw"]
 

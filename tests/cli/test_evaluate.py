@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mfmjt.families import open_bundle
-from mfmjt.train.features import extract
+from mfmjt.features.procedural import write_store
 from tests.support.commands import refused, run
 
 
@@ -23,7 +23,7 @@ def test_evaluate_prints_one_object(here: Path, model_folder: Path) -> None:
 
 def test_a_store_is_judged_by_what_it_holds(here: Path, model_folder: Path) -> None:
     bundle = open_bundle(model_folder).to("cpu")
-    extract("store", "test", 3, bundle.encoders, bundle.codec, workers=0)
+    write_store("store", {"test": 3}, bundle.codec, bundle.encoders, workers=0)
     result = run("evaluate", "--model", model_folder, "--data", "store", "--clips", 3, "--json")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from mfmjt.data import _captions
+from mfmjt.data import _captions, foley
 from mfmjt.data._draw import Camera, Canvas
 from mfmjt.data.foley import CLASSES, FPS, IMPACT_CLASSES, SAMPLE_RATE, SPLITS, clip
 from mfmjt.errors import InputError
@@ -127,3 +127,9 @@ def test_shapes_cover_their_area() -> None:
     assert abs(canvas.pixels[..., 0].sum() / 50**2 - 0.72) < 0.02
     canvas.ellipse(5.0, 5.0, 0.5, 0.5, (0.0, 1.0, 0.0))  # outside: nothing happens
     assert canvas.to_uint8().shape == (100, 100, 3)
+
+
+def test_frames_shown_are_those_on_the_screen():
+    assert foley.frames_shown(200, 8).tolist() == [int(j / 8 * 25) for j in range(64)]
+    assert foley.frames_shown(36, 25).tolist() == list(range(36))
+    assert foley.frames_shown(4, 8).tolist() == [0, 3]

@@ -10,8 +10,8 @@ from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.evaluate.examples import Examples, procedural, stored
 from mfmjt.families import Bundle
-from mfmjt.train.features import extract
-from mfmjt.train.store import FeatureStore
+from mfmjt.features.procedural import write_store
+from mfmjt.features.store import FeatureStore
 
 DURATION = 1.5  # s, of the clips of conftest.py
 
@@ -52,7 +52,7 @@ def test_too_few_are_refused(bundle: Bundle) -> None:
 @pytest.fixture(scope="module")
 def store(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    extract(folder, "test", 4, bundle.encoders, bundle.codec, workers=0)
+    write_store(folder, {"test": 4}, bundle.codec, bundle.encoders, workers=0)
     return folder
 
 

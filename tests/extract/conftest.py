@@ -6,18 +6,20 @@ import csv
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from mfmjt.codec import NanoCodec
+from mfmjt.codec import Codec, NanoCodec
 from mfmjt.data import foley
 from mfmjt.data.preview import write_clip
-from mfmjt.encoders import NanoEncoders
+from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.extract.clips import Cut
-from mfmjt.extract.ends import Ends
-from mfmjt.extract.work import Settings
+from mfmjt.extract.run import Settings
+from mfmjt.families import Bundle
+from mfmjt.model import MFMJT, config_for
 from tests.support.bundles import CODEC
 
 SECONDS = 0.96  # of clips: the shortest whole segments that leave the network something to see
@@ -27,10 +29,17 @@ SOUND = Settings(Cut(SECONDS, SECONDS, pictures=False), workers=2)
 
 
 @pytest.fixture(scope="session")
-def ends() -> Ends:
+def bundle() -> Bundle:
     """Untrained, and small."""
     torch.manual_seed(0)
-    return Ends(NanoCodec(CODEC), NanoEncoders()).to(torch.device("cpu"))
+    return bundle_of("nano", NanoCodec(CODEC), NanoEncoders())
+
+
+def bundle_of(config: str, codec: Codec, encoders: Encoders) -> Bundle:
+    """Codec and encoders beside an empty network."""
+    with torch.device("meta"):
+        network = MFMJT(config_for(config))
+    return Bundle(network, codec, encoders).to("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +61,53 @@ def videos(clips, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def raw_media(tmp_path, monkeypatch) -> Path:
+    """Tables and files that every version of FFmpeg decodes alike, under a relative path.
+
+    `video.csv` and `sound.csv` are of 16 kHz, `16000.csv` and `44100.csv` have one video each; the
+    first two have rows that cannot be used, too.
+    """
+    monkeypatch.chdir(tmp_path)
+    folder = Path("media")
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for name, rate in (("a", 16_000), ("b", 16_000), ("44100", 44_100)):
+        _write_raw(folder / f"{name}.avi", noise, rate)
+        sound = noise.integers(-9000, 9000, RATE).astype(np.float32) / 2**15
+        write_wave(folder / f"{name}.wav", sound)
+    (folder / "bad.avi").write_bytes(b"no video")
+    (folder / "bad.wav").write_bytes(b"no sound")
+    header = ("path", "caption")
+    for kind, suffix in (("video", "avi"), ("sound", "wav")):
+        names = ("a", "b", "bad", "none", "a")
+        captions = ("one", "", "bad", "none", "two words")
+        rows = [(f"{name}.{suffix}", c) for name, c in zip(names, captions, strict=True)]
+        write_table(folder / f"{kind}.csv", header, rows)
+    for rate, name in ((16_000, "a"), (44_100, "44100")):
+        write_table(folder / f"{rate}.csv", header, [(f"{name}.avi", "a dog barks")])
+    return folder
+
+
+def _write_raw(path: Path, noise: np.random.Generator, rate: int) -> None:
+    """1.44 s of 64 x 64 pixels and of sound, neither compressed."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("rawvideo", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 64, "bgr24"
+        track = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        for i in range(36):
+            pixels = noise.integers(0, 255, (64, 64, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="bgr24")
+            frame.pts = i
+            container.mux(video.encode(frame))
+        samples = noise.integers(-9000, 9000, (1, 36 * rate // 25), np.int16)
+        sound = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        sound.sample_rate = rate
+        container.mux(track.encode(sound))
+        container.mux(video.encode())
+        container.mux(track.encode())
+
+
 def write_table(path: Path, header: tuple[str, ...] | None, rows: list[tuple]) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -68,10 +124,6 @@ def write_wave(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
 def write_json(path: Path, content: object) -> Path:
     path.write_text(json.dumps(content))
     return path
-
-
-def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
 
 
 def rejects(folder: Path) -> dict[str, str]:

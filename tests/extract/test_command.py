@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mfmjt import cli
-from mfmjt.train.store import FeatureStore
-from tests.extract.conftest import files, rejects, write_table
+from mfmjt.features.store import FeatureStore
+from tests.extract.conftest import rejects, write_table
+from tests.support.stores import files
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,20 +13,20 @@ import torch
 
 from mfmjt.data.preview import write_clip
 from mfmjt.errors import InputError, RunError
-from mfmjt.extract import work
+from mfmjt.extract import run
+from mfmjt.extract.run import extract
 from mfmjt.extract.tables import read_table
-from mfmjt.extract.work import extract, verify
-from mfmjt.train.store import FeatureStore
+from mfmjt.features.store import FeatureStore, verify
 from tests.extract.conftest import (
     RATE,
     SHORT,
     SOUND,
-    files,
     rejects,
     write_table,
     write_wave,
 )
 from tests.support.clips import encode_sound, write_sound
+from tests.support.stores import files
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,12 @@ REASONS = {
 }
 
 
-def test_bad_videos_are_listed_and_skipped(ends, broken, tmp_path):
+def test_bad_videos_are_listed_and_skipped(bundle, broken, tmp_path):
     matroska = ("half", "frameless")
     names = ["good.mp4", *(f"{n}{'.mkv' if n in matroska else '.mp4'}" for n in REASONS)]
     rows = [(name, f"caption of {name}") for name in names]
     table = write_table(tmp_path / "t.csv", ("path", "caption"), rows)
-    (done,) = extract(read_table(table, media=broken), tmp_path / "out", ends, SHORT)
+    (done,) = extract(read_table(table, media=broken), tmp_path / "out", bundle, SHORT)
     assert (done.clips, done.rejects) == (1, len(names) - 1)
     found = rejects(done.folder)
     assert found.keys() == set(names) - {"good.mp4"}
@@ -87,7 +87,7 @@ def test_bad_videos_are_listed_and_skipped(ends, broken, tmp_path):
     assert FeatureStore(tmp_path / "out").captions == ["caption of good.mp4"]
 
 
-def test_bad_sounds_are_listed_and_skipped(ends, clips, tmp_path):
+def test_bad_sounds_are_listed_and_skipped(bundle, clips, tmp_path):
     audio = clips[0].audio
     write_wave(tmp_path / "good.wav", audio)
     for name, value in (("nan", np.nan), ("infinite", np.inf)):
@@ -113,7 +113,7 @@ def test_bad_sounds_are_listed_and_skipped(ends, clips, tmp_path):
     names += ("quiet.wav", *(f"dither.{suffix}" for suffix in ("wav", "flac", "mp3", "ogg", "m4a")))
     rows = [(name, "" if name == "uncaptioned" else "x") for name in names]
     table = write_table(tmp_path / "t.csv", ("id", "caption"), rows)
-    (done,) = extract(read_table(table), tmp_path / "out", ends, SOUND)
+    (done,) = extract(read_table(table), tmp_path / "out", bundle, SOUND)
     assert done.clips == 2  # good and quiet
     found = rejects(done.folder)
     assert all("is silent" in found[name] for name in names if name.startswith("dither"))
@@ -124,17 +124,17 @@ def test_bad_sounds_are_listed_and_skipped(ends, clips, tmp_path):
     assert "neither pictures nor a caption" in found["uncaptioned"]
 
 
-def test_features_that_are_not_finite_are_not_stored(ends, videos, tmp_path, monkeypatch):
+def test_features_that_are_not_finite_are_not_stored(bundle, videos, tmp_path, monkeypatch):
     """What overflows in fp16 would be infinite to every network."""
-    real = ends.codec.encode
+    real = bundle.codec.encode
 
     def huge(audio):
         mean, logvar = real(audio)
         mean[1] *= 1e6
         return mean, logvar
 
-    monkeypatch.setattr(ends.codec, "encode", huge)
-    (done,) = extract(read_table(videos / "clips.csv"), tmp_path, ends, SHORT)
+    monkeypatch.setattr(bundle.codec, "encode", huge)
+    (done,) = extract(read_table(videos / "clips.csv"), tmp_path, bundle, SHORT)
     assert done.clips == 2
     assert "not finite" in rejects(done.folder)["b.mp4"]
 
@@ -150,33 +150,33 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_ends_the_run_and_it_goes_on(ends, videos, tmp_path):
+def test_a_full_disk_ends_the_run_and_it_goes_on(bundle, videos, tmp_path):
     rows, out = read_table(videos / "clips.csv"), tmp_path / "out"
     with largest_file(20_000), pytest.raises(RunError, match="Make room"):
-        extract(rows, out, ends, SHORT)
+        extract(rows, out, bundle, SHORT)
     left = files(out)
     assert all(len(content) <= 20_000 for content in left.values())
     assert not any(Path(name).name.startswith(".") for name in left)
-    extract(rows, out, ends, SHORT)
-    extract(rows, tmp_path / "whole", ends, SHORT)
+    extract(rows, out, bundle, SHORT)
+    extract(rows, tmp_path / "whole", bundle, SHORT)
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_a_folder_that_cannot_be_made_is_named(ends, videos, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(bundle, videos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="Give another --out"):
-        extract(read_table(videos / "clips.csv"), tmp_path / "file", ends, SHORT)
+        extract(read_table(videos / "clips.csv"), tmp_path / "file", bundle, SHORT)
 
 
 @pytest.fixture
-def store(ends, videos, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(work, "SHARD_ROWS", 2)
-    extract(read_table(videos / "clips.csv"), tmp_path / "store", ends, SHORT)
+def store(bundle, videos, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(run, "PART_ROWS", 2)
+    extract(read_table(videos / "clips.csv"), tmp_path / "store", bundle, SHORT)
     return tmp_path / "store"
 
 
 @pytest.mark.parametrize("name", ["00000002.safetensors", "text-00000000.safetensors"])
-def test_damage_is_found_and_made_good(ends, videos, store, name):
+def test_damage_is_found_and_made_good(bundle, videos, store, name):
     path = store / "train" / name
     whole = files(store)
     flipped = bytearray(path.read_bytes())
@@ -184,7 +184,7 @@ def test_damage_is_found_and_made_good(ends, videos, store, name):
     path.write_bytes(bytes(flipped))
     with pytest.raises(RunError, match=rf"{name} is damaged: its checksum differs"):
         verify(store)
-    path.write_bytes(path.read_bytes()[:-1])  # and one that ends early
+    path.write_bytes(path.read_bytes()[:-1])  # and one that bundle early
     with pytest.raises(RunError, match=f"{name} is damaged: it has"):
         verify(store)
     with pytest.raises(InputError, match=f"{name} is damaged"):
@@ -195,7 +195,7 @@ def test_damage_is_found_and_made_good(ends, videos, store, name):
     with pytest.raises(InputError, match=f"{name} is missing"):
         FeatureStore(store)
     path.write_bytes(b"")
-    extract(read_table(videos / "clips.csv"), store, ends, SHORT)
+    extract(read_table(videos / "clips.csv"), store, bundle, SHORT)
     assert files(store) == whole
     assert verify(store) == 3
 
@@ -209,7 +209,7 @@ def test_a_header_that_was_changed_is_found(store):
         verify(store)
 
 
-def test_a_store_that_is_not_finished_says_so(ends, videos, store):
+def test_a_store_that_is_not_finished_says_so(bundle, videos, store):
     (store / "train" / "index.json").unlink()
     with pytest.raises(InputError, match="no finished store"):
         verify(store)

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+from mfmjt.data import foley
 from mfmjt.data.preview import write_clip
 from mfmjt.errors import InputError, RunError
 from mfmjt.media import (
@@ -24,7 +25,6 @@ from mfmjt.media import (
     thumbnails,
     write_audio,
 )
-from mfmjt.train.features import video_frames
 from tests.support.clips import (
     decoded_sound,
     frame_index,
@@ -55,7 +55,7 @@ def test_frames_are_those_that_training_sees(tmp_path: Path) -> None:
     video = read_video(write_video(tmp_path / "a.mp4"))
     slow, fast = video.frames
     assert frame_index(fast) == list(range(50))
-    assert frame_index(slow) == frame_index(video_frames(torch.from_numpy(fast), 25, 8).numpy())
+    assert frame_index(slow) == frame_index(fast[foley.frames_shown(len(fast), 8)])
     assert (video.duration, video.fps, video.width, video.height) == (2.0, 25.0, 64, 48)
     assert slow.shape == (16, 64, 64, 3)
     assert fast.dtype == np.uint8

@@ -9,8 +9,8 @@ import torch
 
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
+from mfmjt.features.procedural import write_store
 from mfmjt.train.config import NetworkTraining
-from mfmjt.train.features import extract
 from tests.train.ranks import Ranks
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
@@ -46,9 +46,7 @@ def ends(tmp_path_factory) -> Ends:
 def store(ends, tmp_path_factory) -> Path:
     """A store of 4 training and 2 validation clips, as the stage `features` makes it."""
     folder = tmp_path_factory.mktemp("store")
-    for split, clips in (("train", 4), ("validation", 2)):
-        extract(folder, split, clips, ends.encoders, ends.codec, workers=0)
-    return folder
+    return write_store(folder, {"train": 4, "validation": 2}, ends.codec, ends.encoders, workers=0)
 
 
 @pytest.fixture

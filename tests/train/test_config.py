@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mfmjt.errors import InputError
-from mfmjt.train.config import RECIPES, FeatureExtraction, NetworkTraining, load_config
+from mfmjt.features.procedural import FeatureExtraction
+from mfmjt.train.config import RECIPES, NetworkTraining, load_config
 from mfmjt.train.stages import SETTINGS, STAGES
 
 

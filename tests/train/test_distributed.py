@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mfmjt.errors import InputError
+from mfmjt.features.format import Part
+from mfmjt.features.store import FeatureStore
 from mfmjt.model import MFMJT
-from mfmjt.train import distributed, features
-from mfmjt.train.distributed import Processes, rank_and_world, share
-from mfmjt.train.features import extract
+from mfmjt.train import distributed
+from mfmjt.train.distributed import Processes
 from mfmjt.train.loop import CHECKPOINTS
-from mfmjt.train.shards import Shard
 from mfmjt.train.step import draw
-from mfmjt.train.store import FeatureStore
 from tests.train.conftest import TINY
 from tests.train.ranks import ROOT
 from tests.train.states import load_state, newest
@@ -247,7 +246,7 @@ def spoiled(store, tmp_path) -> Path:
     shard = folder / "train" / "000000.safetensors"
     tensors = load_file(shard)
     tensors["mean"][0] = torch.nan
-    save_file(tensors, shard, metadata=Shard(store / "train" / shard.name).metadata)
+    save_file(tensors, shard, metadata=Part(store / "train" / shard.name).metadata)
     return folder
 
 
@@ -299,34 +298,11 @@ def test_what_cannot_be_shared_says_what_to_do(ranks, run_of, world, changes, wo
     assert all(words in message for message in ended.messages)
 
 
-def test_which_process_this_is(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert rank_and_world() == (0, 1)
-    assert share([1, 2, 3]) == [1, 2, 3]
+def test_one_gpu_is_not_for_several_processes(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(InputError, match="torchrun"):
-        rank_and_world()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert rank_and_world() == (1, 2)
-    assert share([1, 2, 3]) == [2]
     with pytest.raises(InputError, match="device=cuda"):
         Processes("cuda:0")
-
-
-def test_features_are_shared_out(ends, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "SHARD_CLIPS", 1)
-    whole = extract(tmp_path / "whole", "test", 3, ends.encoders, ends.codec, workers=0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, made in (("1", 1), ("0", 3)):
-        monkeypatch.setenv("RANK", rank)
-        folder = extract(tmp_path / "parts", "test", 3, ends.encoders, ends.codec, workers=0)
-        assert len(list(folder.glob("*.safetensors"))) == made
-        assert (folder / "index.json").exists() == (made == 3)
-    assert (folder / "index.json").read_text() == (whole / "index.json").read_text()
-    for path in whole.glob("*.safetensors"):
-        ours, theirs = load_file(folder / path.name), load_file(path)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 # With torchrun itself

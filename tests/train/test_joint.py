@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from mfmjt.errors import InputError
+from mfmjt.features.format import write_part
+from mfmjt.features.store import FeatureStore
 from mfmjt.train import loop
 from mfmjt.train.config import DataSource, NetworkTraining, load_config
 from mfmjt.train.loop import train
-from mfmjt.train.shards import write_shard
 from mfmjt.train.step import Step, draw
-from mfmjt.train.store import FeatureStore
 from tests.train.states import load_state, newest
 from tests.train.test_loop import curve, same_state
 
@@ -29,7 +29,7 @@ def sounds(store, tmp_path_factory) -> Path:
     index = json.loads((store / "train" / "index.json").read_text())
     for name in index["shards"]:
         tensors = load_file(store / "train" / name)
-        write_shard(folder / "train" / name, {k: tensors[k] for k in ("mean", "logvar")}, {})
+        write_part(folder / "train" / name, {k: tensors[k] for k in ("mean", "logvar")}, {})
     index["captions"] = ["", *index["captions"][1:]]
     (folder / "train" / "index.json").write_text(json.dumps(index))
     return folder

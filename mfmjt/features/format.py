@@ -1,7 +1,7 @@
-"""Shards: safetensors files that are mapped instead of read, with a checksum of all they hold.
+"""Parts of a store: safetensors files that are mapped, with a checksum of all they hold.
 
-A mapped tensor is the file's own pages: opening a store of a terabyte costs its headers, nothing is
-copied before it is used, and what was read stays in the system's page cache for every process.
+A mapped tensor is the file's own pages: opening a store of a terabyte reads only its headers,
+nothing is copied before it is used, and all processes share what is in the system's page cache.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import Tensor
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path
 
-__all__ = ["Shard", "will_need", "write_shard"]
+__all__ = ["FORMAT", "INDEX", "Part", "will_need", "write_part"]
 
+FORMAT = "mfmjt-features-1"
+INDEX = "index.json"
 CHECKSUM = "sha256"
 _DTYPES = {
     "F16": torch.float16,
@@ -35,16 +37,16 @@ _DTYPES = {
 _PREFIX = 8  # bytes that hold the header's length
 
 
-class Shard:
-    """One file, mapped into memory.
+class Part:
+    """One file of a store, mapped into memory.
 
     Args:
         path: A safetensors file.
 
     Attributes:
         path: The same.
-        metadata: What the file says of itself, text by name.
-        tensors: Its tensors by name, to be read only.
+        metadata: The header's text by name.
+        tensors: Its tensors by name, read-only.
 
     Raises:
         InputError: There is no such file, or it is damaged.
@@ -66,42 +68,41 @@ class Shard:
                     raise ValueError(f"{name} does not fit into the file")
                 self.tensors[name] = data[begin + first : begin + end].view(dtype).view(shape)
         except FileNotFoundError as error:
-            raise InputError(f"The shard {path} is missing. {_AGAIN}") from error
+            raise InputError(f"The part {path} is missing. {_AGAIN}") from error
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"The shard {path} is damaged: {reason(error)}. {_AGAIN}") from error
+            raise InputError(f"The part {path} is damaged: {reason(error)}. {_AGAIN}") from error
 
     def check(self) -> None:
-        """Read all of the file and compare it with its checksum.
+        """Read the whole file and compare it with its checksum.
 
         Raises:
-            InputError: It differs, or there is none.
+            InputError: The checksum differs, or there is none.
         """
-        said = self.metadata.get(CHECKSUM)
-        if said is None:
-            raise InputError(f"The shard {self.path} has no checksum. {_AGAIN}")
-        if said != _checksum(self.tensors, self.metadata):
-            raise InputError(f"The shard {self.path} is damaged: its checksum differs. {_AGAIN}")
+        stored = self.metadata.get(CHECKSUM)
+        if stored is None:
+            raise InputError(f"The part {self.path} has no checksum. {_AGAIN}")
+        if stored != _checksum(self.tensors, self.metadata):
+            raise InputError(f"The part {self.path} is damaged: its checksum differs. {_AGAIN}")
 
 
 _AGAIN = "Remove it, and the command that made the store makes it again."
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a shard, whole or not at all; the same content is the same file, byte for byte.
+def write_part(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a part, whole or not at all; the same content gives the same file, byte for byte.
 
-    The library's own writer puts the metadata into another order every time.
+    safetensors' own writer puts the metadata into another order every time.
 
     Args:
-        path: Where.
-        tensors: Contiguous, on the CPU.
+        path: The file.
+        tensors: Contiguous tensors on the CPU.
         metadata: Text by name.
 
     Raises:
-        RunError: The disk is full, or cannot be written.
+        RunError: The disk is full or cannot be written.
     """
-    said = dict(metadata)
-    said[CHECKSUM] = _checksum(tensors, said)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(said.items()))}
+    text = {**metadata, CHECKSUM: _checksum(tensors, metadata)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(text.items()))}
     # Wide numbers first, so that each is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     end = 0
@@ -110,12 +111,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         begin, end = end, end + tensor.numel() * tensor.element_size()
         dtype = next(known for known, dtype in _DTYPES.items() if dtype == tensor.dtype)
         header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _PREFIX)
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % _PREFIX)
     with atomic_path(path) as temporary:
         try:
             with temporary.open("wb") as file:
-                file.write(len(text).to_bytes(_PREFIX, "little") + text)
+                file.write(len(start).to_bytes(_PREFIX, "little") + start)
                 for name in order:
                     file.write(_bytes(tensors[name]))
         except OSError as error:
@@ -125,9 +126,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def will_need(*tensors: Tensor) -> None:
-    """Tell the system that these pieces of mapped files are wanted, so that it reads them at once.
+    """Tell the system to read these pieces of mapped files now.
 
-    Faults alone would fetch one after the other, a few pages at a time.
+    Page faults alone would fetch one after the other, a few pages at a time.
     """
     advice = getattr(mmap, "MADV_WILLNEED", None)
     if advice is None:  # a system without it
@@ -144,7 +145,7 @@ _libc = ctypes.CDLL(None)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the data begin, and the file's size, which agrees with the header's."""
+    """Return the header, where the data begin, and the file's size, checked against the header."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_PREFIX), "little")
@@ -160,8 +161,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    said = {name: text for name, text in metadata.items() if name != CHECKSUM}
-    digest.update(json.dumps(said, sort_keys=True).encode())
+    text = {name: value for name, value in metadata.items() if name != CHECKSUM}
+    digest.update(json.dumps(text, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())

@@ -22,35 +22,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mfmjt.errors import InputError, reason, some
-from mfmjt.train.shards import Shard, will_need
+from mfmjt.errors import InputError, RunError, reason, some
+from mfmjt.features.format import INDEX, Part, will_need
+from mfmjt.model.config import SYNC_SEGMENT
+from mfmjt.progress import ProgressBar
 
-__all__ = ["FeatureStore"]
+__all__ = ["FeatureStore", "verify"]
 
-SYNC_SEGMENT = 8
 _STREAMS = ("mean", "logvar", "video", "sync")
-_Asked = tuple[bytes, bytes, int | None]
+_Request = tuple[tuple[int, ...], tuple[int, ...] | None, int | None]
+"""Clips, starts and window of rows."""
 
 
 class FeatureStore:
     """One split of one feature store, or of several.
 
     Args:
-        folder: Folder of the store, as given to `mfmjt.train.features.extract` or to
-            `mfmjt extract`; or several, each with its weight: the share of a batch's rows that come
-            from it is its weight over the sum of all.
+        folder: Folder of the store, as the stage `features` or `mfmjt extract` made it; or several,
+            each with its weight: the share of a batch's rows that come from it is its weight over
+            the sum of all.
         split: Name of the split.
-        device: Where batches are wanted.
+        device: Device of the batches.
 
     Attributes:
-        folder: Of the split; of several stores, the first one's.
-        captions: Of each clip, in order; empty where a clip has none.
+        folder: Folder of the split; of several stores, the first one's.
+        captions: Caption of each clip, in order; empty where a clip has none.
         labels, events: What else is known of clips of the procedural set.
         latent_mean, latent_std: Statistics (C,) of this split's sampled latents, fp32; of several
             stores, the first one's. Training normalises every split by those of `train`: set
             `latent_mean` and `latent_std`.
-        latent_length: Latents of a whole clip.
-        has_text: Whether the text features are there: in the store, or after `encode_text`.
+        latent_length: Number of latents of a whole clip.
+        has_text: Whether there are text features: in the store, or after `encode_text`.
         null_text: Features (L, D) of the empty text where the store has them, else None.
 
     Raises:
@@ -66,32 +68,32 @@ class FeatureStore:
         given = [(folder, 1.0)] if isinstance(folder, str | Path) else list(folder)
         self.folder = Path(given[0][0]) / split
         self.device = torch.device(device)
-        parts = [_Part(Path(path) / split) for path, _ in given]
-        self.captions = [caption for part in parts for caption in part.captions]
-        self.labels = [label for part in parts for label in part.labels]
-        self.events = [events for part in parts for events in part.events]
-        statistics = torch.tensor(parts[0].statistics, device=self.device)
+        splits = [_Split(Path(path) / split) for path, _ in given]
+        self.captions = [caption for s in splits for caption in s.captions]
+        self.labels = [label for s in splits for label in s.labels]
+        self.events = [events for s in splits for events in s.events]
+        statistics = torch.tensor(splits[0].statistics, device=self.device)
         self.latent_mean, self.latent_std = statistics
-        self._sizes = [len(part.captions) for part in parts]
-        self._streams = {key: _Stream([p.tensors[key] for p in parts]) for key in _STREAMS}
+        self._sizes = [len(s.captions) for s in splits]
+        self._streams = {key: _Stream([s.tensors[key] for s in splits]) for key in _STREAMS}
         self._text: _Stream | None = None
         self._text_row: NDArray[np.int64] = np.empty(0, np.int64)
         self.null_text: Tensor | None = None
-        if all(part.texts for part in parts):
-            self._text = _Stream([[shard.tensors["text"] for shard in p.texts] for p in parts])
-            starts = np.cumsum([0] + [sum(len(t) for t in texts) for texts in self._text.parts])
+        if all(s.texts for s in splits):
+            self._text = _Stream([[part.tensors["text"] for part in s.texts] for s in splits])
+            starts = np.cumsum([0] + [sum(len(t) for t in texts) for texts in self._text.splits])
             self._text_row = np.concatenate(
-                [start + part.text_row for start, part in zip(starts[:-1], parts, strict=True)]
+                [start + s.text_row for start, s in zip(starts[:-1], splits, strict=True)]
             )
-            self.null_text = parts[0].texts[0].tensors["text"][0].float()
-        elif any(part.texts for part in parts):
+            self.null_text = splits[0].texts[0].tensors["text"][0].float()
+        elif any(s.texts for s in splits):
             raise InputError(
-                f"Of the stores {some(p.folder for p in parts)} some have features of "
+                f"Of the stores {some(s.folder for s in splits)} some have features of "
                 "text and others have not. Extract all of them with the same encoders."
             )
-        heard = np.array([bool(caption) for caption in self.captions])
-        seen = np.repeat([not p.tensors["video"][0].is_meta for p in parts], self._sizes)
-        self._masks = {"video_mask": seen, "text_mask": heard}
+        has_caption = np.array([bool(caption) for caption in self.captions])
+        has_video = [not s.tensors["video"][0].is_meta for s in splits]
+        self._masks = {"video_mask": np.repeat(has_video, self._sizes), "text_mask": has_caption}
         self.latent_length = self._streams["mean"].shape[0]
         self.grid = self._grid()
         weights = np.array([weight for _, weight in given], np.float64)
@@ -101,7 +103,7 @@ class FeatureStore:
         self._first = torch.tensor(np.cumsum([0, *self._sizes])[:-1])
         self._count = torch.tensor(self._sizes)
         self._reader: ThreadPoolExecutor | None = None
-        self._ahead: dict[_Asked, Future[dict[str, Tensor]]] = {}
+        self._ahead: dict[_Request, Future[dict[str, Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -189,20 +191,17 @@ class FeatureStore:
         return clips, starts, noise
 
     def prefetch(self, clips: Tensor, starts: Tensor | None, window: int | None) -> None:
-        """Read in a thread what `rows` will be asked for: the same clips, starts and window.
+        """Read in a thread what a later call of `rows` takes: the same clips, starts and window.
 
-        Rows that were not foretold are read when they are asked for.
+        Rows that were not prefetched are read when they are taken.
         """
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "mfmjt-store")
-        window = None if starts is None else window
-        which, first = _numpy(clips), None if starts is None else _numpy(starts)
-        self._ahead[_asked(which, first, window)] = self._reader.submit(
-            self._read, which, first, window
-        )
+        request = _request(clips, starts, window)
+        self._ahead[request] = self._reader.submit(self._read, *request)
 
     def settle(self) -> None:
-        """Wait until what was foretold is read, so that the thread has nothing to do."""
+        """Wait until what is prefetched is read, so that the thread is idle."""
         wait(self._ahead.values())
 
     def rows(
@@ -224,14 +223,11 @@ class FeatureStore:
             store has them, `text` (B, L, Dt) where `has_text`; and where some clips lack video or
             text, `video_mask` or `text_mask` (B,) bool, False for those.
         """
-        window = None if noise is None or starts is None else noise.shape[1]
-        which, first = _numpy(clips), None if starts is None else _numpy(starts)
-        found = self._ahead.pop(_asked(which, first, window), None)
-        if found is None:
-            self._ahead.clear()  # foretold for nothing
-            read = self._read(which, first, window)
-        else:
-            read = found.result()
+        request = _request(clips, starts, None if noise is None else noise.shape[1])
+        prefetched = self._ahead.pop(request, None)
+        if prefetched is None:
+            self._ahead.clear()  # prefetched but not used
+        read = self._read(*request) if prefetched is None else prefetched.result()
         features = {key: self._moved(value) for key, value in read.items()}
         mean, logvar = features.pop("mean"), features.pop("logvar")
         if noise is not None:
@@ -246,20 +242,21 @@ class FeatureStore:
         return moved.float() if moved.is_floating_point() else moved
 
     def _read(
-        self, clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
+        self, clips: tuple[int, ...], starts: tuple[int, ...] | None, window: int | None
     ) -> dict[str, Tensor]:
-        """Rows of all streams on the CPU."""
+        """Return rows of all streams, on the CPU."""
+        rows = np.array(clips, np.int64)
         pieces: dict[str, list[Tensor]] = {}
         for key, stream in self._streams.items():
             if stream.known:
-                pieces[key] = stream.find(clips, *self._cut(stream.shape[0], starts, window))
+                pieces[key] = stream.find(rows, *self._cut(stream.shape[0], starts, window))
         if self._text is not None:
-            pieces["text"] = self._text.find(self._text_row[clips], None, None)
+            pieces["text"] = self._text.find(self._text_row[rows], None, None)
         will_need(*(p for found in pieces.values() for p in found if not p.is_meta))
         features = {key: self._copied(found) for key, found in pieces.items()}
         for key, mask in self._masks.items():
             if not mask.all():
-                features[key] = torch.from_numpy(mask[clips])
+                features[key] = torch.from_numpy(mask[rows])
         return features
 
     def _copied(self, pieces: list[Tensor]) -> Tensor:
@@ -274,45 +271,82 @@ class FeatureStore:
         return batch
 
     def _cut(
-        self, length: int, starts: NDArray[np.int64] | None, window: int | None
+        self, length: int, starts: tuple[int, ...] | None, window: int | None
     ) -> tuple[NDArray[np.int64] | None, int | None]:
-        """First row and number of rows of a stream between the same times as latents `starts`."""
+        """Return the first places of windows in a stream of `length`, and their number of places.
+
+        They lie between the same times as `window` latents from `starts` on.
+        """
         if starts is None or window is None:
             return None, None
         rate = length / self.latent_length
         count = round(window * rate)
-        first = np.rint(starts * rate).astype(np.int64)
+        first = np.rint(np.array(starts) * rate).astype(np.int64)
         return np.minimum(first, length - count), count
 
 
-class _Stream:
-    """One kind of feature over all shards of all stores; meta tensors stand for what is absent."""
+def verify(store: str | Path) -> int:
+    """Compare every part of a store with its checksum.
 
-    def __init__(self, parts: list[list[Tensor]]) -> None:
-        self.parts = parts
-        flat = [piece for part in parts for piece in part if len(piece)]
-        present = [piece for piece in flat if not piece.is_meta]
+    Returns:
+        How many files were read.
+
+    Raises:
+        InputError: There is no finished store.
+        RunError: Files are missing or damaged; the message names them.
+    """
+    indices = sorted(Path(store).glob(f"*/{INDEX}"))
+    if not indices:
+        raise InputError(f"{store} holds no finished store. Run mfmjt extract first.")
+    wrong: list[str] = []
+    paths: list[Path] = []
+    for path in indices:
+        try:
+            index = json.loads(path.read_text())
+            names = [*index["shards"], *index.get("text_shards", [])]
+        except (OSError, ValueError, KeyError) as error:
+            wrong.append(f"{path} cannot be read ({reason(error)}).")
+            continue
+        paths += [path.parent / name for name in names]
+    with ProgressBar("verify", len(paths), 0, "files") as progress:
+        for done, path in enumerate(paths, start=1):
+            try:
+                Part(path).check()
+            except InputError as error:
+                wrong.append(str(error))
+            progress.update(done)
+    if wrong:
+        raise RunError(some(wrong, " ", 2, each=250))
+    return len(paths)
+
+
+class _Stream:
+    """One kind of feature over all parts of all splits; meta tensors stand for what is absent."""
+
+    def __init__(self, splits: list[list[Tensor]]) -> None:
+        self.splits = splits
+        self._parts = [part for split in splits for part in split if len(part)]
+        present = [part for part in self._parts if not part.is_meta]
         self.known = bool(present)
-        kinds = {(tuple(piece.shape[1:]), piece.dtype) for piece in present}
+        kinds = {(tuple(part.shape[1:]), part.dtype) for part in present}
         if len(kinds) > 1:
             raise InputError(
-                f"Stores or shards hold features of different kinds: {sorted(map(str, kinds))}. "
+                f"Stores or parts hold features of different kinds: {sorted(map(str, kinds))}. "
                 "Extract all with the same encoders, dtype and duration."
             )
         self.shape, dtype = next(iter(kinds), ((1, 1), torch.float32))
         self._absent = torch.empty(self.shape, dtype=dtype, device="meta")
-        self._shards = flat
-        self._ends = np.cumsum([len(piece) for piece in flat])
+        self._ends = np.cumsum([len(part) for part in self._parts])
 
     def find(
         self, rows: NDArray[np.int64], first: NDArray[np.int64] | None, count: int | None
     ) -> list[Tensor]:
-        """Each row's piece of a shard, or as much of it as is wanted."""
-        shards = np.searchsorted(self._ends, rows, side="right")
-        begins = np.concatenate(([0], self._ends))[shards]
+        """Return each row as a view of its part, or `count` places of it from `first` on."""
+        parts = np.searchsorted(self._ends, rows, side="right")
+        begins = np.concatenate(([0], self._ends))[parts]
         found = []
-        for i, (shard, row) in enumerate(zip(shards, (rows - begins).tolist(), strict=True)):
-            piece = self._shards[shard]
+        for i, (part, row) in enumerate(zip(parts, (rows - begins).tolist(), strict=True)):
+            piece = self._parts[part]
             piece = self._absent if piece.is_meta else piece[row]
             if first is not None and count is not None:
                 piece = piece[first[i] : first[i] + count]
@@ -320,22 +354,22 @@ class _Stream:
         return found
 
 
-class _Part:
+class _Split:
     """One split of one store, as its index describes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            index = json.loads((folder / "index.json").read_text())
+            index = json.loads((folder / INDEX).read_text())
             self.captions: list[str] = index["captions"]
             self.labels: list[int] = index.get("labels", [])
             self.events: list[list[float]] = index.get("events", [])
             self.statistics = (index["latent_mean"], index["latent_std"])
-            shards = [Shard(folder / name) for name in index["shards"]]
-            self.texts = [Shard(folder / name) for name in index.get("text_shards", [])]
+            parts = [Part(folder / name) for name in index["shards"]]
+            self.texts = [Part(folder / name) for name in index.get("text_shards", [])]
             row = {text: i for i, text in enumerate(index.get("texts", []))}
             self.text_row = np.array([row[caption] for caption in self.captions if self.texts])
-            self.tensors = {key: [_stream(s, key) for s in shards] for key in _STREAMS}
+            self.tensors = {key: [_stream(part, key) for part in parts] for key in _STREAMS}
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"Cannot read features from {folder}: {reason(error)}. Make them with the stage "
@@ -344,24 +378,20 @@ class _Part:
         if not self.captions or sum(map(len, self.tensors["mean"])) != len(self.captions):
             raise InputError(
                 f"Cannot read features from {folder}: the index names {len(self.captions)} clips "
-                f"and the shards hold {sum(map(len, self.tensors['mean']))}. Make the store again."
+                f"and the parts hold {sum(map(len, self.tensors['mean']))}. Make the store again."
             )
 
 
-def _stream(shard: Shard, key: str) -> Tensor:
-    """One feature of a shard's clips; sounds without pictures have no `video` and `sync`."""
-    if key in shard.tensors:
-        return shard.tensors[key]
+def _stream(part: Part, key: str) -> Tensor:
+    """Return one feature of a part's clips; sounds without frames have no `video` and `sync`."""
+    if key in part.tensors:
+        return part.tensors[key]
     if key in ("mean", "logvar"):
-        raise KeyError(f"{key} in {shard.path.name}")
-    return torch.empty(len(shard.tensors["mean"]), 1, 1, device="meta")
+        raise KeyError(f"{key} in {part.path.name}")
+    return torch.empty(len(part.tensors["mean"]), 1, 1, device="meta")
 
 
-def _numpy(values: Tensor) -> NDArray[np.int64]:
-    return values.cpu().numpy()
-
-
-def _asked(
-    clips: NDArray[np.int64], starts: NDArray[np.int64] | None, window: int | None
-) -> _Asked:
-    return clips.tobytes(), b"" if starts is None else starts.tobytes(), window
+def _request(clips: Tensor, starts: Tensor | None, window: int | None) -> _Request:
+    if starts is None:
+        return tuple(clips.tolist()), None, None
+    return tuple(clips.tolist()), tuple(starts.tolist()), window

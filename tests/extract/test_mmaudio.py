@@ -1,4 +1,4 @@
-"""Features by MMAudio's ends, in real layouts and small sizes: what its network is given."""
+"""Features by MMAudio's codecs and encoders, in small sizes: what its network is given."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mfmjt.encoders import CLIP, MMAudioEncoders, Synchformer
 from mfmjt.encoders.tokenizer import Tokenizer
 from mfmjt.errors import InputError
 from mfmjt.extract.clips import Cut
-from mfmjt.extract.ends import Ends
+from mfmjt.extract.run import Settings, extract
 from mfmjt.extract.tables import read_table
-from mfmjt.extract.work import Settings, extract
+from mfmjt.families import Bundle, open_bundle
+from mfmjt.features.format import Part
+from mfmjt.features.store import FeatureStore
 from mfmjt.media import VideoStream, read_audio
-from mfmjt.train.shards import Shard
-from mfmjt.train.store import FeatureStore
-from tests.extract.conftest import write_table
+from tests.extract.conftest import bundle_of, write_table
 from tests.oracle import allowance, error
 from tests.support.published import CLIP_CONFIG, SYNC_CONFIG, VAES, VOCODERS
+from tests.support.stores import listed
 
-CPU = torch.device("cpu")
 SECONDS = 1.2
 
 
 @pytest.fixture(scope="module", params=["16k", "44k"])
-def mmaudio(request, merges) -> Ends:
+def mmaudio(request, merges) -> Bundle:
     torch.manual_seed(0)
     mode = request.param
     encoders = MMAudioEncoders(
@@ -37,7 +37,7 @@ def mmaudio(request, merges) -> Ends:
         (CLIP_CONFIG.image_size, SYNC_CONFIG.size),
     )  # fmt: skip
     codec = MMAudioCodec(mode, VAE(VAES[mode]), BigVGAN(VOCODERS[mode]))
-    return Ends(codec, encoders).to(CPU)
+    return bundle_of(f"small_{mode}", codec, encoders)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_features_are_what_the_network_is_trained_on(mmaudio, video, tmp_path):
     table = write_table(tmp_path / "t.csv", ("id", "caption"), [("x", "a dog barks")])
     settings = Settings(Cut(SECONDS, SECONDS), dtype="float32", workers=1)
     extract(read_table(table, media=video.parent), tmp_path / "out", mmaudio, settings)
-    found = Shard(tmp_path / "out" / "train" / "00000000.safetensors").tensors
+    found = Part(tmp_path / "out" / "train" / "00000000.safetensors").tensors
 
     encoders, rate = mmaudio.encoders, mmaudio.codec.sample_rate
     whole: tuple[list, list] = ([], [])
@@ -84,20 +84,28 @@ def test_features_are_what_the_network_is_trained_on(mmaudio, video, tmp_path):
     assert torch.equal(store.null_text, text[0])
 
 
-def test_folders_without_ends_say_what_to_do(tmp_path):
+def test_the_bytes_of_a_store_stay(mmaudio, raw_media, tmp_path, digests):
+    rate = mmaudio.codec.sample_rate
+    settings = Settings(Cut(SECONDS, SECONDS))
+    extract(read_table(raw_media / f"{rate}.csv"), tmp_path / "out", mmaudio, settings)
+    digests.check(f"{rate} Hz", *listed(tmp_path / "out"))
+
+
+def test_folders_without_codec_and_encoders_say_what_to_do(tmp_path):
     with pytest.raises(InputError, match="neither"):
-        Ends.load(tmp_path)
+        open_bundle(tmp_path, False)
     with pytest.raises(InputError, match="leave out the codec"):
-        Ends.load("nano", "16k")
+        open_bundle("nano", False, "16k")
     with pytest.raises(InputError, match=r"best_netG\.pt"):
-        Ends.load(tmp_path, "16k")
+        open_bundle(tmp_path, False, "16k")
 
 
-def test_ends_are_told_apart_by_their_weights(mmaudio):
-    before = mmaudio.identity()
+def test_encoders_are_told_apart_by_their_weights(mmaudio):
+    parts = mmaudio.codec, mmaudio.encoders
+    before = Bundle(mmaudio.network, *parts).identity()
     with torch.no_grad():
         weight = next(mmaudio.encoders.clip.parameters())
         weight += 1
-        changed = mmaudio.identity()
+        changed = Bundle(mmaudio.network, *parts).identity()
         weight -= 1
     assert changed != before

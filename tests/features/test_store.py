@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mfmjt.errors import InputError
-from mfmjt.train import store as store_module
-from mfmjt.train.shards import write_shard
-from mfmjt.train.store import FeatureStore
+from mfmjt.features import store as store_module
+from mfmjt.features.format import write_part
+from mfmjt.features.store import FeatureStore
 
 LATENT_HZ, VIDEO_HZ, SYNC_HZ = 31.25, 8, 25
 CLIPS = 5
@@ -135,7 +135,7 @@ def test_a_missing_store_says_how_to_make_one(tmp_path):
         FeatureStore(tmp_path)
 
 
-def test_a_damaged_shard_is_named(clock):
+def test_a_damaged_part_is_named(clock):
     (clock.folder / "a.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="Cannot read features"):
         FeatureStore(clock.folder.parent)
@@ -162,10 +162,10 @@ def write_store(folder, clips, streams=tuple(SHAPES), first=0, text=True, captio
     }
     for name, part in (("a", slice(0, 1)), ("b", slice(1, None))):
         cut = {key: value[part].contiguous() for key, value in tensors.items()}
-        write_shard(folder / "train" / f"{name}.safetensors", cut, {})
+        write_part(folder / "train" / f"{name}.safetensors", cut, {})
     if text:
         features = torch.stack([torch.full((2, 3), float(len(t))) for t in texts])
-        write_shard(folder / "train" / "text.safetensors", {"text": features}, {})
+        write_part(folder / "train" / "text.safetensors", {"text": features}, {})
         index |= {"text_shards": ["text.safetensors"], "texts": texts}
     (folder / "train" / "index.json").write_text(json.dumps(index))
     return folder
@@ -245,7 +245,7 @@ def test_features_that_overlap_are_taken_whole(tmp_path, monkeypatch):
     assert store.choose(2, 20, generator)[1] is None
 
 
-def test_what_was_foretold_is_what_is_read(two, monkeypatch):
+def test_what_was_prefetched_is_what_is_read(two, monkeypatch):
     store = FeatureStore([(two[0], 1.0), (two[1], 1.0)])
     clips, starts, noise = store.draw(6, 10, torch.Generator().manual_seed(0))
     expected = store.rows(clips, starts, noise)
@@ -256,7 +256,7 @@ def test_what_was_foretold_is_what_is_read(two, monkeypatch):
     assert not calls
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     store.prefetch(clips, starts, 10)
-    other = store.rows(clips.flip(0), starts.flip(0), noise)  # not what was foretold
+    other = store.rows(clips.flip(0), starts.flip(0), noise)  # not what was prefetched
     assert torch.equal(other["video"], expected["video"].flip(0))
     assert not store._ahead
 
@@ -271,7 +271,7 @@ def test_the_host_need_not_ask_the_device_what_to_read(two):
         there.prefetch(*found, 10)
         rows = there.rows(*found, torch.empty(6, 10, 4, device="meta"))
         assert rows["latent"].shape == (6, 10, 4)
-        assert not there._ahead  # it was what was foretold
+        assert not there._ahead  # it was what was prefetched
 
 
 def test_it_settles_when_all_is_read(two, monkeypatch):
@@ -310,7 +310,7 @@ def test_an_index_that_names_other_clips_is_refused(tmp_path):
     path = folder / "train" / "index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"captions": index["captions"][:2]}))
-    with pytest.raises(InputError, match="names 2 clips and the shards hold 3"):
+    with pytest.raises(InputError, match="names 2 clips and the parts hold 3"):
         FeatureStore(folder)
 
 
