@@ -1,6 +1,6 @@
 """The judge of what a sound is: a small convolutional network on log-mel spectra.
 
-It is trained on real procedural audio alone (`mfmjt.train.classifier`): its opinion of generated
+It is trained on real procedural audio alone (`mfmjt train classifier`): its opinion of generated
 audio says how far that would pass for the real thing; its embedding carries the Fréchet distance.
 """
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mfmjt import meanflow
 from mfmjt.features.store import FeatureStore
-from mfmjt.meanflow.targets import Target, Velocity
-from mfmjt.train.config import NetworkTraining
+from mfmjt.meanflow.targets import Target, Velocity, load_target
+from mfmjt.train.recipe import NetworkTraining
 
 __all__ = ["Draws", "Step", "compile_step", "draw"]
 
@@ -27,7 +27,7 @@ class Draws(NamedTuple):
         clips: Clips (B,) int64, on the CPU.
         starts: First latents of the windows (B,) int64, on the CPU; None for whole clips.
         latent_noise: Of sampling the codec's latents (B, N, C).
-        video_mask: Rows (B,) that keep video and synchronisation.
+        video_mask: Rows (B,) that keep video and synchronization.
         text_mask: Rows (B,) that keep their text.
         r: End of the interval (B,).
         t: Its begin (B,).
@@ -85,7 +85,7 @@ def draw(
 
 
 class Step(nn.Module):
-    """The loss of some rows as one module with one forward pass, which is what DDP can synchronise.
+    """The loss of some rows as one module with one forward pass, which is what DDP can synchronize.
 
     MeanFlow calls the network twice, one time of that inside `torch.func.jvp`. Wrapped alone, the
     network would be called around DDP's hooks, and gradients would differ between processes
@@ -115,7 +115,7 @@ class Step(nn.Module):
         cond = {key: value for key, value in features.items() if key != "latent"}
         for name, kept in (("video_mask", draws.video_mask), ("text_mask", draws.text_mask)):
             cond[name] = cond[name] & kept if name in cond else kept  # a clip may lack them
-        return meanflow.loss(
+        return meanflow.loss_and_errors(
             self.net,
             features["latent"],
             cond,
@@ -127,7 +127,6 @@ class Step(nn.Module):
             intervals=intervals,
             target=self.target,
             velocity=self.velocity,
-            return_stats=True,
         )
 
 
@@ -146,12 +145,7 @@ def compile_step(step: Step, backend: str = "inductor") -> None:
 def _target(config: NetworkTraining) -> Target:
     if config.target == "alpha_flow":
         return meanflow.alpha_flow(config.alpha)
-    if config.target == "finite_difference":
-        return meanflow.finite_difference()
-    return {
-        "mean_velocity": meanflow.mean_velocity,
-        "improved_mean_velocity": meanflow.improved_mean_velocity,
-    }[config.target]
+    return load_target(config.target)
 
 
 def _velocity(config: NetworkTraining) -> Velocity | None:

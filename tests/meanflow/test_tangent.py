@@ -106,7 +106,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from mfmjt import meanflow
 from mfmjt.errors import InputError
-from tests.meanflow.test_forward import Net
+from tests.meanflow.test_tangent import Net
 
 class Loss(nn.Module):
     def __init__(self, net):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from mfmjt.train.ema import EMA
+from mfmjt.train.optim import EMA
 
 
 def test_closed_form():

@@ -24,9 +24,15 @@ from mfmjt.codec.mel import filterbank, stft
 from mfmjt.data import foley
 from mfmjt.data._captions import words
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
-from mfmjt.train.ends import Trainer, render_array
+from mfmjt.train.tasks.procedural import (
+    ProceduralTask,
+    ProceduralTraining,
+    render_array,
+    whole_batch,
+)
+from mfmjt.train.trainer import Batch, TrainingResult, train
 
-__all__ = ["EncodersConfig", "train_encoders"]
+__all__ = ["EncodersTask", "EncodersTraining", "train_encoders"]
 
 _REACH = 4
 _PER_FRAME = 4  # mel frames per video frame
@@ -34,29 +40,16 @@ _BANDS = 40
 
 
 @dataclass(frozen=True)
-class EncodersConfig:
-    """Settings of `train_encoders`.
+class EncodersTraining(ProceduralTraining):
+    """How the encoders are trained.
 
     Attributes:
-        out: Folder of the log, the checkpoint, the rendered frames and `encoders.safetensors`.
-        steps: Optimiser steps.
-        windows: Clips per step for the sync encoder.
-        window: Frames of each.
         batch: Clips per step for the frame and text encoders.
         pictures: Frames of each.
-        lr: Peak learning rate.
-        warmup: Steps to reach it.
-        ema: Decay of the averaged weights, which are the ones exported.
+        windows: Clips per step for the sync encoder.
+        window: Frames of each.
         clips: Training clips rendered (2.5 MB each, on disk).
-        validation_clips: Validation clips.
-        seed: Of the data and of every draw.
-        workers: Processes that render; 0 renders in this one.
-        threads: Of PyTorch; 0 leaves its default.
-        bf16: Run the networks in bfloat16.
         on_disk: Keep the rendered frames in `out`; otherwise in memory.
-        resume: Continue from the checkpoint in `out`.
-        log_every: Steps between lines of the log.
-        save_every: Steps between checkpoints and validations.
         model: Sizes of the encoders.
     """
 
@@ -66,18 +59,9 @@ class EncodersConfig:
     window: int = 48
     batch: int = 36
     pictures: int = 2
-    lr: float = 1.5e-3
-    warmup: int = 100
-    ema: float = 0.995
     clips: int = 1800
     validation_clips: int = 96
-    seed: int = 0
-    workers: int = 2
-    threads: int = 0
-    bf16: bool = True
     on_disk: bool = True
-    resume: bool = True
-    log_every: int = 25
     save_every: int = 200
     model: NanoEncodersConfig = field(default_factory=NanoEncodersConfig)
 
@@ -124,7 +108,7 @@ class _Towers(nn.Module):
 class _Clips:
     """A split of the set, ready for training."""
 
-    def __init__(self, split: str, count: int, config: EncodersConfig) -> None:
+    def __init__(self, split: str, count: int, config: EncodersTraining) -> None:
         path = config.out / f"{split}_{count}.npy" if config.on_disk else None
         size = NanoEncoders.frame_size
         self.length = round(foley.DURATION * foley.FPS)
@@ -200,7 +184,7 @@ def _augment(frames: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
         x = x * float(rng.uniform(0.8, 1.2)) + float(rng.uniform(-0.15, 0.15))
         start = int(rng.integers(x.numel()))
         x = x + float(rng.uniform(0, 0.04)) * grain[start : start + x.numel()].view(x.shape)
-        # Blocks of eight pixels that flicker, as coarse quantisation makes them.
+        # Blocks of eight pixels that flicker, as coarse quantization makes them.
         blocks = rng.standard_normal((length, 3, height // 8, 1, width // 8, 1), dtype=np.float32)
         x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))
         x = x + float(rng.uniform(0, 0.03)) * torch.from_numpy(blocks)
@@ -226,123 +210,139 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor, positive: Tensor) -> Tensor:
     return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
 
 
-def train_encoders(config: EncodersConfig) -> Path:
-    """Train `NanoEncoders` on procedural clips, from the start or from the checkpoint.
+class EncodersTask(ProceduralTask):
+    """The encoders, and the towers and heads that only their training needs."""
 
-    Returns:
-        Path of the exported `encoders.safetensors` (averaged weights, float16).
+    title = "encoders"
+    figures = ("loss", "match", "sync", "event")
 
-    Raises:
-        InputError: The folder holds a checkpoint of another model.
-        RunError: The training diverged.
-    """
-    c = config
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    torch.manual_seed(c.seed)
-    towers = _Towers(c.model)
-    trainer = Trainer(
-        towers, c.out, steps=c.steps, lr=c.lr, warmup=c.warmup, decay=c.ema, seed=c.seed,
-        resume=c.resume,
-    )  # fmt: skip
-    clips = _Clips("train", c.clips, c)
-    held_out = _Clips("validation", c.validation_clips, c)
+    def __init__(self, recipe: EncodersTraining) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.towers = _Towers(recipe.model)
+        super().__init__(recipe, self.towers)
+        self.clips = _Clips("train", recipe.clips, recipe)
+        self.held_out = _Clips("validation", recipe.validation_clips, recipe)
 
-    def loss(rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
-        del generator
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
-            match = _match_loss(towers, clips, c, rng)
-            sync, event = _sync_loss(towers, clips, c, rng)
+    def draw(self, step: int) -> Batch:
+        """Draw frames and captions to match, and windows of motion and sound."""
+        rng, _ = self.generators(step)
+        match, sync = self._draw_match(rng), self._draw_sync(rng)
+        return whole_batch(self.recipe.batch, self.figures, *match, *sync)
+
+    def _draw_match(self, rng: np.random.Generator) -> tuple[Tensor, list[str], Tensor]:
+        clips, c = self.clips, self.recipe
+        rows = rng.choice(len(clips.labels), size=c.batch, replace=False)
+        when = rng.integers(clips.length, size=(c.batch, c.pictures))
+        frames = np.stack([clips.frames[row, t] for row, t in zip(rows, when, strict=True)])
+        augmented = _augment(frames, rng)
+        texts = [_reword(clips.captions[row], rng) for row in rows]
+        return augmented, texts, torch.from_numpy(clips.labels[rows])
+
+    def _draw_sync(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        clips, c = self.clips, self.recipe
+        rows = rng.choice(len(clips.labels), size=c.windows, replace=False)
+        starts = rng.integers(clips.length - c.window + 1, size=c.windows)
+        span = np.arange(-_REACH, c.window + _REACH)
+        index = np.clip(starts[:, None] + span, 0, clips.length - 1)
+        frames = np.stack([clips.frames[row, i] for row, i in zip(rows, index, strict=True)])
+        augmented = _augment(frames, rng)
+        places = [(row, start) for row, start in zip(rows, starts, strict=True)]
+        width = c.window + 2 * _REACH
+        mel = np.stack([clips.mel[row, start : start + width] for row, start in places])
+        louder = rng.uniform(-0.3, 0.3, size=(c.windows, 1, 1))
+        events = np.stack([clips.targets[row, start : start + c.window] for row, start in places])
+        return augmented, torch.from_numpy(mel + louder).float(), torch.from_numpy(events)
+
+    def loss(
+        self,
+        frames: Tensor,
+        texts: list[str],
+        labels: Tensor,
+        moving: Tensor,
+        mel: Tensor,
+        events: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the contrasts of both pairs, and the error of the event head.
+
+        Args:
+            frames: Of clips (B, pictures, 3, H, W).
+            texts: Their captions.
+            labels: Their classes (B,).
+            moving: Windows of frames (W, T + 8, 3, H, W).
+            mel: Their sound (W, T + 8, 160).
+            events: 1 where an event sounds (W, T).
+        """
+        towers = self.towers
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            match = _match_loss(towers, frames, texts, labels)
+            sync, event = _sync_loss(towers, moving, mel, events)
         total = match + sync + event
         return {"loss": total, "match": match, "sync": sync, "event": event}
 
-    trainer.run(
-        "encoders",
-        loss,
-        functools.partial(_validate, towers, held_out),
-        log_every=c.log_every,
-        save_every=c.save_every,
-    )
-    path = c.out / "encoders.safetensors"
-    with trainer.averaged():
-        towers.encoders.save(path, torch.float16)
-    return path
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Class retrieval both ways, share of clips put in sync, F1 of the event head."""
+        towers, clips = self.towers, self.held_out
+        seen, offsets, counts = [], [], np.zeros(3)
+        for row in range(len(clips.labels)):
+            frames = torch.from_numpy(np.array(clips.frames[row]))[None]
+            picked = frames[:, :: foley.FPS // 8]
+            seen.append(towers.embed("frames", towers.encoders.encode_frames(picked).mean(1)))
+            if foley.CLASSES[clips.labels[row]] not in foley.IMPACT_CLASSES:
+                continue
+            moving = towers.encoders.encode_sync(frames)[:, : clips.length]
+            sounding = towers.audio(torch.from_numpy(clips.mel[row][None].astype(np.float32)))
+            a, b = towers.embed("motion", moving)[0], towers.embed("audio", sounding)[0]
+            offsets.append(abs(_best_offset(a @ b.T)) <= 1)
+            predicted = _peaks(towers.event(moving)[0, :, 0].sigmoid().numpy())
+            counts += _matches(predicted, clips.events[row] * foley.FPS - 0.5)
+        texts = towers.embed("text", towers.encoders.encode_text(clips.captions).mean(1))
+        match = torch.cat(seen) @ texts.T
+        labels = torch.from_numpy(clips.labels)
+        hits, precise, recalled = counts
+        return {
+            "frame_to_text": float((labels[match.argmax(1)] == labels).float().mean()),
+            "text_to_frame": float((labels[match.argmax(0)] == labels).float().mean()),
+            "in_sync": float(np.mean(offsets)) if offsets else 0.0,
+            "event_f1": 2 * hits / max(1.0, precise + recalled),
+        }
+
+    def export(self) -> Path:
+        """Write `encoders.safetensors`, in float16."""
+        path = Path(self.loop.out) / "encoders.safetensors"
+        self.towers.encoders.save(path, torch.float16)
+        return path
 
 
-def _match_loss(
-    towers: _Towers, clips: _Clips, config: EncodersConfig, rng: np.random.Generator
-) -> Tensor:
-    rows = rng.choice(len(clips.labels), size=config.batch, replace=False)
-    when = rng.integers(clips.length, size=(config.batch, config.pictures))
-    frames = _augment(
-        np.stack([clips.frames[row, t] for row, t in zip(rows, when, strict=True)]), rng
-    )
-    seen = towers.encoders.frame_encoder(frames.flatten(0, 1)).unflatten(0, (config.batch, -1))
+def train_encoders(recipe: EncodersTraining) -> TrainingResult:
+    """Train `NanoEncoders` on procedural clips; see `mfmjt.train.trainer.train`."""
+    return train(recipe.loop(), lambda _: EncodersTask(recipe))
+
+
+def _match_loss(towers: _Towers, frames: Tensor, texts: list[str], labels: Tensor) -> Tensor:
+    seen = towers.encoders.frame_encoder(frames.flatten(0, 1)).unflatten(0, (len(frames), -1))
     # A random frame now and then alone: one frame must do as well as the mean over a clip.
     seen = torch.cat([seen.mean(1), seen[:, 0]])
-    texts = [_reword(clips.captions[row], rng) for row in rows]
-    told = towers.encoders.text_encoder(texts).mean(1)
-    labels = torch.from_numpy(clips.labels[rows])
+    read = towers.encoders.text_encoder(texts).mean(1)
     same = (labels[:, None] == labels).float()
-    a, b = towers.embed("frames", seen), towers.embed("text", told)
+    a, b = towers.embed("frames", seen), towers.embed("text", read)
     scale = towers.temperatures()[0]
     first, second = a.chunk(2)
     return 0.5 * (_contrast(first, b, scale, same) + _contrast(second, b, scale, same))
 
 
 def _sync_loss(
-    towers: _Towers, clips: _Clips, config: EncodersConfig, rng: np.random.Generator
+    towers: _Towers, frames: Tensor, mel: Tensor, events: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = rng.choice(len(clips.labels), size=config.windows, replace=False)
-    starts = rng.integers(clips.length - config.window + 1, size=config.windows)
-    span = np.arange(-_REACH, config.window + _REACH)
-    index = np.clip(starts[:, None] + span, 0, clips.length - 1)
-    frames = np.stack([clips.frames[row, i] for row, i in zip(rows, index, strict=True)])
-    moving = towers.encoders.sync_encoder(_augment(frames, rng))
-    width = config.window + 2 * _REACH
-    mel = np.stack([clips.mel[row, s : s + width] for row, s in zip(rows, starts, strict=True)])
-    louder = rng.uniform(-0.3, 0.3, size=(config.windows, 1, 1))
-    sounding = towers.audio(torch.from_numpy(mel + louder).float())
+    moving = towers.encoders.sync_encoder(frames)
     a = towers.embed("motion", moving).flatten(0, 1)
-    b = towers.embed("audio", sounding).flatten(0, 1)
+    b = towers.embed("audio", towers.audio(mel)).flatten(0, 1)
     sync = _contrast(a, b, towers.temperatures()[1], torch.eye(len(a)))
-    targets = np.stack(
-        [clips.targets[row, s : s + config.window] for row, s in zip(rows, starts, strict=True)]
-    )
     event = F.binary_cross_entropy_with_logits(
-        towers.event(moving).squeeze(-1).float(),
-        torch.from_numpy(targets),
-        pos_weight=torch.tensor(4.0),
+        towers.event(moving).squeeze(-1).float(), events, pos_weight=torch.tensor(4.0)
     )
     return sync, event
-
-
-@torch.no_grad()
-def _validate(towers: _Towers, clips: _Clips) -> dict[str, float]:
-    """Class retrieval both ways, share of clips put in sync, F1 of the event head."""
-    seen, offsets, counts = [], [], np.zeros(3)
-    for row in range(len(clips.labels)):
-        frames = torch.from_numpy(np.array(clips.frames[row]))[None]
-        picked = frames[:, :: foley.FPS // 8]
-        seen.append(towers.embed("frames", towers.encoders.encode_frames(picked).mean(1)))
-        if foley.CLASSES[clips.labels[row]] not in foley.IMPACT_CLASSES:
-            continue
-        moving = towers.encoders.encode_sync(frames)[:, : clips.length]
-        sounding = towers.audio(torch.from_numpy(clips.mel[row][None].astype(np.float32)))
-        a, b = towers.embed("motion", moving)[0], towers.embed("audio", sounding)[0]
-        offsets.append(abs(_best_offset(a @ b.T)) <= 1)
-        said = _peaks(towers.event(moving)[0, :, 0].sigmoid().numpy())
-        counts += _matches(said, clips.events[row] * foley.FPS - 0.5)
-    told = towers.embed("text", towers.encoders.encode_text(clips.captions).mean(1))
-    match = torch.cat(seen) @ told.T
-    labels = torch.from_numpy(clips.labels)
-    hits, precise, recalled = counts
-    return {
-        "frame_to_text": float((labels[match.argmax(1)] == labels).float().mean()),
-        "text_to_frame": float((labels[match.argmax(0)] == labels).float().mean()),
-        "in_sync": float(np.mean(offsets)) if offsets else 0.0,
-        "event_f1": 2 * hits / max(1.0, precise + recalled),
-    }
 
 
 def _best_offset(similarity: Tensor, reach: int = 25) -> int:
@@ -358,12 +358,12 @@ def _peaks(chance: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.flatnonzero(high).astype(np.float64)
 
 
-def _matches(said: np.ndarray[Any, Any], true: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """One-to-one matches within 1.25 frames (50 ms), number said, number true."""
+def _matches(predicted: np.ndarray[Any, Any], true: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """One-to-one matches within 1.25 frames (50 ms), number predicted, number true."""
     hits, free = 0, list(true)
-    for spot in said:
+    for spot in predicted:
         near = [t for t in free if abs(t - spot) <= 1.25]
         if near:
             free.remove(min(near, key=lambda t: abs(t - spot)))
             hits += 1
-    return np.array([hits, len(said), len(true)], dtype=np.float64)
+    return np.array([hits, len(predicted), len(true)], dtype=np.float64)

@@ -259,7 +259,7 @@ def replicate(step: nn.Module) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
-    """A context in which DDP leaves gradients unsynchronised unless `now`.
+    """A context in which DDP leaves gradients unsynchronized unless `now`.
 
     FSDP reduces those of every pass: it is taken where whole gradients do not fit.
     """

@@ -19,13 +19,13 @@ from mfmjt.errors import InputError
 from mfmjt.features.format import Part
 from mfmjt.features.store import FeatureStore
 from mfmjt.model import MFMJT
-from mfmjt.train import distributed
-from mfmjt.train.distributed import Processes
-from mfmjt.train.loop import CHECKPOINTS
-from mfmjt.train.step import draw
+from mfmjt.train import parallel
+from mfmjt.train.parallel import Processes
+from mfmjt.train.tasks.step import draw
+from mfmjt.train.trainer import CHECKPOINTS
 from tests.train.conftest import TINY
 from tests.train.ranks import ROOT
-from tests.train.states import load_state, newest
+from tests.train.states import curve, load_state, newest, records
 
 CLOSE = 64 * torch.finfo(torch.float32).eps  # relative; sums in another order
 
@@ -65,15 +65,6 @@ def run_of(recipe, start_from, tmp_path):
     return make
 
 
-def records(out: str | Path) -> list[dict]:
-    lines = (Path(out) / "log.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r.get("kind") == "train"]
-
-
-def curve(out: str | Path) -> list[tuple[int, float, float]]:
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(out)]
-
-
 def same_tensors(ours: str, theirs: str) -> bool:
     a, b = load_state(ours)[0], load_state(theirs)[0]
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -87,7 +78,7 @@ def check_gradients(ranks, truth_config, others) -> None:
     """The first moment of a first step is the clipped gradient, times one less its decay."""
     ranks.train(1, truth_config)
     truth, _ = load_state(truth_config.out)
-    logged = records(truth_config.out)[0]
+    logged = records(truth_config.out, "train")[0]
     assert logged["grad_norm"] > truth_config.clip
     gradients = [key for key in truth if key.startswith("exp_avg.")]
     assert len(gradients) > 50
@@ -104,7 +95,7 @@ def check_gradients(ranks, truth_config, others) -> None:
         sys.stdout.write(figures)
         assert relative(*whole) <= CLOSE, name
         assert worst <= CLOSE, (name, of)
-        figures = records(config.out)[0]
+        figures = records(config.out, "train")[0]
         for key in ("loss", "flow", "interval", "grad_norm"):
             assert (key in figures) == (key in logged)
             if key in logged:
@@ -142,9 +133,9 @@ def test_sharded_bfloat16_errs_no_more_than_one_process_does(ranks, run_of):
     ours, theirs = (relative(first_moments(config), truth) for config in (sharded, alone))
     sys.stdout.write(f"bfloat16: sharded {ours:.2g}, alone {theirs:.2g}\n")
     assert 0 < ours <= 2 * theirs + torch.finfo(torch.bfloat16).eps
-    for figures in (records(config.out)[0] for config in (alone, sharded)):
+    for figures in (records(config.out, "train")[0] for config in (alone, sharded)):
         assert figures["loss"] == pytest.approx(
-            records(exact.out)[0]["loss"], rel=8 * torch.finfo(torch.bfloat16).eps
+            records(exact.out, "train")[0]["loss"], rel=8 * torch.finfo(torch.bfloat16).eps
         )
 
 
@@ -255,7 +246,7 @@ def test_all_skip_what_is_not_finite_for_one(ranks, run_of, spoiled):
     shared = replace(config, out=f"{config.out}-ddp", parallel="ddp")
     ranks.train(1, config)
     ranks.train(2, shared)
-    skipped = [[r["skipped"] for r in records(c.out)] for c in (config, shared)]
+    skipped = [[r["skipped"] for r in records(c.out, "train")] for c in (config, shared)]
     assert skipped[0] == skipped[1]
     assert 0 < skipped[0][-1] < 8
     tensors, state = load_state(shared.out)
@@ -401,4 +392,4 @@ def test_torchrun_ends_well_after_sigterm(run_of, tmp_path):
 def test_fsdp_says_which_torch_it_needs(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     with pytest.raises(InputError, match=r"torch 2\.13"):
-        distributed.shard(torch.nn.Linear(1, 1), Processes(), bf16=False)
+        parallel.shard(torch.nn.Linear(1, 1), Processes(), bf16=False)

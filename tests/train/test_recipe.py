@@ -7,8 +7,8 @@ import pytest
 
 from mfmjt.errors import InputError
 from mfmjt.features.procedural import FeatureExtraction
-from mfmjt.train.config import RECIPES, NetworkTraining, load_config
-from mfmjt.train.stages import SETTINGS, STAGES
+from mfmjt.train.recipe import RECIPES, NetworkTraining, load_config
+from mfmjt.train.stages import STAGES
 
 
 def test_overrides_are_typed():
@@ -33,10 +33,10 @@ def test_recipe_file_and_override_order(tmp_path):
 
 
 def test_nested_settings():
-    config = load_config(SETTINGS["classifier"], "nano", "classifier", ["training.steps=3"])
+    config = load_config(STAGES["classifier"][0], "nano", "classifier", ["training.steps=3"])
     assert config.training.steps == 3
-    assert config.training.clips == SETTINGS["classifier"]().training.clips
-    assert load_config(SETTINGS["codec"], "nano", "codec", ["out=x"]).out == Path("x")
+    assert config.training.clips == STAGES["classifier"][0]().training.clips
+    assert load_config(STAGES["codec"][0], "nano", "codec", ["out=x"]).out == Path("x")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_wrong_recipes_say_what_to_do(tmp_path, content, words):
 def test_shipped_recipes_are_whole(recipe):
     content = json.loads(recipe.read_text())
     assert set(content) <= set(STAGES)
-    configs = {stage: load_config(SETTINGS[stage], recipe.stem, stage) for stage in STAGES}
+    configs = {stage: load_config(STAGES[stage][0], recipe.stem, stage) for stage in STAGES}
     if set(content) != set(STAGES):
         return
     # Each stage finds what the ones before it wrote.

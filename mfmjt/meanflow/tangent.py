@@ -1,17 +1,17 @@
-"""du/dt in forward mode, and in one line what of PyTorch's has no forward mode."""
+"""A network's value and du/dt in forward mode, and which parts of PyTorch have no forward mode."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
+from mfmjt.meanflow._network import Cond, Network, rows
 
-__all__ = ["derivative"]
+__all__ = ["derivative", "one_call_is_cheaper", "value_and_tangent"]
 
 _CHECKPOINT = "torch.utils.checkpoint"
 _WORDS = {
@@ -25,27 +25,70 @@ _WORDS = {
         "shows one."
     ),
 }
-"""By the module of PyTorch that cannot be differentiated."""
+"""By the module of PyTorch that fails in forward mode."""
+
+
+def value_and_tangent(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: Cond, intervals: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Evaluate u = f(z, r, t) of all samples, and du/dt of the first ones along (v, 0, 1).
+
+    This is the only place that chooses how: in two calls of f, one of them in forward mode, or in
+    one call with all samples, as `mfmjt.model.MFMJT.jvp_rows` makes it.
+
+    Args:
+        f: The network.
+        z: Latents (B, ...), in the dtype that f takes, as are r, t and v.
+        r: Ends of the intervals (B,).
+        t: Begins of the intervals (B,).
+        v: dz/dt (B, ...).
+        cond: Keyword arguments for f.
+        intervals: Number M of samples with r < t, 0 to B; they come first, the others have r = t.
+
+    Returns:
+        u (M, ...) and du/dt (M, ...) of the first samples, and u (B - M, ...) of the others. Both u
+        have their graph; du/dt may have one and is to be detached.
+
+    Raises:
+        InputError: See `derivative`.
+    """
+    jvp_rows = getattr(f, "jvp_rows", None)
+    if jvp_rows is not None and one_call_is_cheaper(z, intervals):
+        u, du_dt = jvp_rows(z, r, t, v[:intervals], **cond)
+        return u[:intervals], du_dt, u[intervals:]
+    u = du_dt = others = z[:0]
+    if intervals:
+        given = rows((z, r, t, v, dict(cond)), slice(intervals))
+        u, du_dt = derivative(f, *given)
+    if intervals < z.shape[0]:
+        z, t, kept = rows((z, t, dict(cond)), slice(intervals, None))
+        others = f(z, t, t, **kept)
+    return u, du_dt, others
+
+
+def one_call_is_cheaper(z: Tensor, intervals: int) -> bool:
+    """Return whether one call with all samples is faster than one for each kind of sample.
+
+    Two calls compute every weight's gradient twice and multiply smaller matrices, which costs more
+    than the extra work of one call on a CPU, as long as few samples have a tangent.
+    """
+    few = 0 < intervals <= z.shape[0] // 2
+    return few and z.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def derivative(
-    f: Callable[..., Tensor],
-    z: Tensor,
-    r: Tensor,
-    t: Tensor,
-    direction: Tensor,
-    cond: dict[str, Any],
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: Cond
 ) -> tuple[Tensor, Tensor]:
-    """Give u = f(z, r, t, **cond), with its graph, and du/dt along (direction, 0, 1).
+    """Evaluate u = f(z, r, t, **cond), with its graph, and du/dt along (v, 0, 1).
 
     Raises:
-        InputError: f calls a part of PyTorch that fails in forward mode and is known here.
+        InputError: f calls a part of PyTorch that is known to fail in forward mode.
     """
 
     def run() -> tuple[Tensor, Tensor]:
         # r has no tangent, so it is no input of the derivative.
         u, du_dt, *_ = torch.func.jvp(
-            lambda z, t: f(z, r, t, **cond), (z, t), (direction, torch.ones_like(t))
+            lambda z, t: f(z, r, t, **cond), (z, t), (v, torch.ones_like(t))
         )
         return u, du_dt
 
