@@ -133,28 +133,24 @@ def load_target(name: str) -> Target:
         name: A key of `TARGETS`, or `package.module:function` for a target of your own.
 
     Raises:
-        InputError: No such key, module or function.
+        InputError: It is neither, or cannot be imported.
     """
-    if name in TARGETS:
+    module, sign, function = name.partition(":")
+    if not sign:
+        if name not in TARGETS:
+            raise InputError(
+                f"target={name}: choose one of {', '.join(TARGETS)}, package.module:function."
+            )
         return TARGETS[name]
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise InputError(
-            f"target={name}: choose one of {', '.join(TARGETS)}, or name a function of your own as "
-            "package.module:function."
-        )
     try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever the module's own code raises
+        found: Target = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"it is a {type(found).__name__}")
+    except Exception as error:  # importing runs the user's code
         raise InputError(
-            f"target={name}: {module} cannot be imported: {reason(error)}. Correct the name, or "
-            "add the module's folder to PYTHONPATH."
+            f"target={name} cannot be imported: {reason(error)}. Give package.module:function, "
+            "and put the folder that holds the package on PYTHONPATH."
         ) from error
-    if not callable(found):
-        raise InputError(
-            f"target={name}: {module} has no function {function}. Define it, called as "
-            "target(f, z, r, t, v, cond); see mfmjt.meanflow.targets."
-        )
     return found
 
 

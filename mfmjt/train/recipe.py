@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mfmjt import meanflow
 from mfmjt.errors import InputError, reason
+from mfmjt.meanflow.targets import load_target
 from mfmjt.model.lora import LoRA
 
 __all__ = ["DataSource", "Loop", "NetworkTraining", "as_json", "load_config"]
 
 C = TypeVar("C")
 RECIPES = Path(__file__).parent / "configs"
-TARGETS: dict[str, Callable[..., Any]] = {
-    "mean_velocity": meanflow.mean_velocity,
-    "improved_mean_velocity": meanflow.improved_mean_velocity,
-    "alpha_flow": meanflow.alpha_flow,
-    "finite_difference": meanflow.finite_difference,
-}
 
 
 @dataclass(frozen=True)
@@ -208,7 +201,7 @@ class NetworkTraining(Loop):
                 raise InputError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        named(self.target, "target", TARGETS)
+        load_target(self.target)  # refused before anything is loaded
         for source in self.data:
             if not source.store:
                 raise InputError('data: an entry has no store. Give [{"store": "FOLDER"}, ...].')
@@ -327,28 +320,6 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 def _example(hint: Any) -> str:
     examples = {bool: "true", int: "100", float: "1e-3", str: "text"}
     return examples.get(hint, "[0.9, 0.95]" if typing.get_origin(hint) is tuple else '{"a": 1}')
-
-
-def named(name: str, setting: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the function that a setting names: an entry of `known`, or `package.module:function`.
-
-    Raises:
-        InputError: It is neither, or cannot be imported.
-    """
-    module, sign, function = name.partition(":")
-    if not sign:
-        _one_of(setting, name, (*known, "package.module:function"))
-        return known[name]
-    try:
-        found = getattr(importlib.import_module(module), function)
-        if not callable(found):
-            raise TypeError(f"it is a {type(found).__name__}")
-    except Exception as error:  # importing runs the user's code
-        raise InputError(
-            f"{setting}={name} cannot be imported: {reason(error)}. Give package.module:function, "
-            "and put the folder that holds the package on PYTHONPATH."
-        ) from error
-    return cast("Callable[..., Any]", found)
 
 
 def _at_least_one(config: Any, *names: str) -> None:

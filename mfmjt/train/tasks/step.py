@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mfmjt import meanflow
 from mfmjt.features.store import FeatureStore
-from mfmjt.meanflow.targets import Target, Velocity
-from mfmjt.train.recipe import TARGETS, NetworkTraining, named
+from mfmjt.meanflow.targets import Target, Velocity, load_target
+from mfmjt.train.recipe import NetworkTraining
 
 __all__ = ["Draws", "Step", "compile_step", "draw"]
 
@@ -143,10 +143,9 @@ def compile_step(step: Step, backend: str = "inductor") -> None:
 
 
 def _target(config: NetworkTraining) -> Target:
-    target = named(config.target, "target", TARGETS)
-    given = {"alpha_flow": (config.alpha,), "finite_difference": ()}.get(config.target)
-    found: Target = target if given is None else target(*given)
-    return found
+    if config.target == "alpha_flow":
+        return meanflow.alpha_flow(config.alpha)
+    return load_target(config.target)
 
 
 def _velocity(config: NetworkTraining) -> Velocity | None:
