@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from mfmjt.checkpoints import load_module, save_module
+from mfmjt.codec.mel import mel_power
 from mfmjt.errors import InputError
-from mfmjt.evaluate._mel import mel_power
 from mfmjt.families import PRETRAINED
 
 __all__ = ["Classifier", "ClassifierConfig", "load_classifier"]

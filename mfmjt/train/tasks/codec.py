@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.codec import MelSpectrogram, NanoCodec, NanoCodecConfig
-from mfmjt.codec.mel import slaney_filterbank
+from mfmjt.codec.mel import filterbank, stft
 from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.train.tasks.procedural import (
@@ -68,7 +68,7 @@ class SpectralLoss(nn.Module):
         super().__init__()
         self.mel = MelSpectrogram("16k")
         for window, bands in self.scales:
-            basis = slaney_filterbank(sample_rate, window, bands, 0.0, sample_rate / 2)
+            basis = filterbank(sample_rate, window, bands)
             # Filters of unit sum, on magnitudes that are the standard deviation of white noise.
             basis = basis / basis.sum(1, keepdim=True).clamp(min=1e-8)
             hann = torch.hann_window(window)
@@ -93,9 +93,7 @@ class SpectralLoss(nn.Module):
 
 
 def _magnitude(sound: Tensor, hann: Tensor) -> Tensor:
-    spectrum = torch.stft(
-        sound, len(hann), len(hann) // 2, window=hann, center=False, return_complex=True
-    )
+    spectrum = stft(sound, hann, len(hann) // 2)
     return torch.sqrt(spectrum.real.square() + spectrum.imag.square() + 1e-10)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.codec.mel import slaney_filterbank
+from mfmjt.codec.mel import filterbank, stft
 from mfmjt.data import foley
 from mfmjt.data._captions import words
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
@@ -139,10 +139,8 @@ def _log_mel(audio: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     rate = hop * _PER_FRAME
     sound = torch.from_numpy(audio)
     sound = F.pad(sound, (_REACH * rate + margin, -len(sound) % rate + _REACH * rate + margin))
-    spectrum = torch.stft(
-        sound, window, hop, window=torch.hann_window(window), center=False, return_complex=True
-    )
-    basis = slaney_filterbank(foley.SAMPLE_RATE, window, _BANDS, 0.0, foley.SAMPLE_RATE / 2)
+    spectrum = stft(sound, torch.hann_window(window), hop)
+    basis = filterbank(foley.SAMPLE_RATE, window, _BANDS)
     mel = torch.log10((basis @ spectrum.abs()).clamp(min=1e-5))
     folded = (mel.T.reshape(-1, _PER_FRAME * _BANDS) + 3.0) / 1.5
     return folded.numpy()
