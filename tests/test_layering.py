@@ -170,3 +170,13 @@ def test_bench_and_tests_stay_outside() -> None:
     for path in modules():
         names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
         assert not names & {"bench", "tests"}, path
+
+
+def test_the_picture_is_true() -> None:
+    """In docs/architecture.md every part stands above all that it may import."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    picture = text.partition("against this picture.")[2].split("```")[1].removeprefix("text\n")
+    line = {part: i for i, parts in enumerate(picture.splitlines()) for part in parts.split()}
+    assert line.keys() == ALLOWED.keys() | TOP - {"__init__"}
+    for part, below in ALLOWED.items():
+        assert all(line[part] < line[other] for other in below), part
