@@ -88,13 +88,13 @@ def test_a_signal_saves_and_ends(recipe, number):
 
 def spoil(monkeypatch, steps):
     """Make the loss of some steps not finite, through the real objective."""
-    real, calls = meanflow.loss, []
+    real, calls = meanflow.loss_and_errors, []
 
     def loss(net, x, *args, **kwargs):
         calls.append(None)
         return real(net, x * (math.nan if len(calls) - 1 in steps else 1), *args, **kwargs)
 
-    monkeypatch.setattr(meanflow, "loss", loss)
+    monkeypatch.setattr(meanflow, "loss_and_errors", loss)
 
 
 def test_steps_that_are_not_finite_are_skipped(recipe, monkeypatch, tmp_path):
