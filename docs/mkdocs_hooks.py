@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 AS_THEY_ARE = {".md", ".svg", ".png", ".mp4"}  # other files are shown in a block of code
 BY_FILE = {"mfmjt.evaluate", "mfmjt.features", "mfmjt.kernels", "mfmjt.train"}
-"""Packages that are described file by file, since they export files."""
+"""Packages whose reference is file by file: they export few names, or names of their files."""
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def address(path: Path) -> str:
-    """Where a file of the repository is on the site."""
+    """Return where a file of the repository is on the site."""
     if path.is_relative_to(DOCS):
         name = path.relative_to(DOCS).as_posix()
         return name.replace(".ipynb", ".md")
@@ -39,7 +39,7 @@ def address(path: Path) -> str:
 
 
 def links(path: Path, text: str) -> Iterator[tuple[str, Path]]:
-    """Links of a document to files of the repository: as written, and the file."""
+    """Yield the links of a document to files of the repository: as written, and the file."""
     for target in LINK.findall(text):
         found = (path.parent / target).resolve()
         if not re.match(r"\w+:", target) and found.is_file():
@@ -47,7 +47,7 @@ def links(path: Path, text: str) -> Iterator[tuple[str, Path]]:
 
 
 def relinked(path: Path, text: str) -> str:
-    """The document with its links as they are on the site."""
+    """Return the document with its links as they are on the site."""
     here = os.path.dirname(address(path))
     there = {
         target: os.path.relpath(address(file), here or ".") for target, file in links(path, text)
@@ -56,7 +56,7 @@ def relinked(path: Path, text: str) -> str:
 
 
 def markdown(path: Path) -> str:
-    """A file of the repository as a document."""
+    """Return a file of the repository as a document."""
     text = path.read_text()
     if path.suffix == ".md":
         return text
@@ -81,7 +81,7 @@ def _cell(cell: dict[str, Any]) -> Iterator[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are no Markdown file of `docs/`."""
+    """Add the pages that are not Markdown files of `docs/`."""
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
         files.remove(file)
     waiting = [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb"), *map(ROOT.joinpath, _listed(config))]
@@ -109,7 +109,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _named(config: MkDocsConfig, prefix: str) -> list[str]:
-    """Pages of the navigation below a folder."""
+    """Return the pages of the navigation below a folder."""
     return re.findall(rf"'({prefix}[^']*)'", str(config.nav))
 
 
@@ -118,7 +118,7 @@ def _listed(config: MkDocsConfig) -> list[str]:
 
 
 def on_page_markdown(text: str, page: Page, **_: Any) -> str:
-    """Turn the links of a Markdown file of `docs/` to where their files are on the site."""
+    """Point the links of a Markdown file of `docs/` to where their files are on the site."""
     path = DOCS / page.file.src_uri
     return relinked(path, text) if path.exists() else text
 
