@@ -1,6 +1,7 @@
 # make demo   sound for a video of this repository, from nothing but a Python
-# make test   lint, types and tests
-# make clean  remove what the two made
+# make docs   the documents as a site, in build/site
+# make test   lint, types, the site and tests
+# make clean  remove what they made
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,14 +12,19 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 AVX2_ENV := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 TEST_ENV := OMP_NUM_THREADS=1 HYPOTHESIS_STORAGE_DIRECTORY=.pytest_cache/hypothesis
 WORKERS ?= 2
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test clean
+.PHONY: demo docs test clean
 
 demo: $(BIN)/.installed
 	@mkdir -p demo
 	@$(BIN)/mfmjt generate $(CLIP) --output $(RESULT)
 	@echo "Play $(RESULT): the picture of $(CLIP), with sound that was made from it."
+
+docs: $(BIN)/.installed-dev
+	@$(SITE)
+	@echo "Open build/site/index.html"
 
 # The ops' tests run on the Triton kernels (interpreted) and on what this CPU uses, and a part of
 # them once more as on a CPU with AVX2 only. All checks run even if the first fails, so that one run
@@ -28,6 +34,7 @@ test: $(BIN)/.installed-dev
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
 	$(BIN)/mypy || status=1; \
+	$(SITE) || status=1; \
 	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) tests/kernels || status=1; \
 	$(AVX2_ENV) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --avx2 tests/kernels \
 	  -k 'ext or toom or all_modes or reference or without_any_key or huge' || status=1; \

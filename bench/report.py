@@ -343,7 +343,7 @@ def _once(row: Row) -> str:
 def _fill_documents(folder: Path, tables: list[Path]) -> list[Path]:
     """Put the tables between the marks that name them."""
     changed = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = before = path.read_text()
         for table in tables:
             if not table.resolve().is_relative_to(ROOT):

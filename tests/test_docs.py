@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 HEADERS = Path(torch.__file__).parent / "include"  # PyTorch's own, such as torch/csrc/stable
 MADE = ("output/", "demo/", ".venv/", "build/")  # what commands make; not in the repository
 SHELLS = {"", "bash", "sh", "console"}
+NOTEBOOKS = sorted((ROOT / "docs" / "learn").glob("*.ipynb"))
 
 
 def documents() -> list[Path]:
@@ -28,9 +32,19 @@ def documents() -> list[Path]:
         ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     names = listed.stdout.split() if listed.returncode == 0 else []
-    return sorted(ROOT / n for n in names) or sorted(ROOT.glob("*.md")) + sorted(
+    found = sorted(ROOT / n for n in names) or sorted(ROOT.glob("*.md")) + sorted(
         ROOT.glob("[a-z]*/**/*.md")
     )
+    return [*found, *NOTEBOOKS]
+
+
+def read(path: Path) -> str:
+    """A document, a notebook as Markdown without its outputs."""
+    text = path.read_text()
+    if path.suffix != ".ipynb":
+        return text
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{s}\n```" if k == "code" else s for k, s in cells)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -59,15 +73,35 @@ everywhere = pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.re
 
 @everywhere
 def test_links(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(path)):
         if re.match(r"\w+:", target) or target.startswith("#"):
             continue
         assert (path.parent / target.split("#")[0]).exists(), target
 
 
 @everywhere
+def test_named_code_is_in_the_linked_file(path: Path) -> None:
+    """A link from `name` or `Class.method` to a Python file names what that file defines."""
+    for name, target in re.findall(r"\[`([\w.]+)`\]\(([^)\s]+\.py)\)", read(path)):
+        if name.endswith(".py"):
+            continue
+        scope: ast.AST = ast.parse((path.parent / target).read_text())
+        for part in name.split("."):
+            found = [node for node in ast.iter_child_nodes(scope) if part in _defines(node)]
+            assert found, f"{target} does not define {name}"
+            scope = found[0]
+
+
+def _defines(node: ast.AST) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+@everywhere
 def test_paths(path: Path) -> None:
-    for name in inline(path.read_text()):
+    for name in inline(read(path)):
         if not re.fullmatch(r"\.?[\w-]+/[\w./*{},<>-]*", name) or name.startswith(MADE):
             continue
         pattern = re.sub(r"<\w+>|\{[^}]*\}", "*", name).rstrip("/")
@@ -78,7 +112,7 @@ def test_paths(path: Path) -> None:
 
 @everywhere
 def test_commands(path: Path) -> None:
-    for line in commands(path.read_text()):
+    for line in commands(read(path)):
         words = shlex.split(line, comments=True)
         if words[0] == "make":
             targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -102,7 +136,7 @@ def _check_command(words: list[str], line: str) -> None:
 
 @everywhere
 def test_python(path: Path) -> None:
-    for language, code in blocks(path.read_text()):
+    for language, code in blocks(read(path)):
         if language != "python":
             continue
         for node in ast.walk(ast.parse(code)):
@@ -138,7 +172,57 @@ def test_documents_name_no_machine(path: Path) -> None:
     assert found is None, found
 
 
-@pytest.mark.parametrize("name", ["README.md", "mfmjt/pretrained/nano/README.md"])
-def test_the_table_is_the_measured_one(name: str) -> None:
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_tables_of_nano_are_the_measured_ones() -> None:
     table = (ROOT / "bench/results/nano/table.md").read_text()
-    assert table in (ROOT / name).read_text()
+    assert table in (ROOT / "mfmjt/pretrained/nano/README.md").read_text()
+    head, _, *rows = map(_cells, table.splitlines())
+    measured = [dict(zip(head, row, strict=True)) for row in rows]
+    columns = "onset F1", "class accuracy", "text only: class"
+    lines = {}
+    for row in measured:
+        steps = row["steps"] and f", {row['steps']} step{'s' * (row['steps'] != '1')}"
+        lines[row["network"] + steps] = [row[column] for column in columns]
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.partition("| network | onset F1 ")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(shown) >= 5
+    for name, *figures in map(_cells, shown):
+        assert figures == lines[name]
+
+
+PAGES = ("README.md", "docs/quickstart.md", "docs/inputs.md", "docs/extend.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_python_blocks_run(name: str, tmp_path: Path) -> None:
+    """All blocks of a page, one after the other, where a checkout's `examples` are."""
+    code = [code for language, code in blocks((ROOT / name).read_text()) if language == "python"]
+    assert code
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    _run("\n\n".join(code), tmp_path)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_notebooks_run(path: Path) -> None:
+    """What a notebook asserts holds, and the outputs that it is committed with are of one run."""
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
+    assert not any(o["output_type"] == "error" for c in cells for o in c["outputs"])
+    assert path.stat().st_size < 200_000
+    _run("\n\n".join("".join(c["source"]) for c in cells), path.parent)
+
+
+def _run(code: str, folder: Path) -> None:
+    environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

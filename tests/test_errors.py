@@ -22,7 +22,7 @@ from mfmjt.evaluate.classifier import Classifier
 from mfmjt.media import read_video
 from mfmjt.model import MFMJT, config_for, load_mmaudio
 from mfmjt.pipeline import Pipeline
-from mfmjt.train.config import NetworkTraining, load_config
+from mfmjt.train.recipe import NetworkTraining, load_config
 
 PACKAGE = Path(mfmjt.__file__).parent
 LONG = "x" * 240

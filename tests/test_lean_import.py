@@ -34,7 +34,7 @@ def test_names_of_the_package_are_complete_before_they_are_loaded() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["mfmjt.train.stages", "mfmjt.evaluate.experiment", "mfmjt.data.foley"],
+    ["mfmjt.train.stages", "mfmjt.evaluate.run", "mfmjt.data.foley"],
 )
 def test_training_runs_where_only_torch_is_installed(module: str) -> None:
     absent = ["av", "soundfile", "soxr", "scipy", "typer", "rich", "tensorboard", "matplotlib"]

@@ -16,21 +16,21 @@ from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
 from mfmjt.features.procedural import FeatureExtraction, extract_all
-from mfmjt.train.config import NetworkTraining, load_config
-from mfmjt.train.loop import train
+from mfmjt.train.recipe import NetworkTraining, load_config
+from mfmjt.train.tasks.network import train_network
 
 __all__ = ["clips", "extract", "features", "training"]
 
 PRETRAINED = Path(__file__).parents[2] / "mfmjt" / "pretrained" / "nano"
 CLIP_SECONDS = 0.5
 """CPU seconds that a clip takes to draw and encode, on a core that others use too."""
-PART, MOST = 64, 8000
+SHARD, MOST = 64, 8000
 
 
 def clips(seconds: float, workers: int) -> int:
-    """Return how many clips `workers` make in that time: whole parts, at least one for each."""
-    parts = int(seconds * workers / CLIP_SECONDS) // PART
-    return min(MOST, PART * max(workers, parts))
+    """Return how many clips `workers` make in that time: whole shards, at least one for each."""
+    shards = int(seconds * workers / CLIP_SECONDS) // SHARD
+    return min(MOST, SHARD * max(workers, shards))
 
 
 def features(job: Job) -> None:
@@ -97,7 +97,7 @@ def training(job: Job, how: str, **changes: int) -> None:
     config = load_config(NetworkTraining, "nano_gpu", "network", words)
     began = time.monotonic()
     with job.trying(rows, about):
-        result = train(config, stop_after=max(4.0, min(600.0, job.left() - 8)))
+        result = train_network(config, stop_after=max(4.0, min(600.0, job.left() - 8)))
         for line in read(out / "log.jsonl"):
             if "step" in line and "loss" in line:
                 rows.add({**about, **line})

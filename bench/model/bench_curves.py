@@ -34,8 +34,8 @@ from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.features.procedural import write_store
 from mfmjt.kernels import _ext
-from mfmjt.train.config import NetworkTraining
-from mfmjt.train.loop import train
+from mfmjt.train.recipe import NetworkTraining
+from mfmjt.train.tasks.network import train_network
 
 __all__ = ["ERRORS", "PROVIDERS", "judged", "main"]
 
@@ -80,7 +80,7 @@ def recipe(folder: Path, store: Path, seed: int, steps: int, tiny: bool) -> Netw
 def curve(config: NetworkTraining, provider: str) -> list[Row]:
     """Train; the log's records of training."""
     with kernels.reference() if provider == "reference" else contextlib.nullcontext():
-        if not train(config).finished:
+        if not train_network(config).finished:
             raise SystemExit("Stopped: a curve that ends early is compared with none.")
     lines = (Path(config.out) / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record.get("kind") == "train"]

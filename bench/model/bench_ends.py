@@ -47,6 +47,7 @@ from mfmjt.encoders import (
     Synchformer,
     SynchformerConfig,
 )
+from mfmjt.encoders.base import stream_options
 from mfmjt.encoders.tokenizer import Tokenizer
 from mfmjt.kernels import reference
 from mfmjt.model import MFMJT
@@ -219,16 +220,12 @@ def _video(calls: int, smoke: bool) -> Measured:
         with_tokens = Tokenizer(_merges(folder))
         encoders = MMAudioEncoders(_Blind(), _Blind(), with_tokens)  # type: ignore[arg-type]
         sound = np.zeros((1, seconds * 16_000), np.float32)
-
-        def fitted(fit: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], Tensor]:
-            return lambda pictures: fit(torch.from_numpy(pictures)).contiguous()
-
-        fits = [fitted(encoders.fit_frames), fitted(encoders.fit_sync)]
+        wanted = stream_options(encoders.frame_specs)
 
         @torch.inference_mode()
         def call() -> None:
             seen: tuple[list[Tensor], list[Tensor]] = ([], [])
-            for block in media.VideoStream(clip, (8, 25), fit=fits, pick="next"):
+            for block in media.VideoStream(clip, **wanted):
                 for kept, pieces in zip(seen, block, strict=True):
                     kept += pieces
             encoders.encode_frames(torch.cat(seen[0])[None])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.cases import TINY
 from bench.model.bench_dual import Given, given
 from mfmjt import kernels, meanflow
-from mfmjt.meanflow import objective
+from mfmjt.meanflow import tangent
 from mfmjt.meanflow.targets import Network, Target
 from mfmjt.model.config import CONFIGS
 
@@ -111,12 +111,12 @@ class Plan(NamedTuple):
 @contextlib.contextmanager
 def _at_once() -> Iterator[None]:
     """Inside, a loss calls the network once wherever it can, on any device."""
-    before = objective._pays_at_once
-    objective._pays_at_once = lambda f, z, intervals: intervals > 0 and hasattr(f, "jvp_rows")
+    before = tangent.one_call_is_cheaper
+    tangent.one_call_is_cheaper = lambda z, intervals: intervals > 0
     try:
         yield
     finally:
-        objective._pays_at_once = before
+        tangent.one_call_is_cheaper = before
 
 
 class Work:

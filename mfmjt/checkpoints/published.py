@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from mfmjt.checkpoints.read import what_is_wrong
 from mfmjt.errors import InputError, short
 
-__all__ = ["Check", "PublishedFile", "find", "find_all", "there"]
+__all__ = ["Check", "PublishedFile", "find_all", "there"]
 
 Check = Literal["name", "size", "md5"]
 """How closely a file must resemble the published one, each including those before it."""
@@ -60,30 +60,21 @@ def there(folder: str | os.PathLike[str], file: PublishedFile) -> Path | None:
     return None
 
 
-def find(folder: str | os.PathLike[str], file: PublishedFile, check: Check = "size") -> Path:
-    """Path of a published file in `folder` or in the folders inside it.
+def find_all(
+    folder: str | os.PathLike[str], files: Iterable[PublishedFile], check: Check = "size"
+) -> list[Path]:
+    """Paths of published files in `folder` or in the folders inside it.
 
     Args:
         folder: Where the user keeps the downloads.
-        file: What to look for.
+        files: What to look for.
         check: "name" takes any file so called; "size" compares its size with the published one;
             "md5" the digest as well, which reads the whole file. Files under another publisher's
             name are only asked whether they can be weights.
 
     Raises:
-        InputError: The file is missing, is none of weights, or has another size or digest than the
-            published one.
-    """
-    return find_all(folder, [file], check)[0]
-
-
-def find_all(
-    folder: str | os.PathLike[str], files: Iterable[PublishedFile], check: Check = "size"
-) -> list[Path]:
-    """Paths of several published files, as `find` finds each.
-
-    Raises:
-        InputError: Files are missing, of another size or digest; all of them are named at once.
+        InputError: Files are missing, none of weights, or of another size or digest than the
+            published one; all of them are named at once.
     """
     if check not in get_args(Check):
         raise InputError(f"No check {check!r}: choose one of {', '.join(get_args(Check))}.")

@@ -51,9 +51,9 @@ def check_outputs(source: Path | Pictures | None, paths: Sequence[Path], plot: b
     for path in paths:
         media.check_output(source, path)
     if plot:
-        from mfmjt.plot import check_plot
+        from mfmjt.plotting import check_matplotlib
 
-        check_plot()
+        check_matplotlib()
         for path in paths:
             media.refuse_same(source, path.with_suffix(".png"))
 
@@ -81,10 +81,14 @@ def save_plots(
     source: Path | Pictures | None, sounds: Sequence[Audio], paths: Sequence[Path]
 ) -> None:
     """Save an image of each sound beside it, under the same name."""
-    from mfmjt.plot import save_plot
+    from mfmjt.evaluate.onsets import detect_onsets
+    from mfmjt.media import thumbnails
+    from mfmjt.plotting import plot_sound
 
     for sound, path in zip(sounds, paths, strict=True):
-        save_plot(path.with_suffix(".png"), sound.waveform[0], sound.sample_rate, source)
+        wave, rate = sound.waveform[0], sound.sample_rate
+        frames = None if source is None else thumbnails(source, sound.duration)
+        plot_sound(path.with_suffix(".png"), wave, rate, detect_onsets(wave, rate), frames)
 
 
 def report(

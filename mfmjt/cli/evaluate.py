@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, Any
 
 import typer
 
 from mfmjt.cli._common import Debug, Device, defer_interrupts
-
-if TYPE_CHECKING:
-    from mfmjt.meanflow.guidance import GuidanceMode
+from mfmjt.errors import InputError
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A model that ships, or a folder with one.")] = "nano",
+    model: Annotated[
+        str, typer.Option(help="A model that ships, a folder with one, or the file of a network.")
+    ] = "nano",
     clips: Annotated[int, typer.Option(help="How many held-out clips.")] = 200,
     seed: Annotated[int, typer.Option(help="Decides which clips, and the noise.")] = 0,
-    steps: Annotated[int, typer.Option(help="Evaluations of the network.")] = 1,
-    guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 is none.")] = 1.5,
-    guidance_mode: Annotated[str, typer.Option(help="cfg_scaled, cfg or none.")] = "cfg_scaled",
+    steps: Annotated[
+        int | None, typer.Option(help="Evaluations of the network. Default: as it was trained; 1.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength of guidance; 1 is none. Default: 1.5.")
+    ] = None,
+    guidance_mode: Annotated[
+        str | None, typer.Option(help="cfg_scaled, cfg or none. Default: cfg_scaled.")
+    ] = None,
     conditions: Annotated[str, typer.Option(help="both, video or text.")] = "both",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Feature store to judge on, in place of the procedural set."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Metric of your own, as package.module:object. Repeatable."),
+    ] = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the whole table: reports at 1, 4 and 25 steps."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Flow-matching network of the same size, for the table of --suite."),
+    ] = None,
     device: Device = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")
@@ -36,9 +59,11 @@ def evaluate(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Make sound for held-out clips of the procedural set and judge it.
+    """Make sound for held-out clips and judge it.
 
-    Onsets are compared with the known event times, classes by a classifier trained on real sound.
+    Of clips of the procedural set, onsets are compared with the known event times, and classes are
+    judged by a classifier trained on real sound. Of a feature store, which `mfmjt extract` makes,
+    what has a known truth is judged.
 
     For example:
 
@@ -47,48 +72,64 @@ def evaluate(
     - `mfmjt evaluate --clips 40 --seed 1 --steps 4 --json`
 
     - `mfmjt evaluate --model output/mine --conditions text --plot gallery.svg`
+
+    - `mfmjt evaluate --model output/mine --data output/store --split validation`
+
+    - `mfmjt evaluate --suite output/results --against flow.safetensors`
     """
+    if against is not None and suite is None:
+        raise InputError("--against is for the table of --suite. Give --suite FOLDER too.")
+    if suite is not None and (steps is not None or output is not None or as_json):
+        raise InputError(
+            "--suite chooses the steps, and writes files: leave out --steps, -o, --json."
+        )
     with defer_interrupts():
         from mfmjt.devices import choose_device
-        from mfmjt.evaluate import experiment
+        from mfmjt.evaluate import examples as given
+        from mfmjt.evaluate import plots, report, run
+        from mfmjt.evaluate.metrics import METRICS, load_metric
+        from mfmjt.evaluate.sounds import generate
+        from mfmjt.families import open_bundle
         from mfmjt.files import check_writable
-        from mfmjt.meanflow.guidance import check_mode
+        from mfmjt.plotting import check_matplotlib
         from mfmjt.progress import stage_bar
 
+    if suite is not None:
+        suite.mkdir(parents=True, exist_ok=True)
     for path in (output, plot):
         if path is not None:
             check_writable(path)
-    check_mode(guidance_mode)
-    mode = cast("GuidanceMode", guidance_mode)
-    with stage_bar() as report:
-        parts = experiment.load_parts(model, device=choose_device(device))
-        examples = experiment.examples(parts.encoders, clips, seed, split, progress=report)
-        result = experiment.evaluate(
-            parts,
-            clips=examples,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            mode=mode,
-            split=split,
-            conditions=conditions,
-            model=Path(model).name,
-            progress=report,
+    if plot is not None:
+        check_matplotlib()
+    metrics = (*METRICS, *map(load_metric, metric or ()))
+    chosen: dict[str, Any] = {"steps": steps, "guidance": guidance, "mode": guidance_mode}
+    with stage_bar() as progress:
+        bundle = open_bundle(model).to(choose_device(device))
+        sampling = dataclasses.replace(
+            bundle.sampling, **{k: v for k, v in chosen.items() if v is not None}
         )
-        if output is not None:
-            experiment.write_report(result, output)
-        if plot is not None:
-            from mfmjt.evaluate.plots import plot_gallery
+        if data is not None:
+            from mfmjt.features.store import FeatureStore
 
-            made = experiment.generate(
-                parts,
-                examples,
-                steps=steps,
-                guidance=guidance,
-                mode=mode,
-                conditions=conditions,
-                seed=seed,
-                progress=report,
-            )
-            plot_gallery(examples, made, plot)
-    typer.echo(result.to_json() if as_json else experiment.table([result]).rstrip())
+            store = FeatureStore(data, split)
+            examples = given.stored(store, bundle, clips, seed, split, progress=progress)
+        else:
+            examples = given.procedural(bundle.encoders, clips, seed, split, progress=progress)
+        options: dict[str, Any] = {"conditions": conditions, "progress": progress}
+        if suite is None:
+            name = Path(model).name
+            reports = [
+                run.evaluate(bundle, examples, sampling, metrics=metrics, model=name, **options)
+            ]
+        else:
+            flow = None if against is None else open_bundle(model, against).to(bundle.device)
+            reports = run.suite(bundle, flow, suite, examples, sampling, metrics=metrics, **options)
+            if plot is not None:
+                plots.plot_steps(reports, suite / "steps.svg", metrics)
+        if output is not None:
+            report.write_report(reports[0], output)
+        if plot is not None:
+            shown = examples.first(max(plots.GALLERY) + 1)
+            made = generate(bundle, shown, sampling, **options)
+            plots.plot_gallery(shown, made, plot)
+    typer.echo(reports[0].to_json() if as_json else report.table(reports, metrics).rstrip())

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as MMAudio computes them, with a Slaney filterbank of our own.
+"""Mel filterbanks, and log-mel spectrograms as MMAudio computes them.
 
 MMAudio (Cheng et al., 2025, arXiv:2412.15322) has two front ends, one per sample rate, which differ
 in window, hop, number of bands and in the base of the logarithm.
@@ -6,7 +6,9 @@ in window, hop, number of bands and in the base of the logarithm.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,15 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError
 
-__all__ = ["MEL_CONFIGS", "MelConfig", "MelSpectrogram", "slaney_filterbank"]
+__all__ = [
+    "MEL_CONFIGS",
+    "MelConfig",
+    "MelSpectrogram",
+    "filterbank",
+    "htk_mel",
+    "mel_power",
+    "stft",
+]
 
 
 @dataclass(frozen=True)
@@ -52,40 +62,93 @@ _BREAK_HZ = 1000.0
 _LOG_STEP = torch.log(torch.tensor(6.4, dtype=torch.float64)) / 27.0
 
 
-def _hz_to_mel(hz: Tensor) -> Tensor:
+def _slaney_edges(low: float, high: float, count: int) -> Tensor:
+    hz = torch.tensor([low, high], dtype=torch.float64)
     above = _BREAK_HZ / _LINEAR_STEP + torch.log(hz.clamp(min=_BREAK_HZ) / _BREAK_HZ) / _LOG_STEP
-    return torch.where(hz < _BREAK_HZ, hz / _LINEAR_STEP, above)
-
-
-def _mel_to_hz(mel: Tensor) -> Tensor:
+    ends = torch.where(hz < _BREAK_HZ, hz / _LINEAR_STEP, above)
+    mel = torch.linspace(float(ends[0]), float(ends[1]), count, dtype=torch.float64)
     steps = mel - _BREAK_HZ / _LINEAR_STEP
     return torch.where(
         steps < 0, mel * _LINEAR_STEP, _BREAK_HZ * torch.exp(steps.clamp(min=0) * _LOG_STEP)
     )
 
 
-def slaney_filterbank(sample_rate: int, window: int, bands: int, low: float, high: float) -> Tensor:
-    """Triangular mel filters of unit area (per Hz, times two).
+def htk_mel(hz: Tensor) -> Tensor:
+    """Give mels of frequencies in Hz, on HTK's scale."""
+    return 2595.0 * torch.log10(1.0 + hz / 700.0)
+
+
+def _htk_edges(low: float, high: float, count: int) -> Tensor:
+    # Both ends in float32, as they were when the judge of `mfmjt evaluate` was trained.
+    ends = htk_mel(torch.tensor([low, high]))
+    mel = torch.linspace(float(ends[0]), float(ends[1]), count, dtype=torch.float64)
+    return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+
+
+def filterbank(
+    sample_rate: int,
+    window: int,
+    bands: int,
+    low: float = 0.0,
+    high: float | None = None,
+    scale: Literal["slaney", "htk"] = "slaney",
+) -> Tensor:
+    """Give triangular mel filters.
 
     Args:
         sample_rate: In Hz.
         window: FFT length.
         bands: Number of filters.
         low: Lower edge of the first filter, in Hz.
-        high: Upper edge of the last filter, in Hz.
+        high: Upper edge of the last filter, in Hz; by default half the sample rate.
+        scale: Slaney's filters have unit area (per Hz, times two). HTK's have unit sum, and are
+            never narrower than one bin to each side: at short windows the low bands would otherwise
+            fall between two bins and hear nothing.
 
     Returns:
         `(bands, window // 2 + 1)` float32; computed in float64.
     """
-    ends = _hz_to_mel(torch.tensor([low, high], dtype=torch.float64))
-    mels = torch.linspace(float(ends[0]), float(ends[1]), bands + 2, dtype=torch.float64)
-    edges = _mel_to_hz(mels)
-    bins = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
-    ramps = edges[:, None] - bins
-    widths = edges.diff()[:, None]
-    rising, falling = -ramps[:-2] / widths[:-1], ramps[2:] / widths[1:]
-    triangles = torch.minimum(rising, falling).clamp(min=0)
-    return (triangles * (2 / (edges[2:] - edges[:-2]))[:, None]).float()
+    step = sample_rate / window
+    edges = _slaney_edges if scale == "slaney" else _htk_edges
+    points = edges(low, sample_rate / 2 if high is None else high, bands + 2)[:, None]
+    below, middle, above = points[:-2], points[1:-1], points[2:]
+    if scale == "htk":
+        below, above = torch.minimum(below, middle - step), torch.maximum(above, middle + step)
+    bins = torch.arange(window // 2 + 1, dtype=torch.float64) * step
+    rising, falling = (bins - below) / (middle - below), (above - bins) / (above - middle)
+    filters = torch.minimum(rising, falling).clamp(min=0)
+    if scale == "slaney":
+        return (filters * (2 / (above - below))).float()
+    return (filters / filters.sum(dim=1, keepdim=True)).float()
+
+
+def stft(waveform: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Give spectra `(B, len(window) // 2 + 1, frames)` of `(B, S)`, complex, without padding."""
+    return torch.stft(waveform, len(window), hop, window=window, center=False, return_complex=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _htk_filters(sample_rate: int, window: int, bands: int) -> Tensor:
+    return filterbank(sample_rate, window, bands, low=40.0, scale="htk").T.contiguous()
+
+
+def mel_power(waveform: Tensor, sample_rate: int, window: int, hop: int, bands: int) -> Tensor:
+    """Give the power in HTK's mel bands from 40 Hz up of spectra centered on every hop-th sample.
+
+    Args:
+        waveform: Samples `(B, S)`, float32; silence is assumed around them.
+        sample_rate: In Hz.
+        window: Samples per spectrum.
+        hop: Samples between spectra.
+        bands: Number of bands.
+
+    Returns:
+        Power `(B, S // hop + 1, bands)`.
+    """
+    padded = F.pad(waveform, (window // 2, window // 2))
+    spectrum = stft(padded, torch.hann_window(window, device=waveform.device), hop)
+    filters = _htk_filters(sample_rate, window, bands).to(waveform.device)
+    return torch.view_as_real(spectrum).square().sum(dim=-1).transpose(1, 2) @ filters
 
 
 class MelSpectrogram(nn.Module):
@@ -108,7 +171,7 @@ class MelSpectrogram(nn.Module):
                 f"No mel spectrogram {mode!r}: there are {', '.join(MEL_CONFIGS)}. Give one."
             )
         self.config = c = MEL_CONFIGS[mode]
-        basis = slaney_filterbank(c.sample_rate, c.window, c.bands, c.low, c.high)
+        basis = filterbank(c.sample_rate, c.window, c.bands, c.low, c.high)
         self.register_buffer("window", torch.hann_window(c.window), persistent=False)
         self.register_buffer("filterbank", basis, persistent=False)
 
@@ -132,9 +195,7 @@ class MelSpectrogram(nn.Module):
                 f"(batch, samples) with more than {margin} samples is needed. Pad it with zeros."
             )
         padded = F.pad(waveform.clamp(-1, 1)[:, None], (margin, margin), mode="reflect")[:, 0]
-        spectrum = torch.stft(
-            padded, c.window, c.hop, window=self.window, center=False, return_complex=True
-        )
+        spectrum = stft(padded, self.window, c.hop)
         # The 1e-9 under the root keeps the gradient finite in silence.
         magnitude = torch.sqrt(spectrum.real.square() + spectrum.imag.square() + 1e-9)
         mel = (self.filterbank @ magnitude).clamp(min=1e-5)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_module, save_module
 from mfmjt.codec.base import Codec
-from mfmjt.codec.mel import MelSpectrogram, slaney_filterbank
+from mfmjt.codec.mel import MelSpectrogram, filterbank, stft
 from mfmjt.errors import InputError
 
 __all__ = ["NanoCodec", "NanoCodecConfig"]
@@ -104,7 +104,7 @@ class NanoCodec(Codec):
         bins = self.fft // 2 + 1
 
         self.mel = MelSpectrogram("16k")
-        fine = slaney_filterbank(self.sample_rate, 256, 16, 0.0, self.sample_rate / 2)
+        fine = filterbank(self.sample_rate, 256, 16)
         self.register_buffer("fine_window", torch.hann_window(256), persistent=False)
         self.register_buffer("fine_filterbank", fine, persistent=False)
         self.stem = nn.Linear(80 + 4 * 16, c.encoder_dim)
@@ -149,9 +149,7 @@ class NanoCodec(Codec):
         """What the encoder sees: `(B, S)` with S a multiple of 512 -> `(B, S / 256, 144)`."""
         mel = self.mel(waveform).transpose(1, 2)
         padded = F.pad(waveform.clamp(-1, 1)[:, None], (96, 96), mode="reflect")[:, 0]
-        spectrum = torch.stft(
-            padded, 256, 64, window=self.fine_window, center=False, return_complex=True
-        )
+        spectrum = stft(padded, self.fine_window, 64)
         fine = (self.fine_filterbank @ spectrum.abs()).clamp(min=1e-5).log10()
         fine = fine.transpose(1, 2).unflatten(1, (-1, 4)).flatten(2)
         # Fixed numbers rather than batch statistics: log10 mels of sounds lie around -3 ± 1.5.

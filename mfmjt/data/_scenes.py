@@ -3,208 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mfmjt.data._draw import Camera, Canvas, Color
+from mfmjt.data._balls import BALLS, ball
+from mfmjt.data._draw import Canvas, Color
+from mfmjt.data._scene import FLOOR, Scene, jitter, pace, random_times, swing, turns
 from mfmjt.data._sound import SAMPLE_RATE, Body, mix_strikes, shaped_noise, smooth_random
 
-__all__ = ["SOURCES", "Scene"]
-
-Array = NDArray[np.floating[Any]]
-FLOOR = -0.62  # world height of the floor
-_GAP = 0.15  # no two events closer than this (s): the ear, too, would hear one
-
-
-@dataclass
-class Scene:
-    """What a source does in one clip.
-
-    Attributes:
-        draw: Paints the moving things of time t (s) onto a canvas.
-        audio: The sound, `(samples,)`, any level.
-        events: Times of the audible onsets in seconds; empty for continuous sounds.
-        pace: "slow", "fast" or "", for the caption.
-        setting: Paints what does not move.
-    """
-
-    draw: Callable[[Canvas, float], None]
-    audio: Array
-    events: Array
-    pace: str = ""
-    setting: Callable[[Canvas], None] = field(default=lambda canvas: None)
-
-
-def _jitter(rng: np.random.Generator, color: Color, amount: float = 0.07) -> Color:
-    r, g, b = (float(np.clip(c + rng.uniform(-amount, amount), 0.02, 0.98)) for c in color)
-    return r, g, b
-
-
-def _pace(interval: float, slow: float, fast: float) -> str:
-    return "slow" if interval > slow else "fast" if interval < fast else ""
-
-
-def _random_times(
-    rng: np.random.Generator, duration: float, low: float, high: float
-) -> NDArray[np.float64]:
-    """Event times with independent gaps between `low` and `high` seconds."""
-    times, now = [], rng.uniform(0.15, 0.15 + high)
-    while now < duration - 0.08:
-        times.append(now)
-        now += rng.uniform(low, high)
-    return np.array(times)
-
-
-def _swing(t: float, times: NDArray[np.float64], lift: float, strike: float) -> float:
-    """How far a striker is from its target, 0 at the hits and up to 1 between them.
-
-    It comes down within `strike` seconds before a hit and goes up within `lift` seconds after.
-    """
-    if times.size == 0:
-        return 1.0
-    after = np.min(np.where(t >= times, t - times, np.inf))
-    before = np.min(np.where(times > t, times - t, np.inf))
-    up = min(1.0, after / lift)
-    down = min(1.0, before / strike)
-    return float(min(np.sin(0.5 * np.pi * up), 1.0 - (1.0 - down) ** 2))
-
-
-_BALLS: dict[str, tuple[Color, tuple[float, float], tuple[float, float]]] = {
-    # colour, restitution, base frequency (Hz)
-    "wood": ((0.62, 0.40, 0.18), (0.60, 0.72), (240.0, 480.0)),
-    "glass": ((0.55, 0.85, 0.92), (0.66, 0.78), (1700.0, 3000.0)),
-    "metal": ((0.62, 0.64, 0.68), (0.62, 0.74), (560.0, 1100.0)),
-    "rubber": ((0.86, 0.16, 0.22), (0.74, 0.84), (70.0, 150.0)),
-}
-
-
-def _ball_body(rng: np.random.Generator, material: str, base: float) -> Body:
-    if material == "wood":
-        ratios = np.array([1.0, 2.57, 4.95, 7.8]) * rng.uniform(0.97, 1.03, 4)
-        return Body(
-            rng,
-            base * ratios,
-            rng.uniform(0.06, 0.13) / ratios**0.4,
-            [1, 0.6, 0.35, 0.2],
-            0.35,
-            0.002,
-        )
-    if material == "glass":
-        ratios = np.array([1.0, 1.47, 2.09, 2.56, 3.1]) * rng.uniform(0.98, 1.02, 5)
-        return Body(
-            rng,
-            base * ratios,
-            rng.uniform(0.25, 0.6) / ratios**0.7,
-            [1, 0.7, 0.6, 0.4, 0.3],
-            0.15,
-            0.001,
-        )
-    if material == "metal":
-        ratios = np.array([1.0, 1.51, 2.33, 3.05, 4.16, 5.4, 6.7]) * rng.uniform(0.98, 1.02, 7)
-        return Body(
-            rng,
-            base * ratios,
-            rng.uniform(0.5, 1.2) / ratios**0.5,
-            [0.8, 1, 0.7, 0.6, 0.5, 0.35, 0.25],
-            0.25,
-            0.0015,
-        )
-    ratios = np.array([1.0, 1.8, 2.9])
-    return Body(
-        rng,
-        base * ratios,
-        rng.uniform(0.08, 0.16) / ratios**0.5,
-        [1, 0.35, 0.12],
-        0.12,
-        0.006,
-        glide=0.6,
-    )
-
-
-def _ball(rng: np.random.Generator, duration: float, material: str) -> Scene:
-    color, restitution_range, base_range = _BALLS[material]
-    restitution = rng.uniform(*restitution_range)
-    gravity = rng.uniform(5.0, 9.0)
-    radius = rng.uniform(0.11, 0.19)
-    # Flights: from `start` at height `height` with upward speed `speed`, until the next impact.
-    flights: list[tuple[float, float, float]] = []
-    events: list[float] = []
-    speeds: list[float] = []
-    now = rng.uniform(-0.2, 0.25)
-    while now < duration:
-        height = rng.uniform(0.75, 1.35)
-        fall = np.sqrt(2 * height / gravity)
-        flights.append((now, height, 0.0))
-        now += fall
-        speed = gravity * fall
-        while True:
-            events.append(now)
-            speeds.append(speed)
-            speed *= restitution
-            flight = 2 * speed / gravity
-            if flight < _GAP + 0.03:
-                break
-            flights.append((now, 0.0, speed))
-            now += flight
-        rest = rng.uniform(0.4, 1.0)
-        flights.append((now, 0.0, 0.0))  # lies still
-        now += rest
-    starts = np.array([f[0] for f in flights])
-    x0, drift = rng.uniform(-0.4, 0.4), rng.uniform(-0.25, 0.25)
-    paint = _jitter(rng, color)
-    shine = 0.9 if material in ("glass", "metal") else 0.25
-    squash = 0.3 if material == "rubber" else 0.06
-
-    def draw(canvas: Canvas, t: float) -> None:
-        i = int(np.searchsorted(starts, t, side="right")) - 1
-        if i < 0:
-            return
-        start, height, speed = flights[i]
-        dt = t - start
-        lying = height == 0.0 and speed == 0.0
-        y = 0.0 if lying else max(0.0, height + speed * dt - 0.5 * gravity * dt * dt)
-        x = x0 + drift * np.sin(0.7 * t)
-        flat = 1.0 - squash * max(0.0, 1.0 - y / 0.08) * (not lying)
-        canvas.ellipse(
-            x,
-            FLOOR,
-            radius * (1.1 - 0.3 * min(y, 1.0)),
-            0.035,
-            (0.05, 0.05, 0.05),
-            0.55 - 0.3 * min(y, 1.0),
-        )
-        centre = FLOOR + y + radius * flat
-        canvas.ellipse(x, centre, radius * (2 - flat), radius * flat, paint)
-        if material == "wood":
-            for offset in (-0.4, 0.0, 0.4):
-                canvas.capsule(
-                    (x - 0.55 * radius, centre + offset * radius),
-                    (x + 0.55 * radius, centre + offset * radius),
-                    0.05 * radius,
-                    (0.40, 0.23, 0.08),
-                )
-        canvas.ellipse(
-            x - 0.35 * radius,
-            centre + 0.35 * radius,
-            0.28 * radius,
-            0.28 * radius,
-            (1.0, 1.0, 1.0),
-            shine,
-        )
-
-    body = _ball_body(rng, material, rng.uniform(*base_range))
-    times = np.array(events)
-    keep = (times > 0.03) & (times < duration - 0.08)
-    velocities = (np.array(speeds) / max(speeds))[keep]
-    return Scene(
-        draw,
-        mix_strikes(rng, duration, times[keep], velocities, [body]),
-        times[keep].astype(np.float32),
-        _pace(2 * np.sqrt(2 / gravity), 1.2, 1.0),
-    )
+__all__ = ["SOURCES"]
 
 
 def _drum(rng: np.random.Generator, duration: float) -> Scene:
@@ -224,7 +32,7 @@ def _drum(rng: np.random.Generator, duration: float) -> Scene:
         glide=0.35,
     )
     velocities = rng.uniform(0.45, 1.0, times.size)
-    shell, x = _jitter(rng, (0.75, 0.2, 0.15), 0.2), rng.uniform(-0.2, 0.1)
+    shell, x = jitter(rng, (0.75, 0.2, 0.15), 0.2), rng.uniform(-0.2, 0.1)
     top = FLOOR + rng.uniform(0.4, 0.55)
 
     def setting(canvas: Canvas) -> None:
@@ -232,7 +40,7 @@ def _drum(rng: np.random.Generator, duration: float) -> Scene:
         canvas.ellipse(x, FLOOR, 0.42, 0.09, shell)
 
     def draw(canvas: Canvas, t: float) -> None:
-        gap = _swing(t, times, lift=0.12, strike=0.1)
+        gap = swing(t, times, lift=0.12, strike=0.1)
         recent = times[(times <= t) & (times > t - 0.12)]
         glow = 0.12 if recent.size else 0.0
         canvas.ellipse(x, top, 0.44, 0.11, (0.82 + glow, 0.80 + glow, 0.74 + glow))
@@ -244,7 +52,7 @@ def _drum(rng: np.random.Generator, duration: float) -> Scene:
         draw,
         mix_strikes(rng, duration, times, velocities, [body]),
         times.astype(np.float32),
-        _pace(beat, 0.45, 0.3),
+        pace(beat, 0.45, 0.3),
         setting,
     )
 
@@ -267,7 +75,7 @@ def _footsteps(rng: np.random.Generator, duration: float) -> Scene:
         for k in (1.0, 1.09)
     ]
     velocities = rng.uniform(0.7, 1.0, times.size)
-    trousers, shirt = _jitter(rng, (0.16, 0.2, 0.42), 0.1), _jitter(rng, (0.2, 0.6, 0.3), 0.25)
+    trousers, shirt = jitter(rng, (0.16, 0.2, 0.42), 0.1), jitter(rng, (0.2, 0.6, 0.3), 0.25)
     shoes: Color = (0.08, 0.07, 0.06)
     direction = rng.choice([-1.0, 1.0])
     speed = rng.uniform(0.06, 0.14)
@@ -298,7 +106,7 @@ def _footsteps(rng: np.random.Generator, duration: float) -> Scene:
         draw,
         mix_strikes(rng, duration, times, velocities, bodies),
         times.astype(np.float32),
-        _pace(period, 0.62, 0.46),
+        pace(period, 0.62, 0.46),
     )
 
 
@@ -319,7 +127,7 @@ def _rain(rng: np.random.Generator, duration: float) -> Scene:
     audio = intensity**1.5 * (hiss + 0.6 * drops)
     n = 150
     x, phase, fall = rng.uniform(-1.6, 1.6, n), rng.uniform(0, 3, n), rng.uniform(3.2, 4.5, n)
-    tint = _jitter(rng, (0.72, 0.8, 0.92), 0.05)
+    tint = jitter(rng, (0.72, 0.8, 0.92), 0.05)
 
     def draw(canvas: Canvas, t: float) -> None:
         shown = int(n * np.interp(t, knots, values))
@@ -347,7 +155,7 @@ def _pendulum(rng: np.random.Generator, duration: float) -> Scene:
     ]
     velocities = rng.uniform(0.85, 1.0, times.size)
     swing, length = rng.uniform(0.45, 0.75), rng.uniform(0.75, 1.0)
-    brass, case = _jitter(rng, (0.85, 0.68, 0.22)), _jitter(rng, (0.32, 0.18, 0.08))
+    brass, case = jitter(rng, (0.85, 0.68, 0.22)), jitter(rng, (0.32, 0.18, 0.08))
     pivot = (rng.uniform(-0.15, 0.15), 0.62)
 
     def setting(canvas: Canvas) -> None:
@@ -366,21 +174,9 @@ def _pendulum(rng: np.random.Generator, duration: float) -> Scene:
         draw,
         mix_strikes(rng, duration, times, velocities, bodies),
         times.astype(np.float32),
-        _pace(half, 0.7, 0.45),
+        pace(half, 0.7, 0.45),
         setting,
     )
-
-
-def _phase(
-    knots: NDArray[np.float64],
-    values: NDArray[np.float64],
-    t: NDArray[np.float64] | float,
-    duration: float,
-) -> NDArray[np.float64]:
-    """Turns made by time t at the speed (turns per second) given by the knots."""
-    grid = np.linspace(0.0, duration, int(duration * 200) + 2)
-    turns = np.concatenate([[0.0], np.cumsum(np.interp(grid[1:], knots, values) * grid[1])])
-    return np.interp(t, grid, turns)
 
 
 def _engine(rng: np.random.Generator, duration: float) -> Scene:
@@ -388,7 +184,7 @@ def _engine(rng: np.random.Generator, duration: float) -> Scene:
     t = np.arange(samples) / SAMPLE_RATE
     low = rng.uniform(22, 40)
     knots, values = smooth_random(rng, duration, low, low * rng.uniform(1.5, 2.6), 0.5)
-    firing = 2 * np.pi * _phase(knots, values, t, duration)
+    firing = 2 * np.pi * turns(knots, values, t, duration)
     audio = np.zeros(samples, dtype=np.float32)
     for k in range(1, 15):
         gain = rng.uniform(0.5, 1.0) / k**0.7
@@ -397,12 +193,12 @@ def _engine(rng: np.random.Generator, duration: float) -> Scene:
     audio += 0.8 * chug * shaped_noise(rng, samples, 80, rng.uniform(700, 1800), -0.4)
     loud = np.interp(t, knots, values) / values.max()
     audio *= (loud**1.3).astype(np.float32)
-    paint, x = _jitter(rng, (0.25, 0.42, 0.30), 0.2), rng.uniform(-0.2, 0.2)
+    paint, x = jitter(rng, (0.25, 0.42, 0.30), 0.2), rng.uniform(-0.2, 0.2)
     seed_shake = rng.uniform(0, 6.28)
 
     def draw(canvas: Canvas, time: float) -> None:
         speed = float(np.interp(time, knots, values))
-        turn = 2 * np.pi * float(_phase(knots, values, time, duration)) / 14.0
+        turn = 2 * np.pi * float(turns(knots, values, time, duration)) / 14.0
         shake = 0.012 * np.sin(61.0 * time + seed_shake) * speed / 40
         y = FLOOR + 0.36 + shake
         canvas.box(x, y, 0.42, 0.28, paint)
@@ -437,13 +233,13 @@ def _fan(rng: np.random.Generator, duration: float) -> Scene:
     samples = round(duration * SAMPLE_RATE)
     t = np.arange(samples) / SAMPLE_RATE
     knots, values = smooth_random(rng, duration, 1.2, 4.5, 0.5)  # turns per second
-    blades = 3 * 2 * np.pi * _phase(knots, values, t, duration)
+    blades = 3 * 2 * np.pi * turns(knots, values, t, duration)
     speed = np.interp(t, knots, values) / 4.5
     air = shaped_noise(rng, samples, 150, rng.uniform(1200, 3000), -0.5)
     whir = (0.6 + 0.4 * np.cos(blades)).astype(np.float32)
     hum = np.sin(2 * np.pi * rng.choice([100.0, 120.0]) * t)
     audio = (speed**1.2).astype(np.float32) * (air * whir) + (0.15 * hum).astype(np.float32)
-    color, centre = _jitter(rng, (0.3, 0.5, 0.8), 0.2), (rng.uniform(-0.15, 0.15), 0.1)
+    color, centre = jitter(rng, (0.3, 0.5, 0.8), 0.2), (rng.uniform(-0.15, 0.15), 0.1)
 
     def setting(canvas: Canvas) -> None:
         canvas.capsule(centre, (centre[0], FLOOR), 0.05, (0.85, 0.85, 0.87))
@@ -451,7 +247,7 @@ def _fan(rng: np.random.Generator, duration: float) -> Scene:
         canvas.ring(*centre, 0.58, 0.03, (0.9, 0.9, 0.92))
 
     def draw(canvas: Canvas, time: float) -> None:
-        turn = 2 * np.pi * float(_phase(knots, values, time, duration))
+        turn = 2 * np.pi * float(turns(knots, values, time, duration))
         for blade in range(3):
             a = turn + blade * 2 * np.pi / 3
             reach = (centre[0] + 0.38 * np.cos(a), centre[1] + 0.38 * np.sin(a))
@@ -462,7 +258,7 @@ def _fan(rng: np.random.Generator, duration: float) -> Scene:
 
 
 def _bell(rng: np.random.Generator, duration: float) -> Scene:
-    times = _random_times(rng, duration, 0.55, rng.uniform(1.2, 2.2))
+    times = random_times(rng, duration, 0.55, rng.uniform(1.2, 2.2))
     base = rng.uniform(380.0, 900.0)
     ratios = np.array([0.5, 1.0, 1.2, 1.5, 2.0, 2.5, 2.67, 3.0, 4.1]) * rng.uniform(0.995, 1.005, 9)
     body = Body(
@@ -474,7 +270,7 @@ def _bell(rng: np.random.Generator, duration: float) -> Scene:
         0.002,
     )
     velocities = rng.uniform(0.6, 1.0, times.size)
-    bronze, x = _jitter(rng, (0.72, 0.52, 0.18)), rng.uniform(-0.25, 0.0)
+    bronze, x = jitter(rng, (0.72, 0.52, 0.18)), rng.uniform(-0.25, 0.0)
     y = rng.uniform(-0.05, 0.2)
 
     def setting(canvas: Canvas) -> None:
@@ -488,7 +284,7 @@ def _bell(rng: np.random.Generator, duration: float) -> Scene:
         canvas.ellipse(cx, y + 0.2, 0.24, 0.28, bronze)
         canvas.box(cx, y - 0.02, 0.26, 0.18, bronze)
         canvas.ellipse(cx, y - 0.2, 0.36, 0.08, (bronze[0] * 0.8, bronze[1] * 0.8, bronze[2] * 0.8))
-        gap = _swing(t, times, lift=0.25, strike=0.14)
+        gap = swing(t, times, lift=0.25, strike=0.14)
         head = (x + 0.40 + 0.38 * gap, y - 0.02 + 0.2 * gap)
         canvas.capsule(head, (head[0] + 0.55, head[1] - 0.25), 0.035, (0.55, 0.38, 0.2))
         canvas.ellipse(*head, 0.1, 0.1, (0.3, 0.3, 0.33))
@@ -524,8 +320,8 @@ def _knock(rng: np.random.Generator, duration: float) -> Scene:
         glide=0.1,
     )
     velocities = rng.uniform(0.6, 1.0, times.size)
-    door, x = _jitter(rng, (0.50, 0.30, 0.16), 0.1), rng.uniform(-0.75, -0.55)
-    skin, sleeve = _jitter(rng, (0.85, 0.64, 0.5)), _jitter(rng, (0.3, 0.3, 0.6), 0.25)
+    door, x = jitter(rng, (0.50, 0.30, 0.16), 0.1), rng.uniform(-0.75, -0.55)
+    skin, sleeve = jitter(rng, (0.85, 0.64, 0.5)), jitter(rng, (0.3, 0.3, 0.6), 0.25)
     y = rng.uniform(-0.05, 0.2)
 
     def setting(canvas: Canvas) -> None:
@@ -536,7 +332,7 @@ def _knock(rng: np.random.Generator, duration: float) -> Scene:
         canvas.ellipse(x + 0.36, FLOOR + 0.72, 0.05, 0.05, (0.9, 0.8, 0.3))
 
     def draw(canvas: Canvas, t: float) -> None:
-        away = _swing(t, times, lift=0.09, strike=0.08)
+        away = swing(t, times, lift=0.09, strike=0.08)
         fist = (x + 0.52 + 0.3 * away, y)
         canvas.capsule((fist[0] + 0.08, y), (fist[0] + 0.7, y - 0.3), 0.09, sleeve)
         canvas.ellipse(*fist, 0.12, 0.13, skin)
@@ -545,16 +341,13 @@ def _knock(rng: np.random.Generator, duration: float) -> Scene:
         draw,
         mix_strikes(rng, duration, times, velocities, [body]),
         times.astype(np.float32),
-        _pace(gap, 0.29, 0.21),
+        pace(gap, 0.29, 0.21),
         setting,
     )
 
 
 SOURCES: dict[str, Callable[[np.random.Generator, float], Scene]] = {
-    "ball_wood": lambda rng, d: _ball(rng, d, "wood"),
-    "ball_glass": lambda rng, d: _ball(rng, d, "glass"),
-    "ball_metal": lambda rng, d: _ball(rng, d, "metal"),
-    "ball_rubber": lambda rng, d: _ball(rng, d, "rubber"),
+    **{f"ball_{material}": partial(ball, material=material) for material in BALLS},
     "drum": _drum,
     "footsteps": _footsteps,
     "rain": _rain,
@@ -564,17 +357,3 @@ SOURCES: dict[str, Callable[[np.random.Generator, float], Scene]] = {
     "bell": _bell,
     "knock": _knock,
 }
-
-
-def stage(rng: np.random.Generator, size: int) -> Canvas:
-    """An empty room with a random camera, wall, floor and grain."""
-    camera = Camera(rng.uniform(-0.15, 0.15), rng.uniform(-0.05, 0.15), rng.uniform(0.8, 1.05))
-    canvas = Canvas(size, camera)
-    wall = rng.uniform(0.35, 0.85)
-    tint = rng.uniform(-0.08, 0.08, 3)
-    top: Color = (wall + tint[0], wall + tint[1], wall + tint[2])
-    canvas.gradient(top, (top[0] * 0.85, top[1] * 0.85, top[2] * 0.85))
-    floor = rng.uniform(0.2, 0.5)
-    canvas.below(FLOOR, (floor + 0.06, floor, floor - 0.05))
-    canvas.texture(rng, rng.uniform(0.0, 0.02))
-    return canvas

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mfmjt.data._captions import CLASSES, caption
 from mfmjt.data._draw import Canvas
-from mfmjt.data._scenes import SOURCES, stage
+from mfmjt.data._scene import stage
+from mfmjt.data._scenes import SOURCES
 from mfmjt.data._sound import SAMPLE_RATE
 from mfmjt.errors import InputError
 

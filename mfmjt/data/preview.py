@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mfmjt.data.foley import FPS, SAMPLE_RATE, Clip, clip
 from mfmjt.errors import InputError
 from mfmjt.files import atomic_path
+from mfmjt.plotting import figure, spectrogram
 
 __all__ = ["contact_sheet", "preview", "write_clip"]
 
@@ -44,31 +46,20 @@ def contact_sheet(path: Path, clips: list[Clip], columns: int = 8) -> None:
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "The contact sheet needs matplotlib, which is not installed. "
-            "Run: pip install 'mfmjt[plot]'"
-        ) from error
-    figure = Figure(figsize=(1.3 * (columns + 4), 1.45 * len(clips)), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subfigures(len(clips), 1, squeeze=False)[:, 0]
-    for row, item in zip(rows, clips, strict=True):
-        row.suptitle(f"{item.class_name}: {item.caption}", fontsize=8, x=0.01, ha="left")
-        axes = row.subplots(1, columns + 2, width_ratios=[1.0] * columns + [2.0, 2.0])
-        for axis in axes:
-            axis.set_axis_off()
-        assert item.frames is not None
-        for axis, i in zip(axes, range(12, 12 + 2 * columns, 2), strict=False):
-            axis.imshow(item.frames[min(i, len(item.frames) - 1)])
-        axes[-2].specgram(item.audio + 1e-6, NFFT=512, Fs=SAMPLE_RATE, noverlap=384)
-        axes[-1].plot(np.arange(item.audio.size) / SAMPLE_RATE, item.audio, linewidth=0.3)
-        axes[-1].vlines(item.events, -1, 1, colors="crimson", linewidth=0.6)
-        axes[-1].set_ylim(-1, 1)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
+    with figure(path, (1.3 * (columns + 4), 1.45 * len(clips)), dpi=90) as drawn:
+        rows = drawn.subfigures(len(clips), 1, squeeze=False)[:, 0]
+        for row, item in zip(rows, clips, strict=True):
+            row.suptitle(f"{item.class_name}: {item.caption}", fontsize=8, x=0.01, ha="left")
+            axes = row.subplots(1, columns + 2, width_ratios=[1.0] * columns + [2.0, 2.0])
+            for axis in axes:
+                axis.set_axis_off()
+            assert item.frames is not None
+            for axis, i in zip(axes, range(12, 12 + 2 * columns, 2), strict=False):
+                axis.imshow(item.frames[min(i, len(item.frames) - 1)])
+            spectrogram(axes[-2], torch.from_numpy(item.audio), SAMPLE_RATE)
+            axes[-1].plot(np.arange(item.audio.size) / SAMPLE_RATE, item.audio, linewidth=0.3)
+            axes[-1].vlines(item.events, -1, 1, colors="crimson", linewidth=0.6)
+            axes[-1].set_ylim(-1, 1)
 
 
 def preview(

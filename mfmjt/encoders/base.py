@@ -15,7 +15,7 @@ from mfmjt.checkpoints import fingerprint
 from mfmjt.errors import InputError, some
 from mfmjt.model import ModelConfig
 
-__all__ = ["FRAMES_AT_ONCE", "Encoders", "FrameSpec", "Lengths", "stream_options"]
+__all__ = ["FRAMES_AT_ONCE", "Encoders", "FrameSpec", "Lengths", "SelfAttention", "stream_options"]
 
 FRAMES_AT_ONCE = 32
 """Frames that are resized, or given to CLIP, at a time: bounds memory, and fills a GPU."""
@@ -133,6 +133,25 @@ class Encoders(nn.Module):
     def identity(self) -> str:
         """Return a digest of what decides on features."""
         return fingerprint(self)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with the parameter names of `nn.MultiheadAttention`."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """Mix the tokens of `(B, N, D)`; where causal, each sees itself and those before it."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 def stream_options(

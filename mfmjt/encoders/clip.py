@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_published, weights_in
+from mfmjt.encoders.base import SelfAttention
 from mfmjt.errors import InputError
 
 __all__ = ["CLIP", "CLIPConfig"]
@@ -56,24 +57,6 @@ class CLIPConfig:
         return self.image_size // self.patch
 
 
-class _Attention(nn.Module):
-    """Self-attention with the parameter names of `nn.MultiheadAttention`."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
-
-
 class _MLP(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -89,7 +72,7 @@ class _Block(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
-        self.attn = _Attention(dim, heads)
+        self.attn = SelfAttention(dim, heads)
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = _MLP(dim)
 

@@ -150,28 +150,6 @@ class MMAudioEncoders(Encoders):
         )
         return Lengths(max(1, latents), frames, sync)
 
-    def fit_frames(self, frames: Tensor) -> Tensor:
-        """Pictures as CLIP is given them: squashed to a square by bicubic interpolation.
-
-        Args:
-            frames: uint8 `(T, H, W, 3)`.
-
-        Returns:
-            uint8 `(T, S, S, 3)` on the same device, S = `frame_size[0]`.
-        """
-        return self.frame_specs[0].fitted(frames)
-
-    def fit_sync(self, frames: Tensor) -> Tensor:
-        """Pictures as Synchformer is given them: shorter side to S, then the middle square.
-
-        Args:
-            frames: uint8 `(T, H, W, 3)`.
-
-        Returns:
-            uint8 `(T, S, S, 3)` on the same device, S = `frame_size[1]`.
-        """
-        return self.frame_specs[1].fitted(frames)
-
     def encode_frames(self, frames: Tensor) -> Tensor:
         """CLIP's embeddings of single frames.
 
@@ -185,9 +163,10 @@ class MMAudioEncoders(Encoders):
             InputError: Not uint8 of that shape, or no frames.
         """
         check_frames(frames)
+        spec, _ = self.frame_specs
         found = []
         for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE):
-            x = self.fit_frames(part).permute(0, 3, 1, 2).float()
+            x = spec.fitted(part).permute(0, 3, 1, 2).float()
             # In place: fresh memory would cost more than the arithmetic.
             x.div_(255).sub_(self.pixel_mean).div_(self.pixel_std)
             found.append(self.clip.encode_image(x))
@@ -207,8 +186,9 @@ class MMAudioEncoders(Encoders):
             InputError: Not uint8 of that shape, or no frames.
         """
         check_frames(frames)
+        _, spec = self.frame_specs
         length = self.synchformer.config.frames
-        return torch.stack([self._segments(self.fit_sync(sample), length) for sample in frames])
+        return torch.stack([self._segments(spec.fitted(sample), length) for sample in frames])
 
     def _segments(self, frames: Tensor, length: int) -> Tensor:
         """uint8 `(T, side, side, 3)` -> `(8 S, D)`."""
@@ -224,10 +204,6 @@ class MMAudioEncoders(Encoders):
             segments = x.unfold(0, length, _STRIDE).movedim(-1, 1)  # (s, 16, 3, side, side)
             found.append(self.synchformer(segments[None])[0])
         return torch.cat(found).flatten(0, 1)
-
-    def sync(self, frames: Tensor) -> Tensor:
-        """Synchformer itself: `(B, S, 16, 3, 224, 224)` in [-1, 1] -> `(B, S, 8, 768)`."""
-        return self.synchformer(frames)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """CLIP's states of text tokens.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_published, weights_in
+from mfmjt.encoders.base import SelfAttention
 from mfmjt.errors import InputError
 
 __all__ = ["Synchformer", "SynchformerConfig"]
@@ -138,30 +139,13 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class _Attention(nn.Module):
-    """Self-attention with the parameter names of `nn.MultiheadAttention`."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class _Summary(nn.Module):
     """One pre-norm transformer layer over (class token, tokens); gives the class token."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.self_attn = _Attention(dim, heads)
+        self.self_attn = SelfAttention(dim, heads)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
         self.norm1 = nn.LayerNorm(dim, _EPS)

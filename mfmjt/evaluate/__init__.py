@@ -1,1 +1,1 @@
-"""Metrics and the experiments behind the figures."""
+"""How good generated sound is: examples with a known truth, metrics, judges and reports."""

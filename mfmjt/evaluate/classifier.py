@@ -1,6 +1,6 @@
 """The judge of what a sound is: a small convolutional network on log-mel spectra.
 
-It is trained on real procedural audio alone (`mfmjt.train.classifier`): its opinion of generated
+It is trained on real procedural audio alone (`mfmjt train classifier`): its opinion of generated
 audio says how far that would pass for the real thing; its embedding carries the Fréchet distance.
 """
 
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from mfmjt.checkpoints import load_module, save_module
+from mfmjt.codec.mel import mel_power
 from mfmjt.errors import InputError
-from mfmjt.evaluate._mel import mel_power
 from mfmjt.families import PRETRAINED
 
 __all__ = ["Classifier", "ClassifierConfig", "load_classifier"]

@@ -8,17 +8,23 @@ on real training clips of the procedural set alone.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from mfmjt.codec.mel import mel_power
 from mfmjt.errors import InputError
-from mfmjt.evaluate._mel import mel_power
 
-__all__ = ["OnsetScore", "detect_onsets", "match_onsets", "onset_f1", "onset_strength"]
+__all__ = [
+    "OnsetScore",
+    "count_onsets",
+    "detect_onsets",
+    "match_onsets",
+    "onset_f1",
+    "onset_strength",
+]
 
 HOP = 0.005  # s between spectra
 WINDOW = 0.016  # s
@@ -146,9 +152,8 @@ def match_onsets(
     return matched
 
 
-@dataclass(frozen=True)
-class OnsetScore:
-    """Counts of onsets; scores of several clips add up, which makes the averages micro-averages.
+class OnsetScore(NamedTuple):
+    """Counts of onsets, of one clip or of several together.
 
     Attributes:
         matched: Pairs of a reference and an estimated onset.
@@ -176,20 +181,13 @@ class OnsetScore:
         total = self.reference + self.estimated
         return 2 * self.matched / total if total else 1.0
 
-    def __add__(self, other: OnsetScore) -> OnsetScore:
-        return OnsetScore(
-            self.matched + other.matched,
-            self.reference + other.reference,
-            self.estimated + other.estimated,
-        )
 
-
-def onset_f1(
-    reference: Iterable[Sequence[float] | np.ndarray],
-    estimated: Iterable[Sequence[float] | np.ndarray],
+def count_onsets(
+    reference: Sequence[Sequence[float] | np.ndarray],
+    estimated: Sequence[Sequence[float] | np.ndarray],
     tolerance: float = 0.05,
-) -> OnsetScore:
-    """Micro-averaged onset score: matches and onsets are counted over all clips, then divided.
+) -> np.ndarray:
+    """Count matched, reference and estimated onsets of each clip, (n, 3) int64.
 
     Args:
         reference: One list of times in seconds per clip.
@@ -199,14 +197,20 @@ def onset_f1(
     Raises:
         InputError: The two hold different numbers of clips.
     """
-    reference, estimated = list(reference), list(estimated)
     if len(reference) != len(estimated):
         raise InputError(
             f"Onsets of {len(reference)} clips cannot be scored against {len(estimated)}. "
             "Give one list of times per clip."
         )
-    scores = (
-        OnsetScore(match_onsets(r, e, tolerance), len(r), len(e))
-        for r, e in zip(reference, estimated, strict=True)
-    )
-    return functools.reduce(OnsetScore.__add__, scores, OnsetScore())
+    pairs = zip(reference, estimated, strict=True)
+    counts = [(match_onsets(r, e, tolerance), len(r), len(e)) for r, e in pairs]
+    return np.array(counts, dtype=np.int64).reshape(-1, 3)
+
+
+def onset_f1(
+    reference: Sequence[Sequence[float] | np.ndarray],
+    estimated: Sequence[Sequence[float] | np.ndarray],
+    tolerance: float = 0.05,
+) -> OnsetScore:
+    """Micro-average: count onsets as `count_onsets`, over all clips, for one score."""
+    return OnsetScore(*count_onsets(reference, estimated, tolerance).sum(axis=0).tolist())

@@ -38,7 +38,6 @@ NOTES = "notes.jsonl"
 PART_ROWS = 64
 PART_TEXTS = 256
 ENCODE_CLIPS = 8
-_DTYPES = ("float16", "float32")
 _AHEAD = 2  # clips decoded beyond one for each worker: enough that encoding never waits for one
 
 Decoded = tuple[Row, list[Piece] | str]
@@ -63,7 +62,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        parse_dtype(self.dtype, _DTYPES)
+        parse_dtype(self.dtype, ("float16", "float32"))
         if self.workers < 0:
             raise InputError(f"{self.workers} workers: give 0 or more.")
 

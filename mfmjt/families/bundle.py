@@ -99,7 +99,7 @@ class Bundle:
 
         Args:
             features: Of `encoders`, under "video", "sync" and "text", `(B, tokens, dim)`; those
-                left out are null.
+                left out are null. "video_mask" and "text_mask" `(B,)` bool may say of which rows.
             length: Latents that will be made.
             sampling: What the result is for.
 
@@ -108,11 +108,13 @@ class Bundle:
         """
         if self._one_step is not None and sampling.steps == 1:
             return (dict(sorted(features.items())),)  # a prepared step computes its own
-        first = {name: value[:1] for name, value in features.items()}
-        none = torch.zeros(1, dtype=torch.bool, device=self.device)
+        null = {name: value[:1] for name, value in features.items()}
+        null["video_mask"] = null["text_mask"] = torch.zeros(
+            1, dtype=torch.bool, device=self.device
+        )
         return (
             self.network.conditions(**features, latent_length=length),
-            self.network.conditions(**first, video_mask=none, text_mask=none, latent_length=length),
+            self.network.conditions(**null, latent_length=length),
         )
 
     @torch.no_grad()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from mfmjt.meanflow.guidance import guide
-from mfmjt.meanflow.objective import LossStats, condition_dropout, loss
+from mfmjt.meanflow.objective import (
+    LossStats,
+    condition_dropout,
+    loss,
+    loss_and_errors,
+    loss_ref,
+)
 from mfmjt.meanflow.one_step import OneStep
 from mfmjt.meanflow.sampling import Sampling, sample
 from mfmjt.meanflow.targets import (
@@ -28,6 +34,8 @@ __all__ = [
     "improved_mean_velocity",
     "logit_normal",
     "loss",
+    "loss_and_errors",
+    "loss_ref",
     "mean_velocity",
     "sample",
     "time_pairs",

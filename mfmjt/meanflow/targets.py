@@ -1,9 +1,9 @@
 """What the network is regressed to: MeanFlow's target and its relatives, as small functions.
 
-Notation as in `objective`: z = (1 − t)x + t·e, v = e − x, time from data (0) to noise (1). A
-`Target` is called with the samples that have r < t and gives the prediction, with its graph, and
-what it should be, without one. A `Velocity` gives the v that all samples are regressed to. Both
-work in float32 or wider; the f that they are given casts its latents and times itself.
+Notation is that of `objective`: z = (1 − t)x + t·e, v = e − x, time from data (0) to noise (1). A
+`Target` gets the samples with r < t; it returns the prediction, with its graph, and the value to
+regress it to, without one. A `Velocity` returns the v that all samples are regressed to. Both
+compute in float32 or wider; the f that they get casts its latents and times itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError, reason
-from mfmjt.meanflow._forward import derivative
+from mfmjt.meanflow._network import Network
+from mfmjt.meanflow.tangent import derivative
 
 __all__ = [
     "TARGETS",
@@ -31,21 +32,20 @@ __all__ = [
     "regressed_to",
 ]
 
-Network = Callable[..., Tensor]
-"""f(z, r, t, **cond) -> u, shaped like z."""
 Target = Callable[
     [Network, Tensor, Tensor, Tensor, Tensor, "dict[str, Any]"], "tuple[Tensor, Tensor]"
 ]
 """target(f, z, r, t, v, cond) -> (u, target), both shaped like z."""
 Velocity = Callable[[Network, Tensor, Tensor, Tensor, "dict[str, Any]"], Tensor]
-"""velocity(f, z, t, v, cond) -> what takes the place of v, shaped like it, without a graph."""
+"""velocity(f, z, t, v, cond) -> the v to use instead, of the same shape, without a graph."""
 
 
 def mean_velocity(
     f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """MeanFlow: v − (t − r)·du/dt, du/dt in forward mode along (v, 0, 1) (arXiv 2505.13447)."""
-    return _mean_velocity(f, z, r, t, v, v, cond)
+    u, du_dt = derivative(f, z, r, t, v, cond)
+    return u, regressed_to(v, r, t, du_dt)
 
 
 def improved_mean_velocity(
@@ -59,7 +59,8 @@ def improved_mean_velocity(
     """
     with torch.no_grad():
         predicted = f(z, t, t, **cond).to(z.dtype)
-    return _mean_velocity(f, z, r, t, v, predicted, cond)
+    u, du_dt = derivative(f, z, r, t, predicted, cond)
+    return u, regressed_to(v, r, t, du_dt)
 
 
 def finite_difference(h: float = 5e-3) -> Target:
@@ -132,28 +133,24 @@ def load_target(name: str) -> Target:
         name: A key of `TARGETS`, or `package.module:function` for a target of your own.
 
     Raises:
-        InputError: No such key, module or function.
+        InputError: It is neither, or cannot be imported.
     """
-    if name in TARGETS:
+    module, sign, function = name.partition(":")
+    if not sign:
+        if name not in TARGETS:
+            raise InputError(
+                f"target={name}: choose one of {', '.join(TARGETS)}, package.module:function."
+            )
         return TARGETS[name]
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise InputError(
-            f"target={name}: choose one of {', '.join(TARGETS)}, or name a function of your own as "
-            "package.module:function."
-        )
     try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever the module's own code raises
+        found: Target = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"it is a {type(found).__name__}")
+    except Exception as error:  # importing runs the user's code
         raise InputError(
-            f"target={name}: {module} cannot be imported: {reason(error)}. Correct the name, or "
-            "add the module's folder to PYTHONPATH."
+            f"target={name} cannot be imported: {reason(error)}. Give package.module:function, "
+            "and put the folder that holds the package on PYTHONPATH."
         ) from error
-    if not callable(found):
-        raise InputError(
-            f"target={name}: {module} has no function {function}. Define it, called as "
-            "target(f, z, r, t, v, cond); see mfmjt.meanflow.targets."
-        )
     return found
 
 
@@ -173,8 +170,8 @@ def guided_velocity(
     Args:
         omega: ω.
         kappa: κ; below 1.
-        null: Gives the conditions of the unconditional evaluation for given ones.
-        dropped: Gives which samples are trained without conditions, (B,) bool; they keep v.
+        null: Returns the conditions of the unconditional evaluation for given ones.
+        dropped: Returns which samples are trained without conditions, (B,) bool; they keep v.
         low: Earlier times t keep v.
         high: Later times t keep v.
 
@@ -197,25 +194,12 @@ def guided_velocity(
     return velocity
 
 
-def _mean_velocity(
-    f: Network,
-    z: Tensor,
-    r: Tensor,
-    t: Tensor,
-    v: Tensor,
-    direction: Tensor,
-    cond: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    u, du_dt = derivative(f, z, r, t, direction, cond)
-    return u, regressed_to(v, r, t, du_dt)
-
-
 def regressed_to(v: Tensor, r: Tensor, t: Tensor, du_dt: Tensor) -> Tensor:
-    """MeanFlow's target, v − (t − r)·du/dt."""
+    """Return MeanFlow's target, v − (t − r)·du/dt, without a graph."""
     return v - _span(t - r, v) * du_dt.detach().to(v.dtype)
 
 
 def _span(per_sample: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ...), in like's dtype unless it is a mask."""
+    """Reshape (B,) to (B, 1, ...), in like's dtype unless it is a mask."""
     shaped = per_sample.view(-1, *(1 for _ in like.shape[1:]))
     return shaped if shaped.dtype == torch.bool else shaped.to(like.dtype)

@@ -7,7 +7,7 @@ sound track beside them; only what no container holds is encoded, once.
 from mfmjt.media.audio import read_audio
 from mfmjt.media.check import Report, check
 from mfmjt.media.pictures import Pictures, as_source, content
-from mfmjt.media.video import Fit, Pick, Video, VideoStream, read_video
+from mfmjt.media.video import Fit, Pick, Video, VideoStream, read_video, thumbnails
 from mfmjt.media.write import (
     AUDIO_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -36,5 +36,6 @@ __all__ = [
     "read_audio",
     "read_video",
     "refuse_same",
+    "thumbnails",
     "write_audio",
 ]

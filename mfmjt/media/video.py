@@ -26,7 +26,7 @@ from mfmjt.media.pictures import (
     over_white,
 )
 
-__all__ = ["Fit", "Pick", "Picture", "Video", "VideoStream", "decoding", "read_video"]
+__all__ = ["Fit", "Pick", "Picture", "Video", "VideoStream", "decoding", "read_video", "thumbnails"]
 
 _TIME_ROUNDING = Fraction(2, 1000)  # Matroska keeps milliseconds only
 _BLOCK = 1  # seconds
@@ -299,6 +299,35 @@ class _Sampler:
                 piece = self._fit(picture.rgb(self._reformatter, None)[None])
             self._last = picture, piece
         self._pieces.append(self._last[1])
+
+
+def thumbnails(
+    video: Any, seconds: float, count: int = 12, size: int = 96
+) -> tuple[list[np.ndarray], float]:
+    """Read pictures from the middles of equal parts of a video.
+
+    Args:
+        video: As for `mfmjt.Pipeline`.
+        seconds: How much of it is divided into parts.
+        count: Number of parts, fewer where there are not as many pictures.
+        size: Side of the pictures, in pixels.
+
+    Returns:
+        Pictures `(size, size, 3)` uint8, and the second at which the last of their parts ends.
+
+    Raises:
+        InputError: The video cannot be read, or is shorter.
+    """
+    rate = 25
+    part = max(1.0, seconds * rate / count)
+    shown: list[np.ndarray] = []
+    place = 0
+    for (pictures,) in VideoStream(as_source(video), (rate,), size, duration=seconds):
+        for picture in pictures:
+            if place >= int((len(shown) + 0.5) * part) and len(shown) < count:
+                shown.append(np.asarray(picture)[0])
+            place += 1
+    return shown, min(seconds, len(shown) * part / rate)
 
 
 def _frame_count(duration: float | Fraction, rate: int) -> int:

@@ -1,7 +1,7 @@
 """Layers of the transformer: channels-last, on the kernels' public functions.
 
 A sub-layer's output is not added to the residual where it is made: it travels as a `Pending` sum to
-the next normalisation, so that gate, add, norm and modulation are one pass at every boundary, those
+the next normalization, so that gate, add, norm and modulation are one pass at every boundary, those
 between blocks included.
 """
 
@@ -41,7 +41,7 @@ class Linear(nn.Linear):
     """`nn.Linear` on our kernel: xavier-uniform weight, zero bias."""
 
     def reset_parameters(self) -> None:
-        """Initialise as published."""
+        """Initialize as published."""
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -69,6 +69,16 @@ def _projection(in_dim: int, out_dim: int, kernel_size: int, bias: bool) -> nn.M
     return Conv1d(in_dim, out_dim, kernel_size, bias=bias)
 
 
+def _modulation(dim: int, parts: int) -> nn.Sequential:
+    """Linear layer from a condition to `parts` of D channels, such as a gate; zero at first.
+
+    The caller applies the activation, once for all blocks; it is here for the published names.
+    """
+    layer = Linear(dim, parts * dim)
+    nn.init.zeros_(layer.weight)
+    return nn.Sequential(nn.SiLU(), layer)
+
+
 class SwiGLU(nn.Module):
     """w2(silu(w1 x)·(w3 x)); a convolution of `kernel_size` for each, or a Linear for 1."""
 
@@ -91,7 +101,7 @@ class Pending(NamedTuple):
     gate: Tensor | None = None
 
     def norm(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Add up, normalise and modulate: (residual, modulated)."""
+        """Add up, normalize and modulate: (residual, modulated)."""
         if self.h is None or self.gate is None:
             return self.x, adaln(self.x, shift, scale, eps=NORM_EPS)
         return gated_residual_adaln(self.x, self.h, self.gate, shift, scale, eps=NORM_EPS)
@@ -110,7 +120,7 @@ class FrameCondition(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Projection to q, k and v, with RMS-normalised and rotated q and k.
+    """Projection to q, k and v, with RMS-normalized and rotated q and k.
 
     The rows of `qkv` are planar, (3, heads, head_dim); published checkpoints interleave them and
     `load_mmaudio` permutes.
@@ -146,8 +156,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(dim, num_heads)
         self.parts = 2 if pre_only else 6
-        # The activation is applied once for all blocks, by the caller; it keeps the published key.
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, self.parts * dim))
+        self.adaLN_modulation = _modulation(dim, self.parts)
         if pre_only:
             # Its queries are not used; a parameter that never gets a gradient breaks DDP.
             self.attn.q_norm.requires_grad_(False)
@@ -227,12 +236,17 @@ class JointBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Last norm, modulated by the global condition (as published), and the output convolution."""
+    """Last norm, modulated by the global condition (as published), and the output convolution.
+
+    It starts at zero, so a fresh network gives exactly zero.
+    """
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
+        self.adaLN_modulation = _modulation(dim, 2)
         self.conv = Conv1d(dim, out_dim, kernel_size=7)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, stream: Pending, condition: FrameCondition) -> Tensor:
         """(B, N, D) to (B, N, C)."""

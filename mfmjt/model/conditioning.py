@@ -1,4 +1,4 @@
-"""Time embeddings, rotary tables and the resampling of frame conditions."""
+"""What the network needs besides the latent: times, conditions, rotary tables; and their checks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfmjt.errors import InputError
 from mfmjt.kernels import linear
-from mfmjt.model.blocks import Linear
+from mfmjt.model.blocks import FrameCondition, Linear
+from mfmjt.model.config import MAX_TOKENS, SYNC_SEGMENT, ModelConfig
 
-__all__ = ["Conditions", "TimeEmbedding", "nearest_rows", "r_embedding", "rope_table", "tables"]
+__all__ = [
+    "Conditions",
+    "TimeEmbedding",
+    "check_batch",
+    "check_features",
+    "check_latent",
+    "fill_nulls",
+    "frame_condition",
+    "nearest_rows",
+    "r_embedding",
+    "rope_table",
+    "stream_ropes",
+    "tables",
+    "times",
+]
 
 _CACHE_SIZE = 64
 _cache: dict[tuple[object, ...], Tensor] = {}
 
 
 def _cached(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, remembered by `key`; for small constant tables.
+    """Return `make()`, cached by `key`; for small constant tables.
 
     A table made while compiling, under a functorch transform or as a fake tensor must not outlive
     that moment, so it is not kept; nor may a mode that makes fake tensors meet a real one. One made
@@ -40,12 +56,12 @@ def _cached(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
 
 
 def tables() -> tuple[Tensor, ...]:
-    """All that are remembered now; who holds them may go on reading them."""
+    """Return all cached tables; a CUDA graph that reads them keeps them in memory by this."""
     return tuple(_cache.values())
 
 
 def rope_table(length: int, head_dim: int, scaling: float, device: torch.device) -> Tensor:
-    """Cosine and sine of the rotary angles n·scaling·10000^(−2i/head_dim).
+    """Return cosine and sine of the rotary angles n·scaling·10000^(−2i/head_dim).
 
     Args:
         length: Number of positions N.
@@ -67,10 +83,18 @@ def rope_table(length: int, head_dim: int, scaling: float, device: torch.device)
     return _cached(("rope", length, head_dim, scaling, device), make)
 
 
-def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
-    """Index (length,) that resamples `rows` rows as `interpolate(mode="nearest-exact")` does.
+def stream_ropes(
+    length: int, video_length: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rotary tables of N latent tokens and of N_video video tokens, which span the same time."""
+    latent = rope_table(length, head_dim, 1.0, device)
+    return latent, rope_table(video_length, head_dim, length / video_length, device)
 
-    PyTorch's own rounding is asked, because at exact ties it decides which row is taken.
+
+def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
+    """Return the index (length,) that resamples `rows` rows as `nearest-exact` interpolation does.
+
+    It is computed by PyTorch, whose rounding decides at exact ties which row is taken.
     """
 
     def make() -> Tensor:
@@ -119,7 +143,7 @@ class TimeEmbedding(nn.Module):
 
 
 def r_embedding(dim: int) -> TimeEmbedding:
-    """Embedding of t − r that starts at zero, so that u(z, r, t) starts as u(z, t, t).
+    """Make the embedding of t − r, which starts at zero, so that u(z, r, t) starts as u(z, t, t).
 
     Never with v2's frequencies: a tangent of 10,000 rad per unit of time drowns du/dt.
     """
@@ -129,13 +153,13 @@ def r_embedding(dim: int) -> TimeEmbedding:
 
 
 class Conditions(NamedTuple):
-    """What the network needs of its conditions, whatever the latent and the time.
+    """Encoded conditions, which do not depend on the latent or the time.
 
     The first dimension is the batch, or 1 where a condition is null for all samples.
 
     Attributes:
         video: Projected video tokens (B, N_video, D).
-        sync: Projected synchronisation features (B, N_sync, D), not yet resampled.
+        sync: Projected synchronization features (B, N_sync, D), before resampling.
         text: Projected text tokens (B, N_text, D).
         pooled: Global condition (B, D).
     """
@@ -144,3 +168,136 @@ class Conditions(NamedTuple):
     sync: Tensor
     text: Tensor
     pooled: Tensor
+
+
+def fill_nulls(
+    given: Tensor | None, mask: Tensor | None, null: Tensor, length: int, dtype: torch.dtype
+) -> Tensor:
+    """Put null features where features are missing or masked.
+
+    Args:
+        given: Features (B, tokens, channels), or None.
+        mask: (B,) bool, False for samples without features; None for none of these.
+        null: Null features: one row for every token, or a table with a row for each, whose last
+            row is repeated beyond its end.
+        length: Tokens where no features are given.
+        dtype: What given features are cast to.
+
+    Returns:
+        (B, tokens, channels); B is 1 where no features are given.
+    """
+    if given is not None:
+        if mask is None:
+            return given.to(dtype)
+        length = given.shape[1]
+    if null.shape[0] not in (1, length):
+        null = null[torch.arange(length, device=null.device).clamp_(max=null.shape[0] - 1)]
+    null = null.expand(length, null.shape[1])[None]
+    if given is None or mask is None:
+        return null
+    return torch.where(mask[:, None, None], given.to(dtype), null)
+
+
+def frame_condition(shared: Tensor, sync: Tensor, length: int) -> FrameCondition:
+    """Silu of the global condition plus synchronization, resampled to the latent's tokens.
+
+    Args:
+        shared: Embedded times and pooled conditions (B, 1, D).
+        sync: Projected synchronization features (B, N_sync, D).
+        length: Latent tokens N.
+    """
+    index = nearest_rows(sync.shape[1], length, sync.device)
+    if sync.shape[1] < length:
+        return FrameCondition(F.silu(shared + sync), index)
+    # No fewer rows than tokens: pick the rows first, and only the needed ones.
+    return FrameCondition(F.silu(shared + sync.index_select(1, index)))
+
+
+def times(name: str, value: Tensor | float, z: Tensor) -> Tensor:
+    """Return a time for each sample of z, (B,); never in less than float32.
+
+    Raises:
+        InputError: Neither one number nor one for each sample.
+    """
+    if not isinstance(value, Tensor):
+        value = torch.full((z.shape[0],), value, dtype=torch.float32, device=z.device)
+    if value.ndim == 0:
+        value = value.expand(z.shape[0])
+    if value.shape != z.shape[:1]:
+        raise InputError(
+            f"{name} has shape {tuple(value.shape)}: z has {z.shape[0]} samples. "
+            "Give one time for each sample, (batch,), or one number."
+        )
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def check_latent(z: Tensor, config: ModelConfig) -> None:
+    """Raise InputError unless z is a latent (B, N, C) of the network."""
+    if z.ndim != 3 or z.shape[-1] != config.latent_dim:
+        raise InputError(
+            f"z has shape {tuple(z.shape)}: {config.name} takes (batch, tokens, "
+            f"{config.latent_dim}), channels last. Transpose it or choose another network."
+        )
+    _check_length("z", z.shape[1])
+
+
+def check_features(
+    config: ModelConfig,
+    video: Tensor | None,
+    sync: Tensor | None,
+    text: Tensor | None,
+    video_mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> None:
+    """Raise InputError unless features and masks fit the network and one another.
+
+    Features are (B or 1, tokens, channels), sync in whole segments; masks are (B,) bool.
+    """
+    parts = (
+        ("video", video, config.video_dim, video_mask),
+        ("sync", sync, config.sync_dim, video_mask),
+        ("text", text, config.text_dim, text_mask),
+    )
+    for name, given, dim, mask in parts:
+        if given is None:
+            continue
+        if given.ndim != 3 or given.shape[-1] != dim:
+            raise InputError(
+                f"{name} has shape {tuple(given.shape)}: {config.name} takes (batch, tokens, "
+                f"{dim}). Extract the features with the encoders of this network."
+            )
+        _check_length(name, given.shape[1])
+        if mask is not None and (mask.shape != given.shape[:1] or mask.dtype != torch.bool):
+            raise InputError(
+                f"The mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: it needs "
+                f"one boolean for each of {given.shape[0]} samples. Give torch.bool, (batch,)."
+            )
+    batches = {name: 1 if given is None else given.shape[0] for name, given, _, _ in parts}
+    if len(set(batches.values()) - {1}) > 1:
+        had = ", ".join(f"{name} {count}" for name, count in batches.items())
+        raise InputError(
+            f"The conditions differ in samples: {had}. Give one of each for every sample."
+        )
+    if sync is not None and sync.shape[1] % SYNC_SEGMENT:
+        raise InputError(
+            f"sync has {sync.shape[1]} features: they come in segments of {SYNC_SEGMENT}. "
+            "Cut or extend them to whole segments."
+        )
+
+
+def check_batch(cond: Conditions, batch: int) -> None:
+    """Raise InputError unless every condition has `batch` samples, or one for all of them."""
+    for name, part in zip(cond._fields, cond, strict=True):
+        if part.shape[0] not in (1, batch):
+            raise InputError(
+                f"{name} has {part.shape[0]} samples and z has {batch}: they must agree. "
+                "Give one condition for each sample."
+            )
+
+
+def _check_length(name: str, length: int) -> None:
+    if not 1 <= length <= MAX_TOKENS:
+        raise InputError(
+            f"{name} has {length} tokens: 1 to {MAX_TOKENS} are accepted. "
+            "Cut longer inputs into windows."
+        )

@@ -8,16 +8,24 @@ from typing import Any
 
 from mfmjt.errors import InputError, some
 
-__all__ = ["CONFIGS", "MAX_TOKENS", "SYNC_RATE", "VIDEO_RATE", "ModelConfig", "config_for"]
+__all__ = [
+    "CONFIGS",
+    "MAX_TOKENS",
+    "SYNC_RATE",
+    "SYNC_SEGMENT",
+    "VIDEO_RATE",
+    "ModelConfig",
+    "config_for",
+]
 
 VIDEO_RATE = 8.0
 """Video tokens per second."""
 SYNC_RATE = 25.0
-"""Frames per second seen by the synchronisation features."""
+"""Frames per second that synchronization features are made of."""
 SYNC_SEGMENT = 8
-"""Synchronisation features come in segments of eight, which share a learned position table."""
+"""Synchronization features in a segment; all segments share a learned position table."""
 MAX_TOKENS = 20_000
-"""Longest accepted sequence: beyond it a length is a mistake (samples or pixels for tokens)."""
+"""Longest sequence accepted; a longer one is a mistake, such as samples given for tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +41,10 @@ class ModelConfig:
         fused_depth: Audio-only blocks; the joint ones come first.
         latent_length: Latent tokens of the reference duration (8 s).
         video_length: Video tokens of the reference duration.
-        sync_length: Synchronisation features of the reference duration, a multiple of 8.
+        sync_length: Synchronization features of the reference duration, a multiple of 8.
         text_length: Text tokens.
         video_dim: Width of the video features.
-        sync_dim: Width of the synchronisation features.
+        sync_dim: Width of the synchronization features.
         text_dim: Width of the text features.
         mlp_ratio: Feed-forward width over D, before the 2/3 of a gated unit and rounding.
         v2: The second MMAudio layout: SiLU in the input projections, other time frequencies.
@@ -86,7 +94,7 @@ class ModelConfig:
 
     @property
     def joint_depth(self) -> int:
-        """Blocks in which latent, video and text attend to each other."""
+        """Number of blocks in which latent, video and text attend to each other."""
         return self.depth - self.fused_depth
 
     @property
@@ -100,12 +108,12 @@ class ModelConfig:
         return 256 * math.ceil(int(2 * int(self.hidden_dim * self.mlp_ratio) / 3) / 256)
 
     def lengths(self, latent_length: int) -> tuple[int, int]:
-        """Video and synchronisation lengths that go with `latent_length` tokens.
+        """Return the video and synchronization lengths for `latent_length` latent tokens.
 
         The reference duration gives the reference lengths exactly; others follow the frame rates.
 
         Returns:
-            (video tokens, synchronisation features), both at least one token or segment.
+            (video tokens, synchronization features), both at least one token or segment.
         """
 
         def video(n: int) -> int:
@@ -165,7 +173,7 @@ CONFIGS: dict[str, ModelConfig] = {
 
 
 def config_for(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration `name` with some fields replaced.
+    """Return the configuration `name` with some fields replaced.
 
     Raises:
         InputError: No such configuration or field.

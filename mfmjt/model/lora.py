@@ -109,8 +109,9 @@ def merged_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
         if ".lora_" in key:
             continue
         if key.endswith(".base_layer.weight"):
-            a, b = (state[f"{_stem(key)}.lora_{part}.default.weight"] for part in "AB")
-            value = value + (lora.alpha / lora.rank) * _product(a, b).view_as(value)
+            layer = key.removesuffix(".base_layer.weight")
+            a, b = (state[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+            value = _adapted(value, a, b, lora)
         plain[key.replace(".base_layer.", ".")] = value
     return plain
 
@@ -153,36 +154,32 @@ def merge_adapter(net: MFMJT, path: str | os.PathLike[str]) -> None:
             "with lora."
         ) from error
     weights = net.state_dict()
-    changed = {key: value for key, value in tensors.items() if ".lora_" not in key}
-    for key, a in tensors.items():
-        if ".lora_A." in key:
-            b = tensors.get(key.replace(".lora_A.", ".lora_B."), a.new_empty(0, 0))
-            name = key.replace(".lora_A.", ".")
-            weight = weights.get(name)
-            if weight is None or weight.numel() != b.shape[0] * a[0].numel():
-                raise InputError(
-                    f"{path} is for another network: {name} does not fit. Give the network that "
-                    "was trained with it."
-                )
-            changed[name] = weight + (lora.alpha / lora.rank) * _product(a, b).view_as(weight)
-    unknown = [
-        key for key in changed if key not in weights or weights[key].shape != changed[key].shape
-    ]
-    if unknown:
-        raise InputError(
-            f"{path} is for another network: {unknown[0]} does not fit. Give the network that was "
-            "trained with it."
-        )
+    changed = {}
+    for key, value in tensors.items():
+        if ".lora_B." in key:
+            continue
+        name = key.replace(".lora_A.", ".")
+        try:
+            weight = weights[name]
+            if name != key:
+                b = tensors[key.replace(".lora_A.", ".lora_B.")]
+                value = _adapted(weight, value, b, lora)
+            fits = value.shape == weight.shape
+        except (KeyError, IndexError, RuntimeError):  # no such weight, or no product of its shape
+            fits = False
+        if not fits:
+            raise InputError(
+                f"{path} is for another network: {name} does not fit. Give the network that was "
+                "trained with it."
+            )
+        changed[name] = value
     with torch.no_grad():
         for key, value in changed.items():
             weights[key].copy_(value)
 
 
-def _stem(key: str) -> str:
-    return key.removesuffix(".base_layer.weight")
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """B A as a matrix (out, in·K)."""
+def _adapted(weight: Tensor, a: Tensor, b: Tensor, lora: LoRA) -> Tensor:
+    """W + (α / rank)·B A, whatever the axes of a convolution."""
     work = torch.promote_types(a.dtype, torch.float32)
-    return b.flatten(1).to(work) @ a.flatten(1).to(work)
+    product = b.flatten(1).to(work) @ a.flatten(1).to(work)
+    return weight + (lora.alpha / lora.rank) * product.view_as(weight)

@@ -1,10 +1,10 @@
-"""The network made ready for one (r, t): what generation in one step evaluates.
+"""The network prepared for one (r, t), which generation in one step evaluates.
 
-At one step every clip shares r = 0 and t = 1, and the pass without conditions is the same for all.
-So the embedding of time is one constant, null conditions are encoded once per length, both passes
-are one batch, layers that read the same input are one product, and the modulations of all blocks
-are one product before the first. Streams go through every layer in one launch. Equal to the network
-up to rounding.
+In one step all samples share r = 0 and t = 1, and the pass without conditions is the same for all.
+So the embedding of time is a constant, null conditions are encoded once per length, both passes are
+one batch, layers that read the same input are one matmul, and the modulations of all blocks are one
+matmul before the first block. All streams go through a layer in one launch. The result equals the
+network's up to rounding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from mfmjt.errors import InputError
 from mfmjt.kernels import joint_attention, streams
 from mfmjt.model.blocks import NORM_EPS, Block, JointBlock, SwiGLU
-from mfmjt.model.conditioning import nearest_rows, rope_table, tables
+from mfmjt.model.conditioning import nearest_rows, stream_ropes, tables
 from mfmjt.model.config import SYNC_SEGMENT
 from mfmjt.model.transformer import MFMJT
 
-__all__ = ["Frozen"]
+__all__ = ["PreparedStep"]
 
 _NULLS = 4
 """Combinations of lengths whose null conditions are kept: 13 MB of small_16k in bfloat16 each."""
@@ -37,9 +37,9 @@ class _Layers(NamedTuple):
     def __call__(self, xs: Sequence[Tensor], act: str | Sequence[str] = "none") -> list[Tensor]:
         return list(streams.project(list(xs), self.weights, self.biases, act))
 
-    def only(self, which: Sequence[int]) -> _Layers:
-        """The layers of some of the streams."""
-        return _Layers([self.weights[i] for i in which], [self.biases[i] for i in which])
+    def only(self, indices: Sequence[int]) -> _Layers:
+        """Select the layers of some of the streams."""
+        return _Layers([self.weights[i] for i in indices], [self.biases[i] for i in indices])
 
 
 def _layers(*modules: nn.Module) -> _Layers:
@@ -50,14 +50,23 @@ def _layers(*modules: nn.Module) -> _Layers:
 
 
 def _gated(*modules: SwiGLU) -> tuple[_Layers, _Layers]:
-    """Both layers of SwiGLUs: the pair of products and their gate, and the way back."""
+    """Both layers of SwiGLUs: the gated pair of matmuls, and the matmul back."""
     pairs = [
         streams.pack(m.w1.get_parameter("weight"), m.w3.get_parameter("weight")) for m in modules
     ]
     return _Layers(pairs, [None] * len(modules)), _layers(*(m.w2 for m in modules))
 
 
-class _FrozenBlock:
+def _joined(*groups: Sequence[nn.Module]) -> _Layers:
+    """Make one layer of each group of linear layers, which gives all their outputs side by side."""
+    weights, biases = (
+        [torch.cat([layer.get_parameter(name) for layer in group]) for group in groups]
+        for name in ("weight", "bias")
+    )
+    return _Layers([streams.pack(weight) for weight in weights], list(biases))
+
+
+class _PreparedBlock:
     """Latent, video and text of a joint block, or the latent of a later one."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -65,7 +74,7 @@ class _FrozenBlock:
         self.q_norms = [b.attn.q_norm.get_parameter("weight") for b in blocks]
         self.k_norms = [b.attn.k_norm.get_parameter("weight") for b in blocks]
         self.heads = blocks[0].attn.num_heads
-        # The last joint block ends for video and text where the latent has seen them.
+        # In the last joint block, video and text end once the latent has attended to them.
         ongoing = [b for b in blocks if b.parts == 6]
         self.ongoing = len(ongoing)
         self.out = _layers(*(b.linear1 for b in ongoing))
@@ -76,7 +85,7 @@ class _Null(NamedTuple):
     """The pass without conditions: tokens (1, N, D), and the modulations of all blocks.
 
     Attributes:
-        position: What positions inside the segments of synchronisation add to its first layer.
+        position: What the positions in segments add to the output of sync's first layer.
     """
 
     position: Tensor
@@ -87,16 +96,16 @@ class _Null(NamedTuple):
     by_clip: Tensor
 
 
-class Frozen:
+class PreparedStep:
     """Velocities of a network at one r and t, with and without conditions at once.
 
-    It keeps most weights a second time, in a layout for reading; changes of the network after that
-    are not seen.
+    Most weights are copied into a layout that is faster to read, so later changes of the network
+    have no effect here.
 
     Args:
-        net: Any `MFMJT`; its device and dtype are taken over.
+        net: The network, on its device and in its dtype.
         r: End of the interval.
-        t: Its begin.
+        t: Begin of the interval.
 
     Raises:
         InputError: Not 0 ≤ r ≤ t ≤ 1.
@@ -109,24 +118,21 @@ class Frozen:
         self.config, self.dtype = net.config, net.dtype
         self._net = net
         device = net.sync_pos_emb.device
-        now = torch.tensor([t], device=device)
-        then = torch.tensor([t - r], device=device)
-        time = net.t_embed(1 - now) + net.r_embed(then)  # (1, D)
+        begin, span = torch.tensor([t], device=device), torch.tensor([t - r], device=device)
+        time = net.t_embed(1 - begin) + net.r_embed(span)  # (1, D)
 
-        audio, video, sync, text = (
+        # Input layers of latent, video, sync and text.
+        inputs = (
             net.audio_input_proj,
             net.clip_input_proj,
             net.sync_input_proj,
             net.text_input_proj,
         )
-        parts = (audio, video, sync, text)
-        self._first = _layers(*(part[0] for part in parts))
-        soft = "silu" if net.config.v2 else "selu"
-        between = "silu" if net.config.v2 else "none"
-        self._acts = (soft, between, soft, between)
-        ends = [part[-1] for part in parts]
-        self._up, self._down = _gated(*(end for end in ends if isinstance(end, SwiGLU)))
-        # A sum of two linear maps of two means is one of both means.
+        self._first = _layers(*(layers[0] for layers in inputs))
+        self._acts = ("silu",) * 4 if net.config.v2 else ("selu", "none", "selu", "none")
+        last = [layers[-1] for layers in inputs]
+        self._up, self._down = _gated(*(layer for layer in last if isinstance(layer, SwiGLU)))
+        # A sum of two linear maps of two means is one linear map of both means.
         pools = (net.clip_cond_proj, net.text_cond_proj)
         weight = torch.cat([p.get_parameter("weight") for p in pools], dim=1)
         bias = torch.stack([p.get_parameter("bias") for p in pools]).sum(0)
@@ -135,15 +141,14 @@ class Frozen:
         self._pool_down = _Layers(pool_down.weights, [time[0]])  # time is added to the result
 
         joint = [b for b in net.joint_blocks if isinstance(b, JointBlock)]
-        later = [b for b in net.fused_blocks if isinstance(b, Block)]
+        fused = [b for b in net.fused_blocks if isinstance(b, Block)]
         grouped = [(b.latent_block, b.clip_block, b.text_block) for b in joint]
-        self._blocks = [_FrozenBlock(blocks) for blocks in (*grouped, *((b,) for b in later))]
-        framed = [blocks[0] for blocks in grouped] + later
+        self._blocks = [_PreparedBlock(blocks) for blocks in (*grouped, *((b,) for b in fused))]
+        # The latent is modulated frame by frame; video, text and the final layer as a whole.
+        framed = [blocks[0] for blocks in grouped] + fused
         whole = [b for blocks in grouped for b in blocks[1:]] + [net.final_layer]
-        # Of all blocks: by frames for the latent, whole for video, text and the final layer.
-        self._modulations = _layers(
-            _joined([b.adaLN_modulation[1] for b in framed]),
-            _joined([b.adaLN_modulation[1] for b in whole]),
+        self._modulations = _joined(
+            [b.adaLN_modulation[1] for b in framed], [b.adaLN_modulation[1] for b in whole]
         )
         self._whole_parts = [getattr(b, "parts", 2) for b in whole]
         # The published network predicts the opposite velocity.
@@ -173,9 +178,9 @@ class Frozen:
             video: Features (B or 1, N_video, video_dim), or None for null ones.
             sync: Features (B or 1, N_sync, sync_dim), or None.
             text: Features (B or 1, N_text, text_dim), or None.
-            video_mask: (B,) bool; where False, video and synchronisation are null.
+            video_mask: (B,) bool; where False, video and synchronization are null.
             text_mask: (B,) bool; where False, the text is null.
-            null: Also without conditions.
+            null: Also evaluate without conditions.
 
         Returns:
             With conditions and then, if `null`, without: (2B, N, C) or (B, N, C), in the dtype of
@@ -184,45 +189,39 @@ class Frozen:
         Raises:
             InputError: A shape does not fit.
         """
-        net = self._net
         batch, length = z.shape[:2]
-        given = net.features(
-            video, sync, text, video_mask=video_mask, text_mask=text_mask, latent_length=length
-        )
-        absent = self._null(length, tuple(part.shape[1] for part in given))
-        there = [True, video is not None, sync is not None, text is not None]
-        which = [i for i, present in enumerate(there) if present]
-        inputs = [z.to(self.dtype), *given]
-        biases = [*self._first.biases[:2], absent.position, self._first.biases[3]]
-        xs = _Layers(self._first.weights, biases).only(which)(
-            [inputs[i] for i in which], [self._acts[i] for i in which]
-        )
-        xs = self._down.only(which)(self._up.only(which)(xs))
-        tokens = dict(zip(which, xs, strict=True))
+        features = self._net.features(video, sync, text, video_mask, text_mask, length)
+        uncond = self._null(length, tuple(feature.shape[1] for feature in features))
+        # The streams to encode: the latent, and the conditions that are given.
+        encoded = [0, *(i for i, x in enumerate((video, sync, text), 1) if x is not None)]
+        inputs = [z.to(self.dtype), *features]
+        biases = [*self._first.biases[:2], uncond.position, self._first.biases[3]]
+        first = _Layers(self._first.weights, biases).only(encoded)
+        xs = first([inputs[i] for i in encoded], [self._acts[i] for i in encoded])
+        xs = self._down.only(encoded)(self._up.only(encoded)(xs))
+        tokens = dict(zip(encoded, xs, strict=True))
         latent = tokens[0]
-        seen, heard, read = (
-            tokens.get(1, absent.video),
-            tokens.get(2, absent.sync),
-            tokens.get(3, absent.text),
-        )
-        picked = self._picked(heard.shape[1], length)
-        shared = self._shared(*_alike(seen, read, heard)[:2])
-        whole, frames = streams.silu_conditions(shared, heard, picked)
+        video = tokens.get(1, uncond.video)
+        sync = tokens.get(2, uncond.sync)
+        text = tokens.get(3, uncond.text)
 
-        def both(with_: Tensor, without: Tensor) -> Tensor:
-            with_ = with_.expand(batch, -1, -1)
-            return torch.cat((with_, without.expand(batch, -1, -1))) if null else with_
-
-        xs = [
-            torch.cat((latent, latent)) if null else latent,
-            both(seen, absent.video),
-            both(read, absent.text),
-        ]
-        rows = None if picked is not None else nearest_rows(heard.shape[1], length, z.device)
+        samples = max(part.shape[0] for part in (video, sync, text))
+        shared = self._shared(*(part.expand(samples, -1, -1) for part in (video, text)))
+        picked = self._picked(sync.shape[1], length)
+        whole, frames = streams.silu_conditions(shared, sync, picked)
         frames, whole = (part.expand(batch, -1, -1) for part in (frames, whole))
         by_frame, by_clip = self._modulations([frames, whole])
-        modulations = both(by_frame, absent.by_frame), both(by_clip, absent.by_clip)
-        return self._run(xs, *modulations, rows)
+
+        def both(cond: Tensor, uncond: Tensor) -> Tensor:
+            cond = cond.expand(batch, -1, -1)
+            return torch.cat((cond, uncond.expand(batch, -1, -1))) if null else cond
+
+        return self._run(
+            [both(latent, latent), both(video, uncond.video), both(text, uncond.text)],
+            both(by_frame, uncond.by_frame),
+            both(by_clip, uncond.by_clip),
+            None if picked is not None else nearest_rows(sync.shape[1], length, z.device),
+        )
 
     @torch.no_grad()
     def step(
@@ -233,7 +232,7 @@ class Frozen:
         mode: Literal["cfg_scaled", "cfg", "none"] = "cfg_scaled",
         **given: Tensor,
     ) -> Tensor:
-        """Noise z to data z − u with guidance: the whole of a generation in one step.
+        """Turn noise z into data z − u with guidance: the whole generation in one step.
 
         Args:
             z: As for a call.
@@ -250,13 +249,13 @@ class Frozen:
         return streams.guide(z, u, guidance, mode if null else "none")
 
     def _picked(self, rows: int, length: int) -> Tensor | None:
-        """Which rows of the synchronisation serve the latent's tokens; None if fewer than these."""
+        """Return the row of sync for each latent token; None if there are fewer rows."""
         if rows < length:
             return None
         return nearest_rows(rows, length, self._net.sync_pos_emb.device)
 
     def _shared(self, video: Tensor, text: Tensor) -> Tensor:
-        """Time and global condition of projected tokens: (B, 1, D)."""
+        """Add time to the global condition of projected tokens: (B, 1, D)."""
         return self._pool_down(self._pool_up(self._pool([streams.pool([video, text])])))[0]
 
     def _null(self, length: int, lengths: tuple[int, ...]) -> _Null:
@@ -264,13 +263,13 @@ class Frozen:
         found = self._nulls.get(key)
         if found is None:
             net, device = self._net, self._net.sync_pos_emb.device
-            no = torch.zeros(1, dtype=torch.bool, device=device)
+            masked = torch.zeros(1, dtype=torch.bool, device=device)
             dims = (net.config.video_dim, net.config.sync_dim, net.config.text_dim)
-            blank = [
+            video, sync, text = (
                 torch.zeros(1, n, d, dtype=self.dtype, device=device)
                 for n, d in zip(lengths, dims, strict=True)
-            ]
-            video, sync, text, _ = net.conditions(*blank, video_mask=no, text_mask=no)
+            )
+            video, sync, text, _ = net.conditions(video, sync, text, masked, masked)
             whole, frames = streams.silu_conditions(
                 self._shared(video, text), sync, self._picked(lengths[1], length)
             )
@@ -285,7 +284,7 @@ class Frozen:
         return found
 
     def reads(self) -> tuple[object, ...]:
-        """What the last call read that later ones may let go of; a graph of it keeps this."""
+        """Return what the last call read and later calls may drop; a CUDA graph must keep it."""
         return self._last, tables()
 
     def _run(
@@ -295,15 +294,10 @@ class Frozen:
         by_clip: Tensor,
         rows: Tensor | None,
     ) -> Tensor:
-        """All blocks, and the final layer."""
-        dim, head_dim = self.config.hidden_dim, self.config.head_dim
-        length, clip_length = xs[0].shape[1], xs[1].shape[1]
-        device = xs[0].device
-        ropes: list[Tensor | None] = [
-            rope_table(length, head_dim, 1.0, device),
-            rope_table(clip_length, head_dim, length / clip_length, device),
-            None,
-        ]
+        """Run all blocks and the final layer."""
+        dim = self.config.hidden_dim
+        lengths = xs[0].shape[1], xs[1].shape[1]
+        ropes = [*stream_ropes(*lengths, self.config.head_dim, xs[0].device), None]
         of_frames = iter(by_frame.split(6 * dim, dim=-1))
         of_clips = iter(by_clip.split([parts * dim for parts in self._whole_parts], dim=-1))
         hs: list[Tensor] | None = None
@@ -338,12 +332,6 @@ class Frozen:
         return self._final(ys)[0]
 
 
-def _alike(*parts: Tensor) -> tuple[Tensor, ...]:
-    """All with as many samples as the one that has most."""
-    batch = max(part.shape[0] for part in parts)
-    return tuple(part.expand(batch, -1, -1) for part in parts)
-
-
 def _norm(
     xs: list[Tensor],
     hs: list[Tensor] | None,
@@ -352,16 +340,6 @@ def _norm(
     scales: list[Tensor],
     rows: list[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Residuals xs + gates·hs, and these normalised and modulated."""
+    """Return the residuals xs + gates·hs, and the same normalized and modulated."""
     added, normed = streams.gated_residual_norm(xs, hs, gates, shifts, scales, rows, NORM_EPS)
     return list(added), list(normed)
-
-
-def _joined(linears: Sequence[nn.Module]) -> nn.Linear:
-    """One linear layer that gives the outputs of several, side by side."""
-    weight = torch.cat([layer.get_parameter("weight") for layer in linears])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    joined.weight = nn.Parameter(weight, requires_grad=False)
-    bias = torch.cat([layer.get_parameter("bias") for layer in linears])
-    joined.bias = nn.Parameter(bias, requires_grad=False)
-    return joined

@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 __all__ = ["ahead"]
 
 T = TypeVar("T")
-_POLL = 0.1  # seconds after which a thread looks whether it is still wanted
+_END: Any = object()
 
 
 def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Iterate in a thread of its own, at most `depth` items ahead of who takes them.
+    """Iterate in a thread of its own, at most `depth` items ahead of who takes them, and one more.
 
     Errors come out where the item would have. The thread ends with the iterator, whether it is
     exhausted or left.
     """
-    line: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
-    left = threading.Event()
-
-    def put(found: bool, item: T | BaseException | None) -> bool:
-        while not left.is_set():
-            try:
-                line.put((found, item), timeout=_POLL)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(True, item):
-                    return
-        except BaseException as error:  # raised again in the thread that waits
-            put(False, error)
-        else:
-            put(False, None)
-
-    thread = threading.Thread(target=work, name="mfmjt-ahead", daemon=True)
-    thread.start()
+    source = iter(items)
+    thread = ThreadPoolExecutor(1, "mfmjt-ahead")
+    line = deque(thread.submit(next, source, _END) for _ in range(depth + 1))
     try:
-        while True:
-            found, item = line.get()
-            if not found:
-                if item is not None:
-                    raise item  # type: ignore[misc]
-                return
-            yield item  # type: ignore[misc]
+        while (item := line.popleft().result()) is not _END:
+            line.append(thread.submit(next, source, _END))
+            yield item
     finally:
-        left.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)

@@ -56,8 +56,8 @@ def entry(
         for block in content(video):
             digest.update(block)
     except OSError as error:
-        reason = "no file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise InputError(f"Cannot read {video}: {reason}. Give a video file.") from error
+        why = "no file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError(f"Cannot read {video}: {why}. Give a video file.") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,16 +1,1 @@
-"""Training: the codec, the encoders, the features and the network, each a resumable stage."""
-
-from __future__ import annotations
-
-__all__ = [
-    "checkpoint",
-    "codec",
-    "config",
-    "distributed",
-    "ema",
-    "encoders",
-    "log",
-    "loop",
-    "sharded",
-    "step",
-]
+"""Training: one loop (`trainer`) over what is trained (`tasks`), and the stages of a recipe."""

@@ -1,38 +1,30 @@
-"""`python -m mfmjt.train STAGE RECIPE [key=value ...]`: training where only torch is installed.
+"""`python -m mfmjt.train STAGE RECIPE [key=value ...]`: `mfmjt train` for torchrun.
 
 `torchrun --nproc-per-node N -m mfmjt.train STAGE RECIPE ...` shares a stage among N processes, on
-any number of machines: the network's batches, or the clips whose features are computed.
+any number of machines: the network's batches, or the clips whose features are computed. STAGE is
+codec, encoders, features, network or classifier; RECIPE a JSON file, or the name of one that ships.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 
 from mfmjt.errors import InputError, MfmjtError
 from mfmjt.processes import rank_and_world
-from mfmjt.train.stages import STAGES, run
-
-SHARED = ("features", "network")
+from mfmjt.train.stages import run
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run one stage and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mfmjt.train", description=__doc__)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("recipe", help="a JSON file, or the name of a recipe that ships: nano")
-    parser.add_argument("override", nargs="*", help="settings to change, such as steps=100")
-    given = parser.parse_args()
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(__doc__)
+        return 0
     who = ""
     try:
-        rank, world = rank_and_world()
+        rank, _ = rank_and_world()
         who = f"[process {rank}] " if rank else ""
-        if world > 1 and given.stage not in SHARED:
-            raise InputError(
-                f"The stage {given.stage} is made by one process, not {world}. Start it without "
-                f"torchrun; it is {' and '.join(SHARED)} that are shared."
-            )
-        done = run(given.stage, given.recipe, given.override)
+        if len(arguments) < 2:
+            raise InputError("A stage and a recipe are needed. See python -m mfmjt.train --help.")
+        stage, recipe, *overrides = arguments
+        done = run(stage, recipe, overrides)
         if rank == 0:
             sys.stdout.write(done + "\n")
     except MfmjtError as error:
@@ -45,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -104,15 +104,12 @@ class TrainingLog:
         """Write the means since the last record."""
         values = {k: v / self.counts[k] for k, v in self.sums.items()}
         values |= {"lr": lr, "skipped": skipped}
-        speed = {"clips_per_s": round(self.clips_per_s(), 2), "seconds": round(seconds, 2)}
-        self.scalars("train", step, values, speed)
+        values |= {"clips_per_s": round(self.clips_per_s(), 2), "seconds": round(seconds, 2)}
+        self.scalars("train", step, values)
         self._reset()
 
-    def scalars(
-        self, kind: str, step: int, values: dict[str, float], more: dict[str, float] | None = None
-    ) -> None:
+    def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one record of figures."""
-        values = values | (more or {})
         self.note({"step": step, "kind": kind} | values)
         if self.board is not None:
             for key, value in values.items():

@@ -5,45 +5,30 @@ Each stage reads its section of one recipe and goes on where an interrupted run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mfmjt.errors import InputError
 from mfmjt.features.procedural import FeatureExtraction, extract_all
-from mfmjt.train.classifier import ClassifierTraining, train_classifier
-from mfmjt.train.codec import CodecConfig, train_codec
-from mfmjt.train.config import NetworkTraining, load_config
-from mfmjt.train.encoders import EncodersConfig, train_encoders
-from mfmjt.train.loop import train
+from mfmjt.processes import rank_and_world
+from mfmjt.train.recipe import NetworkTraining, load_config
+from mfmjt.train.tasks.classifier import ClassifierStage, train_classifier
+from mfmjt.train.tasks.codec import CodecTraining, train_codec
+from mfmjt.train.tasks.encoders import EncodersTraining, train_encoders
+from mfmjt.train.tasks.network import train_network
 
-__all__ = ["SETTINGS", "STAGES", "ClassifierStage", "run"]
+__all__ = ["STAGES", "run"]
 
-
-@dataclass(frozen=True)
-class ClassifierStage:
-    """Where the classifier goes, and its recipe.
-
-    Attributes:
-        out: Folder of the weights and the log.
-        training: How it is trained.
-    """
-
-    out: str = "output/nano/classifier"
-    training: ClassifierTraining = field(default_factory=ClassifierTraining)
-
-
-SETTINGS: dict[str, Any] = {
-    "codec": CodecConfig,
-    "encoders": EncodersConfig,
-    "features": FeatureExtraction,
-    "network": NetworkTraining,
-    "classifier": ClassifierStage,
+STAGES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
+    "codec": (CodecTraining, train_codec),
+    "encoders": (EncodersTraining, train_encoders),
+    "features": (FeatureExtraction, lambda config: f"Features are in {extract_all(config)}."),
+    "network": (NetworkTraining, train_network),
+    "classifier": (ClassifierStage, train_classifier),
 }
-"""The dataclass of each stage's settings."""
-STAGES = tuple(SETTINGS)
-"""The stages, in the order in which they depend on one another."""
+"""The settings of each stage and what runs it, in the order in which they depend on one another."""
+SHARED = ("features", "network")
+"""Stages that several processes can share."""
 
 
 def run(stage: str, recipe: str, overrides: Sequence[str] = ()) -> str:
@@ -55,25 +40,17 @@ def run(stage: str, recipe: str, overrides: Sequence[str] = ()) -> str:
         overrides: Settings to change, `key=value` each.
 
     Raises:
-        InputError: An unknown stage or setting, or a file from an earlier stage that is missing.
+        InputError: An unknown stage or setting, a file from an earlier stage that is missing, or
+            several processes for a stage that one makes.
         RunError: The training diverged or a worker died.
     """
-    if stage not in SETTINGS:
+    if stage not in STAGES:
         raise InputError(f"Unknown stage {stage!r}. Choose one of {', '.join(STAGES)}.")
-    config = load_config(SETTINGS[stage], recipe, stage, overrides)
-    if stage == "codec":
-        return f"Wrote {train_codec(config)}."
-    if stage == "encoders":
-        return f"Wrote {train_encoders(config)}."
-    if stage == "features":
-        return f"Features are in {extract_all(config)}."
-    if stage == "classifier":
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        train_classifier(config.training, out / "classifier.safetensors", out / "log.jsonl")
-        return f"Wrote {out / 'classifier.safetensors'}."
-    result = train(config)
-    skipped = f" ({result.skipped} steps were not finite)" if result.skipped else ""
-    if result.finished:
-        return f"Trained {result.step} steps{skipped}. Wrote {result.network}."
-    return f"Stopped at step {result.step}{skipped}. The same command goes on from there."
+    _, world = rank_and_world()
+    if world > 1 and stage not in SHARED:
+        raise InputError(
+            f"The stage {stage} is made by one process, not {world}. Start it without torchrun; "
+            f"it is {' and '.join(SHARED)} that are shared."
+        )
+    settings, work = STAGES[stage]
+    return str(work(load_config(settings, recipe, stage, overrides)))

@@ -184,7 +184,7 @@ def test_headline_cases_are_the_short_table_whoever_was_timed(tmp_path):
 
 def test_documents_say_of_a_gpu_what_was_measured_and_nothing_else():
     """Until there are results, that there are none; then the tables of them."""
-    text = (report.ROOT / "docs" / "benchmarks.md").read_text()
+    text = (report.ROOT / "docs" / "benchmarks" / "results.md").read_text()
     for name in ("table.md", "steps.md", "generate.md"):
         mark = f"bench/results/h200/{name}"
         _, found, after = text.partition(f"<!-- {mark} -->\n")

@@ -5,6 +5,7 @@ In a process of its own, since memory that is mapped from a damaged file may end
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -30,7 +31,7 @@ from mfmjt.errors import MfmjtError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
 from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.lora import FORMAT, merge_adapter
-from mfmjt.train.checkpoint import load_state, save_state
+from mfmjt.train.checkpoint import CheckpointFolder
 from tests.support.damage import mutate
 
 SIZES = {
@@ -114,9 +115,32 @@ def cases(folder: Path) -> dict[Path, Load]:
         {"format": FORMAT, "lora": json.dumps(lora)},
     )
     found[folder / "adapter.safetensors"] = lambda path: merge_adapter(network(), path)
-    save_state(folder / "training.safetensors", {"a": torch.ones(2)}, {"step": 1})
-    found[folder / "training.safetensors"] = load_state
+    states = CheckpointFolder(folder / "states")
+    states.save(1, {"a": torch.ones(2)}, {"step": 1})
+    states.wait()
+    for path in (folder / "states" / "step-000000001").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+        found[folder / path.name] = functools.partial(resume, path)
     return found
+
+
+def resume(place: Path, damaged: Path) -> dict[str, Any]:
+    """Go on from a training state with another file in the place of one of its own."""
+    whole = {path: path.read_bytes() for path in place.parent.iterdir()}
+    place.write_bytes(damaged.read_bytes())
+    record = place.parent / "state.json"
+    if place != record:  # damage that is not seen by its size
+        state = json.loads(whole[record])
+        state["files"][place.name] = damaged.stat().st_size
+        record.write_text(json.dumps(state))
+    try:
+        states = CheckpointFolder(place.parents[1])
+        found = states.read(place.parent)
+        states.load(place.parent, {"a": torch.zeros(2)}, 1)
+        return found
+    finally:
+        for path, content in whole.items():
+            path.write_bytes(content)
 
 
 def damaged(content: bytes, others: list[bytes], seed: int) -> bytes:

@@ -5,10 +5,14 @@ import os
 
 import pytest
 
-from mfmjt.checkpoints import PublishedFile, find, find_all
+from mfmjt.checkpoints import PublishedFile, find_all
 from mfmjt.errors import InputError
 
 FILE = PublishedFile("weights.pth", "https://publisher.example", "2M")
+
+
+def find(folder, file, check="size"):
+    return find_all(folder, [file], check)[0]
 
 
 def write(path, size):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -94,17 +93,6 @@ def test_train_reports_misuse() -> None:
     refused(run("train", "network", "nowhere.json"), 2, "nowhere.json")
     refused(run("train", "network", "nano", "stepz=3"), 2, "steps")
     refused(run("train", "network", "stepz=3"), 2, "steps")
-
-
-def test_evaluate_prints_one_object(here: Path, model_folder: Path) -> None:
-    result = run("evaluate", "--model", model_folder, "--clips", 3, "--json", "-o", "e.json",
-                 "--device", "cpu")  # fmt: skip
-    assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout)
-    assert {"onset_f1", "onset_f1_shuffled", "class_accuracy", "frechet"} <= figures.keys()
-    assert json.loads((here / "e.json").read_text()) == figures
-    refused(run("evaluate", "--model", model_folder, "--clips", 0), 2, "0 clips")
-    refused(run("evaluate", "-o", "no/where.json"), 1, "Cannot write")
 
 
 def test_preview(here: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfmjt.codec import MelSpectrogram
-from mfmjt.codec.mel import MEL_CONFIGS
+from mfmjt.codec.mel import MEL_CONFIGS, filterbank
 from mfmjt.errors import InputError
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -38,6 +38,16 @@ def test_a_tone_lights_the_band_of_its_frequency(mode: str) -> None:
     for band in (config.bands // 2, config.bands * 3 // 4):
         tone = 0.5 * torch.sin(2 * math.pi * centres[band] * time)
         assert mel(tone[None]).mean(-1).argmax() == band
+
+
+@pytest.mark.parametrize("window", [64, 353, 512])
+def test_no_htk_filter_falls_between_two_bins(window: int) -> None:
+    filters = filterbank(16000, window, 40, low=40.0, scale="htk")
+    torch.testing.assert_close(filters.sum(dim=1), torch.ones(40))
+    assert bool((filters.amax(dim=1) > 0).all())
+    # Slaney's are as narrow as they come out, and some hear nothing at the shortest window.
+    empty = filterbank(16000, window, 40).sum(dim=1) == 0
+    assert bool(empty.any()) == (window < 353)
 
 
 def test_silence_is_the_floor_and_loud_sound_is_clamped() -> None:

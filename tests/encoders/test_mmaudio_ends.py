@@ -117,7 +117,7 @@ def test_segments_are_sixteen_frames_eight_apart(encoders, count):
         frames = torch.cat([frames, *[frames[:, -1:]] * (16 - count)], dim=1)
     x = (frames.movedim(-1, 2).double() / 255 - 0.5) / 0.5
     for s in range(segments):
-        truth = encoders.sync(x[:, None, 8 * s : 8 * s + 16].float())[:, 0]
+        truth = encoders.synchformer(x[:, None, 8 * s : 8 * s + 16].float())[:, 0]
         same(features[:, 8 * s : 8 * s + 8], truth)
 
 
@@ -177,7 +177,7 @@ ENDS = {
     "vocoder": lambda e: (e[0].vocoder, e[0].vocoder, torch.randn(1, e[0].vae.config.bands, 3)),
     "clip frames": lambda e: (e[1].clip, e[1].clip.encode_image, torch.randn(2, 3, 44, 44)),
     "clip text": lambda e: (e[1].clip, e[1].clip.encode_text, torch.randint(0, 99, (1, 77))),
-    "synchformer": lambda e: (e[1].synchformer, e[1].sync, torch.randn(1, 2, 16, 3, 32, 32)),
+    "synchformer": lambda e: (e[1].synchformer, e[1].synchformer, torch.randn(1, 2, 16, 3, 32, 32)),
 }
 
 

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import gzip
 import re
+import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mfmjt.encoders.tokenizer import Tokenizer
 from mfmjt.errors import InputError
@@ -36,7 +39,14 @@ def byte_id(character: str, last: bool = False) -> int:
         ("e\u0301", [FIRST_MERGE + 6]),
         ("\uff44\uff4f\uff47", [FIRST_MERGE + 1]),
         ("\ufeffdo\x07g", [FIRST_MERGE + 1]),
+        ("dog\x1b[31m", [FIRST_MERGE + 1]),
+        ("\u00c3\u00a9", [FIRST_MERGE + 6]),
+        (
+            "&eacute; < \u201cdog",
+            [FIRST_MERGE + 6, byte_id("<", True), byte_id('"', True), FIRST_MERGE + 1],
+        ),
         ("<end_of_text>", [END]),
+        ("dog<end_of_text>", [FIRST_MERGE + 1, END]),
     ],
 )
 def test_words_become_the_expected_tokens(tokenizer, text, expected):
@@ -68,3 +78,17 @@ def test_what_is_no_list_of_merges_is_refused(tmp_path):
             Tokenizer(wrong)
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         Tokenizer(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize("package", ["ftfy", "tokenizers"])
+def test_without_the_packages_it_says_what_to_install(merges, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"pip install 'mfmjt\[mmaudio\]'"):
+        Tokenizer(merges)
+
+
+@given(st.text())
+def test_any_text_has_tokens_of_clean_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(0 <= i <= END for i in ids)
+    assert ids == tokenizer.encode(f" \n{text}\t")

@@ -335,7 +335,7 @@ def test_float32_is_kept_as_it_is(bundle, many, tmp_path):
         ({"cut": {"seconds": 0.0, "shortest": 0.0}}, "more than 0"),
         ({"cut": {"seconds": 8.0, "shortest": 9.0}}, "no more for the shortest"),
         ({"cut": {"pieces": 2}}, "1 where they have pictures"),
-        ({"dtype": "float64"}, "float16 or float32"),
+        ({"dtype": "float64"}, "float16, float32"),
         ({"workers": -1}, "0 or more"),
     ],
 )

@@ -42,72 +42,102 @@ def batch():
     return Network().double(), *torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
 
 
-def definition(net, x, e, r, t, p=0.0, c=1e-3, **cond):
-    """The formula, every sample through forward mode, written down directly."""
-    a, b = r[:, None, None], t[:, None, None]
-    z, v = (1 - b) * x + b * e, e - x
-    u, du = torch.func.jvp(
-        lambda z, r, t: net(z, r, t, **cond),
-        (z, r, t),
-        (v, torch.zeros_like(r), torch.ones_like(t)),
-    )
-    d = (u - (v - (b - a) * du).detach()).square().mean((1, 2))
-    return (d * (d.detach() + c) ** -p).mean()
-
-
 def gradients(net, value):
-    return torch.autograd.grad(value, list(net.parameters()))
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    return torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_only_some_samples_carry_tangents_and_nothing_changes(p):
-    net, x, e = batch()
-    condition = torch.randn(5, 3, dtype=torch.float64)
-    ours = meanflow.loss(net, x, {"condition": condition}, noise=e, r=R, t=T, p=p)
-    truth = definition(net, x, e, R, T, p, condition=condition)
-    assert error(ours.detach(), truth.detach()) <= allowance(truth.detach(), torch.float64, 64)
-    for g, g_truth in zip(gradients(net, ours), gradients(net, truth), strict=True):
-        assert error(g, g_truth) <= allowance(g_truth, torch.float64, 5 * 3 * 16)
-
-
-def test_known_number_of_intervals_gives_the_same():
-    net, x, e = batch()
-    order = (R < T).sort(descending=True).indices
-    ours = meanflow.loss(net, x, noise=e, r=R[order], t=T[order], intervals=3)
-    truth = definition(net, x, e, R[order], T[order])
-    assert error(ours.detach(), truth.detach()) <= allowance(truth.detach(), torch.float64, 64)
-
-
-def test_network_that_takes_all_samples_at_once():
-    net = MFMJT.from_config("nano", hidden_dim=16, num_heads=2, depth=2, fused_depth=1)
+def small_mfmjt():
+    net = MFMJT.from_config(
+        "nano", hidden_dim=16, num_heads=2, depth=2, fused_depth=1, latent_dim=4
+    )
     net = net.double()
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    config, batch, length = net.config, 6, 9
-    x, noise = torch.randn(2, batch, length, config.latent_dim, dtype=torch.float64).unbind()
+    return net
+
+
+def same_as_definition(net, x, cond, noise, r, t, p, value):
+    """The loss and its gradients are those of `loss_ref`, up to rounding of float64."""
+    truth = meanflow.loss_ref(net, x, cond, noise, r, t, p)
+    assert error(value.detach(), truth.detach()) <= allowance(truth.detach(), x.dtype, 64)
+    found, true = gradients(net, value), gradients(net, truth)
+    if isinstance(net, MFMJT):  # some of its parameters have a gradient of roundings alone
+        found, true = ([torch.cat([g.flatten() for g in each])] for each in (found, true))
+    for g, g_true in zip(found, true, strict=True):
+        assert error(g, g_true) <= allowance(g_true, x.dtype, x.shape[0] * 3 * 16)
+
+
+INTERVALS = {
+    "some": R,
+    "none": T,
+    "all": 0.5 * T,
+    "one": torch.where(torch.arange(5) == 3, 0.0, T),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("r", INTERVALS)
+@pytest.mark.parametrize("known", [False, True])
+def test_loss_is_its_definition(p, r, known):
+    """Whichever samples carry tangents, and whether they are found by value or known."""
+    net, x, e = batch()
+    r, t, cond = INTERVALS[r], T, {"condition": torch.randn(5, 3, dtype=torch.float64)}
+    count = int((r < t).sum())
+    if known:
+        order = (r < t).sort(descending=True, stable=True).indices
+        r, t = r[order], t[order]
+    value = meanflow.loss(net, x, cond, noise=e, r=r, t=t, p=p, intervals=count if known else None)
+    same_as_definition(net, x, cond, e, r, t, p, value)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("t", [None, T])
+def test_drawn_it_is_its_definition(ratio, t):
+    """Noise is drawn first, then the times; where t is given, only r is drawn."""
+    net, x, _ = batch()
+    value = meanflow.loss(net, x, ratio=ratio, t=t, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    e = torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    count = round(5 * ratio)
+    sampler = meanflow.logit_normal(-2.0, 2.0)
+    r, drawn = meanflow.time_pairs(5, count, sampler, x.device, generator)
+    t = drawn.double() if t is None else t
+    r = torch.where(torch.arange(5) < count, torch.minimum(r, t), t)
+    same_as_definition(net, x, {}, e, r, t, 0.0, value)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 6])
+def test_in_one_call_it_is_its_definition(count, monkeypatch):
+    """A network with `jvp_rows` is called with all samples, where few have a tangent."""
+    net, calls = small_mfmjt(), []
+    jvp_rows = MFMJT.jvp_rows
+    monkeypatch.setattr(
+        MFMJT, "jvp_rows", lambda self, *a, **k: calls.append(1) or jvp_rows(self, *a, **k)
+    )
+    config, length = net.config, 9
+    x, noise = torch.randn(2, 6, length, 4, dtype=torch.float64).unbind()
     sizes = zip(config.lengths(length), (config.video_dim, config.sync_dim), strict=True)
-    video, sync = (torch.randn(batch, *size, dtype=torch.float64) for size in sizes)
-    cond = {"video": video, "sync": sync, "video_mask": torch.arange(batch) % 2 == 0}
-    for intervals in (1, 3, 4):
-        t = torch.rand(batch, dtype=torch.float64)
-        r = torch.where(torch.arange(batch) < intervals, t * torch.rand(batch), t)
-        given = {"noise": noise, "r": r, "t": t, "intervals": intervals, "p": 0.5}
-        at_once = meanflow.loss(net, x, cond, **given)
-        truth = meanflow.loss(lambda *a, **k: net(*a, **k), x, cond, **given)
-        wanted = [p for p in net.parameters() if p.requires_grad]
-        found, true = (
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(v, wanted, allow_unused=True)
-                    if g is not None
-                ]
-            )
-            for v in (at_once, truth)
+    video, sync = (torch.randn(6, *size, dtype=torch.float64) for size in sizes)
+    cond = {"video": video, "sync": sync, "video_mask": torch.arange(6) % 2 == 0}
+    t = torch.rand(6, dtype=torch.float64)
+    r = torch.where(torch.arange(6) < count, t * torch.rand(6), t)
+    value = meanflow.loss(net, x, cond, noise=noise, r=r, t=t, p=0.5, intervals=count)
+    assert len(calls) == (0 < count <= 3)
+    same_as_definition(net, x, cond, noise, r, t, 0.5, value)
+
+
+def test_intervals_beyond_the_first_are_not_looked_at():
+    """Where their number is given, u of the other samples is that of r = t, in one call too."""
+    x, noise = torch.randn(2, 4, 9, 4, dtype=torch.float64).unbind()
+    t = torch.rand(4, dtype=torch.float64)
+    for net in (small_mfmjt(), lambda z, r, t: z * (t - r + 1)[:, None, None]):
+        found, truth = (
+            meanflow.loss(net, x, noise=noise, r=r, t=t, intervals=2)
+            for r in (0.5 * t, torch.where(torch.arange(4) < 2, 0.5 * t, t))
         )
-        assert error(at_once, truth) <= allowance(truth, torch.float64, x.numel())
-        assert error(found, true) <= allowance(true, torch.float64, x.numel())
+        assert torch.equal(found, truth)
 
 
 def test_number_and_kind_of_calls():
@@ -141,7 +171,7 @@ def test_true_average_velocity_has_no_loss_and_no_gradient():
     def f(z, r, t):
         return exact.average_velocity(z, r, t) + error_term
 
-    value, stats = meanflow.loss(f, x, noise=e, r=R, t=T, return_stats=True)
+    value, stats = meanflow.loss_and_errors(f, x, noise=e, r=R, t=T)
     scale = float(exact.velocity(z, T).abs().max() ** 2)
     eps = torch.finfo(torch.float64).eps
     # The residual is a few roundings of u, divided by the shortest span once per derivative.
@@ -185,14 +215,17 @@ def test_adaptive_weight():
 
 def test_statistics():
     net, x, e = batch()
-    value, stats = meanflow.loss(net, x, noise=e, r=R, t=T, p=1.0, return_stats=True)
+    value, stats = meanflow.loss_and_errors(net, x, noise=e, r=R, t=T, p=1.0)
     interval = R < T
     for mine, rows in ((stats.interval, interval), (stats.flow, ~interval)):
-        truth = definition(net, x[rows], e[rows], R[rows], T[rows]).detach()
+        truth = meanflow.loss_ref(net, x[rows], {}, e[rows], R[rows], T[rows]).detach()
         assert error(mine, truth) <= allowance(truth, torch.float64, 64)
         assert not mine.requires_grad
     assert value.requires_grad
-    alone = meanflow.loss(net, x, ratio=0.0, return_stats=True)[1]
+    assert torch.equal(value, meanflow.loss(net, x, noise=e, r=R, t=T, p=1.0))
+    of_old, *_ = meanflow.loss(net, x, noise=e, r=R, t=T, p=1.0, return_stats=True)
+    assert torch.equal(of_old, value)
+    _, alone = meanflow.loss_and_errors(net, x, ratio=0.0)
     assert alone.interval.isnan()
     assert alone.flow.isfinite()
 

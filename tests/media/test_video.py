@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from mfmjt.data import foley
+from mfmjt.data.preview import write_clip
 from mfmjt.errors import InputError, RunError
 from mfmjt.media import (
     AUDIO_SUFFIXES,
@@ -21,6 +22,7 @@ from mfmjt.media import (
     check_output,
     mux,
     read_video,
+    thumbnails,
     write_audio,
 )
 from tests.support.clips import (
@@ -479,3 +481,13 @@ def test_no_file_makes_the_reader_open_an_address(tmp_path: Path) -> None:
             read_video(playlist)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_thumbnails_are_from_the_middles_of_equal_parts(tmp_path: Path) -> None:
+    levels = np.repeat(np.arange(4) * 60 + 20, 25)  # a second of each
+    frames = np.broadcast_to(levels[:, None, None, None], (100, 64, 64, 3)).astype(np.uint8)
+    write_clip(tmp_path / "clip.mp4", frames, None)
+    shown, end = thumbnails(tmp_path / "clip.mp4", 4.0, count=4, size=32)
+    assert end == 4
+    assert [round(float(picture.mean()), -1) for picture in shown] == [20, 80, 140, 200]
+    assert shown[0].shape == (32, 32, 3)

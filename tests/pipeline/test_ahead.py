@@ -10,7 +10,7 @@ from mfmjt.pipeline.ahead import ahead
 
 
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name == "mfmjt-ahead"]
+    return [t.name for t in threading.enumerate() if t.name.startswith("mfmjt-ahead")]
 
 
 def test_items_come_in_order_from_another_thread() -> None:
@@ -22,7 +22,7 @@ def test_items_come_in_order_from_another_thread() -> None:
             yield i
 
     assert list(ahead(items(), 3)) == list(range(20))
-    assert set(names) == {"mfmjt-ahead"}
+    assert set(names) == {"mfmjt-ahead_0"}
     assert threads() == []
 
 

@@ -10,7 +10,7 @@ import torch
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.features.procedural import write_store
-from mfmjt.train.config import NetworkTraining
+from mfmjt.train.recipe import NetworkTraining
 from tests.train.ranks import Ranks
 
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}

@@ -27,8 +27,8 @@ import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
 
 from mfmjt.errors import MfmjtError
-from mfmjt.train.config import NetworkTraining, _build
-from mfmjt.train.loop import train
+from mfmjt.train.recipe import NetworkTraining, _build
+from mfmjt.train.tasks.network import train_network
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +100,7 @@ def _child(rank: int, job: dict[str, Any], port: int, errors: int) -> int:
     if job["limit"] and rank == job["world"] - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
     try:
-        train(_build(NetworkTraining, job["config"], "network"))
+        train_network(_build(NetworkTraining, job["config"], "network"))
     except MfmjtError as error:
         os.write(errors, f"{error}\n".encode())
         return error.exit_code

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mfmjt.train.loop import CHECKPOINTS
+from mfmjt.train.trainer import CHECKPOINTS
 
 
-def records(out: Path) -> list[dict[str, Any]]:
-    """The log of a run without what no other run repeats."""
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+def records(out: str | Path, kind: str = "") -> list[dict[str, Any]]:
+    """The records in the log, of one kind or all, without what no other run repeats."""
+    lines = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "clips_per_s")}
+        for line in lines
+        if kind in line.get("kind", "")
+        if "kind" in line
+    ]
 
 
-@contextlib.contextmanager
-def stopped(owner: Any, name: str, call: int) -> Iterator[None]:
-    """Run the block up to the `call`-th call of the function `owner.name`, which fails."""
-
-    class Stop(Exception):
-        pass
-
-    real, calls = getattr(owner, name), []
-
-    def interrupt(*arguments: Any) -> Any:
-        calls.append(None)
-        if len(calls) == call:
-            raise Stop
-        return real(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, interrupt)
-        with pytest.raises(Stop):
-            yield
+def undo(out: str | Path, step: int) -> None:
+    """Remove the newest state, as if the run had been killed after `step`, the one before."""
+    path = newest(out)
+    shutil.rmtree(path)
+    (path.parent / "latest").write_text(f"step-{step:09d}")
 
 
 def newest(out: str | Path) -> Path:
@@ -69,3 +58,18 @@ def load_state(out: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 whole[tuple(slice(a, b) for a, b in zip(at, end, strict=True))] = part
         tensors[key] = whole
     return tensors, record["state"]
+
+
+def curve(out: str | Path) -> list[tuple[int, float, float]]:
+    """Step, loss and norm of the gradient of every record of training."""
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(out, "train")]
+
+
+def same_state(ours: str, theirs: str) -> bool:
+    """Whether two runs ended with the same state, to the last bit."""
+    (a, s), (b, t) = (load_state(out) for out in (ours, theirs))
+    changing = {"seconds", "config"}
+    assert {k: v for k, v in s.items() if k not in changing} == {
+        k: v for k, v in t.items() if k not in changing
+    }
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import json
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,33 +10,65 @@ import torch
 from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
-from mfmjt.train.classifier import ClassifierTraining, augment, train_classifier
+from mfmjt.train.parallel import Processes
+from mfmjt.train.tasks import classifier
+from mfmjt.train.tasks.classifier import (
+    ClassifierStage,
+    ClassifierTask,
+    ClassifierTraining,
+    augment,
+    train_classifier,
+)
+from mfmjt.train.trainer import Trainer
+from tests.train.states import load_state, records, undo
 
 TINY = ClassifierTraining(
     clips=24, validation_clips=12, steps=12, batch=12, duration=1.0, shortest=0.5, log_every=4
 )
 
 
+def stage(out: Path, **changes: object) -> ClassifierStage:
+    return ClassifierStage(str(out), training=dataclasses.replace(TINY, **changes))
+
+
 def test_a_few_steps_lower_the_loss_and_leave_weights_and_a_log(tmp_path: Path) -> None:
-    out, log = tmp_path / "classifier.safetensors", tmp_path / "classifier.jsonl"
-    network, entries = train_classifier(TINY, out, log)
-    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    result = train_classifier(stage(tmp_path))
+    losses = [record["loss"] for record in records(tmp_path, "train")]
+    assert len(losses) == 3
     assert losses[-1] < losses[0]
-    assert [json.loads(line) for line in log.read_text().splitlines()] == entries
-    assert set(entries[-1]["validation"]) == {"all", *foley.CLASSES}
-    wave = torch.from_numpy(foley.clip(0, "validation", duration=1.0, render=False).audio)[None]
-    # What was judged is what was stored, to the bit: fp16 holds the weights exactly.
-    torch.testing.assert_close(Classifier.load(out)(wave), network(wave), rtol=0, atol=0)
+    (validation,) = records(tmp_path, "validation")
+    assert {"all", *foley.CLASSES} < set(validation)
+    # The weights as they were trained, through fp16.
+    stored, (state, _) = Classifier.load(result.file).state_dict(), load_state(tmp_path)
+    for name, value in stored.items():
+        assert torch.equal(value, state[f"net.{name}"].half().to(value.dtype)), name
+    waves, labels = classifier.load_audio("validation", TINY.validation_clips, TINY.duration)
+    judged = classifier.accuracy(Classifier.load(result.file), waves, labels)
+    assert {name: validation[name] for name in judged} == judged
 
 
-def test_training_repeats_and_leaves_the_global_seed_alone() -> None:
-    recipe = ClassifierTraining(**{**vars(TINY), "steps": 3, "log_every": 1})
+def test_training_repeats_and_leaves_the_global_seed_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    _, first = train_classifier(recipe)
+    for name in ("first", "second"):
+        train_classifier(stage(tmp_path / name, steps=3, log_every=1))
     assert torch.equal(torch.random.get_rng_state(), before)
-    _, second = train_classifier(recipe)
-    assert [e.get("loss") for e in first] == [e.get("loss") for e in second]
+    assert records(tmp_path / "first") == records(tmp_path / "second")
+
+
+def test_resuming_repeats_the_uninterrupted_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        ClassifierStage, "loop",
+        lambda self, real=ClassifierStage.loop: dataclasses.replace(real(self), checkpoint_every=2),
+    )  # fmt: skip
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train_classifier(stage(whole, steps=4, log_every=1))
+    shutil.copytree(whole, part)
+    undo(part, 2)
+    train_classifier(stage(part, steps=4, log_every=1))
+    assert records(part) == records(whole)
+    a, b = load_state(part)[0], load_state(whole)[0]
+    assert all(torch.equal(a[key], b[key]) for key in b)
 
 
 def test_augmentation_keeps_the_sound_above_the_noise() -> None:
@@ -52,17 +85,18 @@ def test_augmentation_keeps_the_sound_above_the_noise() -> None:
     assert (changed - tone).square().mean(dim=1).min() > 0
 
 
-def test_a_recipe_without_steps_is_refused() -> None:
-    with pytest.raises(InputError, match="at least one step"):
-        train_classifier(ClassifierTraining(steps=0))
+def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
+    for setting in ("steps", "clips"):
+        with pytest.raises(InputError, match="at least"):
+            train_classifier(stage(tmp_path, **{setting: 0}))
 
 
-def test_training_goes_on_from_given_weights(tmp_path: Path) -> None:
+def test_training_starts_from_given_weights(tmp_path: Path) -> None:
     first = tmp_path / "first.safetensors"
-    begun = Classifier(ClassifierConfig(classes=foley.CLASSES))
-    begun.save(first)
-    still = ClassifierTraining(**{**vars(TINY), "steps": 1, "learning_rate": 0.0})
-    network, _ = train_classifier(still, init=first)
+    Classifier(ClassifierConfig(classes=foley.CLASSES)).save(first)
+    config = dataclasses.replace(stage(tmp_path / "out"), init_from=str(first))
+    with Processes() as processes:
+        trainer = Trainer(ClassifierTask(config), processes)
     expected = Classifier.load(first).state_dict()
-    for name, value in network.named_parameters():
+    for name, value in trainer.net.state_dict().items():
         assert torch.equal(value, expected[name])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from mfmjt.codec import NanoCodec, NanoCodecConfig
 from mfmjt.data import foley
 from mfmjt.errors import InputError
-from mfmjt.train.codec import CodecConfig, SpectralLoss, train_codec
-from mfmjt.train.ends import cosine_warmup
+from mfmjt.train.parallel import Processes
+from mfmjt.train.tasks.codec import CodecTask, CodecTraining, SpectralLoss, train_codec
+from mfmjt.train.trainer import Trainer
 from tests.support.bundles import TINY_CODEC
-from tests.train.states import records, stopped
+from tests.train.states import records, undo
 
-TINY = CodecConfig(
+TINY = CodecTraining(
     steps=12, batch=2, seconds=0.256, lr=3e-3, warmup=2, clips=4, validation_clips=1, workers=0,
     log_every=3, save_every=6, bf16=False,
     model=TINY_CODEC,
@@ -49,20 +51,26 @@ def test_what_is_exported_is_the_averaged_codec(whole: Path) -> None:
 
 
 def test_resuming_repeats_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, out=tmp_path)
-    # Six steps, one validation clip, and two steps that the checkpoint does not have.
-    with stopped(SpectralLoss, "forward", call=10):
-        train_codec(config)
-    train_codec(config)
-    assert records(tmp_path) == records(whole)
-    ours, theirs = (NanoCodec.load(f / "codec.safetensors") for f in (tmp_path, whole))
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    undo(part, 6)
+    train_codec(dataclasses.replace(TINY, out=part))
+    assert records(part) == records(whole)
+    ours, theirs = (NanoCodec.load(f / "codec.safetensors") for f in (part, whole))
     for name, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name]), name
 
 
-def test_refuses_the_checkpoint_of_another_model(whole: Path) -> None:
+def test_it_begins_again_when_told(whole: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    train_codec(dataclasses.replace(TINY, out=part, resume=False))
+    assert records(part) == records(whole)
+
+
+def test_refuses_the_state_of_another_model(whole: Path) -> None:
     model = dataclasses.replace(TINY.model, encoder_dim=24)
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="was trained with model"):
         train_codec(dataclasses.replace(TINY, out=whole, model=model))
 
 
@@ -78,13 +86,26 @@ def test_spectral_loss_orders_sounds() -> None:
         assert float(a) < float(c)
 
 
-def test_learning_rate_rises_and_falls() -> None:
-    factors = [cosine_warmup(step, 100, 10) for step in range(100)]
+def test_learning_rate_rises_and_falls_to_a_fiftieth(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, out=tmp_path, steps=100, warmup=10)
+    task = CodecTask(config)
+    factors = [task.rate(step, step / 100) for step in range(101)]
     assert max(factors) == 1.0
     assert factors[:10] == sorted(factors[:10])
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    middle = (10 + 100) // 2
-    assert math.isclose(factors[middle], (1 + 0.02) / 2)
+    assert math.isclose(factors[(10 + 100) // 2], (1 + 0.02) / 2)
+    assert math.isclose(factors[100], 0.02)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    """Though this optimizer is not told on the device."""
+    with Processes() as processes:
+        trainer = Trainer(CodecTask(dataclasses.replace(TINY, out=tmp_path)), processes)
+    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    batch = trainer.task.draw(0)
+    batch.passes[0].inputs[1][0, 0, 0] = math.nan  # of the latents' noise
+    assert math.isnan(float(trainer.work(batch, trainer._flags())[0]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
 
 
 def test_a_decoder_alone_improves_and_leaves_the_latents(whole: Path, tmp_path: Path) -> None:
@@ -92,7 +113,7 @@ def test_a_decoder_alone_improves_and_leaves_the_latents(whole: Path, tmp_path: 
     tuned = dataclasses.replace(
         TINY, out=tmp_path, init_from=start, train_encoder=False, mel=1.0, lr=1e-3
     )
-    before, after = NanoCodec.load(start), NanoCodec.load(train_codec(tuned))
+    before, after = NanoCodec.load(start), NanoCodec.load(train_codec(tuned).file)
     sound = torch.from_numpy(foley.clip(0, "validation", render=False).audio)[None]
     for one, other in zip(before.encode(sound), after.encode(sound), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -13,13 +13,14 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfmjt.model import MFMJT
-from mfmjt.train import distributed, loop
-from mfmjt.train.distributed import Processes
-from mfmjt.train.loop import _Run, train
-from mfmjt.train.step import Step, compile_step, draw
+from mfmjt.train import parallel
+from mfmjt.train.parallel import Processes
+from mfmjt.train.tasks import network
+from mfmjt.train.tasks.network import NetworkTask, train_network
+from mfmjt.train.tasks.step import Step, compile_step, draw
+from mfmjt.train.trainer import Trainer
 from tests.train.conftest import TINY
-from tests.train.states import load_state
-from tests.train.test_loop import curve
+from tests.train.states import curve, load_state
 from tests.train.test_step import batch
 
 # What reads a value on the host, or has a shape that depends on values.
@@ -44,8 +45,8 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_nothing(recipe, changes):
     """Loss, gradients, clipping, optimizer and averages: what a CUDA graph records."""
     with Processes() as processes:
-        run = _Run(recipe(**changes), processes)
-    drawn, flags = run._draw(4, 20), run._flags()
+        run = Trainer(NetworkTask(recipe(**changes), processes), processes)
+    drawn, flags = run.task.draw(0), run._flags()
     before = [p.detach().clone() for p in run.params]
     with Waits() as waits:
         flat = run.work(drawn, flags)
@@ -64,9 +65,10 @@ def test_a_step_begins_without_copies_of_numbers(recipe):
 
     seen: list[str] = []
     with Processes() as processes:
-        run = _Run(recipe(), processes)
+        run = Trainer(NetworkTask(recipe(), processes), processes)
     with Names():
-        draw(run.config, run.store, 4, 20, 2, run.generator, run.chooser)
+        task = run.task
+        draw(task.config, task.store, 4, 20, 2, task.generator, task.chooser)
         run._flags()
     assert "rand" in seen
     assert "lift_fresh" not in seen  # what torch.tensor does with numbers
@@ -75,15 +77,16 @@ def test_a_step_begins_without_copies_of_numbers(recipe):
 def test_what_is_not_finite_changes_nothing(recipe):
     """And the host is not asked about it: the same call leaves weights, moments and averages."""
     with Processes() as processes:
-        run = _Run(recipe(ema=(0.5, 0.9)), processes)
-    run.work(run._draw(4, 20), run._flags())
-    before = {key: value.clone() for key, value in run._tensors().items()}
-    drawn = run._draw(4, 20)
-    drawn.parts[0].features["latent"][0, 0, 0] = math.inf
+        run = Trainer(NetworkTask(recipe(ema=(0.5, 0.9)), processes), processes)
+    run.work(run.task.draw(0), run._flags())
+    before = {key: value.clone() for key, value in run.tensors().items()}
+    drawn = run.task.draw(0)
+    features = drawn.passes[0].inputs[0]
+    features["latent"][0, 0, 0] = math.inf
     with Waits():
         flat = run.work(drawn, run._flags())
-    assert not torch.isfinite(flat[3])
-    assert all(torch.equal(value, before[key]) for key, value in run._tensors().items())
+    assert not torch.isfinite(flat[len(drawn.figures)])
+    assert all(torch.equal(value, before[key]) for key, value in run.tensors().items())
     assert run.ema.updates == 1
     assert all(float(slots["step"]) == 1 for slots in run.optimizer.state.values())
 
@@ -117,7 +120,7 @@ def test_compiled_it_is_the_same_also_inside_ddp(recipe):
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        found = gradients(distributed.replicate(step), net, 3)
+        found = gradients(parallel.replicate(step), net, 3)
     finally:
         dist.destroy_process_group()
     eps = torch.finfo(torch.float32).eps
@@ -136,11 +139,11 @@ def test_a_compiled_training_is_the_same(recipe, monkeypatch, tmp_path):
         recipe(out=str(tmp_path / name), steps=3, full_every=0, compile=name == "compiled")
         for name in ("eager", "compiled")
     )
-    train(eager)
+    train_network(eager)
     # Not the real backend: that is another arithmetic, and minutes of a C++ compiler.
     fast = functools.partial(compile_step, backend="aot_eager")
-    monkeypatch.setattr(loop, "compile_step", fast)
-    train(compiled)
+    monkeypatch.setattr(network, "compile_step", fast)
+    train_network(compiled)
     for ours, theirs in zip(curve(compiled.out), curve(eager.out), strict=True):
         assert ours == pytest.approx(theirs, rel=64 * torch.finfo(torch.float32).eps)
 
@@ -150,10 +153,10 @@ def test_a_recorded_training_is_the_same(recipe, tmp_path):
     """From the warm-up on, in both shapes of batch; and it is resumed as any other."""
     common = {"device": "cuda", "steps": 16, "checkpoint_every": 8, "lr": 1e-3}
     plain, recorded, parted = (recipe(out=str(tmp_path / n), **common) for n in "abc")
-    train(plain)
-    train(recipe(out=recorded.out, **common, cuda_graph=True))
+    train_network(plain)
+    train_network(recipe(out=recorded.out, **common, cuda_graph=True))
     for ours, theirs in zip(curve(recorded.out), curve(plain.out), strict=True):
         assert ours == pytest.approx(theirs, rel=1024 * torch.finfo(torch.float32).eps)
-    train(recipe(out=parted.out, **common | {"steps": 8}, cuda_graph=True))
-    train(recipe(out=parted.out, **common, cuda_graph=True))
+    train_network(recipe(out=parted.out, **common | {"steps": 8}, cuda_graph=True))
+    train_network(recipe(out=parted.out, **common, cuda_graph=True))
     assert load_state(parted.out)[1]["step"] == 16

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,11 @@ import torch
 
 from mfmjt.convert import from_mmaudio, to_mmaudio
 from mfmjt.errors import InputError
-from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
 from mfmjt.model.lora import LoRA
-from mfmjt.train.config import NetworkTraining, load_config
-from mfmjt.train.distributed import Processes
-from mfmjt.train.loop import _Run, train
-from mfmjt.train.start import starting_network
+from mfmjt.train.parallel import Processes
+from mfmjt.train.recipe import NetworkTraining, load_config
+from mfmjt.train.tasks.network import NetworkTask, _codec, starting_network, train_network
 from tests.oracle import allowance, error
 from tests.support.peers import load_peft
 from tests.support.weights import read
@@ -73,7 +73,7 @@ def test_which_of_several_weights_it_starts_from_is_said(finetune, published, ca
     state = torch.load(published, weights_only=True)
     both = published.with_name("both.pth")
     torch.save({"model": {k: v + 1 for k, v in state.items()}, "ema": state}, both)
-    train(finetune(steps=1, init_from=str(both)))
+    train_network(finetune(steps=1, init_from=str(both)))
     (note,) = (line for line in capsys.readouterr().err.splitlines() if "Note: " in line)
     assert note.endswith("under model, ema: ema was taken.")
 
@@ -81,16 +81,16 @@ def test_which_of_several_weights_it_starts_from_is_said(finetune, published, ca
 def test_a_step_of_nothing_gives_the_network_back(finetune, published):
     """Normalisation and null text are the checkpoint's, and the store's latents follow them."""
     config = finetune(steps=1, lr=0.0, weight_decay=0.0)
-    train(config)
+    train_network(config)
     start = load_mmaudio(published).state_dict()
     tensors, _ = load_state(config.out)
     assert all(torch.equal(tensors[f"net.{name}"], value) for name, value in start.items())
     with Processes() as processes:
-        run = _Run(config, processes)
+        task = NetworkTask(config, processes)
     rows = torch.arange(2)
-    features = run.store.rows(rows)["latent"]
-    run.store.latent_mean, run.store.latent_std = torch.zeros(()), torch.ones(())
-    raw = run.store.rows(rows)["latent"]
+    features = task.store.rows(rows)["latent"]
+    task.store.latent_mean, task.store.latent_std = torch.zeros(()), torch.ones(())
+    raw = task.store.rows(rows)["latent"]
     net = load_mmaudio(published)
     assert torch.equal(features, net.normalize(raw).detach())
 
@@ -98,7 +98,7 @@ def test_a_step_of_nothing_gives_the_network_back(finetune, published):
 def test_only_adapters_are_trained_and_all_is_exported_merged(finetune, published, tmp_path):
     load_peft()
     config = finetune(steps=4, lora=LoRA(rank=2), lr=1e-2, ratio=0.5, ema=(0.0,))
-    whole = train(config)
+    whole = train_network(config)
     start = load_mmaudio(published).state_dict()
     tensors, _ = load_state(config.out)
     frozen = [name for name in tensors if name.endswith(".base_layer.weight")]
@@ -109,24 +109,24 @@ def test_only_adapters_are_trained_and_all_is_exported_merged(finetune, publishe
     assert all(".lora_" in name or name.startswith("r_embed.") for name in moved)
 
     # The exported network is what the adapter's file makes of the checkpoint, rounded to fp16.
-    adapter = whole.network.parent / "adapter.safetensors"
+    adapter = whole.file.parent / "adapter.safetensors"
     merged = from_mmaudio(published, tmp_path / "m.safetensors", adapter=adapter).path
-    ours, theirs = MFMJT.load(whole.network).state_dict(), MFMJT.load(merged).state_dict()
+    ours, theirs = MFMJT.load(whole.file).state_dict(), MFMJT.load(merged).state_dict()
     assert all(torch.equal(ours[name], theirs[name].half().float()) for name in ours)
     changed = [name for name in ours if not torch.equal(theirs[name], start[name])]
     assert any("qkv" in name for name in changed)
     # And so does the way back.
-    (note,) = to_mmaudio(whole.network, tmp_path / "back.pth").notes[1:]
+    (note,) = to_mmaudio(whole.file, tmp_path / "back.pth").notes[1:]
     assert "It was trained" in note
     back = load_mmaudio(tmp_path / "back.pth").state_dict()
     kept = [name for name in ours if not name.startswith("r_embed.")]
     assert all(torch.equal(back[name], ours[name]) for name in kept)
 
     # It goes on with the same adapters, and with no others.
-    again = train(finetune(steps=5, lora=LoRA(rank=2), lr=1e-2, ratio=0.5, ema=(0.0,)))
+    again = train_network(finetune(steps=5, lora=LoRA(rank=2), lr=1e-2, ratio=0.5, ema=(0.0,)))
     assert again.step == 5
     with pytest.raises(InputError, match="was trained with lora="):
-        train(finetune(steps=6, lora=LoRA(rank=3), ema=(0.0,)))
+        train_network(finetune(steps=6, lora=LoRA(rank=3), ema=(0.0,)))
 
 
 def test_settings_say_what_they_need(finetune, published):
@@ -147,7 +147,7 @@ def test_settings_say_what_they_need(finetune, published):
         with pytest.raises(InputError, match=says):
             NetworkTraining(**changes)
     with pytest.raises(InputError, match="needs one process with a GPU"):
-        train(finetune(cuda_graph=True))
+        train_network(finetune(cuda_graph=True))
 
 
 def test_a_network_of_ours_is_told_from_a_published_one(finetune, published, tmp_path):
@@ -158,3 +158,19 @@ def test_a_network_of_ours_is_told_from_a_published_one(finetune, published, tmp
     for net in nets[1:]:
         assert net.config == nets[0].config
         assert all(torch.equal(value, first[name]) for name, value in net.state_dict().items())
+
+
+def test_a_models_folder_reads_the_captions_and_decodes_the_previews(recipe, ends, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (ends.codec_path, ends.encoders_path):
+        shutil.copy(path, folder)
+    parts = {"codec": str(folder), "encoders": str(folder)}
+    common = {"steps": 1, "preview_every": 1, "preview_clips": 1}
+    files = recipe(out=str(tmp_path / "files"), **common)
+    train_network(files)
+    train_network(recipe(out=str(tmp_path / "folder"), **common | parts))
+    name = "previews/clip0_step0000001.wav"
+    assert (tmp_path / "folder" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+    with pytest.raises(InputError, match="20 channels, and the network 8"):
+        _codec(str(folder), config_for("nano", latent_dim=8))

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from mfmjt.errors import InputError
 from mfmjt.features.format import write_part
 from mfmjt.features.store import FeatureStore
-from mfmjt.train import loop
-from mfmjt.train.config import DataSource, NetworkTraining, load_config
-from mfmjt.train.loop import train
-from mfmjt.train.step import Step, draw
-from tests.train.states import load_state, newest
-from tests.train.test_loop import curve, same_state
+from mfmjt.model import MFMJT
+from mfmjt.train.recipe import DataSource, NetworkTraining, load_config
+from mfmjt.train.tasks.network import train_network
+from mfmjt.train.tasks.step import Step, draw
+from tests.train.states import curve, load_state, same_state, undo
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +47,17 @@ def joint(recipe, store, sounds):
 
 def test_it_trains_and_resumes_bit_for_bit(joint, tmp_path):
     whole, part = (joint(out=str(tmp_path / name), steps=5) for name in ("whole", "part"))
-    assert train(whole).finished
+    assert train_network(whole).finished
     # As if it had been killed after its fourth step.
     shutil.copytree(whole.out, part.out)
-    shutil.rmtree(newest(part.out))
-    (newest(part.out).parent / "latest").write_text("step-000000004")
+    undo(part.out, 4)
     assert load_state(part.out)[1]["step"] == 4
-    assert train(part).finished
+    assert train_network(part).finished
     assert curve(part.out) == curve(whole.out)
     assert len(curve(part.out)) == 5
     assert same_state(part.out, whole.out)
     alone = joint(out=str(tmp_path / "alone"), data=joint().data[:1], steps=5)
-    train(alone)
+    train_network(alone)
     assert curve(alone.out) != curve(whole.out)
 
 
@@ -78,7 +76,7 @@ def test_what_is_missing_is_what_was_dropped(joint, recipe, ends):
     both = FeatureStore([(s.store, s.weight) for s in config.data])
     both.encode_text(ends.encoders)
     torch.manual_seed(0)
-    net = loop.MFMJT.from_config("nano", **config.overrides)
+    net = MFMJT.from_config("nano", **config.overrides)
     for p in net.parameters():  # a fresh network gives zero, whatever its conditions
         torch.nn.init.normal_(p, std=0.05)
     step = Step(net, config)
@@ -100,10 +98,10 @@ def test_what_is_missing_is_what_was_dropped(joint, recipe, ends):
 def test_sounds_alone(recipe, sounds, tmp_path):
     """A store without pictures and without a split for validation."""
     config = recipe(store=str(sounds), steps=3, omega=0.5, kappa=0.25)
-    assert train(config).finished
+    assert train_network(config).finished
     assert all(torch.isfinite(torch.tensor(values[1:])).all() for values in curve(config.out))
     with pytest.raises(InputError, match="validation"):
-        train(recipe(store=str(sounds), out=str(tmp_path / "v"), validate_every=1))
+        train_network(recipe(store=str(sounds), out=str(tmp_path / "v"), validate_every=1))
 
 
 def test_validation_and_previews_of_clips_without_conditions(joint, sounds, store, tmp_path):
@@ -115,7 +113,7 @@ def test_validation_and_previews_of_clips_without_conditions(joint, sounds, stor
         data=(DataSource(str(folder)), DataSource(str(store))),
         steps=1, validate_every=1, preview_every=1, preview_clips=2,
     )  # fmt: skip
-    assert train(config).finished
+    assert train_network(config).finished
     assert list((Path(config.out) / "previews").glob("*.wav"))
 
 

@@ -6,11 +6,11 @@ import torch
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
-from mfmjt.train.loop import train
-from mfmjt.train.step import Draws, Step
+from mfmjt.train.tasks.network import train_network
+from mfmjt.train.tasks.step import Draws, Step
 from tests.oracle import allowance, error
 from tests.train.conftest import TINY
-from tests.train.test_loop import curve
+from tests.train.states import curve
 
 
 def batch(rows: int = 4) -> tuple[dict[str, torch.Tensor], Draws]:
@@ -79,15 +79,45 @@ def test_guidance_uses_null_conditions_and_spares_rows_without_any(recipe):
 )
 def test_relatives_of_meanflow_train(recipe, changes):
     """Each is another loss than MeanFlow's on the same draws, and is the same when run again."""
-    train(recipe(steps=3))
+    train_network(recipe(steps=3))
     ours = recipe(steps=3, out=recipe().out + "_relative", **changes)
     again = recipe(steps=3, out=recipe().out + "_again", **changes)
-    assert train(ours).finished
-    assert train(again).finished
+    assert train_network(ours).finished
+    assert train_network(again).finished
     assert curve(ours.out) == curve(again.out)
     assert curve(ours.out)[-1] != curve(recipe().out)[-1]
 
 
-def test_refuses_unknown_targets(recipe):
-    with pytest.raises(InputError, match="alpha_flow"):
-        recipe(target="mean")
+def test_a_target_of_ones_own_is_one_function(recipe, tmp_path, monkeypatch):
+    """It is named in the recipe, and nothing in the package knows of it."""
+    (tmp_path / "my_targets.py").write_text(
+        "def straight(f, z, r, t, v, cond):\n    return f(z, r, t, **cond), v\n"
+    )
+    with pytest.raises(InputError, match=r"No module named 'my_targets'.*PYTHONPATH"):
+        recipe(target="my_targets:straight")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = recipe(steps=1, target="my_targets:straight", p=0.0)
+    assert train_network(config).finished
+    features, draws = batch()
+    found, stats = Step(MFMJT.from_config("nano", **TINY), config)(features, draws, 3)
+    # A fresh network says zero, so the error is that of v = e - x.
+    v = draws.noise - features["latent"]
+    truth = v.square().flatten(1).mean(1)
+    assert error(found, truth.mean()) <= allowance(truth.mean(), torch.float32, terms=v.numel())
+    assert error(stats.interval, truth[:3].mean()) <= allowance(
+        truth[:3].mean(), torch.float32, terms=v.numel()
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("mean", "alpha_flow, finite_difference, package.module:function"),
+        ("mfmjt.meanflow:mean", "has no attribute 'mean'.*Give package.module:function"),
+        (":mean", "Give package.module:function"),
+        ("mfmjt.meanflow:__doc__", "it is a str"),
+    ],
+)
+def test_refuses_targets_that_are_none(recipe, target, words):
+    with pytest.raises(InputError, match=words):
+        recipe(target=target)

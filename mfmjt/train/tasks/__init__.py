@@ -1,0 +1,1 @@
+"""What is trained: the codec, the encoders, the network, and the classifier that judges."""
