@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,21 +25,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         RunError: The folder does not exist or cannot be written.
     """
     path = Path(path)
+    # Names may be as long as the file system allows; the temporary one must not be longer. It is
+    # known before there is a file: a signal may come while that is made.
+    temporary = path.with_name(f".{path.stem[:32]}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+        try:
+            temporary.open("xb").close()
+            mode = temporary.stat().st_mode
+        except OSError as error:
+            raise _unwritable(path, error) from error
         yield temporary
-        # mkstemp makes files private; the result gets the permissions any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # some libraries put a file of their own there, with another
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or could not be made
+            temporary.unlink()
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -47,17 +48,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         RunError: The folder does not exist or cannot be written.
     """
-    path = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(prefix=_prefix(path), suffix=path.suffix, dir=path.parent):
+        # Without a name where the system can: a signal that comes now leaves nothing behind.
+        with tempfile.TemporaryFile(dir=Path(path).parent):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _prefix(path: Path) -> str:
-    # Names may be as long as the file system allows; the temporary one must not be longer.
-    return f".{path.stem[:32]}."
+        raise _unwritable(Path(path), error) from error
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
