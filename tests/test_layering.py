@@ -95,6 +95,14 @@ def test_imports_point_down(path: Path) -> None:
     assert parts_imported(path) <= {here, *ALLOWED[here].split()}
 
 
+def test_files_are_short() -> None:
+    """A file is read in one sitting; the kernels' have a rule of their own."""
+    for path in modules():
+        lines = len(path.read_text().splitlines())
+        most = {"cli": 120, "kernels": lines}.get(part(path), 450)
+        assert lines <= most, f"{path} has {lines} lines; split it along its own seams"
+
+
 def test_arrows_point_up_the_table() -> None:
     above: set[str] = set()
     for name, allowed in ALLOWED.items():

@@ -61,11 +61,7 @@ def check_outputs(source: Path | Pictures | None, paths: Sequence[Path], plot: b
 def write_sounds(
     source: Path | Pictures | None, sounds: Sequence[Audio], paths: Sequence[Path]
 ) -> dict[str, None]:
-    """Write the sounds, each under the video where its file is one of video.
-
-    Returns:
-        One line each on what of the video the files do not hold, in order.
-    """
+    """Write the sounds, under the video where a file is one of video; say what files lack of it."""
     from mfmjt.media import VIDEO_SUFFIXES
 
     notes: dict[str, None] = {}

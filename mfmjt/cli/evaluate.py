@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,20 +31,16 @@ def evaluate(
     conditions: Annotated[str, typer.Option(help="both, video or text.")] = "both",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     data: Annotated[
-        Path | None,
-        typer.Option(help="Feature store to judge on, in place of the procedural set."),
+        Path | None, typer.Option(help="Feature store to judge on, not the procedural set.")
     ] = None,
     metric: Annotated[
-        list[str] | None,
-        typer.Option(help="Metric of your own, as package.module:object. Repeatable."),
+        list[str] | None, typer.Option(help="Metric of your own: package.module:name. Repeatable.")
     ] = None,
     suite: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the whole table: reports at 1, 4 and 25 steps."),
+        Path | None, typer.Option(help="Folder for the whole table: reports at 1, 4 and 25 steps.")
     ] = None,
     against: Annotated[
-        Path | None,
-        typer.Option(help="Flow-matching network of the same size, for the table of --suite."),
+        Path | None, typer.Option(help="Flow-matching network of its size, for --suite's table.")
     ] = None,
     device: Device = None,
     output: Annotated[
@@ -61,12 +56,10 @@ def evaluate(
 ) -> None:
     """Make sound for held-out clips and judge it.
 
-    Of clips of the procedural set, onsets are compared with the known event times, and classes are
-    judged by a classifier trained on real sound. Of a feature store, which `mfmjt extract` makes,
-    what has a known truth is judged.
+    Onsets are compared with the known event times, and classes are judged by a classifier trained
+    on real sound. Of a feature store, made by `mfmjt extract`, what has a known truth is judged.
 
     For example:
-
     - `mfmjt evaluate --clips 40`
 
     - `mfmjt evaluate --clips 40 --seed 1 --steps 4 --json`
@@ -80,9 +73,7 @@ def evaluate(
     if against is not None and suite is None:
         raise InputError("--against is for the table of --suite. Give --suite FOLDER too.")
     if suite is not None and (steps is not None or output is not None or as_json):
-        raise InputError(
-            "--suite chooses the steps, and writes files: leave out --steps, -o, --json."
-        )
+        raise InputError("--suite chooses steps and writes files: leave out --steps, -o, --json.")
     with defer_interrupts():
         from mfmjt.devices import choose_device
         from mfmjt.evaluate import examples as given
@@ -90,40 +81,33 @@ def evaluate(
         from mfmjt.evaluate.metrics import METRICS, load_metric
         from mfmjt.evaluate.sounds import generate
         from mfmjt.families import open_bundle
+        from mfmjt.features.store import FeatureStore
         from mfmjt.files import check_writable
         from mfmjt.plotting import check_matplotlib
         from mfmjt.progress import stage_bar
 
-    if suite is not None:
-        suite.mkdir(parents=True, exist_ok=True)
-    for path in (output, plot):
+    for path in (output, plot, suite):
         if path is not None:
             check_writable(path)
     if plot is not None:
         check_matplotlib()
     metrics = (*METRICS, *map(load_metric, metric or ()))
-    chosen: dict[str, Any] = {"steps": steps, "guidance": guidance, "mode": guidance_mode}
     with stage_bar() as progress:
         bundle = open_bundle(model).to(choose_device(device))
-        sampling = dataclasses.replace(
-            bundle.sampling, **{k: v for k, v in chosen.items() if v is not None}
-        )
-        if data is not None:
-            from mfmjt.features.store import FeatureStore
-
+        sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
+        if data is None:
+            examples = given.procedural(bundle.encoders, clips, seed, split, progress=progress)
+        else:
             store = FeatureStore(data, split)
             examples = given.stored(store, bundle, clips, seed, split, progress=progress)
-        else:
-            examples = given.procedural(bundle.encoders, clips, seed, split, progress=progress)
         options: dict[str, Any] = {"conditions": conditions, "progress": progress}
+        judged: dict[str, Any] = {"metrics": metrics, **options}
         if suite is None:
             name = Path(model).name
-            reports = [
-                run.evaluate(bundle, examples, sampling, metrics=metrics, model=name, **options)
-            ]
+            reports = [run.evaluate(bundle, examples, sampling, model=name, **judged)]
         else:
             flow = None if against is None else open_bundle(model, against).to(bundle.device)
-            reports = run.suite(bundle, flow, suite, examples, sampling, metrics=metrics, **options)
+            reports = run.suite(bundle, flow, suite, examples, sampling, **judged)
             if plot is not None:
                 plots.plot_steps(reports, suite / "steps.svg", metrics)
         if output is not None:

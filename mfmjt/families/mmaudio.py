@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,19 @@ from mfmjt.families.nano import CODEC, NETWORK
 from mfmjt.model import MFMJT, config_for, load_mmaudio
 from mfmjt.model.checkpoint import MARK, NETWORK_FILES, is_ours
 
-__all__ = ["holds", "open_folder", "open_published"]
+__all__ = ["Sizes", "holds", "open_folder", "open_published"]
+
+
+class Sizes(NamedTuple):
+    """Sizes of parts of your own under the published names; None for a published one."""
+
+    vae: VAEConfig | None = None
+    vocoder: BigVGANConfig | None = None
+    clip: CLIPConfig | None = None
+    synchformer: SynchformerConfig | None = None
+
+
+PUBLISHED = Sizes()
 
 
 def holds(folder: Path, network: Path | bool) -> bool:
@@ -66,11 +79,7 @@ def open_published(
     model: str | os.PathLike[str] | None = None,
     check: Check = "size",
     dtype: torch.dtype = torch.float32,
-    *,
-    vae: VAEConfig | None = None,
-    vocoder: BigVGANConfig | None = None,
-    clip: CLIPConfig | None = None,
-    synchformer: SynchformerConfig | None = None,
+    sizes: Sizes = PUBLISHED,
 ) -> Bundle:
     """Open what MMAudio's publishers keep; `Pipeline.from_mmaudio` says what the arguments are.
 
@@ -90,7 +99,7 @@ def open_published(
         codec = "16k" if str(model).endswith("16k") else "44k"
         needed = [NETWORK_FILES[str(model)], *codec_files(codec), *ENCODER_FILES]
         network, *_ = find_all(folder, needed, check)
-        if check != "name" and (vae, vocoder, clip, synchformer) == (None,) * 4:
+        if check != "name" and sizes == PUBLISHED:
             config = str(model)
     elif os.path.isfile(network := Path(model)):
         codec = _codec_for(network)
@@ -100,9 +109,7 @@ def open_published(
             f"MMAudio has no network {str(model)!r}: there are {', '.join(NETWORK_FILES)}. "
             "Choose one, or give a file."
         )
-    return _bundle(
-        load_mmaudio(network, config), folder, codec, "name", dtype, vae, vocoder, clip, synchformer
-    )
+    return _bundle(load_mmaudio(network, config), folder, codec, "name", dtype, sizes)
 
 
 def _bundle(
@@ -111,15 +118,12 @@ def _bundle(
     codec: str,
     check: Check = "size",
     dtype: torch.dtype = torch.float32,
-    vae: VAEConfig | None = None,
-    vocoder: BigVGANConfig | None = None,
-    clip: CLIPConfig | None = None,
-    synchformer: SynchformerConfig | None = None,
+    sizes: Sizes = PUBLISHED,
 ) -> Bundle:
     return Bundle(
         network,
-        MMAudioCodec.from_folder(folder, codec, check, vae, vocoder).cast(dtype),
-        MMAudioEncoders.from_folder(folder, check, clip, synchformer).cast(dtype),
+        MMAudioCodec.from_folder(folder, codec, check, sizes.vae, sizes.vocoder).cast(dtype),
+        MMAudioEncoders.from_folder(folder, check, sizes.clip, sizes.synchformer).cast(dtype),
     )
 
 

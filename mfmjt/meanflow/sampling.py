@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,14 +40,14 @@ class Sampling:
         self,
         steps: int | None = None,
         guidance: float | None = None,
-        mode: GuidanceMode | None = None,
+        mode: str | None = None,
     ) -> Sampling:
-        """Return this with other values where they are given."""
+        """Return this with other values where they are given, checked like any."""
         return replace(
             self,
             steps=self.steps if steps is None else steps,
             guidance=self.guidance if guidance is None else guidance,
-            mode=self.mode if mode is None else mode,
+            mode=self.mode if mode is None else cast(GuidanceMode, mode),
         )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from mfmjt.devices import choose_device
 from mfmjt.encoders import CLIPConfig, Encoders, SynchformerConfig
 from mfmjt.errors import InputError, MfmjtError
 from mfmjt.families import Bundle, open_bundle
-from mfmjt.families.mmaudio import open_published
+from mfmjt.families.mmaudio import Sizes, open_published
 from mfmjt.meanflow.guidance import GuidanceMode
 from mfmjt.model import MFMJT
 from mfmjt.pipeline.audio import Audio
@@ -173,16 +173,8 @@ class Pipeline:
             InputError: Files are missing, damaged or others; the message names all of them and
                 says where their publishers keep them.
         """
-        bundle = open_published(
-            folder,
-            model,
-            check,
-            ends_dtype,
-            vae=vae,
-            vocoder=vocoder,
-            clip=clip,
-            synchformer=synchformer,
-        )
+        sizes = Sizes(vae, vocoder, clip, synchformer)
+        bundle = open_published(folder, model, check, ends_dtype, sizes)
         return cls.from_bundle(bundle, device, dtype, compile=compile)
 
     def __call__(

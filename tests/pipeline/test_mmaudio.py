@@ -223,7 +223,7 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
 def test_on_the_command_line(
     folder: Path, tmp_path: Path, short_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sized = partial(mmaudio.open_published, check="name", **SIZES)
+    sized = partial(mmaudio.open_published, check="name", sizes=mmaudio.Sizes(**SIZES))
     monkeypatch.setattr(mmaudio, "open_published", sized)
     for model in (folder, folder / "weights" / "mmaudio_small_16k.pth"):
         out = tmp_path / "out.mp4"

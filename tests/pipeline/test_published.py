@@ -30,7 +30,7 @@ COMFY = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    sized = partial(mmaudio.open_published, check="name", **SIZES)
+    sized = partial(mmaudio.open_published, check="name", sizes=mmaudio.Sizes(**SIZES))
     monkeypatch.setattr(mmaudio, "open_published", sized)
 
 
