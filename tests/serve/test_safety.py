@@ -28,8 +28,11 @@ RUN = "import sys; sys.path[:0] = {path!r}; from mfmjt.cli import main; main()"
 
 def children() -> set[str]:
     """Processes that this one has started and that still run."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return {child for children in lists for child in children.read_text().split()}
+    found: set[str] = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # its thread has just ended
+            found.update(listed.read_text().split())
+    return found
 
 
 # --- hostile files -----------------------------------------------------------------------------
