@@ -127,16 +127,16 @@ class NanoCodec(Codec):
 
         self.register_buffer("window", torch.hann_window(self.fft), persistent=False)
         # A bin's own frequency turns it by k·π/2 per frame of a quarter window. Taking this clock
-        # out leaves only the slow drift off the bin's centre for the network to say.
+        # out leaves only the slow drift off the bin's center for the network to say.
         quarter_turns = torch.tensor([1, 1j, -1, -1j], dtype=torch.complex64)
         turns = torch.arange(4)[:, None] * torch.arange(bins) % 4
         self.register_buffer("clock", quarter_turns[turns], persistent=False)
         draw = np.random.Generator(np.random.PCG64(0)).standard_normal((_NOISE_FRAMES, bins, 2))
         noise = torch.view_as_complex(torch.from_numpy(draw.astype(np.float32)))
         self.register_buffer("noise", noise, persistent=False)
-        self._initialise(bins)
+        self._initialize(bins)
 
-    def _initialise(self, bins: int) -> None:
+    def _initialize(self, bins: int) -> None:
         """Start quiet: magnitudes near -60 dB, posteriors narrow."""
         with torch.no_grad():
             self.head.weight.mul_(0.5)
@@ -226,7 +226,7 @@ class NanoCodec(Codec):
         return added / envelope
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
-        """`(B, T, 512)` -> `(B, T * 128)`, frame n centred on its own 128 samples."""
+        """`(B, T, 512)` -> `(B, T * 128)`, frame n centered on its own 128 samples."""
         overlap = self.fft // self.fine_hop
         parts = frames.unflatten(-1, (overlap, self.fine_hop)).unbind(2)
         shifted = [F.pad(part, (0, 0, i, overlap - 1 - i)) for i, part in enumerate(parts)]

@@ -8,7 +8,7 @@ primitives are those of Karras et al., "EDM2", 2024, arXiv:2312.02696, equations
 - mp_silu(x) = silu(x) / 0.596 (81);
 - mp_sum(a, b) = ((1 - t) a + t b) / sqrt((1 - t)² + t²) with t = 0.3 (88).
 
-Weights are normalised once, on loading, so that at run time they are plain convolutions.
+Weights are normalized once, on loading, so that at run time they are plain convolutions.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _ResBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """One head over time; q, k and v are pixel-normalised."""
+    """One head over time; q, k and v are pixel-normalized."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class VAE(nn.Module):
         """The autoencoder of a published state dict (`v1-16.pth`, `v1-44.pth`), in float32.
 
         Args:
-            state_dict: Names and shapes as published, weights not yet normalised, or a checkpoint
+            state_dict: Names and shapes as published, weights not yet normalized, or a checkpoint
                 with these inside.
             config: `"16k"`, `"44k"`, or the sizes of one that was trained otherwise.
 

@@ -239,20 +239,20 @@ def _fan(rng: np.random.Generator, duration: float) -> Scene:
     whir = (0.6 + 0.4 * np.cos(blades)).astype(np.float32)
     hum = np.sin(2 * np.pi * rng.choice([100.0, 120.0]) * t)
     audio = (speed**1.2).astype(np.float32) * (air * whir) + (0.15 * hum).astype(np.float32)
-    color, centre = jitter(rng, (0.3, 0.5, 0.8), 0.2), (rng.uniform(-0.15, 0.15), 0.1)
+    color, center = jitter(rng, (0.3, 0.5, 0.8), 0.2), (rng.uniform(-0.15, 0.15), 0.1)
 
     def setting(canvas: Canvas) -> None:
-        canvas.capsule(centre, (centre[0], FLOOR), 0.05, (0.85, 0.85, 0.87))
-        canvas.ellipse(centre[0], FLOOR, 0.3, 0.06, (0.85, 0.85, 0.87))
-        canvas.ring(*centre, 0.58, 0.03, (0.9, 0.9, 0.92))
+        canvas.capsule(center, (center[0], FLOOR), 0.05, (0.85, 0.85, 0.87))
+        canvas.ellipse(center[0], FLOOR, 0.3, 0.06, (0.85, 0.85, 0.87))
+        canvas.ring(*center, 0.58, 0.03, (0.9, 0.9, 0.92))
 
     def draw(canvas: Canvas, time: float) -> None:
         turn = 2 * np.pi * float(turns(knots, values, time, duration))
         for blade in range(3):
             a = turn + blade * 2 * np.pi / 3
-            reach = (centre[0] + 0.38 * np.cos(a), centre[1] + 0.38 * np.sin(a))
-            canvas.capsule(centre, reach, 0.12, color)
-        canvas.ellipse(*centre, 0.1, 0.1, (0.95, 0.95, 0.95))
+            reach = (center[0] + 0.38 * np.cos(a), center[1] + 0.38 * np.sin(a))
+            canvas.capsule(center, reach, 0.12, color)
+        canvas.ellipse(*center, 0.1, 0.1, (0.95, 0.95, 0.95))
 
     return Scene(draw, audio, np.zeros(0, np.float32), setting=setting)
 

@@ -3,7 +3,7 @@
 Twelve sources, each a small physical model from which both the picture and the sound follow:
 struck and dropped bodies ring in their modes at the very times at which the picture shows the
 contact; rain, engine and fan are shaped noise and harmonics that follow what is seen. Camera,
-colours, timing, pitch and level vary. A clip is a pure function of (split, seed, index).
+colors, timing, pitch and level vary. A clip is a pure function of (split, seed, index).
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class CLIP(nn.Module):
         """Embeddings of frames.
 
         Args:
-            frames: `(B, 3, H, W)`, normalised; only as many whole patches as `image_size` has are
+            frames: `(B, 3, H, W)`, normalized; only as many whole patches as `image_size` has are
                 seen, so that 384 x 384 works where 378 is stated.
 
         Returns:

@@ -95,9 +95,9 @@ class FrameEncoder(nn.Module):
 
 
 class SyncEncoder(nn.Module):
-    """Frames with their neighbours: `(B, T, 3, 64, 64)` in [-1, 1] -> `(B, T - 8, dim)`.
+    """Frames with their neighbors: `(B, T, 3, 64, 64)` in [-1, 1] -> `(B, T - 8, dim)`.
 
-    The colour difference of the frames before and after, three temporal convolutions of three, and
+    The color difference of the frames before and after, three temporal convolutions of three, and
     nothing else mixes frames: feature i sees frames i ± 4. No frame is made up at the ends, so a
     window of a clip and the whole clip agree to rounding.
     """
@@ -113,7 +113,7 @@ class SyncEncoder(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Unit-mean-square features of all frames but the outer four."""
         batch = frames.shape[0]
-        # Differences are small; twice their size brings them nearer to the range of colours.
+        # Differences are small; twice their size brings them nearer to the range of colors.
         change = 2.0 * (frames[:, 2:] - frames[:, :-2])
         x = self.picture(torch.cat([frames[:, 1:-1], change], dim=2).flatten(0, 1))
         x = x.unflatten(0, (batch, -1))
@@ -266,7 +266,7 @@ class NanoEncoders(Encoders):
         return self.frame_encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def encode_sync(self, frames: Tensor) -> Tensor:
-        """Features of frames among their neighbours, Synchformer's part.
+        """Features of frames among their neighbors, Synchformer's part.
 
         Args:
             frames: uint8 `(B, T, H, W, 3)`, at 25 fps. The first and last frame are repeated where

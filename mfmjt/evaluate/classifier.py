@@ -49,7 +49,7 @@ class ClassifierConfig:
 class Classifier(nn.Module):
     """Log-mel spectrum -> halving convolutions -> pooled over time -> embedding -> class logits.
 
-    The level of a clip is normalised away; what distinguishes the classes is timbre and rhythm.
+    The level of a clip is normalized away; what distinguishes the classes is timbre and rhythm.
     Mean and maximum over time are both pooled: one hears what lasts, the other what strikes.
 
     Args:

@@ -74,7 +74,7 @@ def onset_strength(audio: np.ndarray | torch.Tensor, sample_rate: int) -> np.nda
     window = round(WINDOW * sample_rate)
     power = mel_power(wave[None], sample_rate, window, hop, BANDS)[0].double()
     level = 10 * torch.log10(power / power.max() + 10 ** (-FLOOR / 10))  # (frames, bands)
-    # The largest of each band and its neighbours: a partial that drifts to the next is no rise.
+    # The largest of each band and its neighbors: a partial that drifts to the next is no rise.
     earlier = torch.nn.functional.max_pool1d(level, 3, stride=1, padding=1)
     # Before the clip there is silence, so a sound that the clip begins with counts as an onset.
     before = torch.full((LAG, level.shape[1]), -FLOOR, dtype=level.dtype)
@@ -109,12 +109,12 @@ def detect_onsets(audio: np.ndarray | torch.Tensor, sample_rate: int = 16000) ->
     threshold = THRESHOLD + MEDIAN_WEIGHT * _running_median(rise, round(MEDIAN / hop))
     reach = round(REFRACTORY / hop)
     padded = np.pad(rise, reach // 2)
-    neighbourhood = np.lib.stride_tricks.sliding_window_view(padded, 2 * (reach // 2) + 1).max(
+    neighborhood = np.lib.stride_tricks.sliding_window_view(padded, 2 * (reach // 2) + 1).max(
         axis=1
     )
-    peaks = np.flatnonzero((rise >= threshold) & (rise >= neighbourhood))
+    peaks = np.flatnonzero((rise >= threshold) & (rise >= neighborhood))
     kept: list[int] = []
-    for peak in peaks:  # a plateau and two equal neighbours give one onset, the first
+    for peak in peaks:  # a plateau and two equal neighbors give one onset, the first
         if not kept or peak - kept[-1] >= reach:
             kept.append(int(peak))
     times = np.asarray(kept, dtype=np.float64) * hop - DELAY

@@ -49,7 +49,7 @@ class FeatureStore:
         captions: Caption of each clip, in order; empty where a clip has none.
         labels, events: What else is known of clips of the procedural set.
         latent_mean, latent_std: Statistics (C,) of this split's sampled latents, fp32; of several
-            stores, the first one's. Training normalises every split by those of `train`: set
+            stores, the first one's. Training normalizes every split by those of `train`: set
             `latent_mean` and `latent_std`.
         latent_length: Number of latents of a whole clip.
         has_text: Whether there are text features: in the store, or after `encode_text`.
@@ -219,7 +219,7 @@ class FeatureStore:
             noise: Of the latents (B, N, C), N the length of the windows; None takes their means.
 
         Returns:
-            fp32 `latent` (B, N, C), normalised, `video` (B, V, Dv) and `sync` (B, S, Ds) unless no
+            fp32 `latent` (B, N, C), normalized, `video` (B, V, Dv) and `sync` (B, S, Ds) unless no
             store has them, `text` (B, L, Dt) where `has_text`; and where some clips lack video or
             text, `video_mask` or `text_mask` (B,) bool, False for those.
         """

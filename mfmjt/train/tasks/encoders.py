@@ -352,7 +352,7 @@ def _best_offset(similarity: Tensor, reach: int = 25) -> int:
 
 
 def _peaks(chance: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Frames above one half and above their neighbours."""
+    """Frames above one half and above their neighbors."""
     padded = np.pad(chance, 1)
     high = (chance > 0.5) & (chance >= padded[:-2]) & (chance > padded[2:])
     return np.flatnonzero(high).astype(np.float64)
