@@ -42,6 +42,7 @@ class Bundle:
         sampling: How the network is meant to be sampled; None finds it out.
 
     Attributes:
+        window: Whole seconds, 2 or more, that the network makes in one go.
         notes: One line each on what was odd about the files that the parts were read from.
     """
 
@@ -50,6 +51,8 @@ class Bundle:
     ) -> None:
         self.network, self.codec, self.encoders = network, codec, encoders
         self.sampling = sampling or default_sampling(network)
+        config = network.config
+        self.window = max(2, round(config.latent_length / config.latent_rate))
         self.notes: tuple[str, ...] = tuple(
             note
             for part in (network, codec, encoders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from mfmjt.meanflow.guidance import GuidanceMode
 from mfmjt.model import MFMJT
 from mfmjt.pipeline.audio import Audio
 from mfmjt.pipeline.request import Request
-from mfmjt.pipeline.together import generate_together
+from mfmjt.pipeline.together import generate
 from mfmjt.progress import Progress
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "generate_together"]
 
 
 class Pipeline:
@@ -102,7 +103,7 @@ class Pipeline:
         self.bundle, self.dtype = bundle.to(self.device, dtype), dtype
         self.network, self.codec, self.encoders = bundle.network, bundle.codec, bundle.encoders
         self.sampling, self.notes = bundle.sampling, bundle.notes
-        self.window = window or max(2, round(config.latent_length / config.latent_rate))
+        bundle.window = window or bundle.window
         if compile:
             bundle.compile()
 
@@ -225,8 +226,30 @@ class Pipeline:
         """
         modes = () if mode is None else (mode,)
         request = Request(video, prompt, steps, guidance, modes, seed, duration, count, cache, fps)
-        (made,) = generate_together(self, [request], progress)
+        (made,) = generate(self.bundle, [request], progress)
         if isinstance(made, MfmjtError):
             raise made
         sounds = [sound.noted(self.notes) for sound in made]
         return sounds[0] if count == 1 else sounds
+
+
+def generate_together(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    progress: Progress | None = None,
+    most: int = 16,
+) -> list[list[Audio] | MfmjtError]:
+    """Make sound for several requests, those of one shape in one batch.
+
+    A request's sounds are those that the pipeline makes for it alone.
+
+    Args:
+        pipeline: Makes the sounds.
+        requests: What is asked.
+        progress: As for `Pipeline`, of all requests; what it raises ends all of them.
+        most: Sounds in a batch.
+
+    Returns:
+        For each request its sounds, all of the first mode first, or the error that it ended with.
+    """
+    return generate(pipeline.bundle, requests, progress, most)

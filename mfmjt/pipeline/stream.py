@@ -35,7 +35,6 @@ class VideoFeatures:
         source: The video, a result of `as_source`, or its pictures as they were read before.
         duration: Seconds of it from the start; None for all.
         limit: Refuse a video longer than so many seconds when `duration` is None.
-        length: Seconds of a window.
         bundle: Whose encoders are used, on their device, for its network.
         cached: Where the features may be, and are put if they are not.
 
@@ -49,13 +48,12 @@ class VideoFeatures:
         source: Path | Pictures | Video,
         duration: float | None,
         limit: float,
-        length: int,
         bundle: Bundle,
         cached: Entry | None = None,
     ) -> None:
         self.declared = duration
         self.notes: tuple[str, ...] = ()
-        self._length, self._bundle, self._cached = length, bundle, cached
+        self._bundle, self._cached = bundle, cached
         self._frames = _Frames(source, duration, limit, bundle.encoders, bundle.device)
 
     def windows(self, stage: Stage) -> Iterator[tuple[Window, dict[str, Tensor]]]:
@@ -77,7 +75,9 @@ class VideoFeatures:
                     yield window, features
                 return
         with self._frames as frames:
-            for number, window in enumerate(plan(self._length, lambda s: frames.total(s, stage))):
+            for number, window in enumerate(
+                plan(self._bundle.window, lambda s: frames.total(s, stage))
+            ):
                 if self.declared is None:
                     self.declared = frames.declared
                 _, *counts = self._bundle.lengths(window.duration)

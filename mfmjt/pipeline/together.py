@@ -14,13 +14,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mfmjt.errors import MfmjtError
+from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
 from mfmjt.media import Pictures, Video, as_source
 from mfmjt.pipeline.audio import STAGES, Audio
@@ -30,10 +31,7 @@ from mfmjt.pipeline.stream import VideoFeatures
 from mfmjt.pipeline.windows import OVERLAP, Joiner, Noise, Window, expected, plan
 from mfmjt.progress import Progress
 
-if TYPE_CHECKING:
-    from mfmjt.pipeline.pipeline import Pipeline
-
-__all__ = ["generate_together"]
+__all__ = ["generate"]
 
 Windows = Iterator[tuple[Window, dict[str, Tensor]]]
 """Windows of one sound and their features, each `(1, tokens, dim)`."""
@@ -71,32 +69,20 @@ class _Unit:
 
 
 @torch.inference_mode()
-def generate_together(
-    pipeline: Pipeline,
+def generate(
+    bundle: Bundle,
     requests: Sequence[Request],
     progress: Progress | None = None,
     most: int = 16,
 ) -> list[list[Audio] | MfmjtError]:
-    """Make sound for several requests, those of one shape in one batch.
-
-    A request's sounds are those that the pipeline makes for it alone.
-
-    Args:
-        pipeline: Makes the sounds.
-        requests: What is asked.
-        progress: As for `Pipeline`, of all requests; what it raises ends all of them.
-        most: Sounds in a batch.
-
-    Returns:
-        For each request its sounds, all of the first mode first, or the error that it ended with.
-    """
+    """Make sound for several requests; see `mfmjt.pipeline.generate_together`."""
     report = progress or (lambda stage, fraction: None)
     reading = _Reading(report, len(requests))
     made: list[list[Audio] | MfmjtError] = [[] for _ in requests]
     units: list[_Unit] = []
     for owner, request in enumerate(requests):
         try:
-            begun, made[owner] = _begin(pipeline, owner, request, partial(reading, owner))
+            begun, made[owner] = _begin(bundle, owner, request, partial(reading, owner))
             units += begun
         except MfmjtError as error:
             made[owner] = error
@@ -115,7 +101,7 @@ def generate_together(
         report("generate", 0.0)
     for batch in batches:
         try:
-            _generate(pipeline, batch, stepped, report)
+            _generate(bundle, batch, stepped, report)
         except MfmjtError as error:
             for unit in batch:
                 made[unit.owner] = error
@@ -168,24 +154,22 @@ class _Reading:
 
 
 def _begin(
-    pipeline: Pipeline, owner: int, request: Request, report: Progress
+    bundle: Bundle, owner: int, request: Request, report: Progress
 ) -> tuple[list[_Unit], list[Audio]]:
     """Read and encode a request: its units, or the sounds of one too long to be made in one go."""
-    samplings = request.samplings(pipeline.sampling)
-    clock = _Clock(pipeline.device, report)
-    source = None if request.video is None else _source(pipeline, request)
-    notes = pipeline.encoders.prompt_notes(request.prompt)
-    with closing(
-        _windows(pipeline, request, source, clock)
-    ) as windows:  # and the thread it reads in
+    samplings = request.samplings(bundle.sampling)
+    clock = _Clock(bundle.device, report)
+    source = None if request.video is None else _source(bundle, request)
+    notes = bundle.encoders.prompt_notes(request.prompt)
+    with closing(_windows(bundle, request, source, clock)) as windows:  # and the thread it reads in
         window, features = next(windows)
         if not window.last:
             rest = itertools.chain([(window, features)], windows)
-            sounds = _long(pipeline, request, samplings, source, rest, clock)
+            sounds = _long(bundle, request, samplings, source, rest, clock)
             return [], [s.noted(notes + (source.notes if source else ())) for s in sounds]
-    length = _length(pipeline, window)
+    length = _length(bundle, window)
     with clock.timed("generate"):
-        conditions = pipeline.bundle.conditions(features, length, samplings[0])
+        conditions = bundle.conditions(features, length, samplings[0])
     notes += source.notes if source else ()
     seconds = [clock.seconds, *({} for _ in samplings[1:])]  # what modes share is counted once
     return [
@@ -194,49 +178,47 @@ def _begin(
     ], []
 
 
-def _source(pipeline: Pipeline, request: Request) -> VideoFeatures:
+def _source(bundle: Bundle, request: Request) -> VideoFeatures:
     """Return the features of a request's video, which will be read, or found in its cache."""
     source: Path | Pictures | Video = request.video
     if not isinstance(source, Video) or request.fps is not None:
         source = as_source(source, request.fps)
     cached = None
     if request.cache is not None and not isinstance(source, Video):
-        asked = (request.duration, pipeline.window, pipeline.encoders.frame_size)
-        cached = entry(request.cache, source, pipeline.bundle.encoders_identity(), asked)
-    return VideoFeatures(
-        source, request.duration, MAX_DURATION, pipeline.window, pipeline.bundle, cached
-    )
+        asked = (request.duration, bundle.window, bundle.encoders.frame_size)
+        cached = entry(request.cache, source, bundle.encoders_identity(), asked)
+    return VideoFeatures(source, request.duration, MAX_DURATION, bundle, cached)
 
 
-def _text(pipeline: Pipeline, prompt: str | None) -> dict[str, Tensor]:
+def _text(bundle: Bundle, prompt: str | None) -> dict[str, Tensor]:
     """Return features `(1, tokens, dim)` of the prompt, where there is one."""
     if not (prompt and prompt.strip()):
         return {}
-    return {"text": pipeline.encoders.encode_text([prompt])}
+    return {"text": bundle.encoders.encode_text([prompt])}
 
 
 def _windows(
-    pipeline: Pipeline, request: Request, source: VideoFeatures | None, clock: _Clock
+    bundle: Bundle, request: Request, source: VideoFeatures | None, clock: _Clock
 ) -> Generator[tuple[Window, dict[str, Tensor]], None, None]:
     """Give each window with the features of video and text."""
     given: Windows
     if source is None:
         whole = TEXT_DURATION if request.duration is None else request.duration
-        given = ((w, {}) for w in plan(pipeline.window, lambda s: whole if whole <= s else None))
+        given = ((w, {}) for w in plan(bundle.window, lambda s: whole if whole <= s else None))
     else:
         given = source.windows(clock.stage)
     text: dict[str, Tensor] | None = None
     for window, features in given:
         if text is None:
             with clock.stage("encode"):
-                text = _text(pipeline, request.prompt)
+                text = _text(bundle, request.prompt)
         yield window, features | text
 
 
-def _length(pipeline: Pipeline, window: Window) -> int:
+def _length(bundle: Bundle, window: Window) -> int:
     """Return the latents of a window, which begins at the nearest latent."""
-    length = pipeline.bundle.lengths(window.duration).latents
-    rate = pipeline.network.config.latent_rate
+    length = bundle.lengths(window.duration).latents
+    rate = bundle.network.config.latent_rate
     if not window.last:
         return length
     # The last one reaches to the end.
@@ -244,7 +226,7 @@ def _length(pipeline: Pipeline, window: Window) -> int:
 
 
 def _long(
-    pipeline: Pipeline,
+    bundle: Bundle,
     request: Request,
     samplings: Sequence[Sampling],
     source: VideoFeatures | None,
@@ -252,7 +234,7 @@ def _long(
     clock: _Clock,
 ) -> list[Audio]:
     """Make sounds of several windows, each for all modes before the next one is read."""
-    bundle, config = pipeline.bundle, pipeline.network.config
+    config = bundle.network.config
     report, clock.report = clock.report, lambda stage, fraction: None
     noise = Noise(request.seed, request.count, config.latent_dim)
 
@@ -261,13 +243,13 @@ def _long(
             return bundle.decode(latents)
 
     fade = round(OVERLAP * config.latent_rate)
-    joiners = [Joiner(decode, pipeline.codec.hop, fade) for _ in samplings]
+    joiners = [Joiner(decode, bundle.codec.hop, fade) for _ in samplings]
     for number, (window, features) in enumerate(windows):
         known = source.declared if source else request.duration
-        of = 0 if known is None else expected(pipeline.window, known)
+        of = 0 if known is None else expected(bundle.window, known)
         of = number + 1 if window.last else max(of, number + 2)
-        start, length = round(window.start * config.latent_rate), _length(pipeline, window)
-        drawn = noise(start, length).to(pipeline.device)
+        start, length = round(window.start * config.latent_rate), _length(bundle, window)
+        drawn = noise(start, length).to(bundle.device)
         with clock.timed("generate"):
             conditions = bundle.conditions(features, length, samplings[0])
         done, steps = 0, samplings[0].steps * len(samplings)
@@ -282,7 +264,7 @@ def _long(
             with clock.timed("generate"):
                 latents = bundle.latents(drawn, conditions, sampling, stepped)
             joiner.add(start, latents)
-    rate, count = pipeline.codec.sample_rate, request.count
+    rate, count = bundle.codec.sample_rate, request.count
     waveforms = [joiner.finish()[:, : max(1, round(window.end * rate))] for joiner in joiners]
     report("decode", 1.0)
     return [
@@ -305,16 +287,16 @@ def _batches(group: list[_Unit], most: int) -> Iterator[list[_Unit]]:
 
 
 def _generate(
-    pipeline: Pipeline, batch: list[_Unit], stepped: Callable[[], None], report: Progress
+    bundle: Bundle, batch: list[_Unit], stepped: Callable[[], None], report: Progress
 ) -> None:
     """Put into each unit of the batch its sounds."""
-    bundle, clock = pipeline.bundle, _Clock(pipeline.device, report)
-    channels, rate = pipeline.network.config.latent_dim, pipeline.codec.sample_rate
+    clock = _Clock(bundle.device, report)
+    channels, rate = bundle.network.config.latent_dim, bundle.codec.sample_rate
     counts = [unit.request.count for unit in batch]
     with clock.timed("generate"):
         noise = torch.cat(
             [Noise(u.request.seed, u.request.count, channels)(0, u.length) for u in batch]
-        ).to(pipeline.device)
+        ).to(bundle.device)
 
         def rows(*parts: Tensor) -> Tensor:
             own = zip(parts, counts, strict=True)
@@ -323,7 +305,7 @@ def _generate(
         conditions = pytree.tree_map(rows, *(unit.conditions for unit in batch))
         latents = bundle.latents(noise, conditions, batch[0].sampling, stepped)
     with clock.stage("decode"):
-        joiner = Joiner(bundle.decode, pipeline.codec.hop)
+        joiner = Joiner(bundle.decode, bundle.codec.hop)
         joiner.add(0, latents)
         waveforms = joiner.finish()
     for unit, own in zip(batch, waveforms.split(counts), strict=True):

@@ -11,8 +11,7 @@ from mfmjt.data._captions import CLASSES, PACES, caption
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import MfmjtError
 from mfmjt.families import PRETRAINED
-from mfmjt.pipeline import Pipeline
-from mfmjt.pipeline.together import Request, generate_together
+from mfmjt.pipeline import Pipeline, Request, generate_together
 from tests.support.bundles import write_model
 
 

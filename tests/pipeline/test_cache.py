@@ -38,7 +38,7 @@ def test_the_second_time_nothing_is_decoded(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     clip = write_video(tmp_path / "clip.mp4", frames=100, size=(24, 32), picture=moving)
-    pipe.window = window
+    pipe.bundle.window = window
     without = one(pipe(clip, seed=3))
     first = one(pipe(clip, seed=3, cache=tmp_path / "deep" / "cache"))
     files = list((tmp_path / "deep" / "cache").iterdir())
@@ -61,7 +61,7 @@ def test_other_content_durations_weights_and_windows_are_other_entries(
     cache = tmp_path / "cache"
     pipe(clip, cache=cache)
     pipe(clip, duration=1.0, cache=cache)
-    pipe.window = 4
+    pipe.bundle.window = 4
     pipe(clip, cache=cache)
     pipe(write_video(tmp_path / "other.mp4", frames=31), cache=cache)
     tuned = Pipeline.from_pretrained(model_folder, device="cpu")
@@ -88,7 +88,7 @@ def test_notes_come_again_with_the_name_of_today(
 @pytest.mark.parametrize("fault", ["a bit", "cut", "empty", "garbage", "no header", "missing"])
 def test_what_is_damaged_is_made_again(pipe: Pipeline, tmp_path: Path, fault: str) -> None:
     clip = write_video(tmp_path / "clip.mp4", frames=100, size=(24, 32), picture=moving)
-    pipe.window = 2
+    pipe.bundle.window = 2
     cache = tmp_path / "cache"
     first = one(pipe(clip, cache=cache))
     whole = {path: path.read_bytes() for path in cache.iterdir()}

@@ -44,7 +44,7 @@ def test_it_is_a_flow_matching_network_and_knows_its_defaults(
     pipe: Pipeline, short_clip: Path
 ) -> None:
     assert pipe.sampling == Sampling(25, 4.5, "cfg", instantaneous=True)
-    assert pipe.window == 8
+    assert pipe.bundle.window == 8
     seen: list[float] = []
 
     def progress(stage: str, part: float) -> None:
@@ -101,12 +101,12 @@ def test_any_duration(pipe: Pipeline, short_clip: Path, duration: float) -> None
 
 def test_longer_than_a_window(pipe: Pipeline, tmp_path: Path) -> None:
     clip = write_video(tmp_path / "long.mp4", frames=130, size=(24, 32), picture=moving)
-    pipe.window = 2
+    pipe.bundle.window = 2
     try:
         audio = one(pipe(clip, steps=1))
         cached = [one(pipe(clip, steps=1, cache=tmp_path / "cache")) for _ in range(2)]
     finally:
-        pipe.window = 8
+        pipe.bundle.window = 8
     assert audio.waveform.shape == (1, 83_200)
     assert all(torch.equal(audio.waveform, c.waveform) for c in cached)
 
