@@ -86,11 +86,10 @@ def evaluate(
         from mfmjt.plotting import check_matplotlib
         from mfmjt.progress import stage_bar
 
-    for path in (suite, output, plot):
-        if path is not None:
-            check_writable(path)
-            if path is suite:
-                path.mkdir(exist_ok=True)
+    for path in filter(None, (suite, output, plot)):
+        check_writable(path)
+        if path is suite:
+            path.mkdir(exist_ok=True)
     if plot is not None:
         check_matplotlib()
     metrics = (*METRICS, *map(load_metric, metric or ()))
