@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ def evaluate(
     conditions: Annotated[str, typer.Option(help="both, video or text.")] = "both",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     data: Annotated[
-        Path | None, typer.Option(help="Feature store to judge on, not the procedural set.")
+        Path | None, typer.Option(help="Feature store, table or folder of videos to judge on.")
     ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric of your own: package.module:name. Repeatable.")
@@ -57,16 +58,14 @@ def evaluate(
     """Make sound for held-out clips and judge it.
 
     Onsets are compared with the known event times, and classes are judged by a classifier trained
-    on real sound. Of a feature store, made by `mfmjt extract`, what has a known truth is judged.
+    on real sound. Of clips of your own (--data), what has a known truth is judged.
 
     For example:
-    - `mfmjt evaluate --clips 40`
-
     - `mfmjt evaluate --clips 40 --seed 1 --steps 4 --json`
 
     - `mfmjt evaluate --model output/mine --conditions text --plot gallery.svg`
 
-    - `mfmjt evaluate --model output/mine --data output/store --split validation`
+    - `mfmjt evaluate --model output/mine --data videos`
 
     - `mfmjt evaluate --suite output/results --against flow.safetensors`
     """
@@ -80,8 +79,8 @@ def evaluate(
         from mfmjt.evaluate import plots, report, run
         from mfmjt.evaluate.metrics import METRICS, load_metric
         from mfmjt.evaluate.sounds import generate
+        from mfmjt.extract.run import stored
         from mfmjt.families import open_bundle
-        from mfmjt.features.store import FeatureStore
         from mfmjt.files import check_writable
         from mfmjt.plotting import check_matplotlib
         from mfmjt.progress import stage_bar
@@ -93,13 +92,14 @@ def evaluate(
     if plot is not None:
         check_matplotlib()
     metrics = (*METRICS, *map(load_metric, metric or ()))
-    with stage_bar() as progress:
-        bundle = open_bundle(model).to(choose_device(device))
-        sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
-        if data is None:
+    bundle = open_bundle(model).to(choose_device(device))
+    sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
+    with ExitStack() as stack:
+        store = None if data is None else stack.enter_context(stored(data, bundle, split))
+        progress = stack.enter_context(stage_bar())
+        if store is None:
             examples = given.procedural(bundle.encoders, clips, seed, split, progress=progress)
         else:
-            store = FeatureStore(data, split)
             examples = given.stored(store, bundle, clips, seed, split, progress=progress)
         options: dict[str, Any] = {"conditions": conditions, "progress": progress}
         judged: dict[str, Any] = {"metrics": metrics, **options}

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +26,15 @@ from torch import Tensor
 from mfmjt.devices import parse_dtype
 from mfmjt.errors import InputError, RunError, short
 from mfmjt.extract.clips import Cut, Piece, decode
-from mfmjt.extract.tables import Row
+from mfmjt.extract.tables import Row, read_folder, read_table
 from mfmjt.families import Bundle
-from mfmjt.features.format import Part
+from mfmjt.features.format import INDEX, Part
+from mfmjt.features.store import FeatureStore
 from mfmjt.features.writer import Job, Writer
 from mfmjt.files import atomic_path
 from mfmjt.progress import ProgressBar
 
-__all__ = ["NOTES", "REJECTS", "Done", "Settings", "extract"]
+__all__ = ["NOTES", "REJECTS", "Done", "Settings", "extract", "stored"]
 
 REJECTS = "rejects.jsonl"
 NOTES = "notes.jsonl"
@@ -130,6 +133,29 @@ def extract(
         writer = Writer(folder, source, "--out")
         done.append(_extract_split(writer, [row for row in rows if row.split == split], encoder))
     return done
+
+
+@contextmanager
+def stored(data: str | Path, bundle: Bundle, split: str) -> Iterator[FeatureStore]:
+    """Give a feature store, or one that is made of files and lasts as long as the block.
+
+    Args:
+        data: A store; a table as for `read_table`; or a folder of videos, which have no captions.
+        bundle: The codec and encoders, on the device where they work.
+        split: What is needed of it; the files of a folder are all of it.
+
+    Raises:
+        InputError: It is none of these, or a table that cannot be read.
+        RunError: None of the files can be used.
+    """
+    data = Path(data)
+    if any(data.glob(f"*/{INDEX}")):
+        yield FeatureStore(data, split)
+        return
+    rows = read_folder(data, split) if data.is_dir() else read_table(data, split=split)
+    with TemporaryDirectory() as folder:
+        extract(rows, folder, bundle, Settings(Cut(shortest=1.0), device=str(bundle.device)))
+        yield FeatureStore(folder, split)
 
 
 def _extract_split(writer: Writer, rows: Sequence[Row], encoder: _Encoder) -> Done:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mfmjt.errors import InputError, reason, some
 
-__all__ = ["LAYOUTS", "SUFFIXES", "Row", "read_table"]
+__all__ = ["LAYOUTS", "SUFFIXES", "Row", "read_folder", "read_table"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Suffixes of the tables that can be read."""
@@ -158,6 +158,22 @@ def read_table(
         of = f" of the split {wanted}" if wanted else ""
         raise InputError(f"{path} has no rows{of}. Give a table with some.")
     return rows
+
+
+def read_folder(folder: str | os.PathLike[str], split: str) -> list[Row]:
+    """Return a row without caption for each media file in a folder and in those below it.
+
+    Raises:
+        InputError: There are none.
+    """
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in _MEDIA)
+    if not found:
+        raise InputError(f"{folder} holds neither a feature store nor videos. Give one of both.")
+    names = [str(path.relative_to(folder)) for path in found]
+    return [
+        Row(line, name, path, "", split)
+        for line, (name, path) in enumerate(zip(names, found, strict=True), start=1)
+    ]
 
 
 def _refused(row: Row, tried: list[str], folder: Path, torn: bool) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from mfmjt.families import open_bundle
 from mfmjt.features.procedural import write_store
+from tests.support.clips import write_video
 from tests.support.commands import refused, run
 
 
@@ -31,6 +32,19 @@ def test_a_store_is_judged_by_what_it_holds(here: Path, model_folder: Path) -> N
     assert figures["onset_f1"] is not None
     assert figures["codec_class_kept"] is None
     refused(run("evaluate", "--data", "store", "--split", "train"), 2, "Cannot read features")
+
+
+def test_a_folder_of_videos_is_judged(here: Path, model_folder: Path) -> None:
+    (here / "clips").mkdir()
+    for number in range(3):
+        write_video(here / "clips" / f"{number}.mp4", frames=40 + number, sound=True)
+    result = run("evaluate", "--model", model_folder, "--data", "clips", "--json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert (figures["clips"], figures["onset_f1"]) == (3, None)
+    assert figures["frechet"] > 0
+    (here / "empty").mkdir()
+    refused(run("evaluate", "--data", "empty"), 2, "neither a feature store nor videos")
 
 
 def test_the_whole_table(here: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
