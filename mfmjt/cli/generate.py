@@ -58,8 +58,8 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            help="A model that ships, a folder with one or with MMAudio's files, or the file of a "
-            "network in such a folder, under any name."
+            help="A model that ships, a folder with one or with MMAudio's files, the file of a "
+            "network in such a folder, or owner/name on Hugging Face's hub."
         ),
     ] = "nano",
     cache: Annotated[Path | None, typer.Option(help="Folder for cached video features.")] = None,

@@ -113,7 +113,7 @@ def _downloaded(repository: str) -> Path:
     except ImportError:
         raise InputError(
             f"{begin}a repository of Hugging Face's hub needs huggingface_hub. Run "
-            "`pip install huggingface_hub`, or give a folder."
+            "`pip install 'mfmjt[hub]'`, or give a folder."
         ) from None
     try:
         return Path(snapshot_download(repository, allow_patterns=_DOWNLOADED))

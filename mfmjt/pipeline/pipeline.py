@@ -121,7 +121,8 @@ class Pipeline:
             name: "nano", or a folder with `network.safetensors`, `codec.safetensors` and
                 `encoders.safetensors`, or one with MMAudio's published files (see `from_mmaudio`)
                 and either a published network or a `network.safetensors` of ours, or the file of a
-                network in such a folder, published or ours, under any name.
+                network in such a folder, published or ours, under any name; or such a repository of
+                Hugging Face's hub, as owner/name.
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
             compile: As for `Pipeline`.

@@ -157,7 +157,7 @@ def test_without_a_network_connection_it_says_so(hub: Path) -> None:
 
 def test_the_hub_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="pip install huggingface_hub"):
+    with pytest.raises(InputError, match=r"pip install 'mfmjt\[hub\]'"):
         open_bundle("somebody/sounds")
 
 
