@@ -28,6 +28,7 @@ class Mean(torch.nn.Module):
     def __init__(self, network: MFMJT) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = network.config
         self.conditions, self.unnormalize = network.conditions, network.unnormalize
 
     def forward(self, z: torch.Tensor, r: object, t: object, cond: object) -> torch.Tensor:
