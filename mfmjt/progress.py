@@ -120,7 +120,7 @@ def stage_bar(titles: Mapping[str, str] | None = None) -> Iterator[Progress]:
 
 
 def _rich_bar(transient: bool = False) -> Any:
-    """A bar of rich; None where standard error is no terminal, or rich is not installed."""
+    """Return a bar of rich; None where standard error is no terminal, or rich is not installed."""
     if not sys.stderr.isatty():
         return None
     try:

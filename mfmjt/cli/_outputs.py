@@ -27,7 +27,7 @@ STAGE_TITLES = {
 def output_paths(
     source: Path | Pictures | None, output: Path | None, seed: int, count: int
 ) -> list[Path]:
-    """One path for each sound; several are told apart by their seeds."""
+    """Return one path for each sound; several are told apart by their seeds."""
     from mfmjt.media import default_suffix
 
     path = output or Path()

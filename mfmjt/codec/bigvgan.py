@@ -135,7 +135,7 @@ class BigVGAN(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], config: str | BigVGANConfig) -> BigVGAN:
-        """The vocoder of a published state dict, in float32, weight norm folded.
+        """Return the vocoder of a published state dict, in float32, weight norm folded.
 
         Args:
             state_dict: As in `best_netG.pt` (MMAudio's 16 kHz) or `bigvgan_generator.pt` (NVIDIA's
@@ -158,7 +158,7 @@ class BigVGAN(nn.Module):
         return vocoder.eval()
 
     def set_fast(self, fast: bool) -> BigVGAN:
-        """Whether a CPU may convolve faster and round more, where no gradient is wanted.
+        """Let a CPU convolve faster and round more, where no gradient is wanted.
 
         Args:
             fast: True as a new vocoder has it; in `eval()` and float32 the sound differs by a few

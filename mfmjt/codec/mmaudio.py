@@ -49,7 +49,7 @@ _VOCODER_FILES = {
 
 
 def codec_files(mode: str) -> list[PublishedFile]:
-    """The published autoencoder and vocoder of `"16k"` or `"44k"`.
+    """Return the published autoencoder and vocoder of `"16k"` or `"44k"`.
 
     Raises:
         InputError: No such mode.

@@ -146,7 +146,7 @@ class NanoCodec(Codec):
             self.posterior.bias[self.latent_dim :] = -3.0
 
     def features(self, waveform: Tensor) -> Tensor:
-        """What the encoder sees: `(B, S)` with S a multiple of 512 -> `(B, S / 256, 144)`."""
+        """Compute the encoder's input `(B, S / 256, 144)` of `(B, S)`, S a multiple of 512."""
         mel = self.mel(waveform).transpose(1, 2)
         padded = F.pad(waveform.clamp(-1, 1)[:, None], (96, 96), mode="reflect")[:, 0]
         spectrum = stft(padded, self.fine_window, 64)

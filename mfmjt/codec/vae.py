@@ -237,7 +237,7 @@ class VAE(nn.Module):
 
     @classmethod
     def from_mmaudio(cls, state_dict: Mapping[str, Tensor], config: str | VAEConfig) -> VAE:
-        """The autoencoder of a published state dict (`v1-16.pth`, `v1-44.pth`), in float32.
+        """Return the autoencoder of a published state dict (`v1-16.pth`, `v1-44.pth`), in float32.
 
         Args:
             state_dict: Names and shapes as published, weights not yet normalized, or a checkpoint

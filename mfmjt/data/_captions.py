@@ -148,7 +148,7 @@ PACES = {
 
 
 def caption(rng: np.random.Generator, class_name: str, pace: str, split: str) -> str:
-    """One caption; test captions join phrases and sentence frames that training never shows."""
+    """Return a caption; those of tests join phrases and sentences that training never shows."""
     phrases = PHRASES[class_name]
     if split == "test":
         phrase = phrases[-_HELD_PHRASES:][rng.integers(_HELD_PHRASES)]

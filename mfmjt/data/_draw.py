@@ -77,7 +77,7 @@ class Canvas:
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, color: Color, alpha: float = 1.0
     ) -> None:
-        """A filled ellipse; with rx == ry a disc."""
+        """Draw a filled ellipse; with rx == ry a disc."""
         window = self._window(x - rx, x + rx, y - ry, y + ry)
         if window is None:
             return
@@ -88,7 +88,7 @@ class Canvas:
     def ring(
         self, x: float, y: float, radius: float, width: float, color: Color, alpha: float = 1.0
     ) -> None:
-        """A circle line of the given half width."""
+        """Draw a circle line of the given half width."""
         reach = radius + width
         window = self._window(x - reach, x + reach, y - reach, y + reach)
         if window is None:
@@ -105,7 +105,7 @@ class Canvas:
         color: Color,
         alpha: float = 1.0,
     ) -> None:
-        """A thick line with round ends."""
+        """Draw a thick line with round ends."""
         (ax, ay), (bx, by) = start, end
         window = self._window(
             min(ax, bx) - radius, max(ax, bx) + radius, min(ay, by) - radius, max(ay, by) + radius
@@ -119,7 +119,7 @@ class Canvas:
         self._paint(rows, columns, distance, color, alpha)
 
     def box(self, x: float, y: float, half_width: float, half_height: float, color: Color) -> None:
-        """An upright filled rectangle."""
+        """Draw an upright filled rectangle."""
         window = self._window(x - half_width, x + half_width, y - half_height, y + half_height)
         if window is None:
             return
@@ -140,5 +140,5 @@ class Canvas:
         self.pixels[rows, columns] = old + (np.asarray(color, np.float32) - old) * np.float32(alpha)
 
     def to_uint8(self) -> NDArray[np.uint8]:
-        """The frame as `(size, size, 3)` bytes."""
+        """Return the frame as `(size, size, 3)` bytes."""
         return (np.clip(self.pixels, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)

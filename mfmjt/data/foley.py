@@ -69,7 +69,7 @@ class Clip:
 
     @property
     def class_name(self) -> str:
-        """The name of the source, one of `CLASSES`."""
+        """Return the name of the source, one of `CLASSES`."""
         return CLASSES[self.label]
 
 

@@ -139,7 +139,7 @@ class CLIP(nn.Module):
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], config: CLIPConfig | None = None
     ) -> CLIP:
-        """The towers of an open_clip state dict, in float32.
+        """Return the towers of an open_clip state dict, in float32.
 
         Left aside are `text_projection`, `logit_scale` and `logit_bias`, which serve to compare
         images with texts, and `attn_mask`, which is computed.

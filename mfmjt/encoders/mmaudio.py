@@ -221,7 +221,7 @@ class MMAudioEncoders(Encoders):
         return self.clip.encode_text(self.tokenizer(texts).to(self.pixel_mean.device))
 
     def unread(self, text: str) -> str:
-        """The end of a text that `encode_text` ignores; empty unless the text is long."""
+        """Return the end of a text that `encode_text` ignores; empty unless the text is long."""
         room = self.tokenizer.context - 2
         for word in re.finditer(r"\S+", text):
             room -= len(self.tokenizer.encode(word.group()))

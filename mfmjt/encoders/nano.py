@@ -324,7 +324,7 @@ class NanoEncoders(Encoders):
         return self.text_encoder(list(texts))
 
     def unread(self, text: str) -> str:
-        """The end of a text that `encode_text` ignores; empty unless the text is long."""
+        """Return the end of a text that `encode_text` ignores; empty unless the text is long."""
         words = itertools.islice(_WORD.finditer(text), self.config.text_length - 1, None)
         first = next(words, None)
         return "" if first is None else text[first.start() :]

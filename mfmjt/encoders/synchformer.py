@@ -185,7 +185,7 @@ class Synchformer(nn.Module):
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], config: SynchformerConfig | None = None
     ) -> Synchformer:
-        """The encoder of a published state dict (`synchformer_state_dict.pth`), in float32.
+        """Return the encoder of a published state dict (`synchformer_state_dict.pth`), in float32.
 
         Entries of Synchformer's other parts are left aside, and so is `patch_embed`, the embedding
         of single frames, which the published encoder holds and does not use.

@@ -84,7 +84,7 @@ class Classifier(nn.Module):
         return torch.log(power / white + 1e-6) / 4 + 1
 
     def embedding(self, waveform: torch.Tensor) -> torch.Tensor:
-        """What the classes are read from.
+        """Compute what the classes are read from.
 
         Args:
             waveform: Mono samples (B, S) at the config's sample rate, any level and length.
@@ -147,7 +147,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: str | os.PathLike[str] | None = None) -> Classifier:
-    """The classifier of a model folder; by default the one that ships with `nano`.
+    """Return the classifier of a model folder; by default the one that ships with `nano`.
 
     Raises:
         InputError: The folder holds none.

@@ -92,7 +92,7 @@ class Examples:
         return np.flatnonzero([name in foley.IMPACT_CLASSES for name in self.classes])
 
     def first(self, count: int) -> Examples:
-        """The first `count` examples, or all if there are fewer."""
+        """Return the first `count` examples, or all if there are fewer."""
         cut: dict[str, Any] = {
             name: None if (rows := getattr(self, name)) is None else rows[:count]
             for name in ("indices", "captions", "audio", "labels", "events")

@@ -97,7 +97,7 @@ def load_metric(name: str) -> Metric:
 
 
 def derangement(count: int, rng: np.random.Generator) -> np.ndarray:
-    """A random permutation (count,) that moves every element: one cycle through all.
+    """Return a random permutation (count,) that moves every element: one cycle through all.
 
     Raises:
         InputError: Fewer than two elements.

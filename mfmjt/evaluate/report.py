@@ -57,17 +57,17 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
-        """The report as one flat dictionary, with the figures among the rest."""
+        """Return the report as one flat dictionary, with the figures among the rest."""
         fields = dataclasses.asdict(self)
         return {**fields.pop("figures"), **fields}
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """Return one JSON object."""
         return json.dumps(self.values(), allow_nan=False)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What figures are made with; the commit only in a checkout."""
+    """Return what figures are made with; the commit only in a checkout."""
     stamp: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "torch": torch.__version__,

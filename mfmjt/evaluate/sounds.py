@@ -213,7 +213,7 @@ class Made(Sounds):
 
     @functools.cached_property
     def through_codec(self) -> Sounds | None:
-        """The real sound, encoded and decoded; None where the codec cannot be judged by it."""
+        """Return the real sound, encoded and decoded; None where it cannot judge the codec."""
         codec, audio = self.bundle.codec, self.examples.audio
         if not self.examples.procedural or self.examples.sample_rate != codec.sample_rate:
             return None

@@ -65,7 +65,7 @@ class Bundle:
 
     @property
     def device(self) -> torch.device:
-        """Where codec and encoders are."""
+        """Return the device of codec and encoders."""
         return next(self.encoders.parameters()).device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Bundle:

@@ -110,7 +110,7 @@ class FeatureStore:
 
     @property
     def has_text(self) -> bool:
-        """Whether rows come with `text`."""
+        """Return whether rows come with `text`."""
         return self._text is not None
 
     def _grid(self) -> int | None:

@@ -42,7 +42,7 @@ def called_in(dtype: torch.dtype, f: Network) -> Network:
 
 
 def rows(tree: Tree, index: slice | Tensor) -> Tree:
-    """The samples `index` of every tensor in nested tuples, lists and dictionaries."""
+    """Return the samples `index` of every tensor in nested tuples, lists and dictionaries."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], tree)
 
 

@@ -48,7 +48,7 @@ class Hdr:
 
     @property
     def note(self) -> str:
-        """What to tell who made sound for it."""
+        """Return what to tell who made sound for it."""
         return f"HDR ({self.transfer}) is mapped to SDR for the network; the copy keeps it."
 
 

@@ -178,7 +178,7 @@ class Block(nn.Module):
     def after_attention(
         self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]
     ) -> Pending:
-        """The rest of the block once attention, (B, N, heads, head_dim), is known."""
+        """Compute the rest of the block once attention, (B, N, heads, head_dim), is known."""
         gate_attn, shift, scale, gate_ffn = modulation[2:]
         x, y = Pending(x, self.linear1(attended.flatten(2)), gate_attn).norm(shift, scale)
         return Pending(x, self.ffn(y), gate_ffn)

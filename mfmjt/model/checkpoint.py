@@ -152,7 +152,7 @@ def load_mmaudio(
 
 
 def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
-    """The published layout of `net`'s parameters: the inverse of `load_mmaudio`, bit for bit.
+    """Return `net`'s parameters in the published layout: `load_mmaudio` reversed, bit for bit.
 
     The published network has no second time, so the embedding of t − r is left out: the result
     equals `net` only where that embedding is zero.
@@ -170,7 +170,7 @@ def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
 
 
 def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> MFMJT:
-    """A network of `config` that holds `state`.
+    """Return a network of `config` that holds `state`.
 
     Built without memory first, so that a wrong file costs nothing and a right one is held once.
     """

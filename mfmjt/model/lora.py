@@ -98,7 +98,7 @@ def _retype(net: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]]) ->
 
 
 def merged_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
-    """The parameters of the plain network that does what one with adapters does.
+    """Return the parameters of the plain network that does what one with adapters does.
 
     Args:
         state: State dict of a network with adapters.

@@ -38,7 +38,7 @@ def entry(
     encoders: str,
     asked: tuple[object, ...],
 ) -> Entry:
-    """The entry of a video.
+    """Return the entry of a video.
 
     Args:
         folder: Of the cache; made where it is not there.
@@ -84,7 +84,7 @@ class Entry:
         self.notes: tuple[str, ...] = ()
 
     def windows(self) -> list[Window] | None:
-        """The windows, if all of them are there and whole."""
+        """Return the windows, if all of them are there and whole."""
         found: list[Window] = []
         while not (found and found[-1].last):
             path = self._path(len(found))

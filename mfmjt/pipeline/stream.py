@@ -136,7 +136,7 @@ class _Frames:
         return self._stream.notes
 
     def total(self, seconds: float, stage: Stage) -> float | None:
-        """The video's duration if it is at most so many seconds, else None."""
+        """Return the video's duration if it is at most so many seconds, else None."""
         while not self._ended and any(
             end <= seconds * rate for end, rate in zip(self._end, self.rates, strict=True)
         ):

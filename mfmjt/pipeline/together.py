@@ -63,7 +63,7 @@ class _Unit:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What units of one batch have in common."""
+        """Return what units of one batch have in common."""
         parts, layout = pytree.tree_flatten(self.conditions)
         return self.length, self.sampling, str(layout), tuple(part.shape for part in parts)
 

@@ -56,7 +56,7 @@ class Window:
 
 
 def plan(length: int, total: Callable[[float], float | None]) -> Iterator[Window]:
-    """The windows of a sound whose duration may be known only as it goes on.
+    """Return the windows of a sound whose duration may be known only as it goes on.
 
     Args:
         length: Seconds of a window, 2 or more.
@@ -73,7 +73,7 @@ def plan(length: int, total: Callable[[float], float | None]) -> Iterator[Window
 
 
 def expected(length: int, duration: float) -> int:
-    """How many windows `plan` gives for a duration in seconds."""
+    """Return how many windows `plan` gives for a duration in seconds."""
     beyond = duration - STRETCH * length
     return 1 + max(0, math.ceil(beyond / (length - OVERLAP)))
 

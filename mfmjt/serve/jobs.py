@@ -100,7 +100,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether it has ended."""
+        """Return whether it has ended."""
         return self.status in ENDED
 
     def tell(self, **changes: Any) -> None:

@@ -106,6 +106,6 @@ class Settings:
 
     @property
     def root(self) -> str:
-        """What stands before /v1: `root_path` with a slash at its beginning alone, or nothing."""
+        """Return what stands before /v1: `root_path` with one slash, at its begin, or nothing."""
         path = self.root_path.strip("/")
         return f"/{path}" if path else ""

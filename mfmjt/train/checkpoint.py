@@ -237,7 +237,7 @@ def _sync(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause, in one line."""
+    """Return the first cause, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return reason(error)

@@ -136,5 +136,5 @@ class EMA:
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of tensors that may be in shards."""
+    """Return what this process holds of tensors that may be in shards."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

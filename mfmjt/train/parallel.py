@@ -102,7 +102,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Return whether this is the process that writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def replicate(step: nn.Module) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
-    """A context in which DDP leaves gradients unsynchronized unless `now`.
+    """Return a context in which DDP leaves gradients unsynchronized unless `now`.
 
     FSDP reduces those of every pass: it is taken where whole gradients do not fit.
     """
@@ -269,5 +269,5 @@ def gradient_sync(model: nn.Module, now: bool) -> contextlib.AbstractContextMana
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; all of it, on every process, where FSDP has sharded it."""
+    """Return the tensor itself; all of it, on every process, where FSDP has sharded it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

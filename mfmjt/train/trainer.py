@@ -231,14 +231,14 @@ class Trainer:
         return self.elapsed + time.monotonic() - self.began
 
     def share(self) -> float:
-        """How much of the run is done, by steps or by time, whichever is further."""
+        """Return how much of the run is done, by steps or by time, whichever is further."""
         share = self.step / self.loop.steps
         if self.loop.max_minutes:
             share = max(share, self.clock / (60 * self.loop.max_minutes))
         return share
 
     def _flags(self) -> Tensor:
-        """What processes have to agree on beside a step: the time, and whether to stop.
+        """Return what processes have to agree on beside a step: the time, and whether to stop.
 
         Clocks and signals differ between processes; whoever decided by their own would leave the
         others waiting.
@@ -249,7 +249,7 @@ class Trainer:
         return torch.stack([torch.full((), n, dtype=torch.double, device=self.device) for n in own])
 
     def _agreed(self, flat: Tensor) -> list[float]:
-        """The figures in front of summed-up flags; the one wait for the device in a step."""
+        """Return the figures in front of summed-up flags; the one wait for the device in a step."""
         *values, ending, self.clock = flat.tolist()
         self.ending = ending > 0
         return values
@@ -291,7 +291,7 @@ class Trainer:
             self._save()
 
     def _work(self, batch: Batch, flags: Tensor) -> Tensor:
-        """A step from a drawn batch to new weights, of which nothing waits for the device.
+        """Make a step from a drawn batch to new weights, of which nothing waits for the device.
 
         Returns:
             The figures, the norm of the gradient and the flags, summed up over processes.

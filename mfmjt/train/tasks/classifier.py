@@ -141,7 +141,7 @@ def augment(wave: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _crops(waves: Tensor, rows: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """One random crop of each row, (len(rows), samples); a silent one becomes the loudest."""
+    """Make one random crop of each row, (len(rows), samples); a silent one becomes the loudest."""
     crops = []
     for row in rows.tolist():
         wave = waves[row].float()

@@ -155,7 +155,7 @@ def _event_targets(events: np.ndarray[Any, Any], length: int) -> np.ndarray[Any,
 
 
 def _augment(frames: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
-    """What cameras, encoders and resizing do to frames.
+    """Apply what cameras, encoders and resizing do to frames.
 
     The same for all frames of a clip, but for the noise. Hue stays: it tells wood from steel.
 
@@ -193,7 +193,7 @@ def _augment(frames: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
 
 
 def _reword(text: str, rng: np.random.Generator) -> str:
-    """A caption as another person might type it: words dropped, in another order, or only some."""
+    """Reword a caption as another person might: words dropped, in another order, or some."""
     words = text.split()
     choice = rng.uniform()
     if choice < 0.3:

@@ -104,7 +104,7 @@ class NetworkTask(Task):
         return net
 
     def _model(self) -> torch.nn.Module:
-        """The network with its loss, compiled, in shards or copied to every process."""
+        """Return the network with its loss, compiled, in shards or copied to every process."""
         config, processes, net = self.config, self.processes, self.network
         how = parallel.choose_parallel(config.parallel, processes, net)
         for rows in (config.batch, config.full_batch) if config.full_every else (config.batch,):
@@ -145,7 +145,7 @@ class NetworkTask(Task):
         return Batch(rows, tuple(name for name, count in of.items() if count), tuple(passes))
 
     def _rows(self, step: int) -> tuple[int, int | None]:
-        """How many clips a step takes, and windows of how many latents; None for whole clips."""
+        """Return the number of clips of a step, and the latents of a window; None for all."""
         config = self.config
         if config.full_every > 0 and (step + 1) % config.full_every == 0:
             return config.full_batch, None
