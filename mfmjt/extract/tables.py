@@ -67,7 +67,7 @@ def _vggsound(row: _Fields) -> _Parsed:
 
 
 def _audiocaps(row: _Fields) -> _Parsed:
-    """Read rows of one split; several captions of one clip are several rows."""
+    """Read AudioCaps: a file for each split, and a row for each caption of a clip."""
     number, clip, start = (_text(row, key) for key in ("audiocap_id", "youtube_id", "start_time"))
     names = [f"{clip}_{start}", f"{clip}_{int(start):06d}" if start.isdecimal() else ""]
     return number, [*names, number, f"Y{clip}", clip], _text(row, "caption"), ""
