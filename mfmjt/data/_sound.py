@@ -58,7 +58,7 @@ class Body:
         self.modes /= max(peak, 1e-6)
 
     def strike(self, rng: np.random.Generator, velocity: float) -> Array:
-        """Make an impact; harder ones are louder and brighter. `velocity`, relative, is in (0, 1]."""
+        """Make an impact; harder ones are louder and brighter. `velocity` in (0, 1] is relative."""
         tilt = self.brightness ** (0.5 * (velocity - 1.0))
         place = rng.uniform(0.75, 1.0, size=tilt.shape)
         sound = (tilt * place).astype(np.float32) @ self.modes
