@@ -9,6 +9,7 @@ import torch
 from mfmjt.errors import InputError, RunError
 from mfmjt.evaluate.classifier import Classifier
 from mfmjt.evaluate.examples import Examples
+from mfmjt.evaluate.onsets import HOP
 from mfmjt.evaluate.sounds import Made, Sounds, generate
 from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
@@ -91,7 +92,7 @@ def test_sounds_of_another_rate_are_heard_alike(classifier: Classifier, clips: E
     ours, theirs = Sounds(fast, 44100, classifier), Sounds(clips.audio, 16000, classifier)
     assert np.array_equal(ours.predicted, theirs.predicted)
     for ours_, theirs_ in zip(ours.onsets, theirs.onsets, strict=True):
-        np.testing.assert_allclose(ours_, theirs_, atol=0.006)  # s, a hop of the detector
+        np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=HOP)
 
 
 def test_each_sound_is_made_once(bundle: Bundle, classifier: Classifier, clips: Examples) -> None:
