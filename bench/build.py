@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 from mfmjt.files import atomic_path
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "mfmjt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -68,7 +68,7 @@ def main() -> None:
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(library, library.name)
         result = {
-            "compiler": _ext.status().get("compiler", ""),
+            "compiler": _native.status().get("compiler", ""),
             "cores": os.cpu_count(),
             "build_seconds": round(seconds, 1),
             "library_bytes": library.stat().st_size,

@@ -40,7 +40,7 @@ from bench.kernels import named_ops
 from bench.machine import Ceilings, environment, row_of
 from bench.providers import OURS, REFERENCE, providers
 from bench.rows import Rows
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 
 __all__ = ["add_arguments", "run"]
 
@@ -218,7 +218,7 @@ def _serve(connection: Connection) -> None:
             return None
         samplers.clear()
         if request == "environment":
-            stamp = environment(CPU) | {"extension": _ext.status()}
+            stamp = environment(CPU) | {"extension": _native.status()}
             ceilings = Ceilings.measure(CPU, DTYPES.values(), *given)
             return stamp | {"ceilings": vars(ceilings)}, ceilings
         op, name, scale, dtype, mode, only = given

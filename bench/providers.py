@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import BACKWARD, JVP, JVP_BACKWARD, MODES, Case, Function, Operands, module
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 
 __all__ = ["OURS", "REFERENCE", "Provider", "Results", "Unsupported", "liger", "providers", "step"]
 
@@ -65,7 +65,7 @@ def providers(case: Case, device: torch.device, mode: str) -> list[Provider]:
             modes=(JVP, JVP_BACKWARD),
         ),
     ]
-    served = _ext.status().get("ops", "").split()
+    served = _native.status().get("ops", "").split()
     if case.headline and any(name.rpartition("_")[0] == case.op for name in served):
         found.append(Provider("formula", case.function, formulas=True, devices=("cpu",)))
     found += getattr(module(case.op), "providers", lambda case: [])(case)
@@ -134,7 +134,7 @@ def step(provider: Provider, case: Case, mode: str) -> Callable[[Operands], Resu
         return call
 
     def with_formulas(given: Operands) -> Results:
-        with _ext.formulas():
+        with _native.formulas():
             return call(given)
 
     return with_formulas

@@ -95,9 +95,9 @@ def _ops() -> list[str]:
     import torch
 
     from mfmjt import kernels
-    from mfmjt.kernels import _ext, _triton
+    from mfmjt.kernels import _native, _triton
 
-    status = _ext.status()
+    status = _native.status()
     if "missing" in status:
         lines = [f"C++ kernels {status['missing']}"]
     else:

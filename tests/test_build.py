@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 2**20  # bytes that the compiled kernels may add to the wheel
-built = pytest.mark.skipif("missing" in _ext.status(), reason=_ext.status().get("missing", ""))
+built = pytest.mark.skipif(
+    "missing" in _native.status(), reason=_native.status().get("missing", "")
+)
 
 
 def library() -> Path:

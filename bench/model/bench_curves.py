@@ -33,7 +33,7 @@ from mfmjt import kernels
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.features.procedural import write_store
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 from mfmjt.train.recipe import NetworkTraining
 from mfmjt.train.tasks.network import train_network
 
@@ -168,7 +168,7 @@ def main() -> int:
     path = options.out / "curves.jsonl"
     path.unlink(missing_ok=True)
     rows = Rows(path)
-    stamp = environment(torch.device("cpu")) | {"extension": _ext.status(), "steps": steps}
+    stamp = environment(torch.device("cpu")) | {"extension": _native.status(), "steps": steps}
     rows.add({"what": "environment", "smoke": options.smoke, **stamp})
     records: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:

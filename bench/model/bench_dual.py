@@ -38,7 +38,7 @@ from bench.harness import on_cpu, take_turns
 from bench.machine import environment
 from mfmjt import kernels, meanflow
 from mfmjt.files import atomic_path
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 from mfmjt.model import MFMJT
 
 __all__ = ["BARS", "COSINE", "counted", "given", "judged", "main", "timed"]
@@ -255,7 +255,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
-    stamp = environment(torch.device("cpu")) | {"extension": _ext.status()}
+    stamp = environment(torch.device("cpu")) | {"extension": _native.status()}
     rows = [{"what": "environment", "network": options.network, **stamp}]
     missed = False
     for found in (

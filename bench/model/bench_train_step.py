@@ -62,7 +62,7 @@ from bench.model.steps import (
     reason_of,
 )
 from bench.rows import Rows
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 from mfmjt.memory import keep_memory
 from mfmjt.model.config import CONFIGS
 
@@ -348,7 +348,7 @@ def main() -> int:
     path.unlink(missing_ok=True)
     rows = Rows(path)
     bench = Bench(rows, options.compile, options.smoke, end)
-    stamp = environment(CPU) | {"extension": _ext.status(), "gemm_tflops": bench.gemm}
+    stamp = environment(CPU) | {"extension": _native.status(), "gemm_tflops": bench.gemm}
     rows.add({"what": "environment", "smoke": options.smoke, **stamp})
     if any(plan.network == BARRED for plan in chosen):
         print(f"Counting {BARRED}", flush=True)

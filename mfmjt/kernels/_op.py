@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mfmjt.kernels import _ext, _triton
+from mfmjt.kernels import _native, _triton
 
 __all__ = [
     "autocast",
@@ -353,12 +353,12 @@ def define(
         cpu = triton
     fake = guarded(fake or implementation)
     torch.library.register_fake(f"mfmjt::{name}", fake, lib=_library)
-    native = None if cpu else _ext.native(name)
+    native = None if cpu else _native.native(name)
     if cpu is not None:
         _library.impl(name, guarded(cpu), "CPU")
     if native is None:
         return op
-    _library.impl(name, _ext.kernel(name, guarded(implementation)), "CPU")
+    _library.impl(name, _native.kernel(name, guarded(implementation)), "CPU")
     torch.library.register_fake(f"mfmjt_cpu::{name}", fake, lib=_native_library)
     return _or_straight(op, name, native)
 
@@ -375,8 +375,8 @@ def _or_straight(op: Any, name: str, native: Callable[..., Any]) -> Callable[...
         if torch.compiler.is_compiling():
             straight = not (torch.is_grad_enabled() or torch.compiler.is_exporting())
             plain = straight and all(_is_on_cpu(x) for x in args if isinstance(x, Tensor))
-            return native(*args) if plain and _ext.takes(name, *args) else op(*args)
-        if not (_is_plain(args) and _ext.takes(name, *args)):
+            return native(*args) if plain and _native.takes(name, *args) else op(*args)
+        if not (_is_plain(args) and _native.takes(name, *args)):
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return call.taped(*args)  # type: ignore[attr-defined]

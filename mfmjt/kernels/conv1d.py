@@ -70,7 +70,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _ext, _jvp_rows, _op, _triton, _tuning
+from mfmjt.kernels import _jvp_rows, _native, _op, _triton, _tuning
 from mfmjt.kernels._triton import cdiv, jit, tl
 
 __all__ = ["conv1d", "conv1d_ref"]
@@ -476,7 +476,7 @@ _channels_first_op = _op.define(
     "conv1d_channels_first(Tensor x, Tensor weight, Tensor? bias, SymInt dilation) -> Tensor",
     _channels_first,
     lambda x, weight, bias, dilation: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
-    cpu=_ext.kernel("conv1d_fwd", _channels_first),
+    cpu=_native.kernel("conv1d_fwd", _channels_first),
 )
 
 
@@ -509,7 +509,7 @@ _toom_op = _op.define(
     "conv1d_toom(Tensor x, Tensor weight, Tensor? bias, SymInt dilation) -> Tensor",
     _channels_first,
     lambda x, weight, bias, dilation: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
-    cpu=_ext.kernel("conv1d_toom", _channels_first),
+    cpu=_native.kernel("conv1d_toom", _channels_first),
 )
 
 
@@ -523,7 +523,7 @@ def _pays_to_be_fast(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: i
         and _is_channels_first(x)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not torch.is_autocast_enabled("cpu")
-        and _ext.takes("conv1d_toom", x.transpose(1, 2), weight, bias, dilation)
+        and _native.takes("conv1d_toom", x.transpose(1, 2), weight, bias, dilation)
     )
 
 
@@ -537,7 +537,7 @@ def _is_vocoder_like(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: i
         and x.numel() >= 2**16
         and _is_channels_first(x)
         and not torch.is_autocast_enabled("cpu")
-        and _ext.takes("conv1d_fwd", x.transpose(1, 2), weight, bias, dilation)
+        and _native.takes("conv1d_fwd", x.transpose(1, 2), weight, bias, dilation)
     )
 
 

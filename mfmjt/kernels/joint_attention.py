@@ -37,7 +37,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _ext, _op, _triton, _tuning
+from mfmjt.kernels import _native, _op, _triton, _tuning
 from mfmjt.kernels._triton import INTERPRETED, cdiv, fma, jit, target, tl
 
 __all__ = ["joint_attention", "joint_attention_ref"]
@@ -261,8 +261,8 @@ def _softmax_bar(
     return s.copy_(p)
 
 
-_softmax = _ext.kernel("joint_attention_softmax", _softmax) or _softmax
-_softmax_bar = _ext.kernel("joint_attention_softmax_bar", _softmax_bar) or _softmax_bar
+_softmax = _native.kernel("joint_attention_softmax", _softmax) or _softmax
+_softmax_bar = _native.kernel("joint_attention_softmax_bar", _softmax_bar) or _softmax_bar
 
 
 def _jvp(
@@ -356,8 +356,8 @@ def _bwd(
 
 
 # In C++ by rows, where the CPU multiplies pairs of bfloat16; all streams in one tensor each.
-_rows = _ext.kernel("joint_attention_rows", _jvp)
-_rows_bar = _ext.kernel("joint_attention_rows_bar", _bwd)
+_rows = _native.kernel("joint_attention_rows", _jvp)
+_rows_bar = _native.kernel("joint_attention_rows_bar", _bwd)
 
 
 def _row_bias(valid: Tensor | None) -> Tensor | None:
@@ -384,7 +384,7 @@ def _jvp_cpu(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    if _rows is None or not _ext.takes("joint_attention_rows", q[0]):
+    if _rows is None or not _native.takes("joint_attention_rows", q[0]):
         return _jvp(q, k, v, q_dots, k_dots, v_dots, lengths, scale)
     valid = _valid_keys(k, lengths)
     dots = _join_dots(q, q_dots), _join_dots(k, k_dots, valid), _join_dots(v, v_dots, valid)
@@ -398,7 +398,7 @@ def _jvp_cpu(
 def _fwd_cpu(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[list[Tensor], Tensor]:
-    if _rows is not None and _ext.takes("joint_attention_rows", q[0]):
+    if _rows is not None and _native.takes("joint_attention_rows", q[0]):
         valid = _valid_keys(k, lengths)
         joined = _join(q), _join(k, valid), _join(v, valid)
         o, _, lse = _rows(*joined, None, None, None, _row_bias(valid), scale)
@@ -424,7 +424,7 @@ def _bwd_cpu(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    if _rows_bar is not None and _ext.takes("joint_attention_rows_bar", o_bar[0], q[0]):
+    if _rows_bar is not None and _native.takes("joint_attention_rows_bar", o_bar[0], q[0]):
         valid = _valid_keys(k, lengths)
         given = _join(o_bar), _join(q), _join(k, valid), _join(v, valid)
         q_bar, k_bar, v_bar = _rows_bar(*given, lse, _row_bias(valid), scale)

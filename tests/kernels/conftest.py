@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfmjt.kernels import _ext, _triton
+from mfmjt.kernels import _native, _triton
 
 # Processes share what they compile, also where inductor is used, which would have its own.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-NATIVE = {"test_alone.py", "test_conv1d_toom.py", "test_ext.py", "test_fuzz.py"}
+NATIVE = {"test_alone.py", "test_conv1d_toom.py", "test_native.py", "test_fuzz.py"}
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -43,7 +43,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--avx2 needs in the environment: {' '.join(missing)}")
     if not torch.cpu._is_avx512_supported():
         pytest.exit("This CPU has nothing beyond AVX2: --avx2 would leave nothing out.", 0)
-    if "missing" not in _ext.status():
+    if "missing" not in _native.status():
         importlib.import_module("mfmjt._C").limit_isa("avx2")
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mfmjt import kernels  # noqa: F401  (defines the library ops)
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 from tests.oracle import strided
 
 __all__ = ["NAMES", "Arguments", "arguments", "cases", "formula", "library_op"]
 
-NAMES = sorted(_ext._TAKES)
+NAMES = sorted(_native._TAKES)
 Arguments = dict[str, Any]
 
 
@@ -91,7 +91,7 @@ def arguments(
         rest = {"bias": bias, "scale": 0.5}
         if part == "bar":
             o_bar = {"o_bar": torch.randn_like(given["q"])}
-            with _ext.formulas():
+            with _native.formulas():
                 lse = _attention()._fwd(*([t] for t in given.values()), [lengths], 0.5)[1]
             return {**o_bar, **given, "lse": lse, **rest}
         return {**given, **{f"{key}_dot": torch.randn_like(t) for key, t in given.items()}, **rest}
@@ -122,7 +122,7 @@ def library_op(name: str) -> Any:
 
 def formula(name: str, given: Arguments) -> tuple[Tensor, ...]:
     """What PyTorch's formulas make of the same arguments."""
-    with _ext.formulas():
+    with _native.formulas():
         if "softmax" in name:  # it works in place
             copies = [t.clone() if isinstance(t, Tensor) else t for t in given.values()]
             results = getattr(_attention(), name.removeprefix("joint_attention"))(*copies)

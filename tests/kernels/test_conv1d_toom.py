@@ -8,14 +8,14 @@ from fractions import Fraction
 import pytest
 import torch
 
-from mfmjt.kernels import _ext, conv1d, reference
+from mfmjt.kernels import _native, conv1d, reference
 from mfmjt.kernels.conv1d import conv1d_ref
 from tests import oracle
 from tests.oracle import error
 
 POINTS = [Fraction(*p) for p in ((0, 1), (1, 1), (-1, 1), (1, 2), (-1, 2), (2, 1))]  # and infinity
 TILE = 4
-BUILT = _ext.status().get("cpu", "portable") != "portable"
+BUILT = _native.status().get("cpu", "portable") != "portable"
 pytestmark = pytest.mark.skipif(not BUILT, reason="no C++ kernel for this CPU")
 
 WAYS = ("portable", "avx2", "avx512")

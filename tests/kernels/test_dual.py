@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mfmjt import kernels
-from mfmjt.kernels import _ext, _op, _triton
+from mfmjt.kernels import _native, _op, _triton
 from tests import oracle
 
 
@@ -562,7 +562,7 @@ def test_traced(below):
 
 # --- Straight to C++
 
-BUILT = "missing" not in _ext.status()
+BUILT = "missing" not in _native.status()
 
 
 @pytest.fixture
@@ -579,7 +579,7 @@ def straight(monkeypatch):
     return seen
 
 
-@pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+@pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
 @pytest.mark.parametrize(
     "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
 )
@@ -665,7 +665,7 @@ def names_in(function, *args):
     }
 
 
-@pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+@pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
 @pytest.mark.parametrize(
     "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
 )
@@ -691,11 +691,11 @@ def test_compiled_code_names_the_kernel_where_no_gradient_can_be_wanted(name):
             wide = [x.double() for x in given]
             if name != "qk_norm_rope":  # whose weights stay as they are
                 assert names_in(function, *wide) == {"mfmjt"}
-            with _ext.formulas():
+            with _native.formulas():
                 assert names_in(function, *given) == {"mfmjt"}
 
 
-@pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+@pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
 @pytest.mark.parametrize("name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope"])
 def test_compiled_backward_names_the_kernel(name):
     if _triton.ON_CPU or rows().is_cuda:

@@ -11,7 +11,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.autograd import forward_ad
 
 from mfmjt import kernels
-from mfmjt.kernels import _ext, _op, _triton
+from mfmjt.kernels import _native, _op, _triton
 from tests import oracle
 
 
@@ -75,7 +75,7 @@ def test_reference_runs_plain_pytorch_and_ends():
         ours = kernels.swiglu(x, x)
     assert "mfmjt.swiglu_fwd.default" in seen
     assert oracle.error(ours, plain) <= oracle.allowance(plain, x.dtype, terms=1)
-    with _ext.formulas():
+    with _native.formulas():
         assert _triton.INTERPRETED or torch.equal(plain, kernels.swiglu(x, x))
     with pytest.raises(ZeroDivisionError), kernels.reference():
         raise ZeroDivisionError

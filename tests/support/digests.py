@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.files import atomic_path
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 
 CPU_INFO = Path("/proc/cpuinfo")
 MODEL = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # x86, then Arm
@@ -34,7 +34,7 @@ def machine() -> str:
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
     fields = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
     cpu = " ".join(fields[name] for name in MODEL if name in fields) or platform.machine()
-    kernels = _ext.status().get("used", "none")
+    kernels = _native.status().get("used", "none")
     code = torch.backends.cpu.get_cpu_capability()
     return f"{cpu}, {code}, C++ kernels {kernels}, torch {torch.__version__}"
 

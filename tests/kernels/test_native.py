@@ -10,25 +10,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mfmjt import kernels
-from mfmjt.kernels import _ext
+from mfmjt.kernels import _native
 from tests import oracle
 from tests.kernels.native import NAMES, arguments
 from tests.oracle import randn, strided
 
 WAYS = ("formulas", "portable", "avx2", "avx512")
-BUILT = "missing" not in _ext.status()
-needs_extension = pytest.mark.skipif(not BUILT, reason=_ext.status().get("missing", ""))
+BUILT = "missing" not in _native.status()
+needs_extension = pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
 
 
 @pytest.fixture(params=WAYS)
 def way(request):
     """Run a test with PyTorch's formulas, then with the C++ kernels of each instruction set."""
     if request.param == "formulas":
-        with _ext.formulas():
+        with _native.formulas():
             yield request.param
         return
     if not BUILT:
-        pytest.skip(_ext.status()["missing"])
+        pytest.skip(_native.status()["missing"])
     extension = importlib.import_module("mfmjt._C")
     best = extension.build_info()["used"]
     if WAYS.index(request.param) > WAYS.index(best):
@@ -242,7 +242,7 @@ def test_channels_first_convolution(way, size, dilation, taps):
 def test_a_vocoder_reaches_the_convolution_of_few_channels():
     x, weight = torch.randn(1, 8, 2**13), torch.randn(8, 8, 3)
     y = kernels.conv1d(x.transpose(1, 2), weight, dilation=3).transpose(1, 2)
-    if _ext.takes("conv1d_fwd", x, weight, None, 3):
+    if _native.takes("conv1d_fwd", x, weight, None, 3):
         assert torch.equal(y, torch.ops.mfmjt_cpu.conv1d_fwd(x, weight, None, 3))
     truth = reference_of("conv1d")(x.double().transpose(1, 2), weight.double(), dilation=3)
     assert oracle.error(y.transpose(1, 2), truth) <= oracle.allowance(truth, x.dtype, terms=24)
@@ -252,7 +252,7 @@ def test_a_vocoder_reaches_the_convolution_of_few_channels():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_run_the_formula(dtype):
     x = torch.randn(2, 3, 8).to(dtype)
-    with _ext.formulas():
+    with _native.formulas():
         truth = kernels.adaln(x, x, x)
     assert torch.equal(kernels.adaln(x, x, x), truth)
 
@@ -317,7 +317,7 @@ FREE = {
 
 
 # Those that this CPU runs, and `--avx2` allows.
-PAIRS = torch.cpu._is_avx512_bf16_supported() and _ext.status().get("used") == "avx512"
+PAIRS = torch.cpu._is_avx512_bf16_supported() and _native.status().get("used") == "avx512"
 RUN = [n for n in NAMES if "rows" not in n or PAIRS]
 
 
@@ -401,12 +401,12 @@ def test_any_arguments_give_a_result_or_an_exception(name, data):
 
 
 def test_status_says_what_runs_or_why_not():
-    status = _ext.status()
+    status = _native.status()
     assert set(status) in ({"missing"}, {"compiler", "cpu", "used", "ops"})
 
 
 @needs_extension
 def test_an_extension_of_older_sources_says_so(monkeypatch):
-    monkeypatch.setitem(_ext._TAKES, "of_tomorrow", _ext._alike)
+    monkeypatch.setitem(_native._TAKES, "of_tomorrow", _native._alike)
     with pytest.raises(ImportError, match=r"of_tomorrow.*older sources"):
-        _ext.kernel("of_tomorrow", torch.add)
+        _native.kernel("of_tomorrow", torch.add)

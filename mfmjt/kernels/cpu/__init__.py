@@ -1,0 +1,1 @@
+"""What the CPU needs beside a formula: routes through ATen and the C++ kernels of `mfmjt._C`."""

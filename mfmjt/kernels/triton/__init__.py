@@ -1,0 +1,80 @@
+"""What Triton kernels share: where they are compiled for, strided tensors, a few device functions.
+
+The package is imported where Triton runs, and only there: `mfmjt.kernels._backends` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfmjt.kernels._backends import INTERPRETED
+
+__all__ = ["View", "cdiv", "fma", "jit", "power_of_2", "rows", "target", "tl", "wide"]
+
+_ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
+
+jit: Any = triton.jit
+
+
+class View(NamedTuple):
+    """A strided tensor as a kernel reads it, channels dense.
+
+    Attributes:
+        pointer: The tensor, or None where there is none.
+        sample: Elements from one sample to the next; None where all samples share what is there.
+        token: Elements from one token (or row) to the next; None likewise.
+        head: Elements from one head to the next; None likewise.
+    """
+
+    pointer: Tensor | None
+    sample: int | None = None
+    token: int | None = None
+    head: int | None = None
+
+
+@jit
+def wide(x):
+    """The same numbers in the dtype of sums: float32, or float64 for float64."""
+    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+@jit
+def fma(x, y, z):
+    """Return x y + z, rounded once; Triton's interpreter has no instruction for that."""
+    if _ROUNDS_PRODUCTS:
+        return (x.to(tl.float64) * y + z).to(x.dtype)
+    return tl.fma(x, y, z)
+
+
+def target() -> tuple[str, Any]:
+    """Return what kernels are compiled for: ("cuda", 90) for sm_90, ("hip", "gfx942")."""
+    if INTERPRETED:
+        return "cuda", 90
+    return _target_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache  # asked at every launch, and the driver asks the device anew each time
+def _target_of(device: Any) -> tuple[str, Any]:
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch
+
+
+def cdiv(n: int, block: int) -> int:
+    """Return how many blocks cover n."""
+    return -(-n // block)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of two that is not less than n (and not less than 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return (..., C) as (rows, C) with dense channels; a view where the strides allow."""
+    flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()

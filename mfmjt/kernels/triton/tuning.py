@@ -1,0 +1,335 @@
+"""Launch configurations of the Triton kernels: blocks, warps and pipeline stages.
+
+Functions of sizes and of the GPU's compute capability, checked without a GPU: every configuration
+that they can return for the network's shapes compiles for sm_80, sm_90, sm_100 and gfx942 without
+spills (`python -m bench.aot`). None has been tuned on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mfmjt.kernels.triton import cdiv, power_of_2, target
+
+__all__ = [
+    "REDUCING_PROGRAMS",
+    "attention",
+    "conv1d",
+    "conv1d_weight",
+    "elementwise",
+    "heads",
+    "norm",
+    "norm_chunk",
+    "registers",
+    "snake",
+    "streams",
+    "streams_guide",
+    "streams_pool",
+    "streams_qkv",
+    "sum_of_rows",
+    "sums",
+]
+
+
+def _warps(threads: int) -> int:
+    """How many warps (wavefronts on AMD) have that many threads."""
+    return threads // (64 if target()[0] == "hip" else 32)
+
+
+def elementwise(rows: int, width: int) -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of an element-wise kernel over (rows, width).
+
+    A thread has 8 elements of every tensor, 16 bytes of bf16: with 16, five float32 tensors spill
+    on sm_80. Of the column blocks the one that covers the width with the fewest idle lanes.
+    """
+    widest = min(1024, power_of_2(width))
+    blocks = [b for b in (1024, 512, 256, 128) if b <= widest] or [widest]
+    block_cols = min(blocks, key=lambda b: cdiv(width, b) * b)
+    return min(power_of_2(rows), 1024 // block_cols), block_cols, _warps(128)
+
+
+Tile = tuple[tuple[int, int, int], int, int]
+
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
+# Tiles of a matrix product that do not spill: rows x columns x contraction, warps, stages; by the
+# side, how fast they are assumed to be against the first. None: what any other GPU gets.
+_PRODUCTS: dict[Any, dict[Tile, float]] = {
+    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 8, 4): 0.85, ((64, 64, 64), 8, 4): 0.5},
+    90: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.6},
+    None: {((128, 256, 32), 8, 3): 1.0, ((128, 128, 32), 4, 4): 0.95, ((64, 64, 64), 8, 3): 0.7},
+    "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7},
+}
+_PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
+    100: {((128, 128, 32), 8, 3): 1.0, ((128, 64, 16), 8, 3): 0.7},
+    90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 3): 0.7},
+    None: {((64, 64, 32), 8, 3): 1.0},
+    "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7},
+}
+
+
+def _product(element_size: int) -> tuple[dict[Tile, float], int]:
+    """Tiles for this GPU and a dtype of so many bytes, and its multiprocessors, more or less."""
+    arch = target()[1]
+    tiles = _PRODUCTS if element_size == 2 else _PRODUCTS_FLOAT32
+    return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
+
+
+def conv1d(rows: int, outs: int, element_size: int) -> Tile:
+    """Blocks of rows, outputs and channels, warps and stages of a convolution of (rows, outs).
+
+    The tile with the least time by the area that its full waves of programs cover. Results whose
+    rows are no whole vectors are stored one by one, and large tiles have no registers for that.
+    """
+    tiles, processors = _product(element_size)
+    if outs % 16:
+        return list(tiles)[-1]
+
+    def time(tile: Tile) -> float:
+        block_rows, block_outs, _ = tile[0]
+        programs = cdiv(rows, block_rows) * cdiv(outs, block_outs)
+        return cdiv(programs, processors) * block_rows * block_outs / tiles[tile]
+
+    return min(tiles, key=time)
+
+
+def conv1d_weight(
+    samples: int, tokens: int, outs: int, channels: int, taps: int, element_size: int
+) -> tuple[tuple[int, int, int], int, int, int]:
+    """Blocks of outputs, channels and tokens, warps, stages and splits of a weight's gradient.
+
+    Splits make two waves of programs, but each adds up eight blocks of tokens or more: a part costs
+    as much memory as a float32 weight. The widest tiles spill on sm_100, whose loads are turned.
+    """
+    tiles, processors = _product(element_size)
+    tiles = {tile: speed for tile, speed in tiles.items() if tile[0][1] <= 128}
+
+    def programs(tile: Tile) -> int:
+        return cdiv(outs, tile[0][0]) * cdiv(channels, tile[0][1])
+
+    best = min(tiles, key=lambda t: programs(t) * t[0][0] * t[0][1] / tiles[t])
+    blocks, warps, stages = best
+    steps = samples * cdiv(tokens, blocks[2])
+    splits = min(2 * processors // (taps * programs(best)), steps // 8)
+    return blocks, warps, stages, max(1, splits)
+
+
+def heads(width: int, element_size: int) -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of a kernel over heads of that width.
+
+    A thread has 16 bytes of every tensor, 32 in heads of 256 in float32: what the gradient's
+    registers hold without spills on every GPU with every Triton.
+    """
+    block_width = max(16, power_of_2(width))
+    elements = 1024 if element_size <= 2 or block_width == 256 else 512
+    return max(1, elements // block_width), block_width, _warps(128)
+
+
+REDUCING_PROGRAMS = 1024
+"""Most programs of a kernel that leaves one row of partial sums each: 8 per multiprocessor and
+more, and so few rows that adding them up takes no time."""
+
+
+def sum_of_rows(n: int) -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of a sum over n short rows of partial sums."""
+    return min(128, max(16, power_of_2(n))), 16, 4
+
+
+def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, int, int, int]:
+    """Blocks and warps of a kernel that holds whole rows in registers.
+
+    A block is (K, R, V): R rows of K segments of V columns. V is what a team of warps reads in one
+    go, 16 bytes a thread; a team is as many as 16 elements a thread ask for. Rows up to 512 wide
+    (1024 on AMD) stay within a warp, whose sums need neither barrier nor shared memory.
+
+    Args:
+        width: Columns.
+        tokens: Rows of a sample.
+        element_size: Bytes of an element.
+        teams: Of a program, with rows of their own: 1 where they have nothing to share.
+
+    Returns:
+        K, R, V and warps.
+    """
+    lanes = 64 if target()[0] == "hip" else 32
+    cols = power_of_2(width)
+    team = max(1, cols // (16 * lanes))
+    teams = min(teams, max(1, 4 // team))
+    block_cols = min(cols, team * lanes * 16 // element_size)
+    rows = min(power_of_2(tokens), max(1, teams * team * 16 * lanes // cols))
+    return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
+
+
+def registers(warps: int) -> dict[str, int]:
+    """Most registers of a thread in kernels that hold rows, as an option of their launch.
+
+    More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
+    spills 8 bytes here and there. A program has 65536, which 16 warps would exceed.
+    """
+    return {"maxnreg": min(208, 65536 // (32 * warps))} if target()[0] == "cuda" else {}
+
+
+def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:
+    """Most rows of one program, of all `rows` there are.
+
+    Where it sums cotangents of modulations: enough programs to fill a GPU several times over, and
+    no more than 128 rows each, which bounds the rounding. Elsewhere a few blocks, for which it
+    reads and converts once what tokens share.
+    """
+    if summed:
+        return max(block_rows, min(128, power_of_2(rows // 1024)))
+    return block_rows * min(4, power_of_2(rows // (16384 * block_rows)))
+
+
+def sums(chunks: int, width: int) -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of the sum over (chunks, width)."""
+    return min(power_of_2(chunks), 32), min(64, power_of_2(width)), 4
+
+
+def snake() -> tuple[int, int]:
+    """Lanes, of 8 outputs each, and warps of the anti-aliased activation.
+
+    Few, because a program at an end of a row does more work.
+    """
+    return 64, _warps(64)
+
+
+# Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the
+# same where many rows of a block would be idle or few blocks would run, and for heads up to 128.
+_ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    100: {
+        "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
+        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
+    },
+    90: {
+        "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    None: {
+        "value": ((128, 64, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
+        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 8, 2)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        "bwd_kv": ((64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    "hip": {
+        "value": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        "tangent": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "bwd_q": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        "bwd_kv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    },
+}
+# What registers do not hold as a whole goes by some columns at a time, on every GPU: of those that
+# go into the scores, and of the result of one program.
+_ATTENTION_WIDE = {
+    "value": ((64, 64, 64, 128), 4, 2),
+    "tangent": ((64, 32, 64, 64), 4, 2),
+    "bwd_q": ((64, 32, 64, 128), 4, 2),
+    "bwd_kv": ((32, 64, 64, 64), 4, 2),
+}
+_ATTENTION_FLOAT32 = {
+    "value": ((64, 32, 32, 32), 4, 2),
+    "tangent": ((64, 16, 32, 32), 4, 2),
+    "bwd_q": ((64, 32, 32, 32), 4, 2),
+    "bwd_kv": ((16, 64, 32, 32), 4, 2),
+}
+
+
+def attention(
+    part: str, pairs: int, tokens: tuple[int, ...], width: int, element_size: int
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Blocks, warps and pipeline stages of an attention kernel.
+
+    Args:
+        part: "value", "tangent", "bwd_q" or "bwd_kv".
+        pairs: Samples times heads.
+        tokens: Of each stream that is cut into blocks: queries, or keys for "bwd_kv".
+        width: Of a head.
+        element_size: Bytes.
+
+    Returns:
+        Blocks of queries, of keys, of the columns that go into the scores and of those of the
+        result in one program; warps; stages.
+    """
+    columns = max(16, power_of_2(width))
+    backend, arch = target()
+    kind = "hip" if backend == "hip" else {9: 90, 10: 100}.get(arch // 10)
+    crowded = kind is None and arch != 80 and part == "tangent" and columns > 64  # 99 KiB shared
+    if element_size == 4 or columns > 128 or crowded:
+        table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
+        (queries, keys, ins, outs), warps, stages = table[part]
+        return (queries, keys, min(ins, columns), min(outs, columns)), warps, stages
+    large, small, wide = _ATTENTION[kind][part]
+    block = large[1] if part == "bwd_kv" else large[0]
+    large_blocks = sum(cdiv(n, block) for n in tokens)
+    small_blocks = sum(cdiv(n, 64) for n in tokens)
+    idle = large_blocks * block > 1.125 * small_blocks * 64
+    few = large_blocks * pairs < _MULTIPROCESSORS.get(kind, 108)
+    queries, keys, warps, stages = wide if columns > 64 else small if idle or few else large
+    return (queries, keys, columns, columns), warps, stages
+
+
+# Tiles of products over several streams, as above: few rows, so that tiles are small.
+_STREAMS: dict[Any, dict[Tile, float]] = {
+    100: {((128, 128, 64), 8, 3): 1.0, ((64, 64, 64), 8, 4): 0.5, ((64, 32, 128), 4, 3): 0.4},
+    90: {((128, 128, 64), 8, 3): 1.0, ((64, 64, 64), 4, 4): 0.6, ((64, 32, 128), 4, 3): 0.4},
+    None: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 64), 4, 3): 0.7, ((64, 32, 64), 4, 4): 0.5},
+    "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7, ((64, 32, 64), 4, 2): 0.5},
+}
+_STREAMS_FLOAT32: dict[Any, dict[Tile, float]] = {
+    100: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 8, 3): 0.8},
+    None: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 4, 3): 0.8},
+    "gfx942": {((64, 64, 32), 4, 2): 1.0, ((64, 32, 32), 4, 2): 0.8},
+}
+_STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
+
+
+def _stream_tiles(element_size: int) -> tuple[dict[Tile, float], int]:
+    arch = target()[1]
+    tiles = _STREAMS if element_size == 2 else _STREAMS_FLOAT32
+    return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
+
+
+def streams(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu: bool) -> Tile:
+    """Blocks of rows, outputs and contraction, warps and stages of a product of several streams.
+
+    The tile with the least time, by the waves of programs and what a step of one takes. A gated
+    unit has two sums, and takes half as many outputs.
+    """
+    tiles, processors = _stream_tiles(element_size)
+
+    def blocks(tile: Tile) -> tuple[int, int, int]:
+        block_rows, block_outs, depth = tile[0]
+        return block_rows, block_outs // 2 if glu and block_outs > 32 else block_outs, depth
+
+    def time(tile: Tile) -> float:
+        block_rows, block_outs, depth = blocks(tile)
+        pairs = zip(rows, outs, strict=True)
+        programs = sum(cdiv(n, block_rows) * cdiv(o, block_outs) for n, o in pairs)
+        area = block_rows * block_outs * (2 if glu else 1)
+        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / depth)
+
+    best = min(tiles, key=time)
+    return blocks(best), best[1], best[2]
+
+
+def streams_qkv(rows: tuple[int, ...], parts: int, width: int, element_size: int) -> Tile:
+    """The same of a projection to whole heads, `parts` of that width, one to a program."""
+    columns = max(16, power_of_2(width))
+    tiles, processors = _stream_tiles(element_size)
+    largest, *_, least = tiles
+    wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
+    (block_rows, _, depth), warps, stages = largest if wide and columns <= 64 else least
+    return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
+
+
+def streams_pool() -> tuple[int, int, int]:
+    """Block of rows, block of columns and warps of means over tokens."""
+    return 32, 64, 4
+
+
+def streams_guide() -> tuple[int, int]:
+    """Block and warps of the kernel that ends a step, one program for every sample."""
+    return 2048, _warps(256)
