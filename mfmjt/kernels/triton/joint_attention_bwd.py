@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.kernels.triton import choose, choose_view, fma, jit, tl
-from mfmjt.kernels.triton.joint_attention import (
+from mfmjt.kernels.triton.attention import (
     add_products,
     at_head,
     block_of,
@@ -63,7 +63,7 @@ def _attention_bwd_q_kernel(
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     pair, sample, head, stream, first, count = block_of(queries, heads, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_OUT
+    place, column = (sample, head, heads, first, count), tl.program_id(1) * BLOCK_OUT
     q_rows = (at_head(choose_view(q, stream), sample, head, WIDTH), first, count)
     o_rows = (at_head(choose_view(o, stream), sample, head, WIDTH), first, count)
     o_bar_rows = (at_head(choose_view(o_bar, stream), sample, head, WIDTH), first, count)
@@ -106,7 +106,7 @@ def _attention_bwd_q_kernel(
                 a = load(k_rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
             query_bar = dot(score_bar, a, query_bar, PRECISION)
     query_bar *= scale
-    store(choose(q_bar, stream), query_bar, sample, head, heads, first, count, column, WIDTH)
+    store(choose(q_bar, stream), query_bar, place, column, WIDTH, BLOCK_N, BLOCK_OUT)
 
 
 @jit
@@ -137,7 +137,7 @@ def _attention_bwd_kv_kernel(
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     pair, sample, head, stream, first, count = block_of(keys, heads, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_OUT
+    place, column = (sample, head, heads, first, count), tl.program_id(1) * BLOCK_OUT
     limit = count
     for s in tl.static_range(len(k)):
         if lengths[s] is not None:
@@ -181,8 +181,8 @@ def _attention_bwd_kv_kernel(
     counts = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
     key_bar = tl.where(counts, key_bar * scale, 0.0)
     value_bar = tl.where(counts, value_bar, 0.0)
-    store(choose(k_bar, stream), key_bar, sample, head, heads, first, count, column, WIDTH)
-    store(choose(v_bar, stream), value_bar, sample, head, heads, first, count, column, WIDTH)
+    store(choose(k_bar, stream), key_bar, place, column, WIDTH, BLOCK_M, BLOCK_OUT)
+    store(choose(v_bar, stream), value_bar, place, column, WIDTH, BLOCK_M, BLOCK_OUT)
 
 
 def bwd(
