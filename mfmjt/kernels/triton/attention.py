@@ -107,8 +107,9 @@ def block_of(tokens, heads, BLOCK: tl.constexpr):
     for s in tl.static_range(len(tokens)):
         tiles += tl.cdiv(tokens[s], BLOCK)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
+    sample, head = pair // heads, pair % heads
     stream, first, count = locate(tokens, tl.program_id(0) % tiles, BLOCK)
-    return pair, pair // heads, pair % heads, stream, first, count
+    return pair, sample, head, stream, first, count
 
 
 def _strides(x: Tensor) -> list[int]:
