@@ -11,10 +11,12 @@ the mean of a row's first elements, for one sweep to make all sums.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _op
+from mfmjt.kernels import _native, _op
 
 __all__ = [
     "check_modulation",
@@ -22,7 +24,8 @@ __all__ = [
     "modulate_bar",
     "modulate_dot",
     "normalise",
-    "whole_shift_bar",
+    "pick",
+    "takes",
 ]
 
 _normalise_bar = torch.ops.aten.native_layer_norm_backward.default
@@ -91,7 +94,7 @@ def modulate_bar(
     """Cotangents of x, shift and scale; that of shift has no elements where it equals y_bar.
 
     A library op must not return its input, and a copy would be a pass over memory: whoever called
-    the op puts y_bar there (`whole_shift_bar`).
+    the op puts y_bar there (`passes` of `Op`).
     """
     n = x - mean
     n = n.sub_(n.mean(-1, keepdim=True)).mul_(rstd)
@@ -101,8 +104,31 @@ def modulate_bar(
     return x_bar, shift_bar, scale_bar
 
 
-def whole_shift_bar(shift_bar: Tensor, y_bar: Tensor | None, shift: Tensor) -> Tensor:
-    """The cotangent of shift, from what `modulate_bar` returned."""
-    if y_bar is None or shift_bar.shape == shift.shape:
-        return shift_bar
-    return y_bar.to(shift.dtype)
+def takes(x: Tensor, *others: Tensor) -> bool:
+    """Return True if the C++ kernels serve x (B, N, C) and what has a row per token or sample.
+
+    A single channel is left to PyTorch: its normalised value is zero up to rounding, of which the
+    formula has none.
+    """
+    shapes = (x.shape, (x.shape[0], 1, x.shape[-1]))
+    return (
+        x.ndim == 3
+        and x.shape[2] > 1
+        and _native.floats(x)
+        and all(t.dtype == x.dtype and t.shape in shapes for t in others)
+    )
+
+
+def pick(rows: Any, *modulations: Any) -> list[Any]:
+    """Return modulations (B, S, C), or tuples of them, with the rows that tokens ask for.
+
+    Args:
+        rows: (N,) integers, or for each stream such a tensor or None.
+        *modulations: With a row that all tokens share (S = 1), or else with rows to pick.
+    """
+    if isinstance(rows, Tensor):
+        return [m if m.shape[1] == 1 else m.index_select(1, rows) for m in modulations]
+    return [
+        tuple(x if row is None else pick(row, x)[0] for x, row in zip(m, rows, strict=True))
+        for m in modulations
+    ]

@@ -19,7 +19,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm, _op, _triton
+from mfmjt.kernels import _norm
+from mfmjt.kernels._op import Op, per_stream, work_dtype
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -31,7 +32,7 @@ def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Ten
 
 
 def _fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     n, mean, rstd = _norm.normalise(x.to(work), eps)
     return _norm.modulate(n, shift.to(work), scale.to(work)).to(x.dtype), mean, rstd
 
@@ -45,7 +46,7 @@ def _jvp(
     scale_dot: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    work, dtype = _op.work_dtype(x), x.dtype
+    work, dtype = work_dtype(x), x.dtype
     x, shift, scale = x.to(work), shift.to(work), scale.to(work)
     n, mean, rstd = _norm.normalise(x, eps)
     dots = (d if d is None else d.to(work) for d in (x_dot, shift_dot, scale_dot))
@@ -56,78 +57,45 @@ def _jvp(
 def _bwd(
     y_bar: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     x_bar, shift_bar, scale_bar = _norm.modulate_bar(
         y_bar.to(work), x.to(work), scale.to(work), mean, rstd, shift.shape
     )
     return x_bar.to(x.dtype), shift_bar.to(shift.dtype), scale_bar.to(scale.dtype)
 
 
-_fwd_op = _op.define(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+_op = Op(
+    "adaln",
     _fwd,
-    triton=_triton.lazily("adaln", "fwd", _fwd),
-)
-_jvp_op = _op.define(
-    "adaln_jvp(Tensor x, Tensor shift, Tensor scale, Tensor? x_dot, Tensor? shift_dot, "
-    "Tensor? scale_dot, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _jvp,
-    triton=_triton.lazily("adaln", "jvp", _jvp),
-)
-_bwd_op = _op.define(
-    "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor)",
     _bwd,
-    triton=_triton.lazily("adaln", "bwd", _bwd),
+    reference=adaln_ref,
+    takes=_norm.takes,
+    passes={"shift": "y"},
+    streams=True,
 )
 
 
-def _backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
-    x_bar, shift_bar, scale_bar = _bwd_op(y_bar, *saved)
-    return x_bar, _norm.whole_shift_bar(shift_bar, y_bar, saved[1]), scale_bar
-
-
-def _saves(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*inputs[:3], *outputs[-2:])
-
-
-_op.backward_of(
-    _fwd_op, lambda ctx, y_bar, *_: (*_backward(ctx, y_bar), None), saves=_saves, outputs=1
-)
-_op.backward_of(
-    _jvp_op,
-    lambda ctx, y_bar, y_dot_bar, *_: (
-        *_backward(ctx, _op.refuse_gradient(y_bar, y_dot_bar)),
-        *(None,) * 4,
-    ),
-    saves=_saves,
-    outputs=2,
-)
-
-
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def adaln(x: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None) -> Any:
     """Adaptive layer norm: LN(x) (1 + scale) + shift, differentiable in both modes.
 
     Args:
         x: Activations `(B, N, C)`, any floating dtype; statistics are taken in float32 at least.
+            Or a tuple of streams, and so are the other tensors.
         shift: `(B, 1, C)` or `(B, N, C)`.
         scale: `(B, 1, C)` or `(B, N, C)`.
         eps: Added to the variance.
+        rows: `(N,)` int32 or int64, the row of shift and scale `(B, S, C)` that modulates a token;
+            None for that of its own number. An S of 1 is a row that all tokens share.
 
     Returns:
-        `(B, N, C)` in the dtype of x.
+        `(B, N, C)` in the dtype of x; for a tuple of streams a tuple, in one launch.
 
     Raises:
         ValueError: shift or scale does not broadcast to x.
     """
-    if _op.use_reference():
-        return adaln_ref(x, shift, scale, eps)
-    _norm.check_modulation("adaln", x, shift=shift, scale=scale)
-
-    def run(values: Any, dots: Any) -> Any:
-        if dots is None:
-            return _fwd_op(*values, eps)[:1]
-        return _jvp_op(*values, *dots, eps)[:2]
-
-    return _op.dual(run, (x, shift, scale))[0]
+    if rows is not None:
+        shift, scale = _norm.pick(rows, shift, scale)
+    for stream in per_stream("adaln", x=x, shift=shift, scale=scale):
+        _norm.check_modulation("adaln", **stream)
+    return _op(x, shift, scale, eps)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm, _op, _triton
+from mfmjt.kernels import _norm
+from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
@@ -41,7 +42,7 @@ def _add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
 def _fwd(
     x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     total = _add(x.to(work), h.to(work), gate.to(work)).to(x.dtype)
     n, mean, rstd = _norm.normalise(total.to(work), eps)
     return total, _norm.modulate(n, shift.to(work), scale.to(work)).to(x.dtype), mean, rstd
@@ -60,7 +61,7 @@ def _jvp(
     scale_dot: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work, dtype = _op.work_dtype(x), x.dtype
+    work, dtype = work_dtype(x), x.dtype
     x, h, gate, shift, scale = (t.to(work) for t in (x, h, gate, shift, scale))
     total = _add(x, h, gate).to(dtype)
     wide = total.to(work)
@@ -90,7 +91,7 @@ def _bwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(total)
+    work = work_dtype(total)
     if y_bar is None:
         assert total_bar is not None
         x_bar = total_bar.to(work, copy=True, memory_format=torch.contiguous_format)
@@ -112,91 +113,49 @@ def _bwd(
     )
 
 
-_fwd_op = _op.define(
-    "gated_residual_adaln_fwd(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+_op = Op(
+    "gated_residual_adaln",
     _fwd,
-    triton=_triton.lazily("gated_residual_adaln", "fwd", _fwd),
-)
-_jvp_op = _op.define(
-    "gated_residual_adaln_jvp(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
-    "Tensor? x_dot, Tensor? h_dot, Tensor? gate_dot, Tensor? shift_dot, Tensor? scale_dot, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _jvp,
-    triton=_triton.lazily("gated_residual_adaln", "jvp", _jvp),
-)
-_bwd_op = _op.define(
-    "gated_residual_adaln_bwd(Tensor? total_bar, Tensor? y_bar, Tensor total, Tensor h, "
-    "Tensor gate, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
-    triton=_triton.lazily("gated_residual_adaln", "bwd", _bwd),
+    reference=gated_residual_adaln_ref,
+    takes=_norm.takes,
+    passes={"shift": "y"},
+    streams=True,
 )
-
-
-def _saves(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs[0], *inputs[1:5], *outputs[-2:])
-
-
-def _backward(ctx: Any, total_bar: Tensor | None, y_bar: Tensor | None) -> tuple[Tensor, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
-    *bars, shift_bar, scale_bar = _bwd_op(total_bar, y_bar, *saved)
-    return *bars, _norm.whole_shift_bar(shift_bar, y_bar, saved[3]), scale_bar
-
-
-def _jvp_backward(
-    ctx: Any,
-    total_bar: Tensor | None,
-    total_dot_bar: Tensor | None,
-    y_bar: Tensor | None,
-    y_dot_bar: Tensor | None,
-    *_: None,
-) -> tuple[Tensor | None, ...]:
-    total_bar = _op.refuse_gradient(total_bar, total_dot_bar)
-    y_bar = _op.refuse_gradient(y_bar, y_dot_bar)
-    return (*_backward(ctx, total_bar, y_bar), *(None,) * 6)
-
-
-_op.backward_of(
-    _fwd_op,
-    lambda ctx, total_bar, y_bar, *_: (*_backward(ctx, total_bar, y_bar), None),
-    saves=_saves,
-    outputs=2,
-)
-_op.backward_of(_jvp_op, _jvp_backward, saves=_saves, outputs=4)
 
 
 def gated_residual_adaln(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+    x: Any, h: Any, gate: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None
+) -> tuple[Any, Any]:
     """Gated residual add and adaptive layer norm of the sum, differentiable in both modes.
 
     Args:
-        x: Residual stream `(B, N, C)`, any floating dtype.
+        x: Residual stream `(B, N, C)`, any floating dtype; or a tuple of streams, and so are the
+            other tensors.
         h: What a sub-layer adds to it, `(B, N, C)`.
         gate: `(B, 1, C)` or `(B, N, C)`.
         shift: `(B, 1, C)` or `(B, N, C)`.
         scale: `(B, 1, C)` or `(B, N, C)`.
         eps: Added to the variance.
+        rows: `(N,)` int32 or int64, the row of gate, shift and scale `(B, S, C)` that modulates a
+            token; None for that of its own number. An S of 1 is a row that all tokens share.
 
     Returns:
         The new residual stream x + gate h and its LN(.) (1 + scale) + shift, both `(B, N, C)` in
-        the dtype of x.
+        the dtype of x; for a tuple of streams two tuples, in one launch.
 
     Raises:
         ValueError: The shapes do not fit.
     """
-    if _op.use_reference():
-        return gated_residual_adaln_ref(x, h, gate, shift, scale, eps)
-    _norm.check_modulation("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
-    _op.check_tensors("gated_residual_adaln", h=h)
-    if h.shape != x.shape:
-        _op.check(False, "gated_residual_adaln", "h of the shape of x", x=x, h=h)
-
-    def run(values: Any, dots: Any) -> Any:
-        if dots is None:
-            return _fwd_op(*values, eps)[:2]
-        return _jvp_op(*values, *dots, eps)[:4]
-
-    total, y = _op.dual(run, (x, h, gate, shift, scale))
+    if rows is not None:
+        gate, shift, scale = _norm.pick(rows, gate, shift, scale)
+    for s in per_stream("gated_residual_adaln", x=x, h=h, gate=gate, shift=shift, scale=scale):
+        added = s.pop("h")
+        _norm.check_modulation("gated_residual_adaln", **s)
+        check_tensors("gated_residual_adaln", h=added)
+        if added.shape != s["x"].shape:
+            needs = "h of the shape of x"
+            check(False, "gated_residual_adaln", needs, x=s["x"], h=added)
+    total, y = _op(x, h, gate, shift, scale, eps)
     return total, y

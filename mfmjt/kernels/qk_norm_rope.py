@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _op, _triton
+from mfmjt.kernels import _native
+from mfmjt.kernels._op import Op, check, check_tensors, per_stream, use_reference, work_dtype
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_ref"]
 
@@ -91,7 +92,7 @@ def _cotangent_(
 def _fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work, dtype = _op.work_dtype(qkv), qkv.dtype
+    work, dtype = work_dtype(qkv), qkv.dtype
     turns = _turns(rope, work)
     q, q_rstd = _value(qkv[:, :, 0].to(work), q_weight.to(work), turns, eps)
     k, k_rstd = _value(qkv[:, :, 1].to(work), k_weight.to(work), turns, eps)
@@ -106,17 +107,19 @@ def _jvp(
     k_weight: Tensor,
     rope: Tensor | None,
     eps: float,
-) -> tuple[Tensor, ...]:
-    work, dtype = _op.work_dtype(qkv), qkv.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    work, dtype = work_dtype(qkv), qkv.dtype
     turns = _turns(rope, work)
-    results, statistics = [], []
-    for i, weight in enumerate((q_weight.to(work), k_weight.to(work))):
-        x, x_dot = qkv[:, :, i].to(work), qkv_dot[:, :, i].to(work)
+
+    def one(part: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, x_dot, weight = qkv[:, :, part].to(work), qkv_dot[:, :, part].to(work), weight.to(work)
         y, rstd = _value(x, weight, turns, eps)
-        results += [y.to(dtype), _tangent(x, x_dot, weight, turns, rstd).to(dtype)]
-        statistics.append(rstd)
+        return y.to(dtype), _tangent(x, x_dot, weight, turns, rstd).to(dtype), rstd
+
+    q, q_dot, q_rstd = one(0, q_weight)
+    k, k_dot, k_rstd = one(1, k_weight)
     v, v_dot = (t[:, :, 2].clone(memory_format=torch.contiguous_format) for t in (qkv, qkv_dot))
-    return *results, v, v_dot, *statistics
+    return q, q_dot, k, k_dot, v, v_dot, q_rstd, k_rstd
 
 
 def _bwd(
@@ -130,7 +133,7 @@ def _bwd(
     q_rstd: Tensor,
     k_rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(qkv)
+    work = work_dtype(qkv)
     turns = _turns(rope, work)
     qkv_bar = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     weight_bars = []
@@ -150,68 +153,46 @@ def _bwd(
     return qkv_bar, weight_bars[0], weight_bars[1]
 
 
-_fwd_op = _op.define(
-    "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? rope, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd,
-    triton=_triton.lazily("qk_norm_rope", "fwd", _fwd),
-)
-_jvp_op = _op.define(
-    "qk_norm_rope_jvp(Tensor qkv, Tensor qkv_dot, Tensor q_weight, Tensor k_weight, Tensor? rope, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _jvp,
-    triton=_triton.lazily("qk_norm_rope", "jvp", _jvp),
-)
-_bwd_op = _op.define(
-    "qk_norm_rope_bwd(Tensor? q_bar, Tensor? k_bar, Tensor? v_bar, Tensor qkv, Tensor q_weight, "
-    "Tensor k_weight, Tensor? rope, Tensor q_rstd, Tensor k_rstd) -> (Tensor, Tensor, Tensor)",
-    _bwd,
-    triton=_triton.lazily("qk_norm_rope", "bwd", _bwd),
-)
+def _takes(qkv: Tensor, *others: Tensor | None) -> bool:
+    """Return True if the C++ kernels serve these: pairs to rotate of float32 or bfloat16."""
+    return _native.floats(qkv, *others) and qkv.shape[4] % 2 == 0
 
 
-def _jvp_backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
-    q_bar, k_bar, v_bar = (_op.refuse_gradient(*bars[i : i + 2]) for i in (0, 2, 4))
-    qkv_bar, q_weight_bar, k_weight_bar = _bwd_op(q_bar, k_bar, v_bar, *ctx.saved_tensors)
-    return qkv_bar, None, q_weight_bar, k_weight_bar, None, None
-
-
-_op.backward_of(
-    _fwd_op,
-    lambda ctx, *bars: (*_bwd_op(*bars[:3], *ctx.saved_tensors), None, None),
-    saves=lambda inputs, outputs: (*inputs[:4], *outputs[-2:]),
-    outputs=3,
-)
-_op.backward_of(
-    _jvp_op,
-    _jvp_backward,
-    saves=lambda inputs, outputs: (inputs[0], *inputs[2:5], *outputs[-2:]),
-    outputs=6,
-)
+_op = Op("qk_norm_rope", _fwd, _jvp, _bwd, reference=qk_norm_rope_ref, takes=_takes, streams=True)
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None = None, eps: float = 2**-23
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Any, q_weight: Any, k_weight: Any, rope: Any = None, eps: float = 2**-23
+) -> tuple[Any, Any, Any]:
     """Split planar qkv, RMS-normalise q and k, rotate them; differentiable in both modes.
 
     Args:
-        qkv: `(B, N, 3, H, D)`, any floating dtype, D even where rope is given.
+        qkv: `(B, N, 3, H, D)`, any floating dtype, D even where rope is given; or a tuple of
+            streams, and so are the other tensors.
         q_weight: `(D,)`; must not carry a tangent.
         k_weight: `(D,)`; must not carry a tangent.
         rope: `(N, D/2, 2)` cosines and sines, a constant; or None for no rotation.
         eps: Added to the mean square; the default is PyTorch's for float32.
 
     Returns:
-        q, k and v, each `(B, N, H, D)` in the dtype of qkv.
+        q, k and v, each `(B, N, H, D)` in the dtype of qkv, or a tuple of those of all streams.
 
     Raises:
         ValueError: The shapes do not fit.
         NotImplementedError: A weight or rope carries a tangent, or rope requires gradients.
     """
-    if _op.use_reference():
-        return qk_norm_rope_ref(qkv, q_weight, k_weight, rope, eps)
-    _op.check_tensors("qk_norm_rope", {"rope": rope}, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    for stream in per_stream(
+        "qk_norm_rope", qkv=qkv, q_weight=q_weight, k_weight=k_weight, rope=rope
+    ):
+        _check(**stream)
+    q, k, v = _op(qkv, q_weight, k_weight, rope, eps)
+    return q, k, v
+
+
+def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None) -> None:
+    if use_reference():
+        return
+    check_tensors("qk_norm_rope", {"rope": rope}, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
     fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.is_floating_point()
     fits = fits and q_weight.shape == k_weight.shape == qkv.shape[4:]
     if rope is not None:
@@ -222,14 +203,4 @@ def qk_norm_rope(
     if not fits:
         needs = "qkv (B, N, 3, H, D), weights (D,) and rope (N, D/2, 2) or None"
         given = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "rope": rope}
-        _op.check(False, "qk_norm_rope", needs, **given)
-
-    def run(values: Any, dots: Any) -> Any:
-        if dots is None:
-            return _fwd_op(*values, eps)[:3]
-        qkv, *others = values
-        return _jvp_op(qkv, *dots, *others, eps)[:6]
-
-    still = {"q_weight": q_weight, "k_weight": k_weight, "rope": rope}
-    q, k, v = _op.dual(run, (qkv,), "qk_norm_rope", still)
-    return q, k, v
+        check(False, "qk_norm_rope", needs, **given)

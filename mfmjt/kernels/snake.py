@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _op, _triton
+from mfmjt.kernels import _native
 from mfmjt.kernels._filter import FILTER, taps
+from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
 
 __all__ = ["snake", "snake_ref"]
 
@@ -99,7 +100,7 @@ def _rows(
     x: Tensor, alpha: Tensor, beta: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], list[slice]]:
     """X as rows, the frequency, height and e^beta of each, and the chunks to work in."""
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     frequency, grown = alpha.to(work).exp(), beta.to(work).exp()
     height = 1 / (grown + 1e-9)
     batch, _, n = x.shape
@@ -166,45 +167,18 @@ def _bwd(y_bar: Tensor, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor,
     )
 
 
-_fwd_op = _op.define(
-    "snake_fwd(Tensor x, Tensor alpha, Tensor beta) -> Tensor",
+_op = Op(
+    "snake",
     _fwd,
-    lambda x, *_: x.new_empty(x.shape),
-    triton=_triton.lazily("snake", "fwd", _fwd),
-)
-_jvp_op = _op.define(
-    "snake_jvp(Tensor x, Tensor x_dot, Tensor alpha, Tensor beta) -> (Tensor, Tensor)",
     _jvp,
-    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
-)
-_bwd_op = _op.define(
-    "snake_bwd(Tensor y_bar, Tensor x, Tensor alpha, Tensor beta) -> (Tensor, Tensor, Tensor)",
     _bwd,
-    lambda y_bar, *inputs: tuple(t.new_empty(t.shape) for t in inputs),
+    reference=snake_ref,
+    takes=_native.floats,
+    fake=lambda x, *_: x.new_empty(x.shape),
 )
 
 
-def _jvp_backward(ctx: Any, y_bar: Tensor | None, y_dot_bar: Tensor | None) -> tuple[Any, ...]:
-    y_bar = _op.refuse_gradient(y_bar, y_dot_bar)
-    x_bar, alpha_bar, beta_bar = _bwd_op(y_bar, *ctx.saved_tensors)
-    return x_bar, None, alpha_bar, beta_bar
-
-
-_op.backward_of(
-    _fwd_op,
-    lambda ctx, y_bar: _bwd_op(y_bar, *ctx.saved_tensors),
-    saves=lambda inputs, outputs: inputs,
-    outputs=1,
-)
-_op.backward_of(
-    _jvp_op,
-    _jvp_backward,
-    saves=lambda inputs, outputs: (inputs[0], *inputs[2:]),
-    outputs=2,
-)
-
-
-def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Any:
     """Anti-aliased SnakeBeta activation of BigVGAN, differentiable in both modes.
 
     Args:
@@ -219,18 +193,9 @@ def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         ValueError: The shapes do not fit.
         NotImplementedError: alpha or beta carries a tangent.
     """
-    _op.check_tensors("snake", x=x, alpha=alpha, beta=beta)
+    check_tensors("snake", x=x, alpha=alpha, beta=beta)
     fits = x.ndim == 3 and x.shape[2] > 0 and alpha.shape == beta.shape == x.shape[1:2]
     if not (fits and x.is_floating_point()):
         needs = "x (B, C, N) with N > 0, alpha and beta (C,)"
-        _op.check(False, "snake", needs, x=x, alpha=alpha, beta=beta)
-    if _op.use_reference():
-        return snake_ref(x, alpha, beta)
-
-    def run(values: Any, dots: Any) -> Any:
-        if dots is None:
-            return (_fwd_op(*values),)
-        x, *others = values
-        return _jvp_op(x, *dots, *others)
-
-    return _op.dual(run, (x,), "snake", {"alpha": alpha, "beta": beta})[0]
+        check(False, "snake", needs, x=x, alpha=alpha, beta=beta)
+    return _op(x, alpha, beta)

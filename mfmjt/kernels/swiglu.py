@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _op, _triton
+from mfmjt.kernels import _native
+from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
 
 __all__ = ["swiglu", "swiglu_ref"]
 
@@ -34,14 +35,14 @@ def _silu(gate: Tensor) -> Tensor:
 
 
 def _fwd(gate: Tensor, up: Tensor) -> Tensor:
-    work = _op.work_dtype(gate)
+    work = work_dtype(gate)
     return _silu(gate.to(work)).mul_(up).to(gate.dtype)
 
 
 def _jvp(
     gate: Tensor, up: Tensor, gate_dot: Tensor | None, up_dot: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    work, dtype = _op.work_dtype(gate), gate.dtype
+    work, dtype = work_dtype(gate), gate.dtype
     gate, up = gate.to(work), up.to(work)
     s = _silu(gate)
     y_dot = torch.empty_like(s)
@@ -55,7 +56,7 @@ def _jvp(
 
 
 def _bwd(y_bar: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    work, dtype = _op.work_dtype(gate), gate.dtype
+    work, dtype = work_dtype(gate), gate.dtype
     y_bar, gate, up = y_bar.to(work), gate.to(work), up.to(work)
     up_bar = _silu(gate).mul_(y_bar)
     gate_bar = torch.mul(y_bar, up, out=torch.empty_like(up_bar))
@@ -63,59 +64,25 @@ def _bwd(y_bar: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_bar.to(dtype), up_bar.to(dtype)
 
 
-_fwd_op = _op.define(
-    "swiglu_fwd(Tensor gate, Tensor up) -> Tensor",
-    _fwd,
-    triton=_triton.lazily("swiglu", "fwd", _fwd),
-)
-_jvp_op = _op.define(
-    "swiglu_jvp(Tensor gate, Tensor up, Tensor? gate_dot, Tensor? up_dot) -> (Tensor, Tensor)",
-    _jvp,
-    triton=_triton.lazily("swiglu", "jvp", _jvp),
-)
-_bwd_op = _op.define(
-    "swiglu_bwd(Tensor y_bar, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    _bwd,
-    triton=_triton.lazily("swiglu", "bwd", _bwd),
-)
-_op.backward_of(
-    _fwd_op,
-    lambda ctx, y_bar: _bwd_op(y_bar, *ctx.saved_tensors),
-    saves=lambda inputs, outputs: inputs,
-    outputs=1,
-)
-_op.backward_of(
-    _jvp_op,
-    lambda ctx, y_bar, y_dot_bar: (
-        *_bwd_op(_op.refuse_gradient(y_bar, y_dot_bar), *ctx.saved_tensors),
-        None,
-        None,
-    ),
-    saves=lambda inputs, outputs: inputs[:2],
-    outputs=2,
-)
+_op = Op("swiglu", _fwd, _jvp, _bwd, reference=swiglu_ref, takes=_native.floats, streams=True)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Any, up: Any) -> Any:
     """Gated activation silu(gate) up, differentiable in both modes.
 
     Args:
-        gate: Any shape and floating dtype.
+        gate: Any shape and floating dtype; or a tuple of streams.
         up: The same shape and dtype.
 
     Returns:
-        A tensor of the same shape and dtype.
+        A tensor of the same shape and dtype; for a tuple of streams a tuple, in one launch.
 
     Raises:
         ValueError: Shapes or dtypes differ.
     """
-    if _op.use_reference():
-        return swiglu_ref(gate, up)
-    _op.check_tensors("swiglu", gate=gate, up=up)
-    fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.is_floating_point()
-    _op.check(fits, "swiglu", "gate and up of one shape and floating dtype", gate=gate, up=up)
-
-    def run(values: Any, dots: Any) -> Any:
-        return (_fwd_op(*values),) if dots is None else _jvp_op(*values, *dots)
-
-    return _op.dual(run, (gate, up))[0]
+    for stream in per_stream("swiglu", gate=gate, up=up):
+        check_tensors("swiglu", **stream)
+        a, b = stream.values()
+        if not (a.shape == b.shape and a.dtype == b.dtype and a.is_floating_point()):
+            check(False, "swiglu", "gate and up of one shape and floating dtype", **stream)
+    return _op(gate, up)
