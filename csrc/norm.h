@@ -341,7 +341,8 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
     for (int64_t t = first; t < std::min(first + kChunk, pass->tokens); ++t) {
       const int64_t row = b * pass->tokens + t, at = row * width;
       const T *y_bar = pass->y_bar.at(b, t), *x = pass->x.at(b, t), *scale = pass->scale.at(b, t);
-      const float mean = pass->mean[row], rstd = pass->rstd[row];
+      // The normalized value of a single channel is zero, whatever the rounding of n_bar.
+      const float mean = pass->mean[row], rstd = width > 1 ? pass->rstd[row] : 0.0f;
       float left = 0, sum = 0, product = 0;
 #pragma omp simd reduction(+ : left, sum, product)
       for (int64_t i = 0; i < width; ++i) {

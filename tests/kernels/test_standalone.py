@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from tests.kernels import alone
+from tests.kernels.standalone import build as standalone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="GNU toolchains and sanitizers")
 
 
-@pytest.mark.parametrize("name", alone.BUILDS)
-def test_kernels_alone(name, tmp_path):
-    build = alone.BUILDS[name]
-    if alone.missing(build):
-        pytest.skip(f"no {alone.missing(build)} on this machine")
-    program = alone.make(build, tmp_path)
-    assert alone.judge(build, program, tmp_path) > 0
-    alone.check_faults_are_found(build, program)
+@pytest.mark.parametrize("name", standalone.BUILDS)
+def test_kernels_without_pytorch(name, tmp_path):
+    build = standalone.BUILDS[name]
+    if standalone.missing(build):
+        pytest.skip(f"no {standalone.missing(build)} on this machine")
+    program = standalone.make(build, tmp_path)
+    assert standalone.judge(build, program, tmp_path) > 0
+    standalone.check_faults_are_found(build, program)
