@@ -341,8 +341,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
     for (int64_t t = first; t < std::min(first + kChunk, pass->tokens); ++t) {
       const int64_t row = b * pass->tokens + t, at = row * width;
       const T *y_bar = pass->y_bar.at(b, t), *x = pass->x.at(b, t), *scale = pass->scale.at(b, t);
-      // The normalized value of a single channel is zero, whatever the rounding of n_bar.
-      const float mean = pass->mean[row], rstd = width > 1 ? pass->rstd[row] : 0.0f;
+      const float mean = pass->mean[row], rstd = pass->rstd[row];
       float left = 0, sum = 0, product = 0;
 #pragma omp simd reduction(+ : left, sum, product)
       for (int64_t i = 0; i < width; ++i) {
@@ -457,6 +456,9 @@ NormInputs norm_bars(
     pass.scale = {op, "scale", *in.scale, x};
     pass.mean = statistic(op, "mean", mean, {batch, tokens, 1});
     pass.rstd = statistic(op, "rstd", rstd, {batch, tokens, 1});
+    // A single channel is normalized to zero; a large rstd would make its rounding count.
+    const std::vector<float> none(width == 1 ? batch * tokens : 0);
+    if (width == 1) pass.rstd = none.data();
     pass.x_bar = new_data<T>(bars.x, x);
     std::optional<ModulationBar<T>> gate_bar;
     if constexpr (gated) {
