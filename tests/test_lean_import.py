@@ -46,5 +46,5 @@ def test_importing_the_model_touches_no_device() -> None:
         "import torch, sys, mfmjt\n"
         "mfmjt.MFMJT, mfmjt.Pipeline\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
     )

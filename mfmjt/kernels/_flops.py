@@ -1,30 +1,27 @@
-"""What PyTorch's `FlopCounterMode` counts for library ops that hold matrix products.
+"""What PyTorch's `FlopCounterMode` counts for library ops that hold matmuls.
 
-It counts ATen's products by their shapes and takes any other op for free, so without these formulas
+It counts ATen's matmuls by their shapes and takes any other op for free, so without these formulas
 a network on our kernels would seem to do next to nothing. Counted as PyTorch counts its own: two
-operations a multiplication, element-wise work none, a gradient of attention five products although
-kernels without atomics do seven. Products that a tangent does not need are not counted, as they are
+operations a multiplication, element-wise work none, a gradient of attention five matmuls although
+kernels without atomics do seven. Matmuls that a tangent does not need are not counted, as they are
 not done.
 
-`torch.utils.flop_counter` loads Triton wherever that is installed, so it is not imported for this:
-the formulas join its table at once if it is there, else when somebody imports it.
+The formulas join the counter's table when this package is imported. The counter then is imported
+too, and it imports Triton where that is installed: 0.18 s of CPU time beside 1.6 s for torch and
+this package, and 0.002 s elsewhere.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from math import prod
 from typing import Any
 
 import torch
+from torch.utils import flop_counter
 
 __all__ = ["install"]
 
-_COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 Dots = Sequence[Shape | None]
 
@@ -113,41 +110,13 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 }
 
 
-def _register() -> None:
-    register = sys.modules[_COUNTER].register_flop_formula
+def install() -> None:
+    """Let `FlopCounterMode` count inside our library ops."""
     for name, formula in _FORMULAS.items():
-        register(getattr(torch.ops.mfmjt, name))(formula)
+        flop_counter.register_flop_formula(getattr(torch.ops.mfmjt, name))(formula)
     # PyTorch counts its flash attention on GPUs only; our front door calls the CPU's.
-    known = sys.modules[_COUNTER].flop_registry
     flash = "_scaled_dot_product_flash_attention_for_cpu"
     for name, formula in ((flash, _flash), (f"{flash}_backward", _flash_backward)):
         op = getattr(torch.ops.aten, name)
-        if op not in known:
-            register(op)(formula)
-
-
-class _WhenImported(MetaPathFinder):
-    """Finds nothing itself: lets the others find the counter, and adds to it once it is loaded."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def load(module: Any) -> None:
-                execute(module)
-                _register()
-
-            spec.loader.exec_module = load  # type: ignore[method-assign]
-        return spec
-
-
-def install() -> None:
-    """Let `FlopCounterMode` count inside our library ops, now or when it is imported."""
-    if _COUNTER in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+        if op not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(op)(formula)

@@ -132,7 +132,8 @@ def flash(
 ) -> list[Tensor]:
     """Compute o by PyTorch's flash attention for CPUs, with its own gradient."""
     valid = valid_keys(k, lengths)
-    heads_first = [x.transpose(1, 2) for x in (joined(q), joined(k, valid), joined(v, valid))]
+    operands = joined(q), joined(k, valid), joined(v, valid)
+    heads_first = [x.transpose(1, 2) for x in operands if x is not None]
     o = _flash(*heads_first, attn_mask=_mask(valid, work_dtype(q[0])), scale=scale)[0]
     return list(o.transpose(1, 2).split([x.shape[1] for x in q], dim=1))
 

@@ -213,9 +213,8 @@ def jvp(
         group = [i for i, dot in enumerate(q_dot) if (dot is not None) == queries_move]
         if not group:
             continue
-        own, own_dot, out, out_dot, sums = (
-            [x[i] for i in group] for x in (all_q, q_dot, o, o_dot, by_streams(lse, q))
-        )
+        parts: Sequence[Any] = (all_q, q_dot, o, o_dot, by_streams(lse, q))
+        own, own_dot, out, out_dot, sums = ([x[i] for i in group] for x in parts)
         moves = queries_move or keys_move
         for zero in () if moves else out_dot:
             zero.zero_()
