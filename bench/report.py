@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import VALUE
-from bench.model import bench_generate
+from bench.networks import generate
 from bench.plots import name_of, plot_generation, plot_ops
 from bench.providers import OURS
 from bench.rows import Rows, read
@@ -272,7 +272,7 @@ def _figure(value: float | None, form: str) -> str:
 
 def _generation(folder: Path) -> list[Row]:
     path = folder / "generate.jsonl"
-    return Rows(path, bench_generate.KEY).rows if path.exists() else []
+    return Rows(path, generate.KEY).rows if path.exists() else []
 
 
 def generation(folder: Path) -> list[Row]:
@@ -337,7 +337,7 @@ def _once(row: Row) -> str:
     )
     if row["what"] == "end_to_end":
         return f"{row['seconds']:g} s video with {row['network']}, end to end: {parts}."
-    return f"A new process to its first {bench_generate.SECONDS} s of sound: {parts}."
+    return f"A new process to its first {generate.SECONDS} s of sound: {parts}."
 
 
 def _fill_documents(folder: Path, tables: list[Path]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Every op against plain PyTorch, torch.compile and other people's kernels; ours first."""
+"""The piece that times ops: against plain PyTorch, the compiler and other people's; ours first."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from bench.harness import (
     take_turns,
 )
 from bench.judge import Truth
-from bench.machine import Ceilings, row_of
-from bench.providers import OURS, Provider, providers, step
+from bench.machine import row_of
+from bench.providers import OURS, providers, step
 from bench.rows import KERNELS, Rows
 
 __all__ = ["exact", "kernels"]
@@ -47,104 +47,98 @@ def kernels(job: Job, turn: str, ops: tuple[str, ...]) -> None:
         ops: Which.
     """
     torch.backends.cudnn.benchmark = True  # plain PyTorch shall have its best convolutions
-    rows, limits = job.rows(KERNELS), ceilings(job)
-    first = turn != "rest"
-    turns = [(TIMED[0], True)] if first else [(TIMED[1], True), *((d, False) for d in TIMED)]
+    low, single = TIMED
+    turns = [(single, True), (low, False), (single, False)] if turn == "rest" else [(low, True)]
     for dtype, headlines in turns:
         for case in (case for op in ops for case in cases(op, "tiny" if job.smoke else "gpu")):
             if case.headline == headlines or (job.smoke and headlines):
-                _Case(job, rows, case, dtype, limits, turn == "compiled").time()
-                gc.collect()
-                if job.cuda:
-                    torch.cuda.empty_cache()
+                _time_case(job, case, dtype, turn == "compiled")
+                _free(job.cuda)
 
 
-class _Case:
-    """A case in a dtype: its operands and its truth, made when they are wanted."""
+def _free(cuda: bool) -> None:
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
 
-    def __init__(
-        self,
-        job: Job,
-        rows: Rows,
-        case: Case,
-        dtype: torch.dtype,
-        limits: Ceilings,
-        compiled: bool,
-    ) -> None:
-        self.job, self.rows, self.case, self.dtype = job, rows, case, dtype
-        self.limits, self.compiled = limits, compiled
-        self.device = job.torch_device
-        self.sets: list[Operands] = []
-        self.truth: Truth | None = None
 
-    def time(self) -> None:
-        """Return a row for each provider in each mode."""
-        for mode in self.case.modes:
-            fields = row_of(self.case, self.dtype, mode, self.limits)
-            fields |= {"threads": torch.get_num_threads(), "malloc": self.device.type}
-            found = providers(self.case, self.device, mode)
-            for provider in sorted(found, key=lambda p: p.name != OURS):
-                mine = {**fields, "provider": provider.name}
-                if provider.compiled != self.compiled or self.rows.has(**mine):
+def _time_case(job: Job, case: Case, dtype: torch.dtype, compiled: bool) -> None:
+    """Make a row of each provider in each mode; operands and the truth are made when wanted."""
+    rows, limits, device = job.rows(KERNELS), ceilings(job), job.torch_device
+    sets = functools.lru_cache(lambda: _operand_sets(case, dtype, device))
+    truth = functools.lru_cache(lambda: exact(case, sets()[0]))
+    for mode in case.modes:
+        fields = row_of(case, dtype, mode, limits)
+        fields |= {"threads": torch.get_num_threads(), "malloc": device.type}
+        for provider in sorted(providers(case, device, mode), key=lambda p: p.name != OURS):
+            about = {**fields, "provider": provider.name}
+            if provider.compiled != compiled or rows.has(**about):
+                continue
+            if job.stand_in and provider.name != OURS:
+                continue
+            if not job.has_time(rows, about):
+                return
+            with job.trying(rows, about):
+                began = time.monotonic()
+                if job.stand_in:
+                    step(provider, case, mode)(sets()[0])
                     continue
-                if self.job.stand_in and provider.name != OURS:
-                    continue
-                if not self.job.has_time(self.rows, mine):
+                try:
+                    good, bad = prepare(
+                        *(case, dtype, mode, [provider], device, truth(), sets()[0])
+                    )
+                except DeviceLost as lost:
+                    job.note(rows, {**about, "reason": lost.reason})
+                    job.leave(lost.reason)
                     return
-                with self.job.trying(self.rows, mine):
-                    self._provider(provider, mode, mine)
+                for reason in bad.values():
+                    rows.add({**about, **reason})
+                for call, error in good.values():
+                    row = {**about, "status": "ok", "error_of_limit": error}
+                    _time_call(job, rows, row, call, sets(), began)
 
-    def _provider(self, provider: Provider, mode: str, fields: dict[str, Any]) -> None:
-        began = time.monotonic()
-        self.sets = self.sets or _operand_sets(self.case, self.dtype, self.device)
-        if self.job.stand_in:
-            step(provider, self.case, mode)(self.sets[0])
-            return
-        self.truth = self.truth or exact(self.case, self.sets[0])
+
+def _time_call(
+    job: Job,
+    rows: Rows,
+    row: dict[str, Any],
+    call: Callable[[Operands], object],
+    sets: list[Operands],
+    began: float,
+) -> None:
+    """Make the row of a call that is right."""
+    one = functools.partial(call, sets[0])
+    peak = peak_mib(one, job.torch_device)
+    sampler, timer = _sampler(call, sets, job.torch_device)
+    (timing,) = take_turns({"": sampler}, 0.0 if job.smoke else 0.3).values()
+    ms = timing.ms_p50
+    row |= {
+        "peak_mib": peak,
+        "timer": timer,
+        "of_roofline": round(row["floor_ms"] / ms, 4),
+        "tflops": round(row["flops"] / ms / 1e9, 2),
+        "gbps": round(row["bytes"] / ms / 1e6, 1),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    rows.add(row, timing)
+    if timer == "events":
+        job.note()
+        job.leave("a failed capture; others are not to be trusted")
+
+
+def exact(case: Case, inputs: Operands) -> Truth:
+    """Return the truth in float64, or in float32 where operands are large or memory is short."""
+    if inputs.bytes <= LARGE:
         try:
-            good, bad = prepare(
-                *(self.case, self.dtype, mode, [provider], self.device, self.truth, self.sets[0])
-            )
-        except DeviceLost as lost:
-            self.job.note(self.rows, {**fields, "reason": lost.reason})
-            self.job.leave(lost.reason)
-            return
-        for reason in bad.values():
-            self.rows.add({**fields, **reason})
-        for call, error in good.values():
-            one = functools.partial(call, self.sets[0])
-            peak = peak_mib(one, self.device)
-            sampler, timer = _sampler(call, one, self.sets, self.device)
-            (timing,) = take_turns({"": sampler}, 0.0 if self.job.smoke else 0.3).values()
-            more = {"status": "ok", "error_of_limit": error, "peak_mib": peak, "timer": timer}
-            ms = timing.ms_p50
-            rates = {
-                "of_roofline": round(fields["floor_ms"] / ms, 4),
-                "tflops": round(fields["flops"] / ms / 1e9, 2),
-                "gbps": round(fields["bytes"] / ms / 1e6, 1),
-                "seconds": round(time.monotonic() - began, 1),
-            }
-            self.rows.add({**fields, **more, **rates}, timing)
-            if timer == "events":
-                self.job.note()
-                self.job.leave("a failed capture; others are not to be trusted")
-
-
-def exact(case: Case, given: Operands) -> Truth:
-    """In float64, or in float32 where operands are large or memory is short."""
-    if given.bytes <= LARGE:
-        try:
-            return Truth(case, given)
+            return Truth(case, inputs)
         except torch.OutOfMemoryError:
             pass  # its traceback holds the very tensors, so nothing is tried again in here
-    gc.collect()
-    if given.bars[0].is_cuda:
-        torch.cuda.empty_cache()
-    return Truth(case, given, exact=torch.float32)
+    _free(inputs.bars[0].is_cuda)
+    return Truth(case, inputs, exact=torch.float32)
 
 
 def _operand_sets(case: Case, dtype: torch.dtype, device: torch.device) -> list[Operands]:
-    """Operands that together exceed the L2 cache three times."""
+    """Draw operands that together exceed the L2 cache three times."""
     sets = [operands(case, dtype, device)]
     if device.type == "cuda":
         count = min(MAX_SETS, -(-3 * l2_bytes(device) // max(1, sets[0].bytes)))
@@ -153,12 +147,10 @@ def _operand_sets(case: Case, dtype: torch.dtype, device: torch.device) -> list[
 
 
 def _sampler(
-    call: Callable[[Operands], object],
-    one: Callable[[], object],
-    sets: list[Operands],
-    device: torch.device,
+    call: Callable[[Operands], object], sets: list[Operands], device: torch.device
 ) -> tuple[Sampler, str]:
     """Return how to time a call, and the name of that."""
+    one = functools.partial(call, sets[0])
     if device.type != "cuda":
         return on_cpu(one), "cpu"
     try:

@@ -26,8 +26,8 @@ WHERE: dict[str, tuple[str, str]] = {
     "check": ("bench.gpu.check", "check"),
     "memcheck": ("bench.gpu.check", "memcheck"),
     "kernels": ("bench.gpu.kernels", "kernels"),
-    "latency": ("bench.model.bench_generate", "latency"),
-    "step": ("bench.gpu.steps", "steps"),
+    "latency": ("bench.gpu.networks", "latency"),
+    "step": ("bench.gpu.networks", "steps"),
     "features": ("bench.gpu.nano", "features"),
     "train": ("bench.gpu.nano", "training"),
 }

@@ -14,10 +14,10 @@ import torch
 
 from bench.cases import MODES, cases, operands
 from bench.gpu import kernels, nano, piece
-from bench.gpu.steps import agreement, plans
+from bench.gpu.networks import agreement, plans
 from bench.judge import Truth
-from bench.model import generation
-from bench.model.generation import Plan
+from bench.networks import generate
+from bench.networks.generate import GenerationPlan
 from bench.rows import KEY, STEP, read
 
 CPU = torch.device("cpu")
@@ -140,9 +140,9 @@ def test_a_replay_may_differ_as_two_calls_do():
 
 
 def test_no_time_is_spent_on_compiling_before_ours_and_eager_have_rows():
-    turns = generation.plans(gpu=True)
+    turns = generate.plans(gpu=True)
     assert [*turns] == ["headline", "compiled", "rest"]
-    assert turns["headline"][0] == Plan(
+    assert turns["headline"][0] == GenerationPlan(
         "small_16k", "latents", 1, ("mfmjt", "eager", "mfmjt_eager")
     )
     assert all(p.providers == ("compile",) for p in turns["compiled"])
@@ -180,6 +180,6 @@ def test_clips_are_as_many_as_there_is_time_for():
 
 
 def test_a_vocoder_is_timed_in_the_dtype_that_is_asked_for():
-    codec = generation._codec("small_16k", torch.bfloat16)
+    codec = generate._codec("small_16k", torch.bfloat16)
     parameters = [*codec.vae.decoder.parameters(), *codec.vocoder.parameters()]
     assert {p.dtype for p in parameters} == {torch.bfloat16}
