@@ -37,7 +37,12 @@ def check(job: Job, op: str) -> None:
         truth: Truth | None = None
         for mode in _modes(case):
             where = " under jvp" if mode == JVP_BACKWARD else ""
-            about: Row = {"op": case.op, "case": case.name, "dtype": dtype_name(dtype), "mode": mode}
+            about: Row = {
+                "op": case.op,
+                "case": case.name,
+                "dtype": dtype_name(dtype),
+                "mode": mode,
+            }
             about |= {"kind": "all" + where, "ok": False}
             if rows.has(**about) or not job.has_time(rows, about):
                 continue
