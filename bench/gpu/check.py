@@ -9,14 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.cases import BACKWARD, JVP_BACKWARD, MODES, VALUE, Case, Cost, Input, cases, operands
+from bench.case import Case, Cost, Input, cases, operands
 from bench.gpu.job import Job
-from bench.harness import dtype_name
-from bench.judge import Truth
 from bench.networks.given import Row, network
 from bench.providers import OURS, Provider, step
-from bench.rows import CHECK
+from bench.rows import CHECK, dtype_name
 from mfmjt import kernels
+from mfmjt.testing import BACKWARD, JVP_BACKWARD, MODES, VALUE, Truth
 
 __all__ = ["CHECKED", "check", "checks", "memcheck"]
 
@@ -48,11 +47,12 @@ def check(job: Job, op: str) -> None:
                 continue
             with job.trying(rows, about):
                 inputs = operands(case, dtype, CPU).to(dtype, job.torch_device)
-                call = step(Provider(OURS, case.function), case, mode)
+                call = step(Provider(OURS, case.function), mode)
                 if job.stand_in:
                     call(inputs)
                     continue
-                truth = truth or Truth(case, inputs, CPU)
+                last = _modes(case)[-1]
+                truth = truth or Truth(case.reference, inputs, case.terms, last, CPU)
                 _poison(job)
                 results = call(inputs)
                 job.synchronize()
@@ -144,5 +144,5 @@ def memcheck(job: Job, op: str) -> None:
                 with job.trying(rows, about):
                     for mode in _modes(case):
                         inputs = operands(case, dtype, job.torch_device)
-                        step(Provider(OURS, case.function), case, mode)(inputs)
+                        step(Provider(OURS, case.function), mode)(inputs)
     job.verdict = rows, verdict

@@ -13,9 +13,10 @@ import time
 
 import torch
 
+from bench.clock import cuda_events, of_graph, on_cpu, recorded, take_turns
 from bench.gpu.job import Job
 from bench.gpu.look import ceilings
-from bench.harness import Timing, cuda_events, of_graph, on_cpu, peak_mib, recorded, take_turns
+from bench.machine import peak_mib
 from bench.networks import generate
 from bench.networks.generate import Generation, GenerationPlan
 from bench.networks.given import Row
@@ -32,7 +33,7 @@ from bench.networks.step import (
     judged,
     row_of,
 )
-from bench.rows import GENERATE, STEP, Rows, short
+from bench.rows import GENERATE, STEP, Rows
 from mfmjt.model.config import CONFIGS
 
 __all__ = ["agreement", "latency", "plans", "steps"]
@@ -116,7 +117,7 @@ def steps(job: Job, turn: str = "headline") -> None:
                 if row["status"] == "ok":
                     row |= _timed(job, training, name, ratio)
                     flow = row if name == FLOW else _flow(rows, about)
-                    row["over_flow"] = short(row["ms_p50"] / flow["ms_p50"]) if flow else None
+                    row["over_flow"] = row["ms_p50"] / flow["ms_p50"] if flow else None
                     if name in (FLOW, OURS):
                         row |= _rate(training, ratio, name, gemm, row["ms_p50"])
                 print(rows.add(row), flush=True)
@@ -143,26 +144,22 @@ def _timed(job: Job, training: Training, name: str, ratio: float) -> Row:
     step = training.step(METHODS[name], ratio)
     began = time.monotonic()
     loss = float(step())
-    row: Row = {"loss": loss, "first_call_s": short(time.monotonic() - began)}
+    row: Row = {"loss": loss, "first_call_s": time.monotonic() - began}
     if METHODS[name].compiled:
         step()
     if not job.cuda:
-        return row | {"peak_mib": None, **_times(take_turns({name: on_cpu(step)}, 0.0)[name])}
+        return row | {"peak_mib": None, **vars(take_turns({name: on_cpu(step)}, 0.0)[name])}
     first = gradients(training)
     step()
     again = distance(gradients(training), first)  # sums by atomics come in any order
     row["peak_mib"] = peak_mib(step, training.device)
     eager = take_turns({name: cuda_events(step, training.device)})[name]
-    row |= {"eager_ms": short(eager.ms_p50), "eager_host_ms": short(eager.cpu_ms_p50)}
+    row |= {"eager_ms": eager.ms_p50, "eager_host_ms": eager.cpu_ms_p50}
     graph, of_replay = recorded(step)
     timing = take_turns({name: of_graph(graph)})[name]
-    row |= _times(timing) | {"timer": "graph", "loss_of_graph": float(of_replay)}
+    row |= vars(timing) | {"timer": "graph", "loss_of_graph": float(of_replay)}
     off = distance(gradients(training), first)
     return row | agreement(loss, float(of_replay), again, off)
-
-
-def _times(timing: Timing) -> Row:
-    return {name: short(value) for name, value in vars(timing).items()}
 
 
 def agreement(loss: float, replayed: float, again: float, gradient: float) -> Row:
@@ -175,7 +172,7 @@ def agreement(loss: float, replayed: float, again: float, gradient: float) -> Ro
         gradient: That of a replay's and a call's.
     """
     allowed = 4 * again + torch.finfo(torch.float32).eps ** 0.5
-    row: Row = {"graph_gradient_error": short(gradient), "eager_gradient_error": short(again)}
+    row: Row = {"graph_gradient_error": gradient, "eager_gradient_error": again}
     if gradient <= allowed and abs(replayed / loss - 1) <= allowed:
         return row
     reason = f"the graph's loss is {replayed:.6g} for {loss:.6g}, its gradients {gradient:.2g} off"
@@ -189,4 +186,4 @@ def _rate(training: Training, ratio: float, name: str, gemm: float, ms: float) -
         print(f"Not counted: {error}")
         return {}
     tflops = flops / ms / 1e9
-    return {"flops": flops, "tflops": short(tflops), "of_gemm": round(tflops / gemm, 4)}
+    return {"flops": flops, "tflops": tflops, "of_gemm": round(tflops / gemm, 4)}

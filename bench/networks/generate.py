@@ -47,21 +47,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.harness import (
+from bench.clock import (
     CaptureFailed,
     Sampler,
     cuda_events,
-    dtype_name,
     of_graph,
     on_cpu,
-    peak_mib,
     recorded,
     take_turns,
 )
-from bench.machine import environment
+from bench.machine import environment, peak_mib
 from bench.networks.given import Row, Target, command_line, features, hold, network, unsupported
 from bench.providers import OURS
-from bench.rows import GENERATE, Rows, short
+from bench.rows import GENERATE, Rows, dtype_name
 from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec
 from mfmjt.cuda_graph import Captured
@@ -241,7 +239,7 @@ class Generation:
         step = self.net.frozen(0.0, 1.0).step
         w = torch.full((1,), 1.5, dtype=torch.float64, device=self.z.device)  # as `OneStep` does
         graph, _ = recorded(lambda: step(self.z, guidance=w, mode="cfg_scaled", **self.cond))
-        return short(take_turns({OURS: of_graph(graph)}, 0.3)[OURS].ms_p50)
+        return take_turns({OURS: of_graph(graph)}, 0.3)[OURS].ms_p50
 
     @functools.cached_property
     def truth(self) -> Tensor:
@@ -327,10 +325,10 @@ def time_plan(
 
     def add(row: Row, timing: Any = None) -> None:
         if timing:
-            row = {**row, "clips_per_s": short(1e3 * plan.batch / timing.ms_p50)}
+            row = {**row, "clips_per_s": 1e3 * plan.batch / timing.ms_p50}
             ours = {**about, "provider": OURS, "status": "ok"}.items()
             for own in (own for own in rows.rows if ours <= own.items()):
-                row["over_mfmjt"] = short(timing.ms_p50 / own["ms_p50"])
+                row["over_mfmjt"] = timing.ms_p50 / own["ms_p50"]
         row = rows.add(row, timing)
         ms = f"{row['ms_p50']} ms (host {row['cpu_ms_p50']} ms)" if timing else row["reason"]
         print(*about.values(), row["provider"], row["status"], ms, flush=True)
@@ -351,10 +349,10 @@ def time_plan(
             call = generation.call(provider)
             began = time.monotonic()
             result = call()
-            row = {**fields, "status": "ok", "first_call_s": short(time.monotonic() - began)}
+            row = {**fields, "status": "ok", "first_call_s": time.monotonic() - began}
             judged = plan.what == "latents" and provider != "eager_25"  # of others no claim is made
             error = generation.error(result) if judged else None
-            row["relative_error"] = short(error)
+            row["relative_error"] = error
             if error is not None and not error <= generation.limit:
                 reason = f"relative error {error:.3g}, allowed {generation.limit:.3g}"
                 add({**row, "status": "wrong", "reason": reason})
@@ -389,9 +387,8 @@ def _end_to_end(device: torch.device, calls: int) -> Row:
         length = audio.duration
         whole = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         taken.append(whole | audio.timings)
-    medians = {f"{k}_s": statistics.median(t[k] for t in taken[1:]) for k in taken[0]}
-    row = {name: short(value) for name, value in medians.items()}
-    return row | {"seconds": length, "rtf": short(medians["wall_s"] / length), "calls": calls}
+    row: Row = {f"{k}_s": statistics.median(t[k] for t in taken[1:]) for k in taken[0]}
+    return row | {"seconds": length, "rtf": row["wall_s"] / length, "calls": calls}
 
 
 COLD = """
@@ -421,7 +418,7 @@ def _cold_start(device: torch.device, calls: int) -> Row:
         taken.append((time.perf_counter() - began, *map(float, done.stdout.split())))
     names = ("process_s", "import_s", "load_s", "first_sound_s")
     columns = zip(names, zip(*taken, strict=True), strict=True)
-    return {name: short(statistics.median(column)) for name, column in columns} | {"calls": calls}
+    return {name: statistics.median(column) for name, column in columns} | {"calls": calls}
 
 
 def _launches(device: torch.device, calls: int) -> Row:

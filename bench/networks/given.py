@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cases import TINY
-from bench.harness import line_of
+from bench import parser
+from bench.case import TINY
 from bench.machine import environment
-from bench.rows import Rows, short
+from bench.rows import Rows, line_of
 from mfmjt.kernels import _native
 from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS, ModelConfig
@@ -187,13 +187,9 @@ def hold(rows: Sequence[Row], targets: Iterable[Target]) -> int:
 
 def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m bench NAME` with the one option that all have."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m bench {name}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    return parser
+    command = parser(name, about)
+    command.add_argument("--out", required=True, type=Path, help="folder of the results")
+    return command
 
 
 def start(path: Path, **about: Any) -> Rows:
@@ -202,7 +198,7 @@ def start(path: Path, **about: Any) -> Rows:
     path.unlink(missing_ok=True)
     rows = Rows(path)
     stamp = environment(CPU) | {"extension": _native.status()}
-    rows.add({"what": "environment", **{k: short(v) for k, v in about.items()}, **stamp})
+    rows.add({"what": "environment", **about, **stamp})
     return rows
 
 

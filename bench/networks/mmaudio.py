@@ -38,10 +38,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import on_cpu, take_turns
+from bench.clock import on_cpu, take_turns
 from bench.machine import Ceilings, environment
 from bench.networks.given import CPU, Row, Target, command_line, hold
-from bench.rows import Rows, short
+from bench.rows import Rows
 from mfmjt import media
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec
 from mfmjt.encoders import (
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = []
     for part in options.part or TARGETS:
         row = {"part": part, "bar": TARGETS[part].limit, **measures[part](options.smoke)}
-        measured.append(rows.add({name: short(value) for name, value in row.items()}))
+        measured.append(rows.add(row))
         print({k: v for k, v in measured[-1].items() if k not in about}, flush=True)
     return hold(measured, [TARGETS[row["part"]] for row in measured])
 

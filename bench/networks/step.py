@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.harness import MIN_CALLS, Sampler, on_cpu, take_turns
+from bench.clock import MIN_CALLS, Sampler, on_cpu, take_turns
 from bench.machine import Ceilings
 from bench.networks.given import (
     CPU,
@@ -61,7 +61,7 @@ from bench.networks.given import (
     start,
     unsupported,
 )
-from bench.rows import Rows, short
+from bench.rows import Rows
 from mfmjt import kernels, meanflow
 from mfmjt.meanflow import tangent, targets
 from mfmjt.memory import keep_memory
@@ -317,7 +317,7 @@ def judged(training: Training, method: Method) -> Row:
         training.work.net.zero_grad(set_to_none=True)
     of_loss, of_gradient = abs(its_loss / loss - 1), distance(its_gradient, gradient)
     allowed = torch.finfo(torch.float32).eps ** 0.5
-    row: Row = {"status": "ok", "gradient_error": short(of_gradient)}
+    row: Row = {"status": "ok", "gradient_error": of_gradient}
     if method.exact and not (of_gradient <= allowed and of_loss <= allowed):
         why = f"loss {of_loss:.1e} and gradients {of_gradient:.1e} off; {allowed:.1e} is allowed"
         row |= {"status": "wrong", "reason": why}
@@ -417,11 +417,11 @@ class _Run:
             row = {**abouts[name], **verdicts[name], "peak_mib": None}
             for base, column in ((FLOW, "over_flow"), (OURS, "over_mfmjt")):
                 if base in timings:
-                    row[column] = short(timing.ms_p50 / timings[base].ms_p50)
-                    row[f"cpu_{column}"] = short(timing.cpu_ms_p50 / timings[base].cpu_ms_p50)
+                    row[column] = timing.ms_p50 / timings[base].ms_p50
+                    row[f"cpu_{column}"] = timing.cpu_ms_p50 / timings[base].cpu_ms_p50
             if counts := self.counts(abouts[name]):
                 tflops = counts["flops"] / timing.ms_p50 / 1e9
-                row |= {"tflops": short(tflops), "of_gemm": round(tflops / self.gemm, 4)}
+                row |= {"tflops": tflops, "of_gemm": round(tflops / self.gemm, 4)}
             self.rows.add(row, timing)
 
 

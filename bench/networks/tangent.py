@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.harness import on_cpu, take_turns
+from bench.clock import on_cpu, take_turns
 from bench.networks.given import Row, Target, Workload, command_line, count, hold, start
-from bench.rows import short
 from mfmjt import kernels, meanflow
 
 __all__ = ["TARGETS", "counted", "judged", "main", "timed"]
@@ -79,7 +78,7 @@ def _dual(work: Workload) -> tuple[Tensor, Tensor]:
 
 
 def _row(what: str, provider: str, **fields: Any) -> Row:
-    return {"what": what, "provider": provider, **{k: short(v) for k, v in fields.items()}}
+    return {"what": what, "provider": provider, **fields}
 
 
 def counted(name: str) -> Iterator[Row]:
@@ -123,8 +122,8 @@ def timed(work: Workload, seconds: float) -> Iterator[Row]:
         yield _row(
             *("time", provider),
             batch=len(work.x),
-            forward={k: short(v) for k, v in vars(forward).items()},
-            dual={k: short(v) for k, v in vars(dual).items()},
+            forward=vars(forward),
+            dual=vars(dual),
             ratio=dual.ms_p50 / forward.ms_p50,
             cpu_ratio=dual.cpu_ms_p50 / forward.cpu_ms_p50,
         )

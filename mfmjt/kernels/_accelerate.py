@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mfmjt.kernels import _op
-from mfmjt.kernels._seal import seal
+from mfmjt.kernels._dual import seal
 from mfmjt.kernels.joint_attention import joint_attention
 
 __all__ = ["AcceleratedJvp", "accelerate_jvp"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["formulas", "kernel", "native", "status", "takes"]
+__all__ = ["floats", "formulas", "in_use", "kernel", "native", "op", "status", "takes"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,7 +31,7 @@ def _load() -> tuple[Any, str]:
 
 
 _module, _reason = _load()
-_in_use = _module is not None
+in_use = _module is not None
 _wide = _module is not None and _module.build_info()["cpu"] != "portable"
 
 
@@ -50,12 +50,40 @@ def status() -> dict[str, str]:
 @contextlib.contextmanager
 def formulas() -> Iterator[None]:
     """Let library ops run their PyTorch formulas inside the block, as without the extension."""
-    global _in_use
-    before, _in_use = _in_use, False
+    global in_use
+    before, in_use = in_use, False
     try:
         yield
     finally:
-        _in_use = before
+        in_use = before
+
+
+def op(name: str, required: bool = False) -> Callable[..., Any] | None:
+    """Return the C++ kernel `mfmjt_cpu::<name>`, or None where the extension or it is not built.
+
+    Raises:
+        ImportError: It is required, and the extension was built from other sources.
+    """
+    if _module is None:
+        return None
+    try:
+        return getattr(torch.ops.mfmjt_cpu, name).default
+    except AttributeError as error:
+        if not required:
+            return None
+        raise ImportError(
+            f"mfmjt._C has no kernel {name}: it was built from older sources than these. "
+            "Install mfmjt again, for example with: pip install ."
+        ) from error
+
+
+def floats(first: Tensor, *others: Tensor | None) -> bool:
+    """Return True for tensors of float32 and bfloat16 of which the first has elements."""
+    return (
+        first.dtype in _DTYPES
+        and first.numel() > 0
+        and all(t is None or t.dtype in _DTYPES for t in others)
+    )
 
 
 def native(name: str) -> Callable[..., Any] | None:
@@ -97,7 +125,7 @@ def kernel(name: str, formula: Callable[..., Any]) -> Callable[..., Any] | None:
 
 def takes(name: str, *args: Any) -> bool:
     """Whether the library op `mfmjt::<name>` would run these arguments, on a CPU, in C++."""
-    return _in_use and _TAKES[name](*args)
+    return in_use and _TAKES[name](*args)
 
 
 def _alike(first: Tensor, *others: Tensor | None) -> bool:

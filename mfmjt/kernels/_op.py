@@ -1,54 +1,44 @@
-"""How an op meets the dispatcher and the two differentiation modes; the only file that knows.
+"""An op from three formulas: its value, its value with tangent, and its gradient.
 
-An op is a plain Python *front door*: `dual` takes the dual numbers of its inputs apart, calls one
-opaque library op (`mfmjt::<op>_fwd`, or `mfmjt::<op>_jvp` which computes value and tangent
-together) and puts the results together again. PyTorch's own hooks do not serve: forward mode
-through a bare library op gives a tangent of exactly zero and no error, and `torch.compile` ignores
-the `jvp` rule of an `autograd.Function` (both measured on torch 2.13).
+`Op(name, fwd, jvp, bwd)` makes them three library ops, `mfmjt::<name>_fwd`, `_jvp` and `_bwd`, and
+one function of plain or dual tensors. The names of their parameters say all that PyTorch must know:
 
-Reverse mode goes through values only. `dual` detaches tangents, so nothing of them is kept for
-backward, and a gradient that arrives at a tangent raises.
+    fwd(x, ..., eps) -> results, statistics            the op's inputs
+    jvp(x, ..., x_dot, ..., eps) -> y, y_dot, ..., statistics      `x_dot`: x may move
+    bwd(y_bar, ..., x, ..., rstd, eps) -> cotangents of fwd's tensors, in order
 
-On the way to a kernel of some microseconds lie layers that cost several times as much, and both are
-left out where nothing would come of them: functorch's, which wraps and unwraps every tensor of
-every call (`_below`), and the dispatcher's, where nobody watches and no gradient is wanted
-(`_is_plain`).
+The parameters of bwd that end in `_bar` name the results; its others name what the tape keeps:
+inputs, results, statistics or constants. Schemas come from the annotations.
+
+A device's kernels are found by name. Triton: functions `fwd`, `jvp`, `bwd` of
+`mfmjt.kernels.triton.<name>`. CPU: those of `mfmjt.kernels.cpu.<name>`, else the C++ kernels
+`mfmjt_cpu::<name>_<part>`. Each may leave a call to the formula, by returning NotImplemented; C++
+serves what the op's `takes` says. An op with `streams=True` also takes tuples of streams: the same
+three as library ops `mfmjt::<name>_streams_<part>` over lists, which the Triton functions
+`fwd_streams`, `jvp_streams` and `bwd_streams` compute in one launch each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
+import inspect
+import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mfmjt.kernels import _native, _triton
+from mfmjt.kernels import _backends, _dual, _eager, _native
+from mfmjt.kernels._eager import flatten, nest
 
-__all__ = [
-    "autocast",
-    "backward_of",
-    "check",
-    "check_tensors",
-    "define",
-    "dual",
-    "is_watched",
-    "join",
-    "reference",
-    "refuse_gradient",
-    "refuse_tangent",
-    "split",
-    "use_reference",
-    "work_dtype",
-]
+__all__ = ["Op", "autocast", "check", "check_tensors", "reference", "use_reference", "work_dtype"]
 
 _library = torch.library.Library("mfmjt", "FRAGMENT")
-_native_library = torch.library.Library("mfmjt_cpu", "FRAGMENT")  # what csrc/ has
 _forced_reference = False
 
 
@@ -64,7 +54,7 @@ def reference() -> Iterator[None]:
 
 
 def use_reference() -> bool:
-    """Whether a `reference()` block is open."""
+    """Return True inside a `reference()` block."""
     return _forced_reference
 
 
@@ -93,12 +83,12 @@ def check_tensors(op: str, optional: dict[str, Any] | None = None, /, **tensors:
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums: float32, or float64 for float64 inputs."""
+    """Return the dtype of statistics and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's dtype where it is on, as PyTorch does for its own matrix products.
+    """Cast to autocast's dtype where it is on, as PyTorch does for its own matmuls.
 
     Arguments and results are tensors or None.
     """
@@ -109,231 +99,458 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _levels() -> int:
-    """How many levels of forward mode are open.
-
-    A compiler that traces a call of this must run it instead. It remembers what it has once read
-    from a global variable, so that an op called before `torch.func.jvp` in a compiled function
-    would make all later ones believe that no tangent is alive: tangents of zero, and no error.
-    """
-    if forward_ad._current_level < 0:
-        return 0
-    if _functorch is not None and _functorch.maybe_current_level() in (None, 1):
-        return 1
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return max(1, sum(s.key() == _JVP for s in stack))
-
-
-# What torch.compiler.assume_constant_result sets; it would import the compiler.
-_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def split(x: Tensor | None) -> tuple[Any, Tensor | None]:
-    """Take a dual number apart.
-
-    Returns:
-        The value, still on the tape, and the tangent, off it; None where there is no tangent.
-
-    Raises:
-        NotImplementedError: Forward mode is nested in forward mode.
-    """
-    levels = _levels()
-    if levels == 0 or x is None:
-        return x, None
-    if levels > 1:
-        raise NotImplementedError(
-            "mfmjt.kernels: nested forward-mode differentiation would lose the outer tangent. "
-            "Use `with mfmjt.kernels.reference():` for second derivatives."
-        )
-    value, tangent = forward_ad.unpack_dual(x, level=0)
-    return value, None if tangent is None else tangent.detach()
-
-
-_JVP = torch._C._functorch.TransformType.Jvp
-
-
-def join(y: Tensor, y_dot: Tensor | None) -> Tensor:
-    """Make the dual number y + y_dot; y itself where there is no tangent."""
-    return y if y_dot is None else forward_ad.make_dual(y, y_dot, level=0)
-
-
-def refuse_tangent(op: str, **tensors: Tensor | None) -> None:
-    """Raise if an input carries a tangent that the op does not propagate.
-
-    Raises:
-        NotImplementedError: Names the op and the input.
-    """
-    if _levels() == 0:
-        return
-    for name, tensor in tensors.items():
-        if split(tensor)[1] is not None:
-            raise NotImplementedError(_NO_TANGENT.format(op=op, name=name))
-
-
-_NO_TANGENT = (
-    "mfmjt.kernels.{op} does not propagate a tangent of its {name}. Differentiate with respect to "
-    "the activations only, or use `with mfmjt.kernels.reference():`."
-)
-
-
-def dual(
-    run: Callable[..., Sequence[Any]],
-    moving: tuple[Tensor, ...],
-    op: str = "",
-    still: dict[str, Tensor | None] | None = None,
-) -> Sequence[Any]:
-    """Call an op with its inputs taken apart into values and tangents; put the results together.
+class Op:
+    """An op of plain or dual tensors, differentiable in both modes, made of its three formulas.
 
     Args:
-        run: (values, dots) -> results. `values` are those of the moving inputs, on the tape, and
-            then of the still ones; `dots` the tangents of the moving ones, off the tape, None where
-            one has none, and it gives y, y_dot, y, y_dot, ... in turn. Where none has one, `dots`
-            is None, and it gives the values y alone.
-        moving: Inputs that may carry a tangent.
-        op: Its name, for messages.
-        still: By their names, inputs that must not.
-
-    Returns:
-        The results, dual where an input was.
-
-    Raises:
-        NotImplementedError: A still input carries a tangent, or forward mode is nested.
+        name: Stem of the library ops and of the files of the kernels.
+        fwd: Formula of the value, in PyTorch functions, on any device. Results of formulas are
+            contiguous and alias neither an argument nor one another.
+        jvp: Formula of value and tangent. Tangents that are None are zero.
+        bwd: Formula of the gradient. If it has a parameter `needs: list[bool]`, that says which of
+            fwd's tensors want a cotangent; an empty tensor stands for the others.
+        reference: Plain PyTorch function of fwd's arguments that `reference()` puts in its place.
+        takes: (tensors) -> whether the C++ kernels serve them; None if there are none. Given are
+            those of fwd's tensors and results that a part has, in its order.
+        fake: (fwd's arguments) -> results and statistics without data; then bwd must keep all
+            inputs that it gives cotangents of. Default: the formulas, which then must not look at
+            values.
+        plain: (fwd's arguments) -> the result of a PyTorch function with a gradient of its own,
+            used where nothing moves; or NotImplemented.
+        passes: Input -> result whose cotangent is the input's too, where bwd returns a tensor of
+            another shape than the input's: a library op must not return what it was given.
+        autocasts: The op casts under autocast, as PyTorch's matmuls do; then its floating inputs
+            must be "x and weight of one dtype", in the words given here.
+        streams: Whether tuples of streams are taken too.
     """
-    still = still or {}
-    if _levels() == 0:
-        return run((*moving, *still.values()), None)
-    if not torch.compiler.is_compiling():
-        results = _below(run, moving, op, still)
-        if results is not None:
+
+    over_streams: _Streams | None = None
+
+    def __init__(
+        self,
+        name: str,
+        fwd: Callable[..., Any],
+        jvp: Callable[..., Any],
+        bwd: Callable[..., Any],
+        *,
+        reference: Callable[..., Any] | None = None,
+        takes: Callable[..., bool] | None = None,
+        fake: Callable[..., Any] | None = None,
+        plain: Callable[..., Any] | None = None,
+        passes: dict[str, str] | None = None,
+        autocasts: str = "",
+        streams: bool = False,
+    ) -> None:
+        self.name, self.reference, self.plain, self.autocasts = name, reference, plain, autocasts
+        self.takes, self.fake, self.passes = takes, fake, passes or {}
+        kinds = {n: str(p.annotation) for n, p in inspect.signature(fwd).parameters.items()}
+        self.inputs = list(kinds)
+        self.tensors = [n for n, kind in kinds.items() if "Tensor" in kind]
+        self.lists = any("list[Tensor" in kind for kind in kinds.values())
+        self.moving = [n[:-4] for n in _names(jvp) if n.endswith("_dot")]
+        self.fixed = [n for n in self.tensors if n not in self.moving]
+        bars = {n[:-4]: p for n, p in inspect.signature(bwd).parameters.items() if n[-4:] == "_bar"}
+        self.results = list(bars)
+        self.optional = {n for n, p in bars.items() if "None" in str(p.annotation)}
+        self.kept = [n for n in _names(bwd) if not n.endswith("_bar") and n != "needs"]
+        self.statistics = [n for n in self.kept if n not in (*self.inputs, *self.results)]
+        places = {n: i for i, n in enumerate((*self.inputs, *(f"{n}_dot" for n in self.inputs)))}
+        self.places = [places[n] for n in _names(jvp)]
+        self.order = operator.itemgetter(*self.places)
+        self.fwd, self.jvp, self.bwd = (
+            Part(self, *part) for part in (("fwd", fwd), ("jvp", jvp), ("bwd", bwd))
+        )
+        if streams:
+            self.over_streams = _Streams(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Compute the results of fwd's arguments, dual where an input is; of streams for tuples."""
+        if self.over_streams is not None and isinstance(args[0], (tuple, list)):
+            return self.over_streams.of(args)
+        if _forced_reference and self.reference is not None:
+            return self.reference(*args)
+        results = None if torch.compiler.is_compiling() else _eager.run(self, args)
+        if results is None:
+            results = self._dispatched(args)
+        return results[0] if len(results) == 1 else results
+
+    def _dispatched(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Compute by the library ops, which compilers, modes and transforms see."""
+        values: list[Any] = list(args)
+        dots: list[Any] = [None] * len(args)
+        moves = False
+        if _dual.levels():
+            for i, name in enumerate(self.inputs):
+                if name in self.fixed:
+                    _dual.refuse_tangent(self.name, **_labelled(name, args[i]))
+                elif name in self.moving and isinstance(args[i], (list, tuple)):
+                    pairs = [_dual.split(x) for x in args[i]]
+                    values[i], dots[i] = [x for x, _ in pairs], [dot for _, dot in pairs]
+                    moves = moves or any(dot is not None for dot in dots[i])
+                elif name in self.moving:
+                    values[i], dots[i] = _dual.split(args[i])
+                    moves = moves or dots[i] is not None
+        if not moves and self.plain is not None:
+            y = self.plain(*values)
+            if y is not NotImplemented:
+                return (y,)
+        if self.autocasts:
+            values, dots = self.cast(values, dots)
+        count = len(self.results)
+        if not moves:
+            ys = self.fwd.library(*values)
+            return ys[:count] if isinstance(ys, tuple) else (ys,)
+        both = (*values, *dots)
+        found = self.jvp.library(*(both[i] for i in self.places))[: 2 * count]
+        joined: list[Any] = []
+        for y, y_dot in zip(found[::2], found[1::2], strict=True):
+            if isinstance(y, (list, tuple)):
+                joined.append([_dual.join(*pair) for pair in zip(y, y_dot, strict=True)])
+            else:
+                joined.append(_dual.join(y, y_dot))
+        return tuple(joined)
+
+    def cast(self, values: Sequence[Any], dots: Any) -> tuple[list[Any], Any]:
+        """Cast under autocast, and raise unless floating inputs are then of one dtype."""
+        named = self._floating(values)
+        device = next(iter(named.values())).device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            values = [_cast(x, dtype) for x in values]
+            dots = None if dots is None else [_cast(x, dtype) for x in dots]
+            named = self._floating(values)
+        if len({x.dtype for x in named.values()}) > 1:
+            check(False, self.name, self.autocasts, **named)
+        return list(values), dots
+
+    def _floating(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the floating inputs by name; all inputs if none is."""
+        pairs = zip(self.inputs, values, strict=True)
+        named = {
+            full: x
+            for name, value in pairs
+            if name in self.tensors
+            for full, x in _labelled(name, value).items()
+            if x is not None
+        }
+        return {name: x for name, x in named.items() if x.is_floating_point()} or named
+
+    def refuse_tangents(self, dots: list[Any]) -> None:
+        """Raise if one of the inputs that must not move has a tangent."""
+        for name, dot in zip(self.inputs, dots, strict=True):
+            if name in self.fixed:
+                for full, one in _labelled(name, dot).items():
+                    if one is not None:
+                        raise _dual.no_tangent(self.name, full)
+
+
+class _Streams(Op):
+    """An op over tuples of streams: its library ops take and return lists."""
+
+    def __init__(self, single: Op) -> None:
+        self.single = single
+        formulas = [getattr(single, part).formula for part in ("fwd", "jvp", "bwd")]
+        super().__init__(
+            f"{single.name}_streams",
+            *(_each(formula) for formula in formulas),
+            fake=None if single.fake is None else _each(single.fake, like=formulas[0]),
+            plain=None if single.plain is None else _each(single.plain, like=formulas[0]),
+            passes=single.passes,
+            autocasts=single.autocasts,
+        )
+        self.lists = True
+
+    def of(self, args: tuple[Any, ...]) -> Any:
+        """Compute the results, each a tuple of streams.
+
+        Raises:
+            ValueError: There are not as many streams of one argument as of another.
+        """
+        count, name = len(args[0]), self.single.name
+        lists, apart = [], _forced_reference or count == 1
+        for n, arg in zip(self.inputs, args, strict=True):
+            if n in self.tensors:
+                arg = [None] * count if arg is None else arg
+                if not isinstance(arg, (list, tuple)) or len(arg) != count:
+                    got = len(arg) if isinstance(arg, (list, tuple)) else type(arg).__name__
+                    needs = f"{n} for each of {count} streams"
+                    raise ValueError(f"mfmjt.kernels.{name} needs {needs}; got {got}.")
+                # A library op has no gradient of a list with gaps
+                gaps = len({x is None for x in arg}) > 1
+                apart = apart or (gaps and n in self.tensors[: self.bwd.count])
+            lists.append(list(arg) if n in self.tensors else arg)
+        if apart:
+            places = [n in self.tensors for n in self.inputs]
+            results = [
+                self.single(*(arg[i] if of else arg for arg, of in zip(lists, places, strict=True)))
+                for i in range(count)
+            ]
+            return tuple(results) if len(self.results) == 1 else tuple(zip(*results, strict=True))
+        results = self(*lists)
+        if len(self.results) == 1:
+            return tuple(results)
+        return tuple([tuple(ys) for ys in results])
+
+
+class Part:
+    """One of an op's three library ops, with its kernels.
+
+    Attributes:
+        library: The library op.
+        count: How many of its leading results are differentiable; of bwd, how many there are.
+    """
+
+    def __init__(self, op: Op, part: str, formula: Callable[..., Any]) -> None:
+        self.op, self.part, self.formula = op, part, formula
+        self.names, name = _names(formula), f"{op.name}_{part}"
+        pairs = [n for r in op.results for n in (r, f"{r}_dot")]
+        self.outputs = (*(pairs if part == "jvp" else op.results), *op.statistics)
+        operands = [i for i, n in enumerate(self.names) if n in (*op.tensors, *op.results)]
+        self._operands = operator.itemgetter(*operands, operands[-1])  # a tuple, of one too
+        self._native, self._takes = None, op.takes or _native.floats
+        single = getattr(op, "single", None)
+        if single is None:
+            self._on_gpu = _backend("triton", op.name, part, formula)
+            self._on_cpu = formula
+            if importlib.util.find_spec(f"mfmjt.kernels.cpu.{op.name}"):
+                self._on_cpu = _backend("cpu", op.name, part, formula)
+            if op.takes is not None:
+                self._native = _native.op(name, required=part == "fwd")
+        else:
+            of_one = getattr(single, part)
+            one_by_one = _each(of_one.on_gpu, like=of_one.formula)
+            self._on_gpu = _backend("triton", single.name, f"{part}_streams", one_by_one)
+            self._on_cpu = _each(of_one.on_cpu, like=of_one.formula)
+        if _backends.ON_CPU:
+            self._on_cpu, self._native = self._on_gpu, None
+        schema = torch.library.infer_schema(formula, mutates_args=())
+        if single is not None:
+            schema = re.sub(r"Tensor(\??)", r"Tensor\1[]", schema)
+        self.library = register(name + schema, formula, self._fake(), self.on_cpu, self.on_gpu)
+        returns = len(self.library._schema.returns)
+        self.count = returns if part == "bwd" else returns - len(op.statistics)
+        if part != "bwd":
+            torch.library.register_autograd(
+                f"mfmjt::{name}",
+                lambda ctx, *bars: self.backward(ctx, bars, ctx.needs_input_grad),
+                setup_context=lambda ctx, inputs, output: self.keep(ctx, inputs, _tuple(output)),
+                lib=_library,
+            )
+
+    def pick(self, on_cpu: bool, args: Sequence[Any]) -> Callable[..., Any]:
+        """Return what computes this part of these arguments on their device."""
+        if not on_cpu:
+            return self._on_gpu
+        native, takes = self._native, self._takes
+        if native is not None and _native.in_use and takes(*self._operands(args)[:-1]):
+            return native
+        return self._on_cpu
+
+    def on_cpu(self, *args: Any) -> Any:
+        """Compute on a CPU."""
+        return self.pick(True, args)(*args)
+
+    def on_gpu(self, *args: Any) -> Any:
+        """Compute on a GPU."""
+        return self._on_gpu(*args)
+
+    def _fake(self) -> Callable[..., Any]:
+        fake, op = self.op.fake, self.op
+        if fake is None or self.part == "fwd":
+            return fake or self.formula
+
+        def of_jvp(*args: Any) -> tuple[Any, ...]:
+            given = dict(zip(self.names, args, strict=True))
+            results = _tuple(fake(*(given[n] for n in op.inputs)))
+            ys, statistics = results[: len(op.results)], results[len(op.results) :]
+            return *(t for y in ys for t in (y, _empty_like(y))), *statistics
+
+        def of_bwd(*args: Any) -> Any:
+            given = dict(zip(self.names, args, strict=True))
+            bars = tuple(_empty_like(given[n]) for n in op.tensors[: self.count])
+            return bars if len(bars) > 1 else bars[0]
+
+        return of_jvp if self.part == "jvp" else of_bwd
+
+    def keep(self, ctx: Any, args: Sequence[Any], outputs: tuple[Any, ...]) -> None:
+        """Keep for `backward` what the parameters of bwd name."""
+        by_name = dict(zip((*self.names, *self.outputs), (*args, *outputs), strict=True))
+        ctx.set_materialize_grads(False)
+        statistics = [t for y in outputs[self.count :] for t in _flat(y)]
+        ctx.mark_non_differentiable(*statistics)
+        kept = [by_name[n] for n in self.op.kept]
+        ctx.constants = [None if _holds_tensors(x) else x for x in kept]
+        flat, ctx.sizes_kept = flatten([x if _holds_tensors(x) else None for x in kept])
+        ctx.save_for_backward(*flat)
+        results = [_flat(by_name[n]) for n in self.op.results]
+        ctx.likes = [[(y.shape, y.dtype, y.device) for y in ys] for ys in results]
+        # PyTorch wants a None for each tensor of a list, and one for a list with gaps
+        ctx.nothing = [
+            [None] * len(x) if isinstance(x, list) and all(t is not None for t in x) else None
+            for x in args
+        ]
+
+    def backward(self, ctx: Any, bars: Sequence[Any], wanted: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the cotangents of all arguments from those of all results."""
+        op = self.op
+        saved = nest(ctx.saved_tensors, ctx.sizes_kept)  # once: checkpointing gives them once
+        kept = dict(zip(op.kept, saved, strict=True))
+        kept |= {n: x for n, x in zip(op.kept, ctx.constants, strict=True) if x is not None}
+        by_name = dict(zip(self.outputs, bars, strict=False))
+        own: dict[str, Any] = {}
+        for name, likes in zip(op.results, ctx.likes, strict=True):
+            arrived = [by_name[n] for n in (name, f"{name}_dot") if n in by_name]
+            if not op.lists:
+                own[name] = _dual.refuse_gradient(*arrived)
+                continue
+            columns = ([None] * len(likes) if bar is None else bar for bar in arrived)
+            own[name] = [_dual.refuse_gradient(*each) for each in zip(*columns, strict=True)]
+            if name not in op.optional:
+                pairs = zip(own[name], likes, strict=True)
+                own[name] = [_zeros(*like) if bar is None else bar for bar, like in pairs]
+        needs = dict.fromkeys(op.tensors, False)
+        needs |= {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False) if n in needs}
+        given = {f"{n}_bar": bar for n, bar in own.items()} | kept | {"needs": list(needs.values())}
+        found = dict(
+            zip(
+                op.tensors,
+                _tuple(_eager.call(op.bwd, *(given[n] for n in op.bwd.names))),
+                strict=False,
+            )
+        )
+        for name, result in op.passes.items():
+            if op.lists:
+                found[name] = list(map(_passed, found[name], own[result], kept[name]))
+            else:
+                found[name] = _passed(found[name], own[result], kept[name])
+        return tuple(
+            found[n] if n in found and needs[n] else nothing
+            for n, nothing in zip(self.names, ctx.nothing, strict=True)
+        )
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _flat(x: Any) -> Sequence[Any]:
+    return x if isinstance(x, (list, tuple)) else (x,)
+
+
+def _holds_tensors(x: Any) -> bool:
+    return x is None or all(t is None or isinstance(t, Tensor) for t in _flat(x))
+
+
+def _labelled(name: str, value: Any) -> dict[str, Any]:
+    """Return a tensor by its name, or those of a list by their places."""
+    if isinstance(value, (list, tuple)):
+        return {f"{name}[{i}]": x for i, x in enumerate(value)}
+    return {name: value}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_cast(x, dtype) for x in value]
+    casts = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if casts and value.dtype != torch.float64 else value
+
+
+def _empty_like(x: Any) -> Any:
+    return [t.new_empty(t.shape) for t in x] if isinstance(x, list) else x.new_empty(x.shape)
+
+
+def _zeros(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _passed(bar: Tensor, y_bar: Tensor | None, x: Tensor) -> Tensor:
+    return bar if y_bar is None or bar.shape == x.shape else y_bar.to(x.dtype)
+
+
+def _each(
+    function: Callable[..., Any], like: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Return a function of lists of streams that calls `function` for every stream.
+
+    Args:
+        function: A formula, or what has the parameters of one.
+        like: That formula.
+    """
+    like = like or function
+    lists = ["Tensor" in str(p.annotation) for p in inspect.signature(like).parameters.values()]
+
+    @functools.wraps(like)
+    def each(*args: Any) -> Any:
+        count = next(len(arg) for arg, of in zip(args, lists, strict=True) if of)
+        results = [
+            function(*(arg[i] if of else arg for arg, of in zip(args, lists, strict=True)))
+            for i in range(count)
+        ]
+        if any(result is NotImplemented for result in results):
+            return NotImplemented
+        if not isinstance(results[0], tuple):
             return results
-    refuse_tangent(op, **still)
-    parts = [split(x) for x in moving]
-    values = (*(value for value, _ in parts), *still.values())
-    dots = [dot for _, dot in parts]
-    if all(dot is None for dot in dots):
-        return run(values, None)
-    ys = run(values, dots)
-    return [join(y, y_dot) for y, y_dot in zip(ys[::2], ys[1::2], strict=True)]
+        return tuple(map(list, zip(*results, strict=True)))
+
+    return each
 
 
-# What is PyTorch's own and private. Where any of it has gone, nothing is left out of a call.
-_PRIVATE = {
-    torch._C: (
-        "_any_requires_grad",
-        "_get_function_stack_at",
-        "_get_tracing_state",
-        "_len_torch_dispatch_stack",
-        "_len_torch_function_stack",
-    ),
-    torch._C._functorch: (
-        "_wrap_for_grad",
-        "get_unwrapped",
-        "maybe_current_level",
-        "maybe_get_level",
-        "pop_dynamic_layer_stack",
-        "push_dynamic_layer_stack",
-    ),
-}
-# Bound once: looking them up in torch._VF takes as long as a call of them.
-_make_dual: Any = getattr(torch._VF, "_make_dual", None)
-_unpack_dual: Any = getattr(torch._VF, "_unpack_dual", None)
-_known = all(hasattr(module, name) for module, names in _PRIVATE.items() for name in names)
-_functorch = torch._C._functorch if _known and _make_dual and _unpack_dual else None
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _backend(
+    package: str, module: str, function: str, formula: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a function of `mfmjt.kernels.<package>.<module>`, on the device of its arguments.
 
-
-def _below(
-    run: Callable[..., Sequence[Any]],
-    moving: tuple[Tensor, ...],
-    op: str,
-    still: dict[str, Tensor | None],
-) -> Sequence[Any] | None:
-    """What `dual` does, one level below the only one of functorch, on tensors without wrappers.
-
-    functorch would take its wrappers off and put them on again for each call of PyTorch in here.
-    That is done once instead, with its level left meanwhile: the op then runs as it does outside of
-    `torch.func.jvp`, on the same tensors and the same tape as at functorch's hands.
-
-    Returns:
-        None, and nothing has been done, where anything but one plain `torch.func.jvp` is open, or
-        where an input is not what that makes: a subclass, of another or a finished transform.
+    It is imported when it is called first. The formula computes what it does not: where there is no
+    such module or function, or it returns NotImplemented.
     """
-    if (
-        _functorch is None
-        or _functorch.maybe_current_level() != 1
-        or torch._C._functorch.peek_interpreter_stack().key() != _JVP
-        or is_watched()
-    ):
-        return None
-    get_level, unwrap = _functorch.maybe_get_level, _functorch.get_unwrapped
-    values: list[Tensor | None] = []
-    dots: list[Tensor | None] = []
-    moves = False
-    for x in (*moving, *still.values()):
-        value, dot = x, None
-        if x is not None:
-            if get_level(x) == 1 and type(x) is Tensor and not x.requires_grad:
-                value, dot = unwrap(x), _unpack_dual(x, level=0)[1]
-            if dot is not None:
-                dot = unwrap(dot) if get_level(dot) == 1 else dot
-                if get_level(dot) != -1 or type(dot) not in _PLAIN:
-                    return None
-                moves = True
-            if get_level(value) != -1 or type(value) not in _PLAIN:
-                return None
-        values.append(value)
-        dots.append(dot)
-    for name in reversed(still):
-        if dots.pop() is not None:
-            raise NotImplementedError(_NO_TANGENT.format(op=op, name=name))
-    level = _functorch.pop_dynamic_layer_stack()
-    try:
-        if moves:
-            dots = [d.detach() if d is not None and d.requires_grad else d for d in dots]
-        ys = run(values, dots if moves else None)
-    finally:
-        _functorch.push_dynamic_layer_stack(level)
-    if not moves:
-        return [_functorch._wrap_for_grad(y, 1) for y in ys]
-    pairs = zip(ys[::2], ys[1::2], strict=True)
-    return [y if dot is None else _make_dual(y, dot, level=0) for y, dot in pairs]
+    full = f"mfmjt.kernels.{package}.{module}"
+    if package == "triton" and not (_backends.AVAILABLE and importlib.util.find_spec(full)):
+        return formula
+
+    @functools.cache
+    def kernel() -> Callable[..., Any] | None:
+        return getattr(importlib.import_module(full), function, None)
+
+    def run(*args: Any) -> Any:
+        found = kernel()
+        if found is None:
+            return formula(*args)
+        with _current_device(args):
+            results = found(*args)
+            return formula(*args) if results is NotImplemented else results
+
+    return run
 
 
-def is_watched() -> bool:
-    """Whether someone sees every call of PyTorch: a mode other than a default device, a tracer.
-
-    Where PyTorch cannot be asked, someone may.
-    """
-    if not _known:
-        return True
-    modes = torch._C._len_torch_function_stack()
-    if modes == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext:
-        modes = 0
-    return (
-        modes > 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+def _current_device(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Make the arguments' device the current one, on which Triton launches."""
+    x = next(t for arg in args for t in _flat(arg) if isinstance(t, Tensor))
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
-def define(
+def register(
     schema: str,
-    implementation: Callable[..., Any],
+    formula: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
-    triton: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+    gpu: Callable[..., Any] | None = None,
+) -> Any:
     """Register the library op `mfmjt::<schema>`.
 
     Args:
         schema: Name and signature in PyTorch's schema language.
-        implementation: Computes the result with ATen operations on any device. Results are
-            contiguous and alias neither an argument nor one another.
-        fake: Gives results of the right shape without data. Default: `implementation`, which then
-            must not look at values.
-        cpu: Takes the place of `implementation` on the CPU. Default: the C++ kernel, where built.
-        triton: Launches the Triton kernel: takes its place on a GPU, and on the CPU too where
-            TRITON_INTERPRET is set.
+        formula: Computes the result with ATen operations on any device. Results are contiguous and
+            alias neither an argument nor one another.
+        fake: Gives results of the right shape without data. Default: the formula, which then must
+            not look at values.
+        cpu: Takes the place of the formula on a CPU.
+        gpu: Takes the place of the formula on a GPU.
 
     Returns:
         The op, to be called with positional arguments.
@@ -342,75 +559,19 @@ def define(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.mfmjt, name).default
     names = [argument.name for argument in op._schema.arguments]
-
-    def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        return _checked(name, names, _without_autocast(kernel))
-
-    _library.impl(name, guarded(implementation), "CompositeExplicitAutograd")
-    if triton is not None and _triton.AVAILABLE:
-        _library.impl(name, guarded(_on_its_device(triton)), "CUDA")
-    if triton is not None and _triton.ON_CPU:
-        cpu = triton
-    fake = guarded(fake or implementation)
+    for kernel, key in ((formula, "CompositeExplicitAutograd"), (cpu, "CPU"), (gpu, "CUDA")):
+        if kernel is not None:
+            _library.impl(name, _guarded(name, names, kernel), key)
+    fake = _guarded(name, names, fake or formula)
     torch.library.register_fake(f"mfmjt::{name}", fake, lib=_library)
-    native = None if cpu else _native.native(name)
-    if cpu is not None:
-        _library.impl(name, guarded(cpu), "CPU")
-    if native is None:
-        return op
-    _library.impl(name, _native.kernel(name, guarded(implementation)), "CPU")
-    torch.library.register_fake(f"mfmjt_cpu::{name}", fake, lib=_native_library)
-    return _or_straight(op, name, native)
+    return op
 
 
-def _or_straight(op: Any, name: str, native: Callable[..., Any]) -> Callable[..., Any]:
-    """The op; or its C++ kernel alone, where all that lies between would do nothing.
+def _guarded(op: str, names: list[str], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Check every argument: dense, real, on one device, tangents of their primals' shapes.
 
-    Between are the checks of the op, in Python, the dispatcher on either side of them, and reverse
-    mode by torch.library, which is dearer than an `autograd.Function`. Compiled code, which is for
-    this machine, has the kernel by its own name where no gradient can be wanted.
-    """
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            straight = not (torch.is_grad_enabled() or torch.compiler.is_exporting())
-            plain = straight and all(_is_on_cpu(x) for x in args if isinstance(x, Tensor))
-            return native(*args) if plain and _native.takes(name, *args) else op(*args)
-        if not (_is_plain(args) and _native.takes(name, *args)):
-            return op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return call.taped(*args)  # type: ignore[attr-defined]
-        return native(*args)
-
-    call._schema, call.native, call.taped = op._schema, native, op  # type: ignore[attr-defined]
-    return call
-
-
-def _is_on_cpu(x: Tensor) -> bool:
-    """Whether a compiler knows of a CPU's memory here, and of nothing that is made of several."""
-    return x.device.type == "cpu" and not is_traceable_wrapper_subclass(x)
-
-
-def _is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether these are plain tensors on the CPU, outside of functorch, and nobody watches."""
-    if _functorch is None or _functorch.maybe_current_level() is not None or is_watched():
-        return False
-    for x in args:
-        if type(x) in _PLAIN:
-            if not x.is_cpu or x.layout is not _STRIDED or _functorch.maybe_get_level(x) != -1:
-                return False
-        elif isinstance(x, Tensor):
-            return False
-    return True
-
-
-_STRIDED = torch.strided
-
-
-def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """What holds for the arguments of every op; what PyTorch's own functions would read past.
-
-    Tensors are dense, real and on one device, and the tangent `x_dot` has the shape of `x`.
+    ATen would read out of bounds instead of raising. Autocast acts on what enters an op, in its
+    front door; inside, dtypes are chosen.
     """
     tangents = [
         (i, names.index(name[:-4]))
@@ -418,13 +579,11 @@ def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> C
         if name.endswith("_dot") and name[:-4] in names
     ]
 
-    def tensors(arg: Any) -> Any:
-        return arg if isinstance(arg, (list, tuple)) else (arg,)
-
-    def check_places(args: tuple[Any, ...]) -> None:
+    @functools.wraps(kernel)
+    def guarded(*args: Any) -> Any:
         first = None
         for name, arg in zip(names, args, strict=True):
-            for x in tensors(arg):
+            for x in _flat(arg):
                 if not isinstance(x, Tensor):
                     continue
                 first = x if first is None else first
@@ -434,146 +593,23 @@ def _checked(op: str, names: list[str], implementation: Callable[..., Any]) -> C
                 if x.layout is not torch.strided or x.is_complex():
                     got = f"{x.layout}, {x.dtype}".replace("torch.", "")
                     raise ValueError(f"mfmjt::{op} needs {name} dense and real; got {got}.")
-
-    @functools.wraps(implementation)
-    def kernel(*args: Any) -> Any:
-        for x in args:  # the usual, quickly
-            if isinstance(x, Tensor):
-                if not x.is_cpu or x.layout is not _STRIDED or x.is_complex():
-                    check_places(args)
-                    break
-            elif isinstance(x, (list, tuple)):
-                check_places(args)
-                break
         for i, j in tangents:
-            dots, xs = args[i], args[j]
-            one = isinstance(xs, Tensor)
-            for dot, x in ((dots, xs),) if one else zip(dots, xs, strict=True):
+            for dot, x in zip(_flat(args[i]), _flat(args[j]), strict=True):
                 if dot is not None and dot.shape != x.shape:
                     needs = f"{names[i]} of the shape of {names[j]}, {tuple(x.shape)}"
                     raise ValueError(f"mfmjt::{op} needs {needs}; got {tuple(dot.shape)}.")
-        return implementation(*args)
-
-    return kernel
-
-
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast acts on what enters an op, in its front door; inside, dtypes are chosen."""
-
-    @functools.wraps(implementation)
-    def kernel(*args: Any) -> Any:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
-                    return implementation(*args)
-        return implementation(*args)
+                    return kernel(*args)
+        return kernel(*args)
 
-    return kernel
-
-
-def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be that of the arguments."""
-
-    @functools.wraps(launcher)
-    def launch(*args: Any) -> Any:
-        flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else [a]))
-        device = next(x.device for x in flat if isinstance(x, Tensor))
-        if device.index == torch.cuda.current_device():
-            return launcher(*args)
-        with torch.cuda.device(device):
-            return launcher(*args)
-
-    return launch
+    return guarded
 
 
-def backward_of(
-    op: Callable[..., Any],
-    backward: Callable[..., Any],
-    saves: Callable[..., tuple[Tensor | None, ...]],
-    outputs: int,
-    constants: Callable[..., Any] | None = None,
-) -> None:
-    """Attach reverse mode to a library op.
+# Until every op is an `Op`
+from mfmjt.kernels import _legacy  # noqa: E402
 
-    Args:
-        op: What `define` returned.
-        backward: (ctx, *cotangents of all results) -> cotangents of all arguments;
-            `ctx.saved_tensors` and `ctx.constants` are what was kept. Cotangents that did not
-            arrive are None.
-        saves: (inputs, output) -> tensors to keep; of values, never of tangents.
-        outputs: How many leading results are differentiable; the rest are statistics.
-        constants: (inputs) -> what else to keep.
-    """
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        results = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*results[outputs:])
-        ctx.save_for_backward(*saves(inputs, results))
-        ctx.constants = None if constants is None else constants(inputs)
-
-    name = op._schema.name  # type: ignore[attr-defined]
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
-    native = getattr(op, "native", None)
-    if native is not None:
-        op.taped = _taped(native, backward, setup_context)  # type: ignore[attr-defined]
-
-
-def _taped(
-    native: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> Callable[..., Any]:
-    """A C++ kernel with reverse mode, what torch.library would do without the dispatcher."""
-
-    class Straight(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            results = native(*args)
-            setup_context(ctx, args, results)
-            return results
-
-        @staticmethod
-        def backward(ctx: Any, *bars: Tensor | None) -> Any:
-            return backward(ctx, *bars)
-
-    return Straight.apply
-
-
-_ARRIVED = (
-    "A gradient arrived at a tangent, and mfmjt.kernels keep no tape of tangents: detach the "
-    "tangent before it enters the loss."
-)
-
-
-def _refuse(y_bar: Tensor, y_dot_bar: Tensor, wait: bool) -> Tensor:
-    if y_dot_bar.numel():
-        arrived = torch.stack(y_dot_bar.aminmax()).any()  # any() alone takes six times as long
-        if not wait:
-            torch._assert_async(arrived.logical_not(), _ARRIVED)
-        elif arrived:
-            raise RuntimeError(_ARRIVED)
-    return y_bar.clone()
-
-
-_refuse_op = define(
-    "refuse_gradient(Tensor y_bar, Tensor y_dot_bar, bool wait) -> Tensor",
-    _refuse,
-    lambda y_bar, *_: torch.empty_like(y_bar),
-)
-
-
-def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
-    """Pass the cotangent of a value (a tensor or None) on, unless a gradient is at a tangent.
-
-    The check is an op of its own, because a compiled backward is handed zeros for every tangent
-    that leaves the graph: those must pass, and only when it runs can they be told from a gradient.
-    There the host does not wait for a GPU's answer, which it would do once an op and step: the GPU
-    prints the message when it comes to the check, and fails as by any assertion on the device.
-
-    Raises:
-        RuntimeError: The cotangent of a tangent is not zero.
-    """
-    for y_dot_bar in y_dot_bars:
-        if y_dot_bar is not None:
-            y_bar = torch.zeros_like(y_dot_bar) if y_bar is None else y_bar
-            y_bar = _refuse_op(y_bar, y_dot_bar, not is_watched())
-    return y_bar
+backward_of, define, dual = _legacy.backward_of, _legacy.define, _legacy.dual
+is_watched, join, split = _legacy.is_watched, _legacy.join, _legacy.split
+refuse_gradient, refuse_tangent = _legacy.refuse_gradient, _legacy.refuse_tangent

@@ -7,7 +7,7 @@ from mfmjt.kernels._backends import AVAILABLE, INTERPRETED, ON_CPU
 if AVAILABLE:
     from mfmjt.kernels.triton import cdiv, fma, jit, power_of_2, rows, target, tl, wide
 else:
-    cdiv = fma = power_of_2 = rows = target = tl = wide = None
+    cdiv = fma = power_of_2 = rows = target = tl = wide = None  # type: ignore[assignment]
 
     def jit(kernel):
         return kernel

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mfmjt import kernels
-from mfmjt.kernels import _native, _op, _triton
+from mfmjt.kernels import _legacy, _native, _triton
 from tests import oracle
 
 
@@ -69,25 +69,25 @@ def call(request):
 @contextlib.contextmanager
 def through_functorch():
     """As if PyTorch had not the functions that are needed to step out."""
-    there, _op._functorch = _op._functorch, None
+    there, _legacy._functorch = _legacy._functorch, None
     try:
         yield
     finally:
-        _op._functorch = there
+        _legacy._functorch = there
 
 
 @pytest.fixture
 def below(monkeypatch):
     """For each call in forward mode, whether it stepped out of functorch."""
     seen = []
-    real = _op._below
+    real = _legacy._below
 
     def watched(*args):
         results = real(*args)
         seen.append(results is not None)
         return results
 
-    monkeypatch.setattr(_op, "_below", watched)
+    monkeypatch.setattr(_legacy, "_below", watched)
     return seen
 
 
@@ -569,13 +569,13 @@ BUILT = "missing" not in _native.status()
 def straight(monkeypatch):
     """For each call of an op that has a C++ kernel, whether nothing lay between."""
     seen = []
-    real = _op._is_plain
+    real = _legacy._is_plain
 
     def watched(args):
         seen.append(real(args))
         return seen[-1]
 
-    monkeypatch.setattr(_op, "_is_plain", watched)
+    monkeypatch.setattr(_legacy, "_is_plain", watched)
     return seen
 
 

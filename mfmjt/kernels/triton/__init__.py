@@ -14,7 +14,20 @@ from torch import Tensor
 
 from mfmjt.kernels._backends import INTERPRETED
 
-__all__ = ["View", "cdiv", "fma", "jit", "power_of_2", "rows", "target", "tl", "wide"]
+__all__ = [
+    "View",
+    "cdiv",
+    "choose",
+    "choose_view",
+    "fma",
+    "jit",
+    "locate",
+    "power_of_2",
+    "rows",
+    "target",
+    "tl",
+    "wide",
+]
 
 _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
 
@@ -49,6 +62,48 @@ def fma(x, y, z):
     if _ROUNDS_PRODUCTS:
         return (x.to(tl.float64) * y + z).to(x.dtype)
     return tl.fma(x, y, z)
+
+
+@jit
+def locate(counts, tile, BLOCK: tl.constexpr):
+    """Return the stream that a tile lies in, where the tile starts there, and the stream's count.
+
+    `counts` are the tokens of each stream; each is cut into tiles of BLOCK, the last one shorter.
+    """
+    stream, local, count = 0, tile, counts[0]
+    passed = tl.cdiv(counts[0], BLOCK)
+    for s in tl.static_range(1, len(counts)):
+        here = tile >= passed
+        stream = tl.where(here, s, stream)
+        local = tl.where(here, tile - passed, local)
+        count = tl.where(here, counts[s], count)
+        passed += tl.cdiv(counts[s], BLOCK)
+    return stream, local * BLOCK, count
+
+
+@jit
+def choose(values, stream):
+    """Return one of a tuple of pointers, or of numbers, by a stream's number known at run time.
+
+    A number that is None counts as 0.
+    """
+    chosen = 0 if values[0] is None else values[0]
+    for s in tl.static_range(1, len(values)):
+        chosen = tl.where(stream == s, 0 if values[s] is None else values[s], chosen)
+    return chosen
+
+
+@jit
+def choose_view(views, stream):
+    """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise."""
+    pointer, sample, token, head = views[0]
+    for s in tl.static_range(1, len(views)):
+        one = stream == s
+        pointer = choose((pointer, views[s].pointer), one)
+        sample = choose((sample, views[s].sample), one)
+        token = choose((token, views[s].token), one)
+        head = choose((head, views[s].head), one)
+    return pointer, sample, token, head
 
 
 def target() -> tuple[str, Any]:
