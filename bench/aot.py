@@ -44,7 +44,7 @@ from triton.runtime.jit import JITFunction
 from bench import parser
 from mfmjt import kernels
 from mfmjt.files import atomic_path
-from mfmjt.kernels._norm import MAX_WIDTH
+from mfmjt.kernels.triton.norm import MAX_WIDTH
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
 __all__ = [
