@@ -60,6 +60,8 @@ __all__ = [
     "resources",
 ]
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -149,7 +151,7 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
             JITFunction.run = run
 
 
-def resources(kernel: Any) -> dict[str, Any]:
+def resources(kernel: Any) -> Row:
     """Return registers, spilled and shared bytes of a kernel, and its matrix instructions."""
     asm = kernel.asm
     if "cubin" in asm:
@@ -178,7 +180,7 @@ def resources(kernel: Any) -> dict[str, Any]:
     }
 
 
-def _occupancy(row: dict[str, Any], chip: Chip) -> int:
+def _occupancy(row: Row, chip: Chip) -> int:
     """Return the warps that fit on a multiprocessor (SIMD on AMD), by registers and memory."""
     if chip.target.backend == "hip":
         return min(chip.warps, chip.registers // 64 // max(8, -(-row["registers"] // 8) * 8))
@@ -323,21 +325,21 @@ OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
 """All ops with Triton kernels; the products of `linear` are the vendor's."""
 
 
-def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[Row]:
     """Return a row for each different kernel that `op` launches for the networks' shapes."""
     return _compiled(op, target, {name: SHAPES[name] for name in shapes or SHAPES}, DTYPES)
 
 
-def compile_widest(op: str, target: str) -> list[dict[str, Any]]:
+def compile_widest(op: str, target: str) -> list[Row]:
     """Return the same for rows of `MAX_WIDTH`, in float32, which takes most registers."""
     return _compiled(op, target, WIDEST, (torch.float32,)) if op in WIDE_OPS else []
 
 
 def _compiled(
     op: str, target: str, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return a row for each kernel, once where kernels of different code have the same figures."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     for dtype in dtypes:
         for shape, sizes in shapes.items():
             with offline(TARGETS[target].target) as compiled:
@@ -353,7 +355,7 @@ def _compiled(
     return [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in rows.values())]
 
 
-def faults(row: dict[str, Any]) -> list[str]:
+def faults(row: Row) -> list[str]:
     """Return what is wrong with a compiled kernel."""
     chip = TARGETS[row["target"]]
     found = []
@@ -373,11 +375,11 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def _name(row: dict[str, Any]) -> str:
+def _name(row: Row) -> str:
     return " ".join(str(row[key]) for key in ("target", "op", "shape", "dtype", "kernel"))
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[Row]) -> None:
     for row in rows:
         wrong = faults(row)
         facts = [f"{key} {row[key]}" for key in ("warps", "registers", "shared", "occupancy")]
@@ -388,17 +390,34 @@ def _table(folder: str) -> Path:
     return Path(folder) / f"triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
 
 
-def _differences(rows: list[dict[str, Any]], path: Path) -> list[str]:
-    """Return the rows that the committed table of this Triton does not have."""
+def _read(path: Path) -> list[Row]:
     if not path.exists():
-        print(f"There is no {path}: of this Triton only faults are looked for.")
         return []
     with path.open(newline="") as file:
-        known = {tuple(row.values()) for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    """Write rows into a table, in place of those of the same ops and targets."""
+    replaced = {(row["op"], row["target"]) for row in rows}
+    table = [row for row in _read(path) if (row["op"], row["target"]) not in replaced] + rows
+    table.sort(key=lambda row: ([*OPS].index(row["op"]), [*TARGETS].index(row["target"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _differences(rows: list[Row], path: Path) -> list[str]:
+    """Return the rows that the committed table of this Triton does not have."""
+    known = {tuple(row.values()) for row in _read(path)}
+    if not known:
+        print(f"There is no {path}: of this Triton only faults are looked for.")
     return [
         f"{_name(row)} is not as {path} says: " + str({k: row[k] for k in list(row)[5:]})
         for row in rows
-        if tuple(str(value) for value in row.values()) not in known
+        if known and tuple(str(value) for value in row.values()) not in known
     ]
 
 
@@ -408,11 +427,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--op", action="append", choices=sorted(OPS), help="[all]")
     command.add_argument("--target", action="append", choices=list(TARGETS), help="[all]")
     command.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
-    command.add_argument("--out", metavar="DIR", help="write DIR/triton_<version>.csv")
+    command.add_argument("--out", metavar="DIR", help="put the rows into DIR/triton_<version>.csv")
     command.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
     given = command.parse_args(argv)
-    rows: list[dict[str, Any]] = []
-    widest: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    widest: list[Row] = []
     for op in given.op or OPS:
         for target in given.target or TARGETS:
             more = compile_op(op, target, tuple(QUICK) if given.quick else None)
@@ -424,12 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")
         return 1
     if given.out:
-        path = _table(given.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        _write(rows, _table(given.out))
     wrong = [f"{_name(row)}: {fault}" for row in rows + widest for fault in faults(row)]
     if given.compare:
         wrong += _differences(rows, _table(given.compare))
