@@ -18,7 +18,7 @@ from bench.gpu.job import Job
 from bench.gpu.look import ceilings
 from bench.machine import peak_mib
 from bench.networks import generate
-from bench.networks.generate import Generation, GenerationPlan
+from bench.networks.generate import Generation
 from bench.networks.given import Row
 from bench.networks.step import (
     FLOW,
@@ -44,9 +44,8 @@ def latency(job: Job, turn: str = "headline") -> None:
     """Time generation: the plans of a turn, "headline", "compiled" or "rest"."""
     rows = job.rows(GENERATE)
     torch.backends.cudnn.benchmark = True  # plain PyTorch shall have its best convolutions
-    tiny = {"headline": [GenerationPlan("nano", "latents", 2, (OURS, "eager", "mfmjt_eager"))]}
-    tiny["rest"] = [GenerationPlan("nano", "latents", 2, ("eager_25",))]
-    for plan in (tiny if job.smoke else generate.plans(job.cuda or job.stand_in)).get(turn, []):
+    device = "tiny" if job.smoke else "cuda" if job.stand_in else job.torch_device.type
+    for plan in generate.plans(device, turn):
         if job.stand_in:  # ours, for what it launches
             generation = Generation.make(plan, job.torch_device, tiny=job.smoke)
             for provider in (name for name in plan.providers if name.startswith(OURS)):

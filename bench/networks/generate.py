@@ -118,49 +118,46 @@ class GenerationPlan(NamedTuple):
     providers: tuple[str, ...]
 
 
-def plans(gpu: bool) -> dict[str, list[GenerationPlan]]:
-    """Return what is timed by default, what has a target first: on a GPU in three turns."""
-    few, three = (OURS, "eager"), (OURS, "eager", "mfmjt_eager")
-    large, others = "large_44k_v2", ("nano", "small_44k", "medium_44k", "large_44k")
+PLANS = """
+cpu   headline  small_16k     latents   1         mfmjt eager mfmjt_eager compile
+cpu   headline  nano          latents   1         mfmjt eager mfmjt_eager compile eager_25
+cpu   headline  nano          waveform  1         mfmjt eager
+cpu   headline  nano          latents   8         mfmjt eager
+cpu   headline  small_44k     latents   1         mfmjt eager
+cpu   headline  small_16k     latents   4         mfmjt eager
+cpu   headline  small_16k     latents   1         eager_25
+cpu   headline  medium_44k    latents   1         mfmjt eager
+cpu   headline  small_16k     waveform  1         mfmjt eager
+cuda  headline  small_16k     latents   1,32      mfmjt eager mfmjt_eager
+cuda  headline  small_16k     waveform  1         mfmjt eager
+cuda  headline  large_44k_v2  latents   1         mfmjt eager mfmjt_eager
+cuda  headline  small_16k     latents   8,128     mfmjt eager mfmjt_eager
+cuda  compiled  small_16k     latents   1         compile
+cuda  compiled  large_44k_v2  latents   1         compile
+cuda  rest      nano          latents   1         mfmjt eager mfmjt_eager
+cuda  rest      small_44k     latents   1         mfmjt eager mfmjt_eager
+cuda  rest      medium_44k    latents   1         mfmjt eager mfmjt_eager
+cuda  rest      large_44k     latents   1         mfmjt eager mfmjt_eager
+cuda  rest      large_44k_v2  latents   8,32      mfmjt eager
+cuda  rest      nano          latents   8,32      mfmjt eager
+cuda  rest      nano          waveform  1         mfmjt eager
+cuda  rest      small_16k     latents   1         eager_25
+cuda  rest      large_44k_v2  latents   1         eager_25
+tiny  headline  nano          latents   2         mfmjt eager mfmjt_eager
+tiny  rest      nano          latents   2         eager_25
+"""
+"""Device, turn, network, what, batches and providers; in a turn what has a target comes first."""
 
-    def latents(name: str, batch: int, *providers: str) -> GenerationPlan:
-        return GenerationPlan(name, "latents", batch, providers)
 
-    def waveform(name: str) -> GenerationPlan:
-        return GenerationPlan(name, "waveform", 1, few)
-
-    if not gpu:
-        everyone = (*three, "compile")
-        return {
-            "headline": [
-                latents("small_16k", 1, *everyone),
-                latents("nano", 1, *everyone, "eager_25"),
-                waveform("nano"),
-                latents("nano", 8, *few),
-                latents("small_44k", 1, *few),
-                latents("small_16k", 4, *few),
-                latents("small_16k", 1, "eager_25"),
-                latents("medium_44k", 1, *few),
-                waveform("small_16k"),
-            ]
-        }
-    return {
-        "headline": [
-            latents("small_16k", 1, *three),
-            latents("small_16k", 32, *three),
-            waveform("small_16k"),
-            latents(large, 1, *three),
-            latents("small_16k", 8, *three),
-            latents("small_16k", 128, *three),
-        ],
-        "compiled": [latents(name, 1, "compile") for name in ("small_16k", large)],
-        "rest": [
-            *(latents(name, 1, *three) for name in others),
-            *(latents(name, batch, *few) for name in (large, "nano") for batch in (8, 32)),
-            waveform("nano"),
-            *(latents(name, 1, "eager_25") for name in ("small_16k", large)),
-        ],
-    }
+def plans(device: str, *turns: str) -> list[GenerationPlan]:
+    """Return what is timed on a device, "cpu", "cuda" or "tiny", in some turns or in all."""
+    found = []
+    for line in PLANS.strip().splitlines():
+        on, turn, name, what, batches, *providers = line.split()
+        if on == device and turn in (turns or [turn]):
+            sizes = map(int, batches.split(","))
+            found += [GenerationPlan(name, what, batch, tuple(providers)) for batch in sizes]
+    return found
 
 
 @dataclass
@@ -378,16 +375,18 @@ def _end_to_end(device: torch.device, calls: int) -> Row:
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = Pipeline.from_pretrained("nano", device, dtype, compile=True)
-    taken: list[dict[str, float]] = []
-    length = 0.0
-    for _ in range(calls + 1):
-        wall, cpu = time.perf_counter(), time.process_time()
+    stages: list[dict[str, float]] = []
+
+    def call() -> Audio:
         audio = pipe(video=CLIP, prompt="a wooden ball bounces")
         assert isinstance(audio, Audio)
-        length = audio.duration
-        whole = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        taken.append(whole | audio.timings)
-    row: Row = {f"{k}_s": statistics.median(t[k] for t in taken[1:]) for k in taken[0]}
+        stages.append(audio.timings)
+        return audio
+
+    length, timed = call().duration, on_cpu(call)
+    walls, cpus = zip(*(timed() for _ in range(calls)), strict=True)
+    row: Row = {f"{k}_s": statistics.median(s[k] for s in stages[1:]) for k in stages[0]}
+    row |= {"wall_s": statistics.median(walls) / 1e3, "cpu_s": statistics.median(cpus) / 1e3}
     return row | {"seconds": length, "rtf": row["wall_s"] / length, "calls": calls}
 
 
@@ -481,10 +480,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "generate.jsonl", KEY)
-    everyone = (OURS, "eager", "mfmjt_eager", "eager_25")
-    every = [plan for turn in plans(device.type == "cuda").values() for plan in turn]
     networks = options.network or [*CONFIGS]
-    for plan in [GenerationPlan("nano", "latents", 2, everyone)] if smoke else every:
+    for plan in plans("tiny" if smoke else device.type):
         if plan.network not in networks or plan.what not in (options.what or [plan.what]):
             continue
         if time.monotonic() > end - 60 and not smoke:

@@ -25,8 +25,9 @@ There is no peak of memory here: saved bytes stand for it. A small_16k step at f
 ratios; at 1.0 also with latents of 2 s instead of 8. The rest is nano. What --minutes does not
 reach is said to be skipped.
 
-DIR/train_step.jsonl is written anew. The exit status is 1 if a target is missed, or a provider
-wrong. Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle threads are not taken for work.
+DIR/train_step.jsonl is written anew; `python -m bench report DIR` makes a table of it. The exit
+status is 1 if a target is missed, or a provider wrong. Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100
+so that idle threads are not taken for work.
 
 Examples:
   python -m bench step --out /tmp/step
@@ -48,7 +49,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.clock import MIN_CALLS, Sampler, on_cpu, take_turns
+from bench.clock import MIN_CALLS, Sampler, Timing, on_cpu, take_turns
 from bench.machine import Ceilings
 from bench.networks.given import (
     CPU,
@@ -356,6 +357,12 @@ class _Run:
     def about(self, plan: TrainingPlan, ratio: float, name: str) -> Row:
         return row_of(plan, ratio, name, "cpu", "float32", self.smoke)
 
+    def add(self, row: Row, timing: Timing | None = None) -> None:
+        row = self.rows.add(row, timing)
+        figures = ("flops_over_flow", "saved_over_flow", "ms_p50", "over_flow", "of_gemm")
+        shown = ("ratio", "provider", "status", *figures, "reason")
+        print(f"  {row['what']}", *(f"{k} {row[k]}" for k in shown if k in row), flush=True)
+
     def count(self, training: Training, ratio: float, name: str) -> None:
         """Make a row of counts, over those of flow matching, which comes first."""
         about = self.about(training.plan, ratio, name) | {"what": "counted"}
@@ -363,7 +370,7 @@ class _Run:
         flow = self.counts(about | {"provider": FLOW}) or row
         over = {"flops_over_flow": "flops", "saved_over_flow": "saved_bytes"}
         row |= {column: round(row[of] / flow[of], 4) for column, of in over.items()}
-        self.rows.add({**about, **row})
+        self.add({**about, **row})
 
     def counts(self, about: Row) -> Row | None:
         wanted = (about | {"what": "counted"}).items()
@@ -375,7 +382,7 @@ class _Run:
         if time.monotonic() > self.end:
             for ratio in plan.ratios:
                 for name in plan.providers:
-                    self.rows.add({**self.about(plan, ratio, name), **late})
+                    self.add({**self.about(plan, ratio, name), **late})
             return
         training = Training(plan, CPU, torch.float32, self.smoke)
         names = [n for n in plan.providers if self.compiled or not METHODS[n].compiled]
@@ -390,7 +397,7 @@ class _Run:
         spent = 0.0
         for name, verdict in verdicts.items():
             if verdict["status"] != "ok":
-                self.rows.add({**abouts[name], **verdict})
+                self.add({**abouts[name], **verdict})
                 continue
             call = training.step(METHODS[name], ratio)
             try:
@@ -403,14 +410,14 @@ class _Run:
                     self.count(training, ratio, name)
                 spent += time.monotonic() - began
             except Exception as error:  # memory, mostly, or a compiler
-                self.rows.add({**abouts[name], **unsupported(error)})
+                self.add({**abouts[name], **unsupported(error)})
                 continue
             samplers[name] = on_cpu(call)
         needed = MIN_CALLS * spent
         if time.monotonic() + needed > self.end and not self.smoke:
             late = {"status": "skipped", "reason": f"out of time: needs {needed:.0f} s"}
             for name in samplers:
-                self.rows.add({**abouts[name], **late})
+                self.add({**abouts[name], **late})
             return
         timings = take_turns(samplers, 0.0 if self.smoke else min(needed, 5.0))
         for name, timing in timings.items():
@@ -422,25 +429,7 @@ class _Run:
             if counts := self.counts(abouts[name]):
                 tflops = counts["flops"] / timing.ms_p50 / 1e9
                 row |= {"tflops": tflops, "of_gemm": round(tflops / self.gemm, 4)}
-            self.rows.add(row, timing)
-
-
-def _table(rows: list[Row]) -> str:
-    """Return counts and times of a provider in one line, by plan and ratio."""
-    import pandas as pd
-
-    setting = ["network", "batch", "length", "ratio"]
-    columns = ["flops", "flops_over_flow", "saved_bytes", "saved_over_flow", "ms_p50", "over_flow"]
-    columns += ["cpu_over_flow", "of_gemm", "gradient_error", "status", "reason"]
-    frame = pd.DataFrame([row for row in rows if row["what"] in ("counted", "timed")])
-    merged = frame.groupby([*setting, "provider"], sort=False).first()
-    merged = merged.reindex(columns=columns).dropna(axis="columns", how="all")
-    tables = merged.groupby(setting, sort=False)
-    return "\n\n".join(
-        f"{network}, batch {batch}, {length} latents, ratio {ratio}\n"
-        + table.droplevel(setting).to_string(na_rep="", float_format="{:.5g}".format)
-        for (network, batch, length, ratio), table in tables
-    )
+            self.add(row, timing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -473,7 +462,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for plan in chosen:
         print(f"Timing {plan.network}, batch {plan.batch}, {plan.length} latents", flush=True)
         run.time(plan)
-    print(_table(rows.rows), end="\n\n")
     return hold(rows.rows, TARGETS.values())
 
 
