@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pieces(parts: Sequence[str], ops: Sequence[str]) -> list[str]:
-    """Names of the pieces of these parts, the long ones first."""
+    """Return the names of the pieces of these parts, the long ones first."""
     found = [piece.name for stage in stages(parts, ops, "cpu") for piece in stage]
     return sorted(
         found, key=lambda name: ("attention" not in name, name not in ("step", "latency"))
@@ -177,7 +177,7 @@ def run_pieces(
 
 
 def _python(python: str, versions: dict[str, str], work: Path) -> str:
-    """`python` if it has these versions, or that of a new venv that has.
+    """Return `python` if it has these versions, or that of a new venv that has.
 
     Raises:
         RunError: It cannot be made.
