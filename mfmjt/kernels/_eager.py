@@ -161,7 +161,10 @@ def _unwrapped(
         dot = unwrap(dot) if get_level(dot) == 1 else dot
         if get_level(dot) != -1 or type(dot) not in _PLAIN:
             return None
-        dots[i], moves = dot.detach() if dot.requires_grad else dot, True
+        if dot.requires_grad:  # what is detached in here is functorch's again
+            dot = dot.detach()
+            dot = unwrap(dot) if get_level(dot) == 1 else dot
+        dots[i], moves = dot, True
     return values, dots, moves
 
 
@@ -191,7 +194,9 @@ def _compute(
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # inside, the op chooses dtypes
             return _compute(op, values, dots, on_cpu)
-    part, args = (op.fwd, values) if dots is None else (op.jvp, op.order((*values, *dots)))
+    part, args = (
+        (op.fwd, values) if dots is None else (op.jvp, op.moved(op.order((*values, *dots))))
+    )
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         outputs: Any = part.pick(on_cpu, args)(*args)
     elif not op.lists:

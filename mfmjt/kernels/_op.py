@@ -38,7 +38,6 @@ from mfmjt.kernels._eager import flatten, nest
 
 __all__ = [
     "Op",
-    "autocast",
     "backend",
     "check",
     "check_tensors",
@@ -116,18 +115,6 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's dtype where it is on, as PyTorch does for its own matmuls.
-
-    Arguments and results are tensors or None.
-    """
-    device = next(t.device.type for t in tensors if t is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
 class Op:
     """An op of plain or dual tensors, differentiable in both modes, made of its three formulas.
 
@@ -154,6 +141,7 @@ class Op:
     """
 
     over_streams: _Streams | None = None
+    required: Sequence[tuple[int, int]] = ()  # of jvp's lists, tangents that it must have, of what
 
     def __init__(
         self,
@@ -242,7 +230,7 @@ class Op:
             ys = self.fwd.library(*values)
             return ys[:count] if isinstance(ys, tuple) else (ys,)
         both = (*values, *dots)
-        found = self.jvp.library(*(both[i] for i in self.places))[: 2 * count]
+        found = self.jvp.library(*self.moved([both[i] for i in self.places]))[: 2 * count]
         joined: list[Any] = []
         for y, y_dot in zip(found[::2], found[1::2], strict=True):
             if isinstance(y, (list, tuple)):
@@ -250,6 +238,15 @@ class Op:
             else:
                 joined.append(_dual.join(y, y_dot))
         return tuple(joined)
+
+    def moved(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return arguments of jvp with zeros for tangents that some streams lack, but jvp needs."""
+        if self.required:
+            args = list(args)
+            for i, j in self.required:
+                pairs = zip(args[i], args[j], strict=True)
+                args[i] = [torch.zeros_like(x) if dot is None else dot for dot, x in pairs]
+        return args
 
     def cast(self, values: Sequence[Any], dots: Any) -> tuple[list[Any], Any]:
         """Cast under autocast, and raise unless floating inputs are then of one dtype."""
@@ -300,6 +297,12 @@ class _Streams(Op):
             autocasts=single.autocasts,
         )
         self.lists = True
+        names, dots = self.jvp.names, inspect.signature(formulas[1]).parameters
+        self.required = [
+            (names.index(n), names.index(n[:-4]))
+            for n, p in dots.items()
+            if n.endswith("_dot") and "None" not in str(p.annotation)
+        ]
 
     def of(self, args: tuple[Any, ...]) -> Any:
         """Compute the results, each a tuple of streams.
@@ -661,11 +664,3 @@ def _guarded(op: str, names: list[str], kernel: Callable[..., Any]) -> Callable[
         return kernel(*args)
 
     return guarded
-
-
-# Until every op is an `Op`
-from mfmjt.kernels import _legacy  # noqa: E402
-
-backward_of, define, dual = _legacy.backward_of, _legacy.define, _legacy.dual
-is_watched, join, split = _legacy.is_watched, _legacy.join, _legacy.split
-refuse_gradient, refuse_tangent = _legacy.refuse_gradient, _legacy.refuse_tangent

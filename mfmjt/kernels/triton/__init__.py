@@ -6,7 +6,7 @@ The package is imported where Triton runs, and only there: `mfmjt.kernels._backe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -20,6 +20,7 @@ __all__ = [
     "cdiv",
     "choose",
     "choose_view",
+    "filled",
     "fma",
     "jit",
     "locate",
@@ -85,13 +86,10 @@ def locate(counts, tile, BLOCK: tl.constexpr):
 
 @jit
 def choose(values, stream):
-    """Return one of a tuple of pointers, or of numbers, by a stream's number known at run time.
-
-    A number that is None counts as 0.
-    """
-    chosen = 0 if values[0] is None else values[0]
+    """Return one of a tuple of pointers, or of numbers, by a stream's number known at run time."""
+    chosen = values[0]
     for s in tl.static_range(1, len(values)):
-        chosen = tl.where(stream == s, 0 if values[s] is None else values[s], chosen)
+        chosen = tl.where(stream == s, values[s], chosen)
     return chosen
 
 
@@ -100,11 +98,10 @@ def choose_view(views, stream):
     """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise."""
     pointer, sample, token, head = views[0]
     for s in tl.static_range(1, len(views)):
-        one = stream == s
-        pointer = choose((pointer, views[s].pointer), one)
-        sample = choose((sample, views[s].sample), one)
-        token = choose((token, views[s].token), one)
-        head = choose((head, views[s].head), one)
+        pointer = tl.where(stream == s, views[s].pointer, pointer)
+        sample = tl.where(stream == s, views[s].sample, sample)
+        token = tl.where(stream == s, views[s].token, token)
+        head = tl.where(stream == s, views[s].head, head)
     return pointer, sample, token, head
 
 
@@ -127,6 +124,16 @@ def one_stream(launcher: Callable[..., Any], *args: Any) -> Any:
     if found is NotImplemented:
         return found
     return tuple([ys[0] for ys in found]) if isinstance(found, tuple) else found[0]
+
+
+def filled(tensors: Sequence[Tensor | None], xs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return tensors with zeros of the shapes of `xs` for those that are None; None if all are."""
+    if all(t is None for t in tensors):
+        return None
+    return [
+        x.new_zeros(x.shape[-1:]).expand(x.shape) if t is None else t
+        for t, x in zip(tensors, xs, strict=True)
+    ]
 
 
 def cdiv(n: int, block: int) -> int:
