@@ -1,0 +1,153 @@
+"""Triton kernels of `conv1d`: products over windows of tokens, and the weight's gradient.
+
+Value, tangent and x_bar are `product.project`: a tangent is one more stream with the same weight,
+x_bar a convolution of y_bar with the weight turned. W_bar is a product over tokens of y_bar and the
+windows of x, cut into parts that are added up in a fixed order. Dilations above 1 and float64 are
+left to the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfmjt.kernels._op import work_dtype
+from mfmjt.kernels.triton import cdiv, jit, tl, tuning
+from mfmjt.kernels.triton.product import aligned, dense, precision, project, strides, takes, window
+
+__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
+
+
+@jit
+def _conv1d_bwd_weight_kernel(
+    source,  # pointer, tokens, channels, taps and strides of x; the last two in units
+    y_bar,
+    y_strides,  # of samples and tokens, in units
+    parts,  # (splits, outs, taps * channels), contiguous, in the dtype of sums
+    rows,
+    outs,  # in units
+    steps,  # blocks of rows that one split adds up
+    UNIT: tl.constexpr,  # elements per aligned load
+    BLOCK_OUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tokens = source[1]
+    depth = source[3] * source[2] * UNIT
+    depth_blocks = tl.cdiv(depth, BLOCK_DEPTH)
+    out = (tl.program_id(0) // depth_blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS)
+    k = (tl.program_id(0) % depth_blocks) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+    split = tl.program_id(1)
+    total = tl.zeros((BLOCK_OUTS, BLOCK_DEPTH), parts.dtype.element_ty)
+    last = tl.minimum((split + 1) * steps, tl.cdiv(rows, BLOCK_ROWS))
+    for step in range(split * steps, last):
+        row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        inside = row < rows
+        x, first, count, _ = window(source, row, inside, UNIT)
+        i = first + k[None, :]
+        b = tl.load(x + k[None, :], (i >= 0) & (i < count) & (k < depth)[None, :], 0.0)
+        sample = (row // tokens).to(tl.int64)
+        at = sample * y_strides[0] + (row - sample * tokens) * y_strides[1]
+        exists = (out < outs * UNIT)[:, None] & inside[None, :]
+        a = tl.load(y_bar + at[None, :] * UNIT + out[:, None], exists, 0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+    part = (split.to(tl.int64) * outs * UNIT + out[:, None]) * depth + k[None, :]
+    tl.store(parts + part, total, (out < outs * UNIT)[:, None] & (k < depth)[None, :])
+
+
+def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    outs, channels, taps = weight.shape
+    if x.numel() == 0 or y_bar.numel() == 0:
+        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    y_bar, x = dense(y_bar), dense(x, taps)
+    sample, token = strides(x)[0], channels if taps > 1 else strides(x)[1]
+    unit = aligned(sample, token, channels, outs, *strides(y_bar), at=[x, y_bar])
+    rows, depth = x.shape[0] * x.shape[1], taps * channels
+    blocks, num_warps, num_stages, splits = tuning.conv1d_weight(
+        rows, outs, depth, x.element_size()
+    )
+    block_outs, block_depth, block_rows = blocks
+    parts = x.new_empty(splits, outs, taps, channels, dtype=work_dtype(x))
+    _conv1d_bwd_weight_kernel[(cdiv(outs, block_outs) * cdiv(depth, block_depth), splits)](
+        (x, x.shape[1], channels // unit, taps, sample // unit, token // unit),
+        *(y_bar, tuple(n // unit for n in strides(y_bar)), parts),
+        *(rows, outs // unit, cdiv(cdiv(rows, block_rows), splits)),
+        UNIT=unit,
+        BLOCK_OUTS=block_outs,
+        BLOCK_DEPTH=block_depth,
+        BLOCK_ROWS=block_rows,
+        PRECISION=precision(),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return x.new_empty(weight.shape).copy_(parts.sum(0).transpose(1, 2))
+
+
+def fwd_streams(
+    x: list[Tensor], weight: list[Tensor], bias: list[Tensor | None], dilation: int
+) -> Any:
+    """Launch the values."""
+    if dilation > 1:
+        return NotImplemented
+    return project(x, [w.transpose(1, 2) for w in weight], bias, [0] * len(x), False)
+
+
+def jvp_streams(
+    x: list[Tensor],
+    weight: list[Tensor],
+    bias: list[Tensor | None],
+    x_dot: list[Tensor | None],
+    dilation: int,
+) -> Any:
+    """Launch values and tangents."""
+    if dilation > 1 or not takes(x):
+        return NotImplemented
+    packed = [w.transpose(1, 2).contiguous() for w in weight]
+    moving = [i for i, dot in enumerate(x_dot) if dot is not None]
+    results = project(
+        [*x, *(dot for dot in x_dot if dot is not None)],
+        [*packed, *(packed[i] for i in moving)],
+        [*bias, *(None for _ in moving)],
+        [0] * (len(x) + len(moving)),
+        False,
+    )
+    ys, dots = results[: len(x)], iter(results[len(x) :])
+    return ys, [
+        torch.zeros_like(y) if dot is None else next(dots) for y, dot in zip(ys, x_dot, strict=True)
+    ]
+
+
+def bwd_streams(
+    y_bar: list[Tensor], x: list[Tensor], weight: list[Tensor], dilation: int, needs: list[bool]
+) -> Any:
+    """Launch the gradients that are needed; those of weights one after the other."""
+    if dilation > 1 or not takes(x) or not takes(y_bar):
+        return NotImplemented
+    x_bar, weight_bar, bias_bar = ([t.new_empty(0) for t in x] for _ in needs)
+    if needs[0]:
+        turned = [w.flip(2).permute(1, 2, 0) for w in weight]
+        x_bar = project(y_bar, turned, [None] * len(x), [0] * len(x), False)
+    if needs[1]:
+        weight_bar = [_weight_bar(*one) for one in zip(y_bar, x, weight, strict=True)]
+    if needs[2]:
+        bias_bar = [bar.sum((0, 1), dtype=work_dtype(bar)).to(bar.dtype) for bar in y_bar]
+    return x_bar, weight_bar, bias_bar
+
+
+def _of_one(over_streams: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the launcher of one stream."""
+
+    def launch(*args: Any) -> Any:
+        results = over_streams(*([a] if a is None or isinstance(a, Tensor) else a for a in args))
+        if isinstance(results, tuple):
+            return tuple([of_streams[0] for of_streams in results])
+        return results if results is NotImplemented else results[0]
+
+    return launch
+
+
+fwd, jvp, bwd = map(_of_one, (fwd_streams, jvp_streams, bwd_streams))
