@@ -84,20 +84,24 @@ _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
 _STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
 
 
-def _product_tiles(element_size: int) -> tuple[dict[Tile, float], int]:
+def _product_tiles(element_size: int, widest: bool = True) -> tuple[dict[Tile, float], int]:
     """Return tiles for this GPU and a dtype of so many bytes, and about how many processors."""
     arch = target()[1]
-    tiles = _PRODUCTS if element_size == 2 else _PRODUCTS_FLOAT32
-    return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
+    table = _PRODUCTS if element_size == 2 else _PRODUCTS_FLOAT32
+    tiles = table.get(arch, table[None])
+    if not widest:
+        tiles = {t: v for t, v in tiles.items() if t[0][0] * t[0][1] * element_size <= 2**15}
+    return tiles, _MULTIPROCESSORS.get(arch, 108)
 
 
 def product(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu: bool) -> Tile:
     """Return blocks of rows, outputs and contraction, warps and stages of products of streams.
 
     The tile with the least time, by the waves of programs and what a step of one takes. A gated
-    unit has two sums, and takes half as many outputs.
+    unit has two sums, and takes half as many outputs. The widest tiles leave no registers for that,
+    nor for a choice among more streams than a value and its tangent.
     """
-    tiles, processors = _product_tiles(element_size)
+    tiles, processors = _product_tiles(element_size, widest=not glu and len(rows) <= 2)
 
     def blocks(tile: Tile) -> tuple[int, int, int]:
         block_rows, block_outs, depth = tile[0]
@@ -117,10 +121,10 @@ def product(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu
 def product_heads(rows: tuple[int, ...], parts: int, width: int, element_size: int) -> Tile:
     """Return the same of a projection to whole heads, `parts` of that width, one to a program."""
     columns = max(16, power_of_2(width))
-    tiles, processors = _product_tiles(element_size)
-    large = next(tile for tile in tiles if tile[0][1] <= 128)
+    tiles, processors = _product_tiles(element_size, widest=False)
+    large, *_, least = tiles
     wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
-    (block_rows, _, depth), warps, stages = large if wide and columns <= 64 else list(tiles)[-1]
+    (block_rows, _, depth), warps, stages = large if wide and columns <= 64 else least
     return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
 
 
