@@ -159,6 +159,13 @@ class FrameCondition(NamedTuple):
     rows: Tensor
     row_of: Tensor | None = None
 
+    def of_tokens(self, parts: Tensor) -> Tensor:
+        """Give every token its row of what was computed of `rows`.
+
+        Picking rows commutes with a linear map, and there are fewer rows than tokens.
+        """
+        return parts if self.row_of is None else parts.index_select(1, self.row_of)
+
 
 class Attention(nn.Module):
     """Weights of the projection to q, k and v, and of the RMS norms of q and k.
@@ -277,18 +284,12 @@ class Blocks:
         return tuple(Pending(*stream) for stream in zip(xs, hs, gates, strict=True))
 
     def modulations(self, conditions: Sequence[FrameCondition]) -> list[tuple[Tensor, ...]]:
-        """Return for each stream `Block.parts` parts, (B, N or 1, D) each.
-
-        They are computed on the condition's own rows, which are fewer than the tokens: picking rows
-        commutes with a linear map.
-        """
-        found = []
+        """Return for each stream `Block.parts` parts, (B, N or 1, D) each."""
         rows = self.modulate([condition.rows for condition in conditions])
-        for block, parts, condition in zip(self.blocks, rows, conditions, strict=True):
-            if condition.row_of is not None:
-                parts = parts.index_select(1, condition.row_of)
-            found.append(parts.chunk(block.parts, dim=-1))
-        return found
+        return [
+            condition.of_tokens(parts).chunk(block.parts, dim=-1)
+            for block, parts, condition in zip(self.blocks, rows, conditions, strict=True)
+        ]
 
     def modulate(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
         """Map conditions (B, S, D) to all parts of the modulations, (B, S, parts·D)."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["PreparedStep"]
 
 _NULLS = 4
-"""Combinations of lengths whose null conditions are kept: 13 MB of small_16k in bfloat16 each."""
+"""Combinations of lengths whose null conditions are kept: 17 MB of small_16k in bfloat16 each."""
 
 
 class _Layers(NamedTuple):
@@ -120,16 +120,16 @@ class _Null(NamedTuple):
 
     Attributes:
         position: What the positions in segments add to the output of sync's first layer.
-        by_frame: Of the latent, frame by frame.
-        by_clip: Of video, text and the final layer as a whole.
+        by_frame: Those of the latent (1, N, ...).
+        by_clip: Those of video, text and the final layer (1, 1, ...).
     """
 
     position: Tensor
     video: Tensor
     text: Tensor
     sync: Tensor
-    by_frame: FrameCondition
-    by_clip: FrameCondition
+    by_frame: Tensor
+    by_clip: Tensor
 
 
 class PreparedStep:
@@ -247,8 +247,8 @@ class PreparedStep:
             cond = cond.expand(batch, -1, -1)
             return torch.cat((cond, uncond.expand(batch, -1, -1))) if null else cond
 
-        frames = by_frame._replace(rows=both(by_frame.rows, uncond.by_frame.rows))
-        whole = FrameCondition(both(by_clip.rows, uncond.by_clip.rows))
+        frames = FrameCondition(both(by_frame, uncond.by_frame))
+        whole = FrameCondition(both(by_clip, uncond.by_clip))
         pairs = ((tokens[0], tokens[0]), (video, uncond.video), (text, uncond.text))
         latent = run(
             self._blocks,
@@ -287,14 +287,14 @@ class PreparedStep:
 
     def _modulated(
         self, video: Tensor, sync: Tensor, text: Tensor, length: int
-    ) -> tuple[FrameCondition, FrameCondition]:
-        """Return the modulations of all blocks, those of the latent's tokens first."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the modulations of all blocks: the latent's by token, and those of a clip."""
         samples = max(part.shape[0] for part in (video, sync, text))
         pooled = self._pool([streams.pool([x.expand(samples, -1, -1) for x in (video, text)])])
         (shared,) = self._pool_down(self._pool_up(pooled))
         frames = frame_condition(shared, sync, length)
         by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
-        return frames._replace(rows=by_frame), FrameCondition(by_clip)
+        return frames.of_tokens(by_frame), by_clip
 
     def _null(self, length: int, lengths: tuple[int, ...]) -> _Null:
         key = (length, *lengths)
