@@ -36,7 +36,18 @@ from torch import Tensor
 from mfmjt.kernels import _backends, _dual, _eager, _native
 from mfmjt.kernels._eager import flatten, nest
 
-__all__ = ["Op", "autocast", "check", "check_tensors", "reference", "use_reference", "work_dtype"]
+__all__ = [
+    "Op",
+    "autocast",
+    "backend",
+    "check",
+    "check_tensors",
+    "per_stream",
+    "reference",
+    "register",
+    "use_reference",
+    "work_dtype",
+]
 
 _library = torch.library.Library("mfmjt", "FRAGMENT")
 _forced_reference = False
@@ -80,6 +91,24 @@ def check_tensors(op: str, optional: dict[str, Any] | None = None, /, **tensors:
             if not isinstance(x, Tensor):
                 what = type(x).__name__
                 raise TypeError(f"mfmjt.kernels.{op} needs {name} to be a tensor; got {what}.")
+
+
+def per_stream(op: str, **arguments: Any) -> list[dict[str, Any]]:
+    """Return the arguments of each stream by name; of the only one where the first is no tuple.
+
+    Raises:
+        ValueError: There are not as many streams of one argument as of the first.
+    """
+    first = next(iter(arguments.values()))
+    if not isinstance(first, (list, tuple)):
+        return [arguments]
+    count = len(first)
+    for name, value in arguments.items():
+        if value is not None and not (isinstance(value, (list, tuple)) and len(value) == count):
+            got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+            needs = f"{name} for each of {count} streams"
+            raise ValueError(f"mfmjt.kernels.{op} needs {needs}; got {got}.")
+    return [{n: v if v is None else v[i] for n, v in arguments.items()} for i in range(count)]
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -328,16 +357,16 @@ class Part:
         self._native, self._takes = None, op.takes or _native.floats
         single = getattr(op, "single", None)
         if single is None:
-            self._on_gpu = _backend("triton", op.name, part, formula)
+            self._on_gpu = backend("triton", op.name, part, formula)
             self._on_cpu = formula
             if importlib.util.find_spec(f"mfmjt.kernels.cpu.{op.name}"):
-                self._on_cpu = _backend("cpu", op.name, part, formula)
+                self._on_cpu = backend("cpu", op.name, part, formula)
             if op.takes is not None:
                 self._native = _native.op(name, required=part == "fwd")
         else:
             of_one = getattr(single, part)
             one_by_one = _each(of_one.on_gpu, like=of_one.formula)
-            self._on_gpu = _backend("triton", single.name, f"{part}_streams", one_by_one)
+            self._on_gpu = backend("triton", single.name, f"{part}_streams", one_by_one)
             self._on_cpu = _each(of_one.on_cpu, like=of_one.formula)
         if _backends.ON_CPU:
             self._on_cpu, self._native = self._on_gpu, None
@@ -526,7 +555,7 @@ def _each(
     return each
 
 
-def _backend(
+def backend(
     package: str, module: str, function: str, formula: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Return a function of `mfmjt.kernels.<package>.<module>`, on the device of its arguments.

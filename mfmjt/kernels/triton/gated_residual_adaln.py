@@ -1,0 +1,65 @@
+"""Launchers of `gated_residual_adaln`: the kernels of `norm` and `norm_bwd` with a gate."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from mfmjt.kernels.triton import one_stream
+from mfmjt.kernels.triton.norm import forward
+from mfmjt.kernels.triton.norm_bwd import backward
+
+__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
+
+
+def fwd_streams(
+    xs: list[Tensor],
+    hs: list[Tensor],
+    gates: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    eps: float,
+) -> Any:
+    """Compute sums, results and statistics of all streams."""
+    found = forward((hs, gates), xs, shifts, scales, None, eps)
+    return found if found is NotImplemented else (found[0], found[2], *found[4:])
+
+
+def jvp_streams(
+    xs: list[Tensor],
+    hs: list[Tensor],
+    gates: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    x_dots: list[Tensor | None],
+    h_dots: list[Tensor | None],
+    gate_dots: list[Tensor | None],
+    shift_dots: list[Tensor | None],
+    scale_dots: list[Tensor | None],
+    eps: float,
+) -> Any:
+    """Compute sums, results, their tangents and statistics of all streams."""
+    dots = (x_dots, h_dots, gate_dots, shift_dots, scale_dots)
+    return forward((hs, gates), xs, shifts, scales, dots, eps)
+
+
+def bwd_streams(
+    total_bars: list[Tensor | None],
+    y_bars: list[Tensor | None],
+    totals: list[Tensor],
+    hs: list[Tensor],
+    gates: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    means: list[Tensor],
+    rstds: list[Tensor],
+) -> Any:
+    """Compute the cotangents of all streams."""
+    return backward(total_bars, y_bars, totals, (hs, gates), shifts, scales, means, rstds)
+
+
+fwd = functools.partial(one_stream, fwd_streams)
+jvp = functools.partial(one_stream, jvp_streams)
+bwd = functools.partial(one_stream, bwd_streams)
