@@ -142,10 +142,8 @@ def normalize(
     xs, hs, gates = zip(*streams, strict=True)
     shifts, scales = zip(*(parts[:2] for parts in modulations), strict=True)
     if hs[0] is None:
-        return xs, each(adaln, xs, shifts, scales, eps=NORM_EPS)
-    pairs = each(gated_residual_adaln, xs, hs, gates, shifts, scales, eps=NORM_EPS)
-    xs, ys = zip(*pairs, strict=True)
-    return xs, ys
+        return xs, adaln(xs, shifts, scales, eps=NORM_EPS)
+    return gated_residual_adaln(xs, hs, gates, shifts, scales, eps=NORM_EPS)
 
 
 class FrameCondition(NamedTuple):
