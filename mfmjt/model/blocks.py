@@ -93,9 +93,10 @@ def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, .
         # By their exact type: a layer with an adapter is called as the module it is.
         alike = {i: m for i, m in enumerate(modules) if type(m) is kind}
         if alike:
-            weights = [m.weight for m in alike.values()]
-            biases = [m.bias for m in alike.values()]
-            ys |= zip(alike, each(op, [xs[i] for i in alike], weights, biases), strict=True)
+            weights = tuple([m.weight for m in alike.values()])
+            biases = tuple([m.bias for m in alike.values()])
+            given = tuple([xs[i] for i in alike])
+            ys |= zip(alike, op(given, weights, biases), strict=True)
     return tuple(ys[i] if i in ys else m(xs[i]) for i, m in enumerate(modules))
 
 
@@ -116,7 +117,7 @@ class SwiGLU(nn.Module):
 def feed_forward(modules: Sequence[SwiGLU], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Apply a SwiGLU to each stream."""
     gates, ups = layer([m.w1 for m in modules], xs), layer([m.w3 for m in modules], xs)
-    return layer([m.w2 for m in modules], each(swiglu, gates, ups))
+    return layer([m.w2 for m in modules], swiglu(gates, ups))
 
 
 class Pending(NamedTuple):
@@ -299,9 +300,12 @@ class Blocks:
         """Return q, k and v of all streams (B, N, heads, head_dim); q and k normed and rotated."""
         attns = [block.attn for block in self.blocks]
         qkvs = layer([attn.qkv for attn in attns], ys)
-        heads = [qkv.unflatten(-1, (3, attns[0].num_heads, -1)) for qkv in qkvs]
-        q_norms, k_norms = [a.q_norm.weight for a in attns], [a.k_norm.weight for a in attns]
-        return list(zip(*each(qk_norm_rope, heads, q_norms, k_norms, ropes), strict=True))
+        return qk_norm_rope(
+            tuple([qkv.unflatten(-1, (3, attns[0].num_heads, -1)) for qkv in qkvs]),
+            tuple([attn.q_norm.weight for attn in attns]),
+            tuple([attn.k_norm.weight for attn in attns]),
+            tuple(ropes),
+        )
 
     def out(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Apply the output layers of attention, (B, N, D) to (B, N, D)."""
@@ -350,8 +354,3 @@ class FinalLayer(nn.Module):
         modulation = self.adaLN_modulation[1](condition.rows).chunk(2, dim=-1)
         _, (y,) = normalize((stream,), (modulation,))
         return self.conv(y)
-
-
-def each(op: Any, *streams: Any, **options: Any) -> tuple[Any, ...]:
-    """Apply an op to each stream."""
-    return tuple(op(*given, **options) for given in zip(*streams, strict=True))
