@@ -290,7 +290,8 @@ class PreparedStep:
     ) -> tuple[Tensor, Tensor]:
         """Return the modulations of all blocks: the latent's by token, and those of a clip."""
         samples = max(part.shape[0] for part in (video, sync, text))
-        pooled = self._pool([streams.pool([x.expand(samples, -1, -1) for x in (video, text)])])
+        means = [x.mean(1, keepdim=True).expand(samples, -1, -1) for x in (video, text)]
+        pooled = self._pool([torch.cat(means, dim=-1)])
         (shared,) = self._pool_down(self._pool_up(pooled))
         frames = frame_condition(shared, sync, length)
         by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
