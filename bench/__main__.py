@@ -50,13 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     usage.description = "\n".join([usage.description or "", "commands:", *lines])
     usage.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = usage.parse_args(argv[:1]).command
-    # Only what is asked for is imported: the parent of a GPU's pieces does without PyTorch.
-    module = importlib.import_module(COMMANDS[command][0])
     try:
-        status: int = module.main(argv[1:])
+        # Only what is asked for is imported: the parent of a GPU's pieces does without PyTorch.
+        status: int = importlib.import_module(COMMANDS[command][0]).main(argv[1:])
     except MfmjtError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        sys.stderr.write("Error: pandas is not installed: tables need it. Install mfmjt[bench].\n")
+        return 2
     return status
 
 
