@@ -83,6 +83,7 @@ def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         PRECISION=precision(),
         num_warps=num_warps,
         num_stages=num_stages,
+        **tuning.registers(num_warps),
     )
     return x.new_empty(weight.shape).copy_(parts.sum(0).transpose(1, 2))
 
@@ -150,4 +151,4 @@ def _of_one(over_streams: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-fwd, jvp, bwd = map(_of_one, (fwd_streams, jvp_streams, bwd_streams))
+fwd, jvp, bwd = _of_one(fwd_streams), _of_one(jvp_streams), _of_one(bwd_streams)
