@@ -44,16 +44,14 @@ __all__ = ["MOST", "counted", "main"]
 
 MOST = {"small_16k": 120}
 """Launches that a guided step may take."""
-FREE = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"),
-    *("atleast_1d", "promote_types", "is_same_size", "_has_same_storage_numel"),
-    *("_efficientzerotensor", "device"),
-}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
+FREE |= {"atleast_1d", "promote_types", "is_same_size", "_has_same_storage_numel", "device"}
+FREE |= {"_efficientzerotensor"}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class _Count(TorchDispatchMode):
-    """Counts what would be launched, by name."""
+    """Count what would be launched, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +85,7 @@ def _count(call: Callable[[], Any]) -> Counter[str]:
     with (
         offline_driver(TARGETS["sm_90"].target),
         patch.object(JITFunction, "run", launch),
-        patch.object(Tensor, "data_ptr", lambda _: 0),  # launchers look how it is aligned
+        patch.object(Tensor, "data_ptr", lambda _: 0),  # read for its alignment alone
         patch.object(conditioning, "_cached", mode.uncounted),
         mode,
     ):
@@ -95,23 +93,16 @@ def _count(call: Callable[[], Any]) -> Counter[str]:
     return mode.found
 
 
-def counted(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counter[str]]:
-    """Return the launches of a guided step at batch 1 and of a training step, by their names.
-
-    Args:
-        name: A named configuration.
-        dtype: Of weights and features.
-    """
+def counted(name: str) -> dict[str, Counter[str]]:
+    """Return each provider's launches by kernel: a named network in bfloat16, one sound."""
     with FakeTensorMode():
+        dtype = torch.bfloat16
         net = MFMJT.from_config(name)
         net.load_state_dict({k: v.to(dtype) for k, v in net.state_dict().items()}, assign=True)
         c = net.config
         z = torch.zeros(1, c.latent_length, c.latent_dim)
-        cond = {
-            "video": torch.zeros(1, c.video_length, c.video_dim, dtype=dtype),
-            "sync": torch.zeros(1, c.sync_length, c.sync_dim, dtype=dtype),
-            "text": torch.zeros(1, c.text_length, c.text_dim, dtype=dtype),
-        }
+        dims = {"video": c.video_dim, "sync": c.sync_dim, "text": c.text_dim}
+        cond = {n: torch.zeros(1, getattr(c, f"{n}_length"), d).to(dtype) for n, d in dims.items()}
         no = torch.zeros(1, dtype=torch.bool)
 
         @torch.no_grad()
@@ -145,19 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--show", action="store_true", help="also what is launched how often")
     options.add_argument("--json", action="store_true", help="print one line of JSON")
     given = options.parse_args(argv)
-    found = counted(given.network)
+    found, most = counted(given.network), MOST.get(given.network)
     totals = {provider: counts.total() for provider, counts in found.items()}
-    most = MOST.get(given.network)
+    for provider, total in totals.items() if not given.json else ():
+        print(f"{given.network} {provider}: {total} launches")
+        for name, count in found[provider].most_common() if given.show else ():
+            print(f"  {count:5} {name}")
     if given.json:
-        about = {"network": given.network, "triton": triton.__version__, "most": most}
-        about |= {"training": totals.pop("training"), "by_kernel": found}
-        print(json.dumps(about | {"launches": totals}))
-    else:
-        for provider, total in totals.items():
-            print(f"{given.network} {provider}: {total} launches")
-            if given.show:
-                for name, count in found[provider].most_common():
-                    print(f"  {count:5} {name}")
+        row = {"network": given.network, "triton": triton.__version__, "most": most}
+        row |= {"training": totals.pop("training"), "launches": totals, "by_kernel": found}
+        print(json.dumps(row))
     return int(most is not None and totals["mfmjt"] > most)
 
 

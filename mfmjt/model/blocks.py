@@ -245,8 +245,11 @@ class JointBlock(nn.Module):
 class Blocks:
     """The blocks of streams that attend to one another, one block for each stream.
 
-    Four methods apply weights: `modulate`, `project`, `out` and `feed_forward`. Whoever holds the
-    weights in another form replaces these.
+    The methods `modulate`, `project`, `out` and `feed_forward` apply the weights; a subclass that
+    holds weights in another form replaces them.
+
+    Args:
+        blocks: Those whose streams go on first, then `pre_only` ones.
     """
 
     def __init__(self, *blocks: Block) -> None:
@@ -324,11 +327,7 @@ def run(
 ) -> Pending:
     """Run blocks one after the other, each on the streams that are left; return the first stream.
 
-    Args:
-        blocks: `JointBlock`, `Block` or `Blocks`.
-        streams: See `Blocks`.
-        conditions: See `Blocks`.
-        ropes: See `Blocks`.
+    A block is a module or `Blocks`, whose arguments the others are.
     """
     for block in blocks:
         count = len(streams)
