@@ -1,58 +1,62 @@
-"""Count the kernels of one guided generation step, without a GPU.
+"""Count the kernels of one guided generation step and of one training step, without a GPU.
 
-A launch is every operation of PyTorch's that writes memory, and every launch of a Triton kernel of
-ours; views, allocations and what the host computes are none. Triton's launchers run as on a GPU of
-compute capability 9.0, but nothing is compiled or launched, so that results are not looked at.
+A launch is every operation of PyTorch that writes memory, and every launch of a Triton kernel of
+ours; views, allocations and what the host computes are none. Tensors have no memory, so nothing is
+computed: Triton's launchers run as on a GPU of compute capability 9.0 and launch nothing.
 PyTorch's own operations are counted as one launch each, where some take several on a GPU.
 
     mfmjt         `meanflow.OneStep`, conditions encoded, guidance and the step taken
     mfmjt_eager   the same through the network as it is trained
     eager         the same in plain PyTorch, one pass after the other, as MMAudio's code has it
+    training      a loss with du/dt of some clips, and its gradients
 
-    python -m bench.launches
-    python -m bench.launches --network large_44k_v2 --show
+Examples:
+  python -m bench launches
+  python -m bench launches --network large_44k_v2 --show
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from bench import parser
 from bench.aot import TARGETS, offline_driver
-from mfmjt import kernels
-from mfmjt.meanflow import OneStep, guide
+from mfmjt import kernels, meanflow
 from mfmjt.model import MFMJT, conditioning
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["BARS", "counted", "main"]
+__all__ = ["MOST", "counted", "main"]
 
-BARS = {"small_16k": 110}
-"""Most launches of the frozen step."""
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+MOST = {"small_16k": 120}
+"""Launches that a guided step may take."""
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
-FREE |= {"atleast_1d", "promote_types"}
+FREE |= {"atleast_1d", "promote_types", "is_same_size", "_has_same_storage_numel", "device"}
+FREE |= {"_efficientzerotensor"}
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class _Count(TorchDispatchMode):
-    """Counts what would be launched, by name."""
+    """Count what would be launched, by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.make = conditioning._cached
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,92 +68,85 @@ class _Count(TorchDispatchMode):
             self.found[f"{func.namespace}::{name}"] += 1
         return func(*args, **kwargs)
 
-
-@contextlib.contextmanager
-def _triton_counted(found: Counter[str]) -> Iterator[None]:
-    run, tables = JITFunction.run, conditioning._cached
-
-    def count_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found[f"triton::{self.fn.__name__}"] += 1
-
-    def uncounted(*args: Any) -> Tensor:
-        with _disable_current_modes():  # or a table that is kept would be made once more
-            return tables(*args)
-
-    with offline_driver(TARGETS["sm_90"].target):
-        JITFunction.run = count_only
-        conditioning._cached = uncounted  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            JITFunction.run = run
-            conditioning._cached = tables
+    def uncounted(self, *args: Any) -> Tensor:
+        """Make a table, which is kept where tensors have memory."""
+        before = self.found.copy()
+        table = self.make(*args)
+        self.found = before
+        return table
 
 
-def counted(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counter[str]]:
-    """Launches of one guided step at batch 1, by provider and name.
+def _count(call: Callable[[], Any]) -> Counter[str]:
+    mode = _Count()
 
-    Args:
-        name: A named configuration.
-        dtype: Of weights and features.
-    """
-    net = MFMJT.from_config(name).eval().requires_grad_(False).to(dtype)
-    c = net.config
-    z = torch.zeros(1, c.latent_length, c.latent_dim)
-    cond = {
-        "video": torch.zeros(1, c.video_length, c.video_dim, dtype=dtype),
-        "sync": torch.zeros(1, c.sync_length, c.sync_dim, dtype=dtype),
-        "text": torch.zeros(1, c.text_length, c.text_dim, dtype=dtype),
-    }
-    no = torch.zeros(1, dtype=torch.bool)
+    def launch(kernel: Any, *_: Any, **__: Any) -> None:
+        mode.found[f"triton::{kernel.fn.__name__}"] += 1
 
-    def eager() -> Tensor:
-        with kernels.reference():
+    with (
+        offline_driver(TARGETS["sm_90"].target),
+        patch.object(JITFunction, "run", launch),
+        patch.object(Tensor, "data_ptr", lambda _: 0),  # read for its alignment alone
+        patch.object(conditioning, "_cached", mode.uncounted),
+        mode,
+    ):
+        call()
+    return mode.found
+
+
+def counted(name: str) -> dict[str, Counter[str]]:
+    """Return each provider's launches by kernel: a named network in bfloat16, one sound."""
+    with FakeTensorMode():
+        dtype = torch.bfloat16
+        net = MFMJT.from_config(name)
+        net.load_state_dict({k: v.to(dtype) for k, v in net.state_dict().items()}, assign=True)
+        c = net.config
+        z = torch.zeros(1, c.latent_length, c.latent_dim)
+        dims = {"video": c.video_dim, "sync": c.sync_dim, "text": c.text_dim}
+        cond = {n: torch.zeros(1, getattr(c, f"{n}_length"), d).to(dtype) for n, d in dims.items()}
+        no = torch.zeros(1, dtype=torch.bool)
+
+        @torch.no_grad()
+        @kernels.reference()
+        def eager() -> Tensor:
             u_c = net(z, 0.0, 1.0, **cond)
             u_0 = net(z, 0.0, 1.0, **cond, video_mask=no, text_mask=no)
-        return z - guide(u_c, u_0, 1.5, "cfg_scaled")
+            return z - meanflow.guide(u_c, u_0, 1.5, "cfg_scaled")
 
-    frozen, ours = OneStep(net), OneStep(net, compile=False)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "mfmjt": lambda: frozen(z, **cond),
-        "mfmjt_eager": lambda: ours(z, **cond),
-        "eager": eager,
-    }
-    results = {}
-    for provider, call in calls.items():
-        with torch.no_grad(), _triton_counted(Counter()):
-            call()  # tables and the pass without conditions are made once
-        mode = _Count()
-        with torch.no_grad(), _triton_counted(mode.found), mode:
-            call()
-        results[provider] = mode.found
-    return results
+        def training() -> None:
+            # Two of three clips with r < t: more than half, hence two calls, as on a GPU
+            clips = {key: x.expand(3, -1, -1) for key, x in cond.items()}
+            x, r = z.to(dtype).expand(3, -1, -1), torch.zeros(3)
+            loss = meanflow.loss_and_errors(net, x, clips, noise=x, r=r, t=r + 1, intervals=2)[0]
+            loss.backward()
+
+        frozen, ours = meanflow.OneStep(net), meanflow.OneStep(net, compile=False)
+        frozen(z, **cond)  # the pass without conditions is encoded once
+        return {
+            "mfmjt": _count(lambda: frozen(z, **cond)),
+            "mfmjt_eager": _count(lambda: ours(z, **cond)),
+            "eager": _count(eager),
+            "training": _count(training),
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and count; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.launches",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--network", choices=sorted(CONFIGS), default="small_16k")
-    parser.add_argument("--show", action="store_true", help="also what is launched how often")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    given = parser.parse_args(argv)
-    found = counted(given.network)
-    totals = {provider: sum(counts.values()) for provider, counts in found.items()}
-    bar = BARS.get(given.network)
+    """Count, and print; return the exit status."""
+    options = parser("launches", __doc__)
+    options.add_argument("--network", choices=sorted(CONFIGS), default="small_16k")
+    options.add_argument("--show", action="store_true", help="also what is launched how often")
+    options.add_argument("--json", action="store_true", help="print one line of JSON")
+    given = options.parse_args(argv)
+    found, most = counted(given.network), MOST.get(given.network)
+    totals = {provider: counts.total() for provider, counts in found.items()}
+    for provider, total in totals.items() if not given.json else ():
+        print(f"{given.network} {provider}: {total} launches")
+        for name, count in found[provider].most_common() if given.show else ():
+            print(f"  {count:5} {name}")
     if given.json:
-        about = {"network": given.network, "triton": triton.__version__, "bar": bar}
-        print(json.dumps(about | {"launches": totals, "by_kernel": found["mfmjt"]}))
-    else:
-        for provider, total in totals.items():
-            print(f"{given.network} {provider}: {total} launches")
-            if given.show:
-                for name, count in found[provider].most_common():
-                    print(f"  {count:5} {name}")
-    return int(bar is not None and totals["mfmjt"] > bar)
+        row = {"network": given.network, "triton": triton.__version__, "most": most}
+        row |= {"training": totals.pop("training"), "launches": totals, "by_kernel": found}
+        print(json.dumps(row))
+    return int(most is not None and totals["mfmjt"] > most)
 
 
 if __name__ == "__main__":

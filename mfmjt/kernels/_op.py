@@ -471,7 +471,9 @@ class Part:
         found += [None] * (len(op.tensors) - len(found))
         if op.lists:
             by_name = dict(zip(self.names, ctx.nothing, strict=True))
-            by_name |= {n: bar for n, bar in zip(op.tensors, found, strict=True) if bar is not None}
+            bars_of = zip(op.tensors, found, strict=True)
+            # No cotangent of what was None for every stream, such as a bias
+            by_name |= {n: bar for n, bar in bars_of if bar is not None and by_name[n] is not None}
             return tuple(by_name[n] for n in self.names)
         if "needs" in op.bwd.names:
             found = [bar if needs[n] else None for n, bar in zip(op.tensors, found, strict=True)]

@@ -3,11 +3,15 @@
 A sub-layer's output is not added to the residual where it is made: it travels as a `Pending` sum to
 the next normalization, so that gate, add, norm and modulation are one pass at every boundary, those
 between blocks included.
+
+Streams that attend to one another go through each sub-layer together, in one launch if they can:
+latent, video and text in a joint block, the latent alone in a later one. `Blocks` is either.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,6 +28,7 @@ from mfmjt.model.recompute import recomputable
 
 __all__ = [
     "Block",
+    "Blocks",
     "Conv1d",
     "FinalLayer",
     "FrameCondition",
@@ -31,6 +36,8 @@ __all__ = [
     "Linear",
     "Pending",
     "SwiGLU",
+    "normalize",
+    "run",
 ]
 
 NORM_EPS = 1e-5
@@ -79,6 +86,20 @@ def _modulation(dim: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), layer)
 
 
+def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Apply a layer to each stream, all convolutions at once and all linear layers at once."""
+    ys: dict[int, Tensor] = {}
+    for kind, op in ((Conv1d, conv1d), (Linear, linear)):
+        # By their exact type: a layer with an adapter is called as the module it is.
+        alike = {i: m for i, m in enumerate(modules) if type(m) is kind}
+        if alike:
+            weights = tuple([m.weight for m in alike.values()])
+            biases = tuple([m.bias for m in alike.values()])
+            given = tuple([xs[i] for i in alike])
+            ys |= zip(alike, op(given, weights, biases), strict=True)
+    return tuple(ys[i] if i in ys else m(xs[i]) for i, m in enumerate(modules))
+
+
 class SwiGLU(nn.Module):
     """w2(silu(w1 x)·(w3 x)); a convolution of `kernel_size` for each, or a Linear for 1."""
 
@@ -90,7 +111,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return feed_forward((self,), (x,))[0]
+
+
+def feed_forward(modules: Sequence[SwiGLU], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Apply a SwiGLU to each stream."""
+    gates, ups = layer([m.w1 for m in modules], xs), layer([m.w3 for m in modules], xs)
+    return layer([m.w2 for m in modules], swiglu(gates, ups))
 
 
 class Pending(NamedTuple):
@@ -100,11 +127,24 @@ class Pending(NamedTuple):
     h: Tensor | None = None
     gate: Tensor | None = None
 
-    def norm(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Add up, normalize and modulate: (residual, modulated)."""
-        if self.h is None or self.gate is None:
-            return self.x, adaln(self.x, shift, scale, eps=NORM_EPS)
-        return gated_residual_adaln(self.x, self.h, self.gate, shift, scale, eps=NORM_EPS)
+
+def normalize(
+    streams: Sequence[Pending], modulations: Iterable[Sequence[Tensor]]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Add up, normalize and modulate every stream.
+
+    Args:
+        streams: All with something to add, or none of them.
+        modulations: For each stream shift and scale, (B, N or 1, D), and perhaps more.
+
+    Returns:
+        Residuals, and the same normalized and modulated; (B, N, D) each.
+    """
+    xs, hs, gates = zip(*streams, strict=True)
+    shifts, scales = zip(*(parts[:2] for parts in modulations), strict=True)
+    if hs[0] is None:
+        return xs, adaln(xs, shifts, scales, eps=NORM_EPS)
+    return gated_residual_adaln(xs, hs, gates, shifts, scales, eps=NORM_EPS)
 
 
 class FrameCondition(NamedTuple):
@@ -118,9 +158,16 @@ class FrameCondition(NamedTuple):
     rows: Tensor
     row_of: Tensor | None = None
 
+    def of_tokens(self, parts: Tensor) -> Tensor:
+        """Give every token its row of what was computed of `rows`.
+
+        Picking rows commutes with a linear map, and there are fewer rows than tokens.
+        """
+        return parts if self.row_of is None else parts.index_select(1, self.row_of)
+
 
 class Attention(nn.Module):
-    """Projection to q, k and v, with RMS-normalized and rotated q and k.
+    """Weights of the projection to q, k and v, and of the RMS norms of q and k.
 
     The rows of `qkv` are planar, (3, heads, head_dim); published checkpoints interleave them and
     `load_mmaudio` permutes.
@@ -133,11 +180,6 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim // num_heads)
         self.k_norm = nn.RMSNorm(dim // num_heads)
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) to q, k, v, each (B, N, heads, head_dim)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rope)
-
 
 class Block(nn.Module):
     """One stream's attention and feed-forward, each modulated and gated.
@@ -145,6 +187,7 @@ class Block(nn.Module):
     A `pre_only` block offers keys and values to the other streams and ends there.
 
     Attributes:
+        parts: Parts of the modulation: shift, scale[, gate, shift, scale, gate].
         recompute: Keep only the inputs for the backward pass; see `mfmjt.model.recompute`.
     """
 
@@ -164,32 +207,14 @@ class Block(nn.Module):
             self.linear1 = _projection(dim, dim, kernel_size, bias=True)
             self.ffn = SwiGLU(dim, hidden, kernel_size)
 
-    def modulation(self, condition: FrameCondition) -> tuple[Tensor, ...]:
-        """Shift, scale[, gate, shift, scale, gate], each (B, N or 1, D).
-
-        Computed on the condition's own rows, which are fewer than the tokens: picking rows commutes
-        with a linear map.
-        """
-        parts = self.adaLN_modulation[1](condition.rows)
-        if condition.row_of is not None:
-            parts = parts.index_select(1, condition.row_of)
-        return parts.chunk(self.parts, dim=-1)
-
-    def after_attention(
-        self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]
-    ) -> Pending:
-        """Compute the rest of the block once attention, (B, N, heads, head_dim), is known."""
-        gate_attn, shift, scale, gate_ffn = modulation[2:]
-        x, y = Pending(x, self.linear1(attended.flatten(2)), gate_attn).norm(shift, scale)
-        return Pending(x, self.ffn(y), gate_ffn)
+    def together(self) -> Blocks:
+        """Return this block as what runs it."""
+        return Blocks(self)
 
     @recomputable
-    def forward(self, stream: Pending, condition: FrameCondition, rope: Tensor | None) -> Pending:
-        """Self-attention over one stream."""
-        modulation = self.modulation(condition)
-        x, y = stream.norm(*modulation[:2])
-        q, k, v = self.attn(y, rope)
-        return self.after_attention(x, joint_attention(q, k, v), modulation)
+    def forward(self, *args: Any) -> tuple[Pending, ...]:
+        """Run self-attention over one stream; arguments and results are those of `Blocks`."""
+        return self.together()(*args)
 
 
 class JointBlock(nn.Module):
@@ -203,36 +228,111 @@ class JointBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, hidden: int, last: bool) -> None:
         super().__init__()
-        self.last = last
         self.latent_block = Block(dim, num_heads, hidden, kernel_size=3)
         self.clip_block = Block(dim, num_heads, hidden, kernel_size=3, pre_only=last)
         self.text_block = Block(dim, num_heads, hidden, kernel_size=1, pre_only=last)
 
+    def together(self) -> Blocks:
+        """Return the blocks of latent, video and text as what runs them."""
+        return Blocks(self.latent_block, self.clip_block, self.text_block)
+
     @recomputable
-    def forward(
+    def forward(self, *args: Any) -> tuple[Pending, ...]:
+        """Run attention over all three; arguments and results are those of `Blocks`."""
+        return self.together()(*args)
+
+
+class Blocks:
+    """The blocks of streams that attend to one another, one block for each stream.
+
+    The methods `modulate`, `project`, `out` and `feed_forward` apply the weights; a subclass that
+    holds weights in another form replaces them.
+
+    Args:
+        blocks: Those whose streams go on first, then `pre_only` ones.
+    """
+
+    def __init__(self, *blocks: Block) -> None:
+        self.blocks = blocks
+        self.ongoing = [block for block in blocks if block.parts == 6]
+
+    def __call__(
         self,
-        streams: tuple[Pending, Pending, Pending],
-        conditions: tuple[FrameCondition, FrameCondition, FrameCondition],
-        ropes: tuple[Tensor | None, Tensor | None, Tensor | None],
-    ) -> tuple[Pending, Pending, Pending]:
-        """Every tuple is (latent, video, text); the last block returns the others unchanged."""
-        blocks = (self.latent_block, self.clip_block, self.text_block)
-        modulations = [b.modulation(c) for b, c in zip(blocks, conditions, strict=True)]
-        normed = [s.norm(*m[:2]) for s, m in zip(streams, modulations, strict=True)]
-        qkv = [b.attn(y, rope) for b, (_, y), rope in zip(blocks, normed, ropes, strict=True)]
-        q, k, v = zip(*qkv, strict=True)
-        residuals = [x for x, _ in normed]
-        if self.last:
-            latent = joint_attention(q[0], k, v)
-            out = self.latent_block.after_attention(residuals[0], latent, modulations[0])
-            return out, streams[1], streams[2]
-        latent, video, text = (
-            block.after_attention(x, attended, modulation)
-            for block, x, attended, modulation in zip(
-                blocks, residuals, joint_attention(q, k, v), modulations, strict=True
-            )
+        streams: Sequence[Pending],
+        conditions: Sequence[FrameCondition],
+        ropes: Sequence[Tensor | None],
+    ) -> tuple[Pending, ...]:
+        """Run the blocks.
+
+        Args:
+            streams: For each block its stream.
+            conditions: What modulates each stream.
+            ropes: Rotary table of each stream, (N, D/2, 2), or None.
+
+        Returns:
+            The streams that go on, the first ones: not those of `pre_only` blocks.
+        """
+        modulations = self.modulations(conditions)
+        xs, ys = normalize(streams, modulations)
+        q, k, v = self.project(ys, ropes)
+        count = len(self.ongoing)
+        attended = joint_attention(tuple(q[:count]), tuple(k), tuple(v))
+        hs = self.out([heads.flatten(2) for heads in attended])
+        gates = [parts[2] for parts in modulations[:count]]
+        streams = [Pending(*stream) for stream in zip(xs[:count], hs, gates, strict=True)]
+        xs, ys = normalize(streams, [parts[3:] for parts in modulations[:count]])
+        gates = [parts[5] for parts in modulations[:count]]
+        hs = self.feed_forward(ys)
+        return tuple(Pending(*stream) for stream in zip(xs, hs, gates, strict=True))
+
+    def modulations(self, conditions: Sequence[FrameCondition]) -> list[tuple[Tensor, ...]]:
+        """Return for each stream `Block.parts` parts, (B, N or 1, D) each."""
+        rows = self.modulate([condition.rows for condition in conditions])
+        return [
+            condition.of_tokens(parts).chunk(block.parts, dim=-1)
+            for block, parts, condition in zip(self.blocks, rows, conditions, strict=True)
+        ]
+
+    def modulate(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Map conditions (B, S, D) to all parts of the modulations, (B, S, parts·D)."""
+        return layer([block.adaLN_modulation[1] for block in self.blocks], rows)
+
+    def project(
+        self, ys: Sequence[Tensor], ropes: Sequence[Tensor | None]
+    ) -> Sequence[Sequence[Tensor]]:
+        """Return q, k and v of all streams (B, N, heads, head_dim); q and k normed and rotated."""
+        attns = [block.attn for block in self.blocks]
+        qkvs = layer([attn.qkv for attn in attns], ys)
+        return qk_norm_rope(
+            tuple([qkv.unflatten(-1, (3, attns[0].num_heads, -1)) for qkv in qkvs]),
+            tuple([attn.q_norm.weight for attn in attns]),
+            tuple([attn.k_norm.weight for attn in attns]),
+            tuple(ropes),
         )
-        return latent, video, text
+
+    def out(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Apply the output layers of attention, (B, N, D) to (B, N, D)."""
+        return layer([block.linear1 for block in self.ongoing], xs)
+
+    def feed_forward(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Apply the SwiGLUs, (B, N, D) to (B, N, D)."""
+        return feed_forward([block.ffn for block in self.ongoing], xs)
+
+
+def run(
+    blocks: Iterable[Any],
+    streams: Sequence[Pending],
+    conditions: Sequence[FrameCondition],
+    ropes: Sequence[Tensor | None],
+) -> Pending:
+    """Run blocks one after the other, each on the streams that are left; return the first stream.
+
+    A block is a module or `Blocks`, whose arguments the others are.
+    """
+    for block in blocks:
+        count = len(streams)
+        streams = block(streams, conditions[:count], ropes[:count])
+    return streams[0]
 
 
 class FinalLayer(nn.Module):
@@ -250,5 +350,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, stream: Pending, condition: FrameCondition) -> Tensor:
         """(B, N, D) to (B, N, C)."""
-        shift, scale = self.adaLN_modulation[1](condition.rows).chunk(2, dim=-1)
-        return self.conv(stream.norm(shift, scale)[1])
+        modulation = self.adaLN_modulation[1](condition.rows).chunk(2, dim=-1)
+        _, (y,) = normalize((stream,), (modulation,))
+        return self.conv(y)

@@ -86,7 +86,7 @@ def rope_table(length: int, head_dim: int, scaling: float, device: torch.device)
 def stream_ropes(
     length: int, video_length: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Rotary tables of N latent tokens and of N_video video tokens, which span the same time."""
+    """Return rotary tables of N latent tokens and of N_video video tokens of the same time."""
     latent = rope_table(length, head_dim, 1.0, device)
     return latent, rope_table(video_length, head_dim, length / video_length, device)
 

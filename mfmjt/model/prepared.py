@@ -3,29 +3,33 @@
 In one step all samples share r = 0 and t = 1, and the pass without conditions is the same for all.
 So the embedding of time is a constant, null conditions are encoded once per length, both passes are
 one batch, layers that read the same input are one matmul, and the modulations of all blocks are one
-matmul before the first block. All streams go through a layer in one launch. The result equals the
-network's up to rounding.
+matmul before the first block. Weights are packed as `mfmjt.kernels.streams` reads them. The blocks
+are those of the network: only how weights are applied is replaced. The result equals the network's
+up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.errors import InputError
-from mfmjt.kernels import joint_attention, streams
-from mfmjt.model.blocks import NORM_EPS, Block, JointBlock, SwiGLU
-from mfmjt.model.conditioning import nearest_rows, stream_ropes, tables
+from mfmjt.kernels import streams
+from mfmjt.model.blocks import Block, Blocks, FrameCondition, Pending, SwiGLU, normalize, run
+from mfmjt.model.conditioning import frame_condition, stream_ropes, tables
 from mfmjt.model.config import SYNC_SEGMENT
-from mfmjt.model.transformer import MFMJT
+
+if TYPE_CHECKING:
+    from mfmjt.model.transformer import MFMJT
 
 __all__ = ["PreparedStep"]
 
 _NULLS = 4
-"""Combinations of lengths whose null conditions are kept: 13 MB of small_16k in bfloat16 each."""
+"""Combinations of lengths whose null conditions are kept: 17 MB of small_16k in bfloat16 each."""
 
 
 class _Layers(NamedTuple):
@@ -35,7 +39,7 @@ class _Layers(NamedTuple):
     biases: list[Tensor | None]
 
     def __call__(self, xs: Sequence[Tensor], act: str | Sequence[str] = "none") -> list[Tensor]:
-        return list(streams.project(list(xs), self.weights, self.biases, act))
+        return streams.project(list(xs), self.weights, self.biases, act)
 
     def only(self, indices: Sequence[int]) -> _Layers:
         """Select the layers of some of the streams."""
@@ -50,7 +54,7 @@ def _layers(*modules: nn.Module) -> _Layers:
 
 
 def _gated(*modules: SwiGLU) -> tuple[_Layers, _Layers]:
-    """Both layers of SwiGLUs: the gated pair of matmuls, and the matmul back."""
+    """Return both layers of SwiGLUs: the gated pair of matmuls, and the matmul back."""
     pairs = [
         streams.pack(m.w1.get_parameter("weight"), m.w3.get_parameter("weight")) for m in modules
     ]
@@ -66,19 +70,49 @@ def _joined(*groups: Sequence[nn.Module]) -> _Layers:
     return _Layers([streams.pack(weight) for weight in weights], list(biases))
 
 
-class _PreparedBlock:
-    """Latent, video and text of a joint block, or the latent of a later one."""
+def _append(layers: list[nn.Module], layer: nn.Module) -> slice:
+    """Append a layer to those to be joined; return where its outputs will be."""
+    start, end = (
+        sum(len(m.get_parameter("bias")) for m in ms) for ms in (layers, [*layers, layer])
+    )
+    layers.append(layer)
+    return slice(start, end)
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.qkv = _layers(*(b.attn.qkv for b in blocks))
-        self.q_norms = [b.attn.q_norm.get_parameter("weight") for b in blocks]
-        self.k_norms = [b.attn.k_norm.get_parameter("weight") for b in blocks]
-        self.heads = blocks[0].attn.num_heads
-        # In the last joint block, video and text end once the latent has attended to them.
-        ongoing = [b for b in blocks if b.parts == 6]
-        self.ongoing = len(ongoing)
-        self.out = _layers(*(b.linear1 for b in ongoing))
-        self.up, self.down = _gated(*(b.ffn for b in ongoing))
+
+class _Prepared(Blocks):
+    """Blocks whose weights are packed, and whose modulations are parts of given ones.
+
+    Args:
+        blocks: The blocks.
+        columns: Where in the modulations of all blocks those of each of these are.
+    """
+
+    def __init__(self, blocks: Sequence[Block], columns: Sequence[slice]) -> None:
+        super().__init__(*blocks)
+        self.columns = columns
+        attns = [block.attn for block in blocks]
+        self.heads, self._qkv = attns[0].num_heads, _layers(*(attn.qkv for attn in attns))
+        self.q_norms = [attn.q_norm.weight for attn in attns]
+        self.k_norms = [attn.k_norm.weight for attn in attns]
+        self._out = _layers(*(block.linear1 for block in self.ongoing))
+        self._up, self._down = _gated(*(block.ffn for block in self.ongoing))
+
+    def modulate(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [parts[..., at] for parts, at in zip(rows, self.columns, strict=True)]
+
+    def project(
+        self, ys: Sequence[Tensor], ropes: Sequence[Tensor | None]
+    ) -> Sequence[Sequence[Tensor]]:
+        weights, biases = self._qkv
+        return streams.project_qkv(
+            ys, weights, biases, self.q_norms, self.k_norms, ropes, self.heads
+        )
+
+    def out(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._out(xs)
+
+    def feed_forward(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._down(self._up(xs))
 
 
 class _Null(NamedTuple):
@@ -86,6 +120,8 @@ class _Null(NamedTuple):
 
     Attributes:
         position: What the positions in segments add to the output of sync's first layer.
+        by_frame: Those of the latent (1, N, ...).
+        by_clip: Those of video, text and the final layer (1, 1, ...).
     """
 
     position: Tensor
@@ -140,17 +176,19 @@ class PreparedStep:
         self._pool_up, pool_down = _gated(net.global_cond_mlp)
         self._pool_down = _Layers(pool_down.weights, [time[0]])  # time is added to the result
 
-        joint = [b for b in net.joint_blocks if isinstance(b, JointBlock)]
-        fused = [b for b in net.fused_blocks if isinstance(b, Block)]
-        grouped = [(b.latent_block, b.clip_block, b.text_block) for b in joint]
-        self._blocks = [_PreparedBlock(blocks) for blocks in (*grouped, *((b,) for b in fused))]
         # The latent is modulated frame by frame; video, text and the final layer as a whole.
-        framed = [blocks[0] for blocks in grouped] + fused
-        whole = [b for blocks in grouped for b in blocks[1:]] + [net.final_layer]
-        self._modulations = _joined(
-            [b.adaLN_modulation[1] for b in framed], [b.adaLN_modulation[1] for b in whole]
-        )
-        self._whole_parts = [getattr(b, "parts", 2) for b in whole]
+        by_frame: list[nn.Module] = []
+        by_clip: list[nn.Module] = []
+        self._blocks = []
+        for block in (*net.joint_blocks, *net.fused_blocks):
+            together = block.together().blocks
+            columns = [
+                _append(by_clip if i else by_frame, b.adaLN_modulation[1])
+                for i, b in enumerate(together)
+            ]
+            self._blocks.append(_Prepared(together, columns))
+        self._final_columns = _append(by_clip, net.final_layer.adaLN_modulation[1])
+        self._modulations = _joined(by_frame, by_clip)
         # The published network predicts the opposite velocity.
         conv = net.final_layer.conv
         self._final = _Layers(
@@ -200,28 +238,27 @@ class PreparedStep:
         xs = first([inputs[i] for i in encoded], [self._acts[i] for i in encoded])
         xs = self._down.only(encoded)(self._up.only(encoded)(xs))
         tokens = dict(zip(encoded, xs, strict=True))
-        latent = tokens[0]
         video = tokens.get(1, uncond.video)
         sync = tokens.get(2, uncond.sync)
         text = tokens.get(3, uncond.text)
-
-        samples = max(part.shape[0] for part in (video, sync, text))
-        shared = self._shared(*(part.expand(samples, -1, -1) for part in (video, text)))
-        picked = self._picked(sync.shape[1], length)
-        whole, frames = streams.silu_conditions(shared, sync, picked)
-        frames, whole = (part.expand(batch, -1, -1) for part in (frames, whole))
-        by_frame, by_clip = self._modulations([frames, whole])
+        by_frame, by_clip = self._modulated(video, sync, text, length)
 
         def both(cond: Tensor, uncond: Tensor) -> Tensor:
             cond = cond.expand(batch, -1, -1)
             return torch.cat((cond, uncond.expand(batch, -1, -1))) if null else cond
 
-        return self._run(
-            [both(latent, latent), both(video, uncond.video), both(text, uncond.text)],
-            both(by_frame, uncond.by_frame),
-            both(by_clip, uncond.by_clip),
-            None if picked is not None else nearest_rows(sync.shape[1], length, z.device),
+        frames = FrameCondition(both(by_frame, uncond.by_frame))
+        whole = FrameCondition(both(by_clip, uncond.by_clip))
+        pairs = ((tokens[0], tokens[0]), (video, uncond.video), (text, uncond.text))
+        latent = run(
+            self._blocks,
+            [Pending(both(*pair)) for pair in pairs],
+            (frames, whole, whole),
+            (*stream_ropes(length, video.shape[1], self.config.head_dim, z.device), None),
         )
+        modulation = whole.rows[..., self._final_columns].chunk(2, dim=-1)
+        _, ys = normalize((latent,), (modulation,))
+        return self._final(ys)[0]
 
     @torch.no_grad()
     def step(
@@ -248,15 +285,17 @@ class PreparedStep:
         u = self(z, **given, null=null)
         return streams.guide(z, u, guidance, mode if null else "none")
 
-    def _picked(self, rows: int, length: int) -> Tensor | None:
-        """Return the row of sync for each latent token; None if there are fewer rows."""
-        if rows < length:
-            return None
-        return nearest_rows(rows, length, self._net.sync_pos_emb.device)
-
-    def _shared(self, video: Tensor, text: Tensor) -> Tensor:
-        """Add time to the global condition of projected tokens: (B, 1, D)."""
-        return self._pool_down(self._pool_up(self._pool([streams.pool([video, text])])))[0]
+    def _modulated(
+        self, video: Tensor, sync: Tensor, text: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the modulations of all blocks: the latent's by token, and those of a clip."""
+        samples = max(part.shape[0] for part in (video, sync, text))
+        means = [x.mean(1, keepdim=True).expand(samples, -1, -1) for x in (video, text)]
+        pooled = self._pool([torch.cat(means, dim=-1)])
+        (shared,) = self._pool_down(self._pool_up(pooled))
+        frames = frame_condition(shared, sync, length)
+        by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
+        return frames.of_tokens(by_frame), by_clip
 
     def _null(self, length: int, lengths: tuple[int, ...]) -> _Null:
         key = (length, *lengths)
@@ -270,13 +309,10 @@ class PreparedStep:
                 for n, d in zip(lengths, dims, strict=True)
             )
             video, sync, text, _ = net.conditions(video, sync, text, masked, masked)
-            whole, frames = streams.silu_conditions(
-                self._shared(video, text), sync, self._picked(lengths[1], length)
-            )
             segments = lengths[1] // SYNC_SEGMENT
             position = net.sync_pos_emb.expand(1, segments, -1, -1).flatten(1, 2)
             placed = self._first.only([2])([position])[0][0]
-            found = _Null(placed, video, text, sync, *self._modulations([frames, whole]))
+            found = _Null(placed, video, text, sync, *self._modulated(video, sync, text, length))
             if len(self._nulls) >= _NULLS:
                 self._nulls.pop(next(iter(self._nulls)))
             self._nulls[key] = found
@@ -286,60 +322,3 @@ class PreparedStep:
     def reads(self) -> tuple[object, ...]:
         """Return what the last call read and later calls may drop; a CUDA graph must keep it."""
         return self._last, tables()
-
-    def _run(
-        self,
-        xs: list[Tensor],
-        by_frame: Tensor,
-        by_clip: Tensor,
-        rows: Tensor | None,
-    ) -> Tensor:
-        """Run all blocks and the final layer."""
-        dim = self.config.hidden_dim
-        lengths = xs[0].shape[1], xs[1].shape[1]
-        ropes = [*stream_ropes(*lengths, self.config.head_dim, xs[0].device), None]
-        of_frames = iter(by_frame.split(6 * dim, dim=-1))
-        of_clips = iter(by_clip.split([parts * dim for parts in self._whole_parts], dim=-1))
-        hs: list[Tensor] | None = None
-        gates: list[Tensor] | None = None
-        for block in self._blocks:
-            count = len(block.q_norms)
-            xs, index = xs[:count], [rows, None, None][:count]
-            if hs is not None and gates is not None:
-                hs, gates = hs[:count], gates[:count]
-            parts = [next(of_frames).split(dim, dim=-1)]
-            parts += [next(of_clips).split(dim, dim=-1) for _ in range(count - 1)]
-            xs, ys = _norm(xs, hs, gates, [p[0] for p in parts], [p[1] for p in parts], index)
-            q, k, v = streams.project_qkv(
-                ys,
-                block.qkv.weights,
-                block.qkv.biases,
-                block.q_norms,
-                block.k_norms,
-                ropes[:count],
-                block.heads,
-            )
-            on = block.ongoing
-            attended = [a.flatten(2) for a in joint_attention(q[:on], k, v)]
-            hs = block.out(attended)
-            xs, parts, index = xs[:on], parts[:on], index[:on]
-            xs, ys = _norm(
-                xs, hs, [p[2] for p in parts], [p[3] for p in parts], [p[4] for p in parts], index
-            )
-            hs, gates = block.down(block.up(ys)), [p[5] for p in parts]
-        shift, scale = next(of_clips).chunk(2, dim=-1)
-        _, ys = _norm(xs, hs, gates, [shift], [scale], [rows])
-        return self._final(ys)[0]
-
-
-def _norm(
-    xs: list[Tensor],
-    hs: list[Tensor] | None,
-    gates: list[Tensor] | None,
-    shifts: list[Tensor],
-    scales: list[Tensor],
-    rows: list[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the residuals xs + gates·hs, and the same normalized and modulated."""
-    added, normed = streams.gated_residual_norm(xs, hs, gates, shifts, scales, rows, NORM_EPS)
-    return list(added), list(normed)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from mfmjt.model.blocks import (
     Linear,
     Pending,
     SwiGLU,
+    run,
 )
 from mfmjt.model.conditioning import (
     Conditions,
@@ -45,9 +46,7 @@ from mfmjt.model.conditioning import (
     times,
 )
 from mfmjt.model.config import SYNC_SEGMENT, ModelConfig, config_for
-
-if TYPE_CHECKING:
-    from mfmjt.model.prepared import PreparedStep
+from mfmjt.model.prepared import PreparedStep
 
 __all__ = ["MFMJT"]
 
@@ -206,8 +205,6 @@ class MFMJT(nn.Module):
 
     def frozen(self, r: float = 0.0, t: float = 1.0) -> PreparedStep:
         """Prepare the network for one (r, t), as generation in one step does."""
-        from mfmjt.model.prepared import PreparedStep
-
         return PreparedStep(self, r, t)
 
     def forward(
@@ -264,11 +261,8 @@ class MFMJT(nn.Module):
             Pending(cond.video.expand(batch, -1, -1)),
             Pending(cond.text.expand(batch, -1, -1)),
         )
-        for joint in self.joint_blocks:
-            streams = joint(streams, (frames, whole, whole), ropes)
-        latent = streams[0]
-        for block in self.fused_blocks:
-            latent = block(latent, frames, ropes[0])
+        blocks = (*self.joint_blocks, *self.fused_blocks)
+        latent = run(blocks, streams, (frames, whole, whole), ropes)
         return -self.final_layer(latent, whole).to(z.dtype)
 
     def jvp_rows(
