@@ -31,12 +31,12 @@ ALLOWED: dict[str, str] = {
     "plotting": "errors files codec",
     "data": "errors files plotting",
     "media": "errors files",
-    "families": "errors cuda_graph checkpoints model meanflow codec encoders",
+    "families": "errors cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
     "families features",
-    "train": "errors files processes progress memory cuda_graph model meanflow codec encoders "
-    "plotting data families features evaluate",
+    "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
+    "encoders plotting data families features evaluate",
     "pipeline": "errors files devices progress checkpoints model meanflow codec encoders media "
     "families",
     "extract": "errors files devices progress encoders media families features",

@@ -166,7 +166,7 @@ def _compute(
     if sizes is not None:
         values, dots = nest(values, sizes), None if dots is None else nest(dots, sizes)
     if dots is None and op.plain is not None:
-        y = op.plain(*values)
+        y = op.by_pytorch(values)
         if y is not NotImplemented:
             return [(y, [None] * len(y) if op.lists else None)]
     if op.autocasts:

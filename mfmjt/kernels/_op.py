@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _backends, _dual, _eager, _native
+from mfmjt.kernels import _backends, _dual, _eager, _native, precision
 from mfmjt.kernels._eager import flatten, nest
 
 __all__ = ["Op", "autocast", "check", "check_tensors", "reference", "use_reference", "work_dtype"]
@@ -191,7 +191,7 @@ class Op:
                     values[i], dots[i] = _dual.split(args[i])
                     moves = moves or dots[i] is not None
         if not moves and self.plain is not None:
-            y = self.plain(*values)
+            y = self.by_pytorch(values)
             if y is not NotImplemented:
                 return (y,)
         if self.autocasts:
@@ -209,6 +209,12 @@ class Op:
             else:
                 joined.append(_dual.join(y, y_dot))
         return tuple(joined)
+
+    def by_pytorch(self, values: Sequence[Any]) -> Any:
+        """Return what `plain` does, NotImplemented where PyTorch has no fast product."""
+        x = next(iter(self._floating(values).values()))
+        slow = self.autocasts and precision.is_slow(x) and not _backends.ON_CPU
+        return NotImplemented if slow or self.plain is None else self.plain(*values)
 
     def cast(self, values: Sequence[Any], dots: Any) -> tuple[list[Any], Any]:
         """Cast under autocast, and raise unless floating inputs are then of one dtype."""
@@ -344,7 +350,21 @@ class Part:
         native, takes = self._native, self._takes
         if native is not None and _native.in_use and takes(*self._operands(args)[:-1]):
             return native
+        if self._is_widened(args):
+            return self._in_float32
         return self._on_cpu
+
+    def _is_widened(self, args: Sequence[Any]) -> bool:
+        """Return True for products without instructions, and float16, which C++ does not take."""
+        if _backends.ON_CPU or hasattr(self.op, "single"):  # every stream is asked
+            return False
+        dtype = precision.dtype_of(args)
+        if self.op.autocasts:
+            return dtype in precision.SLOW
+        return dtype == torch.float16 and self._native is not None and _native.in_use
+
+    def _in_float32(self, *args: Any) -> Any:
+        return precision.in_float32(self.on_cpu, args, self.count)
 
     def on_cpu(self, *args: Any) -> Any:
         """Compute on a CPU."""
