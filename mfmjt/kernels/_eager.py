@@ -11,9 +11,8 @@ same numbers.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +51,6 @@ _unpack_dual: Any = getattr(torch._VF, "_unpack_dual", None)
 _JVP = _functorch.TransformType.Jvp
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
-_NOTHING = contextlib.nullcontext()
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _tracer: Any = getattr(torch._C, "_get_tracing_state", None)
@@ -99,92 +97,113 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None
     if (_function_modes() or _dispatch_modes() or _tracer() is not None) and is_intercepted():
         return None
-    forward = level is not None or forward_ad._current_level >= 0
     flat, sizes = flatten(args) if op.lists else (args, None)
-    values, dots = list(flat), [None] * len(flat)
-    moves = False
+    moves = level is not None or forward_ad._current_level >= 0
+    dots: Any = None
+    if moves:
+        unwrapped = _unwrapped(flat, level)
+        if unwrapped is None:
+            return None
+        flat, dots, moves = unwrapped
     place: Any = None
-    for i, x in enumerate(flat):
-        if type(x) not in _PLAIN:
-            if isinstance(x, Tensor):
+    for x in flat:
+        if type(x) in _PLAIN:
+            where = "cpu" if x.is_cpu else x.device
+            place = where if place is None else place
+            if (
+                where != place
+                or x.layout is not _STRIDED
+                or _functorch.maybe_get_level(x) != -1
+                or x.is_complex()
+            ):
                 return None
-            continue
-        wrapped = level is not None and _functorch.maybe_get_level(x) == 1
-        if wrapped or (forward and level is None):
-            if wrapped and x.requires_grad:
-                return None
-            value, dot = _unpack_dual(x, level=0)
-            if wrapped:
-                x = values[i] = _functorch.get_unwrapped(x)
-            elif dot is not None:
-                x = values[i] = value
-            if dot is not None:
-                dot = _functorch.get_unwrapped(dot) if _functorch.maybe_get_level(dot) == 1 else dot
-                if _functorch.maybe_get_level(dot) != -1 or type(dot) not in _PLAIN:
-                    return None
-                dots[i], moves = dot.detach() if dot.requires_grad else dot, True
-        where = "cpu" if x.is_cpu else x.device
-        if place is None:
-            place = where
-        if (
-            where != place
-            or type(x) not in _PLAIN
-            or _functorch.maybe_get_level(x) != -1
-            or x.layout is not _STRIDED
-            or x.is_complex()
-        ):
+        elif isinstance(x, Tensor):
             return None
     if place != "cpu" and (place is None or place.type != "cuda"):
         return None
-    if moves:
-        op.refuse_tangents(dots if sizes is None else nest(dots, sizes))
+    dots = dots if moves else None
+    if sizes is not None:
+        flat, dots = nest(flat, sizes), None if dots is None else nest(dots, sizes)
+    if moves and op.fixed:
+        op.refuse_tangents(dots)
     opened = None if level is None else _functorch.pop_dynamic_layer_stack()
     try:
-        results = _compute(op, values, dots if moves else None, sizes, place == "cpu")
+        ys, y_dots = _compute(op, flat, dots, place == "cpu")
     finally:
         if opened is not None:
             _functorch.push_dynamic_layer_stack(opened)
-    if not op.lists:
-        return tuple([_wrap(*pair, level) for pair in results])
-    return tuple(
-        [[_wrap(*pair, level) for pair in zip(*result, strict=True)] for result in results]
-    )
+    if y_dots is None and level is None:
+        return ys
+    if y_dots is None:
+        return tuple([_wrapped(y) for y in ys])
+    return tuple([_joined(*pair) for pair in zip(ys, y_dots, strict=True)])
 
 
-def _wrap(y: Tensor, y_dot: Tensor | None, level: int | None) -> Tensor:
-    if y_dot is not None:
-        return _make_dual(y, y_dot, level=0)
-    return y if level is None else _functorch._wrap_for_grad(y, 1)
+def _unwrapped(
+    flat: Sequence[Any], level: int | None
+) -> tuple[list[Any], list[Tensor | None], bool] | None:
+    """Return values and tangents without functorch's wrappers, and whether there is a tangent."""
+    get_level, unwrap = _functorch.maybe_get_level, _functorch.get_unwrapped
+    values, dots, moves = list(flat), [cast("Tensor | None", None)] * len(flat), False
+    for i, x in enumerate(flat):
+        if type(x) not in _PLAIN:
+            continue
+        value, dot = x, None
+        if level is None:
+            value, dot = _unpack_dual(x, level=0)
+            value = x if dot is None else value
+        elif get_level(x) == 1 and not x.requires_grad:
+            dot = _unpack_dual(x, level=0)[1]
+            value = unwrap(x)
+        values[i] = value
+        if dot is None:
+            continue
+        dot = unwrap(dot) if get_level(dot) == 1 else dot
+        if get_level(dot) != -1 or type(dot) not in _PLAIN:
+            return None
+        dots[i], moves = dot.detach() if dot.requires_grad else dot, True
+    return values, dots, moves
+
+
+def _wrapped(y: Any) -> Any:
+    """Return a result, or the list of its streams, as tensors of functorch's level."""
+    return [_wrapped(x) for x in y] if isinstance(y, list) else _functorch._wrap_for_grad(y, 1)
+
+
+def _joined(y: Any, y_dot: Any) -> Any:
+    """Return a result, or the list of its streams, as dual numbers."""
+    if isinstance(y, list):
+        return [_joined(*pair) for pair in zip(y, y_dot, strict=True)]
+    return _make_dual(y, y_dot, level=0)
 
 
 def _compute(
-    op: Any, values: list[Any], dots: list[Any] | None, sizes: Any, on_cpu: bool
-) -> list[tuple[Any, Any]]:
-    """Return each result with its tangent, None where nothing moves; lists for streams."""
+    op: Any, values: Sequence[Any], dots: Sequence[Any] | None, on_cpu: bool
+) -> tuple[tuple[Any, ...], Any]:
+    """Return the results and their tangents, None where nothing moves."""
     device = "cpu" if on_cpu else "cuda"
-    autocast = torch.is_autocast_enabled(device)
-    if sizes is not None:
-        values, dots = nest(values, sizes), None if dots is None else nest(dots, sizes)
     if dots is None and op.plain is not None:
         y = op.by_pytorch(values)
         if y is not NotImplemented:
-            return [(y, [None] * len(y) if op.lists else None)]
+            return (y,), None
     if op.autocasts:
         values, dots = op.cast(values, dots)
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # inside, the op chooses dtypes
+            return _compute(op, values, dots, on_cpu)
     part, args = (op.fwd, values) if dots is None else (op.jvp, op.order((*values, *dots)))
-    with torch.autocast(device, enabled=False) if autocast else _NOTHING:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            flat, sizes = flatten(args) if op.lists else (args, None)
-            lengths: list[Any] = []
-            outputs = Direct.apply(part, on_cpu, sizes, lengths, *flat)
-            outputs = tuple(nest(outputs, lengths)) if op.lists else outputs
-        else:
-            outputs = part.pick(on_cpu, args)(*args)
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        outputs: Any = part.pick(on_cpu, args)(*args)
+    elif not op.lists:
+        outputs = Direct.apply(part, on_cpu, None, None, *args)
+    else:
+        flat, sizes = flatten(args)
+        lengths: list[Any] = []
+        outputs = tuple(nest(Direct.apply(part, on_cpu, sizes, lengths, *flat), lengths))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    count = len(op.results)
-    if dots is not None:
-        return list(zip(outputs[: 2 * count : 2], outputs[1 : 2 * count : 2], strict=True))
-    return [(y, [None] * len(y) if op.lists else None) for y in outputs[:count]]
+    if dots is None:
+        return outputs[: part.count], None
+    return outputs[: part.count : 2], outputs[1 : part.count : 2]
 
 
 class Direct(torch.autograd.Function):
@@ -243,7 +262,9 @@ def call(part: Any, *args: Any) -> Any:
     device = None if torch.compiler.is_compiling() else _plain_device(args)
     if device is None:
         return part.library(*args)
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING:
+    if not torch.is_autocast_enabled(device):
+        return part.pick(device == "cpu", args)(*args)
+    with torch.autocast(device, enabled=False):
         return part.pick(device == "cpu", args)(*args)
 
 

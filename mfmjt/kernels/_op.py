@@ -155,6 +155,18 @@ class Op:
         self.kept = [n for n in _names(bwd) if not n.endswith("_bar") and n != "needs"]
         self.statistics = [n for n in self.kept if n not in (*self.inputs, *self.results)]
         places = {n: i for i, n in enumerate((*self.inputs, *(f"{n}_dot" for n in self.inputs)))}
+        self.constants = [n for n in self.inputs if n not in self.tensors]
+        own, rest = (
+            [f"{n}_bar" for n in self.results],
+            [n for n in self.kept if n in self.constants],
+        )
+        saved = [n for n in self.kept if n not in rest]
+        of_bwd = (*own, *saved, *rest, "needs")
+        self.bwd_order = [of_bwd.index(n) for n in _names(bwd)]
+        self.passing = [
+            (self.tensors.index(n), self.results.index(y), saved.index(n))
+            for n, y in self.passes.items()
+        ]
         self.places = [places[n] for n in _names(jvp)]
         self.order = operator.itemgetter(*self.places)
         self.fwd, self.jvp, self.bwd = (
@@ -311,6 +323,12 @@ class Part:
         self.names, name = _names(formula), f"{op.name}_{part}"
         pairs = [n for r in op.results for n in (r, f"{r}_dot")]
         self.outputs = (*(pairs if part == "jvp" else op.results), *op.statistics)
+        both = (*self.names, *self.outputs)
+        if part != "bwd":
+            self._kept = [both.index(n) for n in op.kept if n not in op.constants]
+            self._constants = [both.index(n) for n in op.kept if n in op.constants]
+            places = {n: i for i, n in enumerate(op.tensors)}
+            self._bars = [places.get(n) for n in self.names]
         operands = [i for i, n in enumerate(self.names) if n in (*op.tensors, *op.results)]
         self._operands = operator.itemgetter(*operands, operands[-1])  # a tuple, of one too
         self._native, self._takes = None, op.takes or _native.floats
@@ -339,7 +357,7 @@ class Part:
             torch.library.register_autograd(
                 f"mfmjt::{name}",
                 lambda ctx, *bars: self.backward(ctx, bars, ctx.needs_input_grad),
-                setup_context=lambda ctx, inputs, output: self.keep(ctx, inputs, _tuple(output)),
+                setup_context=self._keep_of_library,
                 lib=_library,
             )
 
@@ -394,59 +412,70 @@ class Part:
 
     def keep(self, ctx: Any, args: Sequence[Any], outputs: tuple[Any, ...]) -> None:
         """Keep for `backward` what the parameters of bwd name."""
-        by_name = dict(zip((*self.names, *self.outputs), (*args, *outputs), strict=True))
+        both = (*args, *outputs)
+        kept: Sequence[Any] = [both[i] for i in self._kept]
+        ctx.constants = [both[i] for i in self._constants]
         ctx.set_materialize_grads(False)
-        statistics = [t for y in outputs[self.count :] for t in _flat(y)]
-        ctx.mark_non_differentiable(*statistics)
-        kept = [by_name[n] for n in self.op.kept]
-        ctx.constants = [None if _holds_tensors(x) else x for x in kept]
-        flat, ctx.sizes_kept = flatten([x if _holds_tensors(x) else None for x in kept])
-        ctx.save_for_backward(*flat)
-        results = [_flat(by_name[n]) for n in self.op.results]
-        ctx.likes = [[(y.shape, y.dtype, y.device) for y in ys] for ys in results]
-        # PyTorch wants a None for each tensor of a list, and one for a list with gaps
-        ctx.nothing = [
-            [None] * len(x) if isinstance(x, list) and all(t is not None for t in x) else None
-            for x in args
-        ]
+        if self.op.lists:
+            kept, ctx.sizes_kept = flatten(kept)
+            results = [
+                _flat(y) for n, y in zip(self.outputs, outputs, strict=True) if n[-4:] != "_dot"
+            ]
+            ctx.likes = [[(y.shape, y.dtype, y.device) for y in ys] for ys in results]
+            # PyTorch wants a None for each tensor of a list, and one for a list with gaps
+            ctx.nothing = [
+                [None] * len(x) if isinstance(x, list) and all(t is not None for t in x) else None
+                for x in args
+            ]
+        ctx.save_for_backward(*kept)
+
+    def _keep_of_library(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        outputs = _tuple(output)
+        ctx.mark_non_differentiable(*flatten(outputs[self.count :])[0])
+        self.keep(ctx, inputs, outputs)
 
     def backward(self, ctx: Any, bars: Sequence[Any], wanted: Sequence[Any]) -> tuple[Any, ...]:
         """Return the cotangents of all arguments from those of all results."""
-        op = self.op
-        saved = nest(ctx.saved_tensors, ctx.sizes_kept)  # once: checkpointing gives them once
-        kept = dict(zip(op.kept, saved, strict=True))
-        kept |= {n: x for n, x in zip(op.kept, ctx.constants, strict=True) if x is not None}
-        by_name = dict(zip(self.outputs, bars, strict=False))
-        own: dict[str, Any] = {}
-        for name, likes in zip(op.results, ctx.likes, strict=True):
-            arrived = [by_name[n] for n in (name, f"{name}_dot") if n in by_name]
-            if not op.lists:
-                own[name] = _dual.refuse_gradient(*arrived)
-                continue
-            columns = ([None] * len(likes) if bar is None else bar for bar in arrived)
-            own[name] = [_dual.refuse_gradient(*each) for each in zip(*columns, strict=True)]
-            if name not in op.optional:
-                pairs = zip(own[name], likes, strict=True)
-                own[name] = [_zeros(*like) if bar is None else bar for bar, like in pairs]
-        needs = dict.fromkeys(op.tensors, False)
-        needs |= {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False) if n in needs}
-        given = {f"{n}_bar": bar for n, bar in own.items()} | kept | {"needs": list(needs.values())}
-        found = dict(
-            zip(
-                op.tensors,
-                _tuple(_eager.call(op.bwd, *(given[n] for n in op.bwd.names))),
-                strict=False,
-            )
-        )
-        for name, result in op.passes.items():
+        op, saved = self.op, ctx.saved_tensors  # once: checkpointing gives them once
+        saved = nest(saved, ctx.sizes_kept) if op.lists else saved
+        own: list[Any]
+        if op.lists:
+            own = [self._of_streams(i, ctx.likes[i], bars) for i in range(len(op.results))]
+        elif self.part == "jvp":
+            pairs = zip(bars[: self.count : 2], bars[1 : self.count : 2], strict=True)
+            own = [_dual.refuse_gradient(*pair) for pair in pairs]
+        else:
+            own = list(bars[: self.count])
+        args = [*own, *saved, *ctx.constants]
+        if "needs" in op.bwd.names:
+            needs = {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False)}
+            args.append([needs[n] for n in op.tensors])
+        found = list(_tuple(_eager.call(op.bwd, *(args[i] for i in op.bwd_order))))
+        for bar, y_bar, x in op.passing:
             if op.lists:
-                found[name] = list(map(_passed, found[name], own[result], kept[name]))
+                found[bar] = list(map(_passed, found[bar], own[y_bar], saved[x]))
             else:
-                found[name] = _passed(found[name], own[result], kept[name])
-        return tuple(
-            found[n] if n in found and needs[n] else nothing
-            for n, nothing in zip(self.names, ctx.nothing, strict=True)
-        )
+                found[bar] = _passed(found[bar], own[y_bar], saved[x])
+        found += [None] * (len(op.tensors) - len(found))
+        if op.lists:
+            by_name = dict(zip(self.names, ctx.nothing, strict=True))
+            by_name |= {n: bar for n, bar in zip(op.tensors, found, strict=True) if bar is not None}
+            return tuple(by_name[n] for n in self.names)
+        if "needs" in op.bwd.names:
+            found = [bar if needs[n] else None for n, bar in zip(op.tensors, found, strict=True)]
+        return tuple([None if i is None else found[i] for i in self._bars])
+
+    def _of_streams(self, result: int, likes: list[Any], bars: Sequence[Any]) -> list[Any]:
+        """Return the cotangents of a result's streams, zeros for None where bwd takes no None."""
+        of = slice(2 * result, 2 * result + 2) if self.part == "jvp" else slice(result, result + 1)
+        columns = ([None] * len(likes) if bar is None else bar for bar in bars[of])
+        own = [_dual.refuse_gradient(*each) for each in zip(*columns, strict=True)]
+        if self.op.results[result] in self.op.optional:
+            return own
+        return [
+            torch.zeros(shape, dtype=dtype, device=device) if bar is None else bar
+            for bar, (shape, dtype, device) in zip(own, likes, strict=True)
+        ]
 
 
 def _names(function: Callable[..., Any]) -> list[str]:
@@ -481,10 +510,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _empty_like(x: Any) -> Any:
     return [t.new_empty(t.shape) for t in x] if isinstance(x, list) else x.new_empty(x.shape)
-
-
-def _zeros(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _passed(bar: Tensor, y_bar: Tensor | None, x: Tensor) -> Tensor:
