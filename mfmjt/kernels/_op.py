@@ -512,7 +512,9 @@ def _empty_like(x: Any) -> Any:
     return [t.new_empty(t.shape) for t in x] if isinstance(x, list) else x.new_empty(x.shape)
 
 
-def _passed(bar: Tensor, y_bar: Tensor | None, x: Tensor) -> Tensor:
+def _passed(bar: Tensor, y_bar: Tensor | None, x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
     return bar if y_bar is None or bar.shape == x.shape else y_bar.to(x.dtype)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 from typing import ClassVar
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mfmjt import kernels
-from mfmjt.kernels import _legacy, _native, _triton
+from mfmjt.kernels import _backends, _eager, _native
 from tests import oracle
 
 
@@ -68,26 +68,26 @@ def call(request):
 
 @contextlib.contextmanager
 def through_functorch():
-    """As if PyTorch had not the functions that are needed to step out."""
-    there, _legacy._functorch = _legacy._functorch, None
+    """Every call takes the library op, as where PyTorch lacks what is needed to step out."""
+    before, _eager.ENABLED = _eager.ENABLED, False
     try:
         yield
     finally:
-        _legacy._functorch = there
+        _eager.ENABLED = before
 
 
 @pytest.fixture
 def below(monkeypatch):
-    """For each call in forward mode, whether it stepped out of functorch."""
+    """For each call of an op, whether it took the shortcut."""
     seen = []
-    real = _legacy._below
+    real = _eager.run
 
     def watched(*args):
         results = real(*args)
         seen.append(results is not None)
         return results
 
-    monkeypatch.setattr(_legacy, "_below", watched)
+    monkeypatch.setattr(_eager, "run", watched)
     return seen
 
 
@@ -340,7 +340,7 @@ OTHERS = (
 def test_other_transforms_give_what_they_gave(call, transform, below):
     run, xs, dots, _ = call
     found = outcome(lambda: transform(run, xs, dots))
-    if transform is not tangents_switched_off:
+    if transform not in (without_functorch, tangents_switched_off):
         assert not any(below)
     with through_functorch():
         truth = outcome(lambda: transform(run, xs, dots))
@@ -377,7 +377,7 @@ def test_modes_see_every_op(mode, below):
     with mode() as watch:
         kernels.swiglu(a, b)
         torch.func.jvp(lambda x: kernels.swiglu(x, b), (a,), (b,))
-    assert below == [False]
+    assert below == [False, False]
     for part in ("fwd", "jvp"):
         assert [name for name in watch.seen if name == f"mfmjt.swiglu_{part}.default"]
 
@@ -412,7 +412,7 @@ def test_subclasses_are_asked(below):
     assert "mfmjt.swiglu_fwd.default" in Loud.seen
     assert type(y) is Loud
     _, y_dot = torch.func.jvp(lambda x: kernels.swiglu(x, b), (a,), (a,))
-    assert below == [False]
+    assert below == [False, False]
     assert "mfmjt.swiglu_jvp.default" in Loud.seen
     _, truth = torch.func.jvp(lambda x: kernels.swiglu(x, b.as_subclass(Tensor)), (a,), (a,))
     assert torch.equal(y_dot.as_subclass(Tensor), truth)
@@ -509,7 +509,7 @@ def test_tensors_of_a_finished_transform(below):
     y = kernels.swiglu(dead, b)
     assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], truth)
     y, y_dot = torch.func.jvp(lambda z: kernels.swiglu(dead, z), (b,), (b,))
-    assert below == [False]
+    assert below == [True, False, False]  # that of x and b first
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], truth)
     assert torch.equal(y_dot, y)  # linear in what moves
 
@@ -560,32 +560,13 @@ def test_traced(below):
     assert_same(graph(other, dot), run(other, dot))
 
 
-# --- Straight to C++
-
-BUILT = "missing" not in _native.status()
+# --- Outside of forward mode
 
 
-@pytest.fixture
-def straight(monkeypatch):
-    """For each call of an op that has a C++ kernel, whether nothing lay between."""
-    seen = []
-    real = _legacy._is_plain
-
-    def watched(args):
-        seen.append(real(args))
-        return seen[-1]
-
-    monkeypatch.setattr(_legacy, "_is_plain", watched)
-    return seen
-
-
-@pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
 @pytest.mark.parametrize(
-    "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
+    "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake", "joint_attention"]
 )
-def test_straight_to_the_kernel(name, straight):
-    if _triton.ON_CPU or rows().is_cuda:
-        pytest.skip("the Triton kernels take the place of the C++ ones")
+def test_values_and_gradients_are_those_of_the_library_op(name, below):
     moving, still, op = OPS[name]
     given = [make() for make in (*moving, *still)]
 
@@ -600,12 +581,12 @@ def test_straight_to_the_kernel(name, straight):
         return [y.detach() for y in ys if y is not None]
 
     def both_ways(wanted=()):
-        straight.clear()
+        below.clear()
         found = results(wanted)
-        assert straight[0]
+        assert all(below)
         with through_functorch():
             assert_same(found, results(wanted))
-        assert not straight[-1]
+        assert not below[-1]
         return found
 
     value = both_ways()
@@ -621,6 +602,37 @@ def test_straight_to_the_kernel(name, straight):
             assert (y if isinstance(y, Tensor) else y[0]).is_inference()
         for leaf in wanted:
             leaf.requires_grad_(False)
+
+
+FRAMES = 8  # functions of ours on the way to a kernel
+
+
+@pytest.mark.skipif("missing" in _native.status(), reason=_native.status().get("missing", ""))
+def test_few_frames_lie_before_the_kernel():
+    if _backends.ON_CPU or rows().is_cuda:
+        pytest.skip("counted on the way to a C++ kernel")
+    package = os.path.dirname(kernels.__file__)
+    seen: list[str] = []
+
+    def profile(frame, event, _):
+        code = frame.f_code
+        if event != "call" or "kernel" in seen:
+            return
+        if code.co_filename == torch._ops.__file__ and code.co_name == "__call__":
+            seen.append("kernel")
+        elif code.co_filename.startswith(package) and "<" not in code.co_name:
+            seen.append(code.co_name)
+
+    def call(x):
+        sys.setprofile(profile)
+        y = kernels.adaln(x, shift, scale)
+        sys.setprofile(None)
+        return y
+
+    x, shift, scale = rows(), rows(), rows()
+    torch.func.jvp(call, (x,), (x,))
+    assert seen[-1] == "kernel"
+    assert len(seen) - 1 <= FRAMES, seen
 
 
 def test_a_second_derivative_is_refused_as_by_the_op():
@@ -643,83 +655,7 @@ def test_what_is_refused_is_refused_by_the_op():
         kernels.adaln(a, a.to("meta"), a)
 
 
-# --- Named in compiled code
-
-
-def names_in(function, *args):
-    """Namespaces of the ops in what torch.compile makes of a call, which must give the same."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    found = torch.compile(function, fullgraph=True, backend=backend)(*args)
-    assert_same(found, function(*args))
-    (graph,) = graphs
-    return {
-        node.target.namespace
-        for node in graph.graph.nodes
-        if getattr(node.target, "namespace", "").startswith("mfmjt")
-    }
-
-
-@pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
-@pytest.mark.parametrize(
-    "name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope", "snake"]
-)
-def test_compiled_code_names_the_kernel_where_no_gradient_can_be_wanted(name):
-    if _triton.ON_CPU or rows().is_cuda:
-        pytest.skip("the Triton kernels take the place of the C++ ones")
-    moving, still, op = OPS[name]
-    xs, dots, others = (tuple(make() for make in group) for group in (moving, moving, still))
-
-    def value(*xs):
-        y = op(*xs, *others)
-        return (y,) if isinstance(y, Tensor) else y
-
-    def tangent(*given):
-        return flat(torch.func.jvp(value, given[: len(xs)], given[len(xs) :]))
-
-    # snake's tangent is PyTorch's formula
-    calls = [(value, xs)] if name == "snake" else [(value, xs), (tangent, (*xs, *dots))]
-    for function, given in calls:
-        assert names_in(function, *given) == {"mfmjt"}
-        with torch.no_grad():
-            assert names_in(function, *given) == {"mfmjt_cpu"}
-            wide = [x.double() for x in given]
-            if name != "qk_norm_rope":  # whose weights stay as they are
-                assert names_in(function, *wide) == {"mfmjt"}
-            with _native.formulas():
-                assert names_in(function, *given) == {"mfmjt"}
-
-
-@pytest.mark.skipif(not BUILT, reason=_native.status().get("missing", ""))
-@pytest.mark.parametrize("name", ["adaln", "gated_residual_adaln", "swiglu", "qk_norm_rope"])
-def test_compiled_backward_names_the_kernel(name):
-    if _triton.ON_CPU or rows().is_cuda:
-        pytest.skip("the Triton kernels take the place of the C++ ones")
-    moving, still, op = OPS[name]
-    given = [make() for make in (*moving, *still)]
-    leaves = [x.requires_grad_() for x in given if x is not ROPE]
-
-    def loss(*given):
-        ys = op(*given)
-        ys = (ys,) if isinstance(ys, Tensor) else ys
-        return torch.stack([y.sin().sum() for y in ys]).sum()
-
-    def compiler(graph, _):
-        graphs.append({str(node.target) for node in graph.graph.nodes})
-        return make_boxed_func(graph)
-
-    graphs = []
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
-    found = torch.autograd.grad(compiled(*given), leaves)
-    assert_same(found, torch.autograd.grad(loss(*given), leaves))
-    assert f"mfmjt.{name}_fwd.default" in graphs[0]
-    assert f"mfmjt_cpu.{name}_bwd.default" in graphs[1]
+# --- Compiled and exported
 
 
 class _Adaln(torch.nn.Module):
@@ -734,7 +670,6 @@ def test_what_is_exported_names_the_op():
         program = torch.export.export(_Adaln(), given)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "mfmjt.adaln_fwd.default" in targets
-    assert not any(target.startswith("mfmjt_cpu") for target in targets)
     assert torch.equal(program.module()(*given), kernels.adaln(*given))
 
 

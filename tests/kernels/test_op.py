@@ -6,19 +6,20 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.autograd import forward_ad
 
 from mfmjt import kernels
-from mfmjt.kernels import _dual, _native, _op, _triton
+from mfmjt.kernels import _backends, _dual, _eager, _native, _op
 from tests import oracle
 
 
 def test_split_and_join_are_inverse():
     x, x_dot = torch.randn(3), torch.randn(3)
     with forward_ad.dual_level():
-        value, tangent = _op.split(_op.join(x, x_dot))
+        value, tangent = _dual.split(_dual.join(x, x_dot))
     assert torch.equal(value, x)
     assert torch.equal(tangent, x_dot)
 
@@ -26,15 +27,17 @@ def test_split_and_join_are_inverse():
 def test_split_takes_the_tangent_off_the_tape():
     x_dot = torch.randn(3, requires_grad=True)
     with forward_ad.dual_level():
-        value, tangent = _op.split(forward_ad.make_dual(torch.randn(3, requires_grad=True), x_dot))
+        value, tangent = _dual.split(
+            forward_ad.make_dual(torch.randn(3, requires_grad=True), x_dot)
+        )
     assert value.requires_grad
     assert not tangent.requires_grad
 
 
 def test_split_without_forward_mode_returns_its_input():
     x = torch.randn(3)
-    assert _op.split(x) == (x, None)
-    assert _op.split(None) == (None, None)
+    assert _dual.split(x) == (x, None)
+    assert _dual.split(None) == (None, None)
 
 
 def test_dual_numbers_without_func():
@@ -76,7 +79,7 @@ def test_reference_runs_plain_pytorch_and_ends():
     assert "mfmjt.swiglu_fwd.default" in seen
     assert oracle.error(ours, plain) <= oracle.allowance(plain, x.dtype, terms=1)
     with _native.formulas():
-        assert _triton.INTERPRETED or torch.equal(plain, kernels.swiglu(x, x))
+        assert _backends.INTERPRETED or torch.equal(plain, kernels.swiglu(x, x))
     with pytest.raises(ZeroDivisionError), kernels.reference():
         raise ZeroDivisionError
     assert not _op.use_reference()
@@ -168,3 +171,149 @@ def test_compiled_after_a_call_without_a_tangent(backend):
         torch.compile(step, fullgraph=True, backend=backend)(a, b, v), step(a, b, v), strict=True
     ):
         assert oracle.error(found, truth) <= oracle.allowance(truth, a.dtype, terms=1)
+
+
+# --- An op made here: y = weight x^power + bias, with a statistic x^power
+
+
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, power: float) -> tuple[Tensor, Tensor]:
+    raised = x**power
+    return weight * raised + (0 if bias is None else bias), raised
+
+
+def _jvp(
+    x: Tensor, weight: Tensor, bias: Tensor | None, x_dot: Tensor | None, power: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, raised = _fwd(x, weight, bias, power)
+    return (
+        y,
+        torch.zeros_like(y) if x_dot is None else weight * power * x ** (power - 1) * x_dot,
+        raised,
+    )
+
+
+def _bwd(
+    y_bar: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    raised: Tensor,
+    power: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_x, of_weight, _ = needs
+    return (
+        y_bar * weight * power * x ** (power - 1) if of_x else x.new_empty(0),
+        y_bar * raised if of_weight else x.new_empty(0),
+        x.new_empty(0),  # that of the bias is y_bar
+    )
+
+
+POWER = _op.Op("test_power", _fwd, _jvp, _bwd, passes={"bias": "y"}, streams=True)
+WAYS = ("eager", "library", "compiled")
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """A function that runs another as eager code, by the library ops, or compiled."""
+    torch.compiler.reset()
+    if request.param == "library":
+        monkeypatch.setattr(_eager, "ENABLED", False)
+    if request.param == "compiled":
+        return lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
+    return lambda f: f
+
+
+def numbers(*shape):
+    return (torch.rand(*shape, dtype=torch.float64) + 0.5).requires_grad_()
+
+
+def judged(way, run, truth, leaves, x_dots):
+    """Compare value, tangent and gradients of `run` with PyTorch's own of `truth`."""
+    flat = torch.utils._pytree.tree_leaves
+
+    def both(function):
+        def results(*leaves):
+            def moving(*xs):
+                return function(*xs, *leaves[len(xs) :])
+
+            return torch.func.jvp(moving, leaves[: len(x_dots)], x_dots), function(*leaves)
+
+        return results
+
+    outcomes = []
+    for results in (way(both(run)), both(truth)):
+        (ys, y_dots), plain = results(*leaves)
+        loss = sum(y.sin().sum() for y in flat(ys))
+        found = torch.autograd.grad(loss, leaves)
+        outcomes.append([*flat(ys), *flat(plain), *flat(y_dots), *found])
+    for found, exact in zip(*outcomes, strict=True):
+        assert torch.allclose(found, exact, rtol=1e-13, atol=0)
+
+
+def test_three_formulas_make_an_op(way):
+    leaves = numbers(2, 3), numbers(2, 3), numbers(2, 3)
+
+    def truth(x, weight, bias):
+        return weight * x**3 + bias
+
+    judged(way, lambda *given: POWER(*given, 3.0), truth, leaves, (torch.rand(2, 3).double(),))
+    judged(
+        way, lambda x, w, b: POWER(x, w, None, 3.0) + b, truth, leaves, (torch.rand(2, 3).double(),)
+    )
+
+
+def test_of_tuples_of_streams(way):
+    leaves = numbers(2, 3), numbers(4), numbers(2, 3), numbers(4), numbers(2, 3), numbers(4)
+
+    def ours(x, x_2, w, w_2, b, b_2):
+        return POWER((x, x_2), (w, w_2), (b, b_2), 3.0)
+
+    def truth(x, x_2, w, w_2, b, b_2):
+        return w * x**3 + b, w_2 * x_2**3 + b_2
+
+    dots = torch.rand(2, 3).double(), torch.rand(4).double()
+    judged(way, ours, truth, leaves, dots)
+    judged(way, ours, truth, leaves, dots[:1])  # one of two streams moves
+
+
+def test_of_streams_one_of_which_lacks_an_input(way):
+    leaves = numbers(2, 3), numbers(4), numbers(2, 3), numbers(4), numbers(2, 3)
+
+    def ours(x, x_2, w, w_2, b):
+        return POWER((x, x_2), (w, w_2), (b, None), 3.0)
+
+    def truth(x, x_2, w, w_2, b):
+        return w * x**3 + b, w_2 * x_2**3
+
+    judged(way, ours, truth, leaves, (torch.rand(2, 3).double(), torch.rand(4).double()))
+
+
+def test_what_an_op_refuses(way):
+    x, w = numbers(3), numbers(3)
+    run = way(lambda x, w: torch.func.jvp(lambda x: POWER(x, w, None, 3.0), (x,), (x.detach(),)))
+    y, y_dot = run(x, w)
+    with pytest.raises(RuntimeError, match="detach the tangent"):
+        (y + y_dot).sum().backward()
+    run = way(lambda x, w: torch.func.jvp(lambda w: POWER(x, w, None, 3.0), (w,), (w.detach(),)))
+    with pytest.raises(Exception, match="does not propagate a tangent of its weight"):
+        run(x, w)
+    with pytest.raises(ValueError, match="test_power needs weight for each of 2 streams; got 1"):
+        POWER((x, x), (w,), None, 3.0)
+
+
+def test_library_ops_of_an_op():
+    x, w, b = numbers(2, 3), numbers(2, 3), numbers(2, 3)
+    torch.library.opcheck(POWER.fwd.library, (x, w, b, 3.0))
+    torch.library.opcheck(POWER.over_streams.fwd.library, ([x, x], [w, b], [b, b], 3.0))
+    schema = str(POWER.over_streams.jvp.library._schema)
+    assert "Tensor[] x, Tensor[] weight, Tensor?[] bias, Tensor?[] x_dot, float power" in schema
+
+
+def test_no_gradient_is_computed_in_vain(monkeypatch):
+    asked = []
+    monkeypatch.setattr(POWER.bwd, "_on_cpu", lambda *args: asked.append(args[-1]) or _bwd(*args))
+    x, w = numbers(3), numbers(3)
+    POWER(x, w.detach(), None, 3.0).sum().backward()
+    POWER(x.detach(), w, None, 3.0).sum().backward()
+    assert asked == [[True, False, False], [False, True, False]]
