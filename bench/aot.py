@@ -41,7 +41,7 @@ from triton.runtime.jit import JITFunction
 
 from mfmjt import kernels
 from mfmjt.files import atomic_path
-from mfmjt.kernels._norm import MAX_WIDTH
+from mfmjt.kernels.triton.norm import MAX_WIDTH
 
 __all__ = [
     "OPS",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.cases import MODES, VALUE, Case, Cost, Input, vocoder_stages
 from bench.providers import Provider
-from mfmjt.kernels.snake import snake, snake_ref, taps
+from mfmjt.kernels._filter import taps
+from mfmjt.kernels.snake import snake, snake_ref
 
 __all__ = ["cases", "providers"]
 

@@ -36,7 +36,16 @@ from torch import Tensor
 from mfmjt.kernels import _backends, _dual, _eager, _native, precision
 from mfmjt.kernels._eager import flatten, nest
 
-__all__ = ["Op", "autocast", "check", "check_tensors", "reference", "use_reference", "work_dtype"]
+__all__ = [
+    "Op",
+    "autocast",
+    "check",
+    "check_tensors",
+    "per_stream",
+    "reference",
+    "use_reference",
+    "work_dtype",
+]
 
 _library = torch.library.Library("mfmjt", "FRAGMENT")
 _forced_reference = False
@@ -80,6 +89,24 @@ def check_tensors(op: str, optional: dict[str, Any] | None = None, /, **tensors:
             if not isinstance(x, Tensor):
                 what = type(x).__name__
                 raise TypeError(f"mfmjt.kernels.{op} needs {name} to be a tensor; got {what}.")
+
+
+def per_stream(op: str, **arguments: Any) -> list[dict[str, Any]]:
+    """Return the arguments of each stream by name; of the only one where the first is no tuple.
+
+    Raises:
+        ValueError: There are not as many streams of one argument as of the first.
+    """
+    first = next(iter(arguments.values()))
+    if not isinstance(first, (list, tuple)):
+        return [arguments]
+    count = len(first)
+    for name, value in arguments.items():
+        if value is not None and not (isinstance(value, (list, tuple)) and len(value) == count):
+            got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+            needs = f"{name} for each of {count} streams"
+            raise ValueError(f"mfmjt.kernels.{op} needs {needs}; got {got}.")
+    return [{n: v if v is None else v[i] for n, v in arguments.items()} for i in range(count)]
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

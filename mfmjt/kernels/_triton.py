@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from mfmjt.kernels._backends import AVAILABLE, INTERPRETED, ON_CPU
 
 if AVAILABLE:
@@ -13,6 +16,16 @@ else:
         return kernel
 
 
+def lazily(op: str, part: str, formula: Any) -> Any:
+    """Return launcher `part` of `mfmjt.kernels.triton.<op>`, or the formula where it declines."""
+
+    def launch(*args: Any) -> Any:
+        found = getattr(importlib.import_module(f"mfmjt.kernels.triton.{op}"), part)(*args)
+        return formula(*args) if found is NotImplemented else found
+
+    return launch
+
+
 __all__ = [
     "AVAILABLE",
     "INTERPRETED",
@@ -20,6 +33,7 @@ __all__ = [
     "cdiv",
     "fma",
     "jit",
+    "lazily",
     "power_of_2",
     "rows",
     "target",

@@ -19,17 +19,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm, _op
-from mfmjt.kernels._norm import (
-    backward_norm,
-    columns,
-    first_row,
-    forward_norm,
-    load_rows,
-    load_shared,
-    store_sum,
-)
-from mfmjt.kernels._triton import jit, tl
+from mfmjt.kernels import _norm
+from mfmjt.kernels._op import Op, per_stream, work_dtype
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -41,7 +32,7 @@ def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Ten
 
 
 def _fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     n, mean, rstd = _norm.normalise(x.to(work), eps)
     return _norm.modulate(n, shift.to(work), scale.to(work)).to(x.dtype), mean, rstd
 
@@ -55,7 +46,7 @@ def _jvp(
     scale_dot: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    work, dtype = _op.work_dtype(x), x.dtype
+    work, dtype = work_dtype(x), x.dtype
     x, shift, scale = x.to(work), shift.to(work), scale.to(work)
     n, mean, rstd = _norm.normalise(x, eps)
     dots = (d if d is None else d.to(work) for d in (x_dot, shift_dot, scale_dot))
@@ -66,272 +57,45 @@ def _jvp(
 def _bwd(
     y_bar: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     x_bar, shift_bar, scale_bar = _norm.modulate_bar(
         y_bar.to(work), x.to(work), scale.to(work), mean, rstd, shift.shape
     )
     return x_bar.to(x.dtype), shift_bar.to(shift.dtype), scale_bar.to(scale.dtype)
 
 
-@jit
-def _adaln_fwd_kernel(
-    x,  # this and the next five are `_norm.Rows`
-    shift,
-    scale,
-    x_dot,
-    shift_dot,
-    scale_dot,
-    y,
-    y_dot,  # None where no tangent is wanted
-    mean,
-    rstd,
-    tokens,
-    width,
-    chunk,  # rows of one program
-    EPS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    work: tl.constexpr = mean.dtype.element_ty
-    sample, first = first_row(tokens, chunk)
-    row = first + tl.arange(0, BLOCK_ROWS)
-    col = columns(SEGMENTS, BLOCK_COLS)
-    shared_shift = load_shared(shift, sample, row, col, tokens, width, work)
-    shared_scale = load_shared(scale, sample, row, col, tokens, width, work)
-    shared_shift_dot = load_shared(shift_dot, sample, row, col, tokens, width, work)
-    shared_scale_dot = load_shared(scale_dot, sample, row, col, tokens, width, work)
-    for start in range(0, tl.minimum(chunk, tokens - first), BLOCK_ROWS):
-        row = first + start + tl.arange(0, BLOCK_ROWS)
-        wide_x = load_rows(x, sample, row, col, tokens, width, work)
-        wide_dot = None
-        if x_dot.pointer is not None:
-            wide_dot = load_rows(x_dot, sample, row, col, tokens, width, work)
-        forward_norm(
-            wide_x,
-            wide_dot,
-            shift,
-            scale,
-            shift_dot,
-            scale_dot,
-            shared_shift,
-            shared_scale,
-            shared_shift_dot,
-            shared_scale_dot,
-            y,
-            y_dot,
-            mean,
-            rstd,
-            sample,
-            row,
-            col,
-            tokens,
-            width,
-            EPS,
-        )
-
-
-@jit
-def _adaln_bwd_kernel(
-    y_bar,  # this and the next two are `_norm.Rows`
-    x,
-    scale,
-    mean,
-    rstd,
-    x_bar,
-    scale_bar,  # (B, N, C), or
-    scale_sum,  # (B, chunks, C); the other is None
-    shift_bar,  # the same, or both None where it is y_bar
-    shift_sum,
-    tokens,
-    width,
-    chunk,  # rows of one program
-    SEGMENTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    work: tl.constexpr = mean.dtype.element_ty
-    sample, first = first_row(tokens, chunk)
-    col = columns(SEGMENTS, BLOCK_COLS)
-    if scale_sum is not None:
-        scale_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    if shift_sum is not None:
-        shift_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    for start in range(0, tl.minimum(chunk, tokens - first), BLOCK_ROWS):
-        row = first + start + tl.arange(0, BLOCK_ROWS)
-        inside = (row[None, :, None] < tokens) & (col < width)
-        wide_x = load_rows(x, sample, row, col, tokens, width, work)
-        bar = load_rows(y_bar, sample, row, col, tokens, width, work)
-        factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
-        n, bar_of_x = backward_norm(
-            bar, wide_x, mean, rstd, factor, sample, row, col, tokens, width
-        )
-        out = (sample * tokens + row)[None, :, None] * width + col
-        tl.store(x_bar + out, bar_of_x, inside)
-        if scale_bar is not None:
-            tl.store(scale_bar + out, bar * n, inside)
-        if scale_sum is not None:
-            scale_total += bar * n
-        if shift_bar is not None:
-            tl.store(shift_bar + out, bar, inside)
-        if shift_sum is not None:
-            shift_total += bar
-    if scale_sum is not None:
-        store_sum(scale_sum, scale_total, col, width)
-    if shift_sum is not None:
-        store_sum(shift_sum, shift_total, col, width)
-
-
-def _launch_fwd(
-    x: Tensor,
-    modulations: tuple[Tensor, Tensor],
-    x_dot: Tensor | None,
-    dots: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    y_dot: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _norm.Layout(x, *modulations)
-    y = x.new_empty(x.shape)
-    mean = x.new_empty((*x.shape[:-1], 1), dtype=layout.work)
-    rstd = mean.new_empty(mean.shape)
-    chunk, chunks, meta = layout.launch()
-    _adaln_fwd_kernel[(layout.samples * chunks,)](
-        layout.rows(x),
-        *map(layout.rows, modulations),
-        layout.rows(x_dot),
-        *map(layout.rows, dots),
-        y,
-        y_dot,
-        mean,
-        rstd,
-        layout.tokens,
-        layout.width,
-        chunk,
-        EPS=eps,
-        **meta,
-    )
-    return y, mean, rstd
-
-
-def _fwd_triton(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _norm.fits_kernel(x):
-        return _fwd(x, shift, scale, eps)
-    return _launch_fwd(x, (shift, scale), None, (None, None), eps, None)
-
-
-def _jvp_triton(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    x_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    scale_dot: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _norm.fits_kernel(x):
-        return _jvp(x, shift, scale, x_dot, shift_dot, scale_dot, eps)
-    y_dot = x.new_empty(x.shape)
-    y, mean, rstd = _launch_fwd(x, (shift, scale), x_dot, (shift_dot, scale_dot), eps, y_dot)
-    return y, y_dot, mean, rstd
-
-
-def _bwd_triton(
-    y_bar: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _norm.fits_kernel(x):
-        return _bwd(y_bar, x, shift, scale, mean, rstd)
-    layout = _norm.Layout(x, shift, scale)
-    chunk, chunks, meta = layout.launch(backward=True)
-    x_bar = x.new_empty(x.shape)
-    shift_memory = layout.cotangent(shift, chunks, known=True)
-    scale_memory = layout.cotangent(scale, chunks)
-    _adaln_bwd_kernel[(layout.samples * chunks,)](
-        layout.rows(y_bar),
-        layout.rows(x),
-        layout.rows(scale),
-        mean.contiguous(),
-        rstd.contiguous(),
-        x_bar,
-        scale_memory.whole,
-        scale_memory.sums,
-        shift_memory.whole,
-        shift_memory.sums,
-        layout.tokens,
-        layout.width,
-        chunk,
-        **meta,
-    )
-    shift_bar, scale_bar = _norm.finish(shift_memory, scale_memory)
-    return x_bar, shift_bar, scale_bar
-
-
-_fwd_op = _op.define(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+_op = Op(
+    "adaln",
     _fwd,
-    triton=_fwd_triton,
-)
-_jvp_op = _op.define(
-    "adaln_jvp(Tensor x, Tensor shift, Tensor scale, Tensor? x_dot, Tensor? shift_dot, "
-    "Tensor? scale_dot, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _jvp,
-    triton=_jvp_triton,
-)
-_bwd_op = _op.define(
-    "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor)",
     _bwd,
-    triton=_bwd_triton,
+    reference=adaln_ref,
+    takes=_norm.takes,
+    passes={"shift": "y"},
+    streams=True,
 )
 
 
-def _backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
-    x_bar, shift_bar, scale_bar = _bwd_op(y_bar, *saved)
-    return x_bar, _norm.whole_shift_bar(shift_bar, y_bar, saved[1]), scale_bar
-
-
-def _saves(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*inputs[:3], *outputs[-2:])
-
-
-_op.backward_of(
-    _fwd_op, lambda ctx, y_bar, *_: (*_backward(ctx, y_bar), None), saves=_saves, outputs=1
-)
-_op.backward_of(
-    _jvp_op,
-    lambda ctx, y_bar, y_dot_bar, *_: (
-        *_backward(ctx, _op.refuse_gradient(y_bar, y_dot_bar)),
-        *(None,) * 4,
-    ),
-    saves=_saves,
-    outputs=2,
-)
-
-
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def adaln(x: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None) -> Any:
     """Adaptive layer norm: LN(x) (1 + scale) + shift, differentiable in both modes.
 
     Args:
         x: Activations `(B, N, C)`, any floating dtype; statistics are taken in float32 at least.
+            Or a tuple of streams, and so are the other tensors.
         shift: `(B, 1, C)` or `(B, N, C)`.
         scale: `(B, 1, C)` or `(B, N, C)`.
         eps: Added to the variance.
+        rows: `(N,)` int32 or int64, the row of shift and scale `(B, S, C)` that modulates a token;
+            None for that of its own number. An S of 1 is a row that all tokens share.
 
     Returns:
-        `(B, N, C)` in the dtype of x.
+        `(B, N, C)` in the dtype of x; for a tuple of streams a tuple, in one launch.
 
     Raises:
         ValueError: shift or scale does not broadcast to x.
     """
-    if _op.use_reference():
-        return adaln_ref(x, shift, scale, eps)
-    _norm.check_modulation("adaln", x, shift=shift, scale=scale)
-
-    def run(values: Any, dots: Any) -> Any:
-        if dots is None:
-            return _fwd_op(*values, eps)[:1]
-        return _jvp_op(*values, *dots, eps)[:2]
-
-    return _op.dual(run, (x, shift, scale))[0]
+    if rows is not None:
+        shift, scale = _norm.pick(rows, shift, scale)
+    for stream in per_stream("adaln", x=x, shift=shift, scale=scale):
+        _norm.check_modulation("adaln", **stream)
+    return _op(x, shift, scale, eps)

@@ -19,16 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm, _op
-from mfmjt.kernels._norm import (
-    backward_norm,
-    columns,
-    first_row,
-    forward_norm,
-    load_rows,
-    store_sum,
-)
-from mfmjt.kernels._triton import cdiv, jit, tl
+from mfmjt.kernels import _norm
+from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
@@ -50,7 +42,7 @@ def _add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
 def _fwd(
     x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     total = _add(x.to(work), h.to(work), gate.to(work)).to(x.dtype)
     n, mean, rstd = _norm.normalise(total.to(work), eps)
     return total, _norm.modulate(n, shift.to(work), scale.to(work)).to(x.dtype), mean, rstd
@@ -69,7 +61,7 @@ def _jvp(
     scale_dot: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work, dtype = _op.work_dtype(x), x.dtype
+    work, dtype = work_dtype(x), x.dtype
     x, h, gate, shift, scale = (t.to(work) for t in (x, h, gate, shift, scale))
     total = _add(x, h, gate).to(dtype)
     wide = total.to(work)
@@ -99,7 +91,7 @@ def _bwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work = _op.work_dtype(total)
+    work = work_dtype(total)
     if y_bar is None:
         assert total_bar is not None
         x_bar = total_bar.to(work, copy=True, memory_format=torch.contiguous_format)
@@ -121,344 +113,49 @@ def _bwd(
     )
 
 
-@jit
-def _gated_residual_adaln_fwd_kernel(
-    x,  # this and the next nine are `_norm.Rows`
-    h,
-    gate,
-    shift,
-    scale,
-    x_dot,
-    h_dot,
-    gate_dot,
-    shift_dot,
-    scale_dot,
-    total,
-    total_dot,  # this and y_dot None where no tangent is wanted
-    y,
-    y_dot,
-    mean,
-    rstd,
-    tokens,
-    width,
-    EPS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    work: tl.constexpr = mean.dtype.element_ty
-    sample, first = first_row(tokens, BLOCK_ROWS)
-    row = first + tl.arange(0, BLOCK_ROWS)
-    col = columns(SEGMENTS, BLOCK_COLS)
-    inside = (row[None, :, None] < tokens) & (col < width)
-    out = (sample * tokens + row)[None, :, None] * width + col
-    wide_h = load_rows(h, sample, row, col, tokens, width, work)
-    wide_gate = load_rows(gate, sample, row, col, tokens, width, work)
-    s = load_rows(x, sample, row, col, tokens, width, work) + wide_gate * wide_h
-    s = s.to(total.dtype.element_ty)  # what is normalised is what is stored
-    tl.store(total + out, s, inside)
-    s_dot = None
-    if total_dot is not None:
-        s_dot = tl.zeros_like(wide_h)
-        if x_dot.pointer is not None:
-            s_dot += load_rows(x_dot, sample, row, col, tokens, width, work)
-        if h_dot.pointer is not None:
-            s_dot += wide_gate * load_rows(h_dot, sample, row, col, tokens, width, work)
-        if gate_dot.pointer is not None:
-            s_dot += wide_h * load_rows(gate_dot, sample, row, col, tokens, width, work)
-        tl.store(total_dot + out, s_dot, inside)
-    forward_norm(
-        s.to(work),
-        s_dot,
-        shift,
-        scale,
-        shift_dot,
-        scale_dot,
-        None,
-        None,
-        None,
-        None,
-        y,
-        y_dot,
-        mean,
-        rstd,
-        sample,
-        row,
-        col,
-        tokens,
-        width,
-        EPS,
-    )
-
-
-@jit
-def _gated_residual_adaln_bwd_kernel(
-    total_bar,  # this and the next five are `_norm.Rows`; one of the first two may be zero
-    y_bar,
-    total,
-    h,
-    gate,
-    scale,
-    mean,
-    rstd,
-    x_bar,
-    h_bar,
-    gate_bar,  # (B, N, C), or
-    gate_sum,  # (B, chunks, C); the other is None
-    shift_bar,  # the same, or both None where it is y_bar
-    shift_sum,
-    scale_bar,  # the same as for gate; all four None where there is no y_bar
-    scale_sum,
-    tokens,
-    width,
-    chunk,  # rows of one program
-    SEGMENTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    work: tl.constexpr = mean.dtype.element_ty
-    sample, first = first_row(tokens, chunk)
-    col = columns(SEGMENTS, BLOCK_COLS)
-    if gate_sum is not None:
-        gate_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    if shift_sum is not None:
-        shift_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    if scale_sum is not None:
-        scale_total = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-    for start in range(0, tl.minimum(chunk, tokens - first), BLOCK_ROWS):
-        row = first + start + tl.arange(0, BLOCK_ROWS)
-        inside = (row[None, :, None] < tokens) & (col < width)
-        out = (sample * tokens + row)[None, :, None] * width + col
-        s_bar = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), work)
-        if y_bar.pointer is not None:
-            s = load_rows(total, sample, row, col, tokens, width, work)
-            bar = load_rows(y_bar, sample, row, col, tokens, width, work)
-            factor = 1 + load_rows(scale, sample, row, col, tokens, width, work)
-            n, s_bar = backward_norm(bar, s, mean, rstd, factor, sample, row, col, tokens, width)
-            if scale_bar is not None:
-                tl.store(scale_bar + out, bar * n, inside)
-            if scale_sum is not None:
-                scale_total += bar * n
-            if shift_bar is not None:
-                tl.store(shift_bar + out, bar, inside)
-            if shift_sum is not None:
-                shift_total += bar
-        if total_bar.pointer is not None:
-            s_bar += load_rows(total_bar, sample, row, col, tokens, width, work)
-        tl.store(x_bar + out, s_bar, inside)
-        wide_gate = load_rows(gate, sample, row, col, tokens, width, work)
-        tl.store(h_bar + out, s_bar * wide_gate, inside)
-        bar_of_gate = s_bar * load_rows(h, sample, row, col, tokens, width, work)
-        if gate_bar is not None:
-            tl.store(gate_bar + out, bar_of_gate, inside)
-        if gate_sum is not None:
-            gate_total += bar_of_gate
-    if gate_sum is not None:
-        store_sum(gate_sum, gate_total, col, width)
-    if shift_sum is not None:
-        store_sum(shift_sum, shift_total, col, width)
-    if scale_sum is not None:
-        store_sum(scale_sum, scale_total, col, width)
-
-
-def _launch_fwd(
-    x: Tensor,
-    h: Tensor,
-    modulations: tuple[Tensor, ...],
-    x_dot: Tensor | None,
-    h_dot: Tensor | None,
-    dots: tuple[Tensor | None, ...],
-    total_dot: Tensor | None,
-    y_dot: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = _norm.Layout(x, *modulations)
-    total, y = x.new_empty(x.shape), x.new_empty(x.shape)
-    mean = x.new_empty((*x.shape[:-1], 1), dtype=layout.work)
-    rstd = mean.new_empty(mean.shape)
-    meta = layout.launch().meta
-    blocks = cdiv(layout.tokens, meta["BLOCK_ROWS"])
-    _gated_residual_adaln_fwd_kernel[(layout.samples * blocks,)](
-        layout.rows(x),
-        layout.rows(h),
-        *map(layout.rows, modulations),
-        layout.rows(x_dot),
-        layout.rows(h_dot),
-        *map(layout.rows, dots),
-        total,
-        total_dot,
-        y,
-        y_dot,
-        mean,
-        rstd,
-        layout.tokens,
-        layout.width,
-        EPS=eps,
-        **meta,
-    )
-    return total, y, mean, rstd
-
-
-def _fwd_triton(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _norm.fits_kernel(x):
-        return _fwd(x, h, gate, shift, scale, eps)
-    still = (None, None, None)
-    return _launch_fwd(x, h, (gate, shift, scale), None, None, still, None, None, eps)
-
-
-def _jvp_triton(
-    x: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    x_dot: Tensor | None,
-    h_dot: Tensor | None,
-    gate_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    scale_dot: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dots = (gate_dot, shift_dot, scale_dot)
-    if not _norm.fits_kernel(x):
-        return _jvp(x, h, gate, shift, scale, x_dot, h_dot, *dots, eps)
-    total_dot, y_dot = x.new_empty(x.shape), x.new_empty(x.shape)
-    total, y, mean, rstd = _launch_fwd(
-        x, h, (gate, shift, scale), x_dot, h_dot, dots, total_dot, y_dot, eps
-    )
-    return total, total_dot, y, y_dot, mean, rstd
-
-
-def _bwd_triton(
-    total_bar: Tensor | None,
-    y_bar: Tensor | None,
-    total: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not _norm.fits_kernel(total):
-        return _bwd(total_bar, y_bar, total, h, gate, shift, scale, mean, rstd)
-    layout = _norm.Layout(total, gate, shift, scale)
-    chunk, chunks, meta = layout.launch(backward=True)
-    x_bar, h_bar = total.new_empty(total.shape), h.new_empty(h.shape)
-    bars = [layout.cotangent(gate, chunks)]
-    if y_bar is not None:
-        bars += [layout.cotangent(shift, chunks, known=True), layout.cotangent(scale, chunks)]
-    memory = [part for bar in bars for part in (bar.whole, bar.sums)]
-    _gated_residual_adaln_bwd_kernel[(layout.samples * chunks,)](
-        layout.rows(total_bar),
-        layout.rows(y_bar),
-        layout.rows(total),
-        layout.rows(h),
-        layout.rows(gate),
-        layout.rows(scale),
-        mean.contiguous(),
-        rstd.contiguous(),
-        x_bar,
-        h_bar,
-        *memory,
-        *(None,) * (6 - len(memory)),
-        layout.tokens,
-        layout.width,
-        chunk,
-        **meta,
-    )
-    gate_bar, *rest = _norm.finish(*bars)
-    shift_bar, scale_bar = rest or (shift.new_zeros(shift.shape), scale.new_zeros(scale.shape))
-    return x_bar, h_bar, gate_bar, shift_bar, scale_bar
-
-
-_fwd_op = _op.define(
-    "gated_residual_adaln_fwd(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+_op = Op(
+    "gated_residual_adaln",
     _fwd,
-    triton=_fwd_triton,
-)
-_jvp_op = _op.define(
-    "gated_residual_adaln_jvp(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, "
-    "Tensor? x_dot, Tensor? h_dot, Tensor? gate_dot, Tensor? shift_dot, Tensor? scale_dot, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _jvp,
-    triton=_jvp_triton,
-)
-_bwd_op = _op.define(
-    "gated_residual_adaln_bwd(Tensor? total_bar, Tensor? y_bar, Tensor total, Tensor h, "
-    "Tensor gate, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
-    triton=_bwd_triton,
+    reference=gated_residual_adaln_ref,
+    takes=_norm.takes,
+    passes={"shift": "y"},
+    streams=True,
 )
-
-
-def _saves(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs[0], *inputs[1:5], *outputs[-2:])
-
-
-def _backward(ctx: Any, total_bar: Tensor | None, y_bar: Tensor | None) -> tuple[Tensor, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
-    *bars, shift_bar, scale_bar = _bwd_op(total_bar, y_bar, *saved)
-    return *bars, _norm.whole_shift_bar(shift_bar, y_bar, saved[3]), scale_bar
-
-
-def _jvp_backward(
-    ctx: Any,
-    total_bar: Tensor | None,
-    total_dot_bar: Tensor | None,
-    y_bar: Tensor | None,
-    y_dot_bar: Tensor | None,
-    *_: None,
-) -> tuple[Tensor | None, ...]:
-    total_bar = _op.refuse_gradient(total_bar, total_dot_bar)
-    y_bar = _op.refuse_gradient(y_bar, y_dot_bar)
-    return (*_backward(ctx, total_bar, y_bar), *(None,) * 6)
-
-
-_op.backward_of(
-    _fwd_op,
-    lambda ctx, total_bar, y_bar, *_: (*_backward(ctx, total_bar, y_bar), None),
-    saves=_saves,
-    outputs=2,
-)
-_op.backward_of(_jvp_op, _jvp_backward, saves=_saves, outputs=4)
 
 
 def gated_residual_adaln(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+    x: Any, h: Any, gate: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None
+) -> tuple[Any, Any]:
     """Gated residual add and adaptive layer norm of the sum, differentiable in both modes.
 
     Args:
-        x: Residual stream `(B, N, C)`, any floating dtype.
+        x: Residual stream `(B, N, C)`, any floating dtype; or a tuple of streams, and so are the
+            other tensors.
         h: What a sub-layer adds to it, `(B, N, C)`.
         gate: `(B, 1, C)` or `(B, N, C)`.
         shift: `(B, 1, C)` or `(B, N, C)`.
         scale: `(B, 1, C)` or `(B, N, C)`.
         eps: Added to the variance.
+        rows: `(N,)` int32 or int64, the row of gate, shift and scale `(B, S, C)` that modulates a
+            token; None for that of its own number. An S of 1 is a row that all tokens share.
 
     Returns:
         The new residual stream x + gate h and its LN(.) (1 + scale) + shift, both `(B, N, C)` in
-        the dtype of x.
+        the dtype of x; for a tuple of streams two tuples, in one launch.
 
     Raises:
         ValueError: The shapes do not fit.
     """
-    if _op.use_reference():
-        return gated_residual_adaln_ref(x, h, gate, shift, scale, eps)
-    _norm.check_modulation("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
-    _op.check_tensors("gated_residual_adaln", h=h)
-    if h.shape != x.shape:
-        _op.check(False, "gated_residual_adaln", "h of the shape of x", x=x, h=h)
-
-    def run(values: Any, dots: Any) -> Any:
-        if dots is None:
-            return _fwd_op(*values, eps)[:2]
-        return _jvp_op(*values, *dots, eps)[:4]
-
-    total, y = _op.dual(run, (x, h, gate, shift, scale))
+    if rows is not None:
+        gate, shift, scale = _norm.pick(rows, gate, shift, scale)
+    for s in per_stream("gated_residual_adaln", x=x, h=h, gate=gate, shift=shift, scale=scale):
+        added = s.pop("h")
+        _norm.check_modulation("gated_residual_adaln", **s)
+        check_tensors("gated_residual_adaln", h=added)
+        if added.shape != s["x"].shape:
+            needs = "h of the shape of x"
+            check(False, "gated_residual_adaln", needs, x=s["x"], h=added)
+    total, y = _op(x, h, gate, shift, scale, eps)
     return total, y

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mfmjt.kernels import snake
+from mfmjt.kernels import _filter, snake
 from mfmjt.kernels.snake import snake_ref
 from tests import oracle
 from tests.oracle import randn, strided
@@ -39,14 +39,14 @@ def test_taps_are_kept_and_the_same():
     """Numbers are copied to a GPU once; a tensor of a transform or of a mode is not kept."""
     x = torch.randn(1, 2, 9)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        kept = module.taps(x.to(dtype))
-        assert torch.equal(kept, x.to(dtype).new_tensor(module._FILTER))
-        assert module.taps(x.to(dtype)) is kept
-    module._kept_taps.cache_clear()
+        kept = _filter.taps(x.to(dtype))
+        assert torch.equal(kept, x.to(dtype).new_tensor(_filter.FILTER))
+        assert _filter.taps(x.to(dtype)) is kept
+    _filter._kept_taps.cache_clear()
     found = []
 
     def watched(x):
-        found.append(module.taps(x))
+        found.append(_filter.taps(x))
         return snake_ref(x, torch.zeros(2), torch.zeros(2))
 
     torch.func.jvp(watched, (x,), (x,))
@@ -54,10 +54,10 @@ def test_taps_are_kept_and_the_same():
         watched(x)
     weight = torch.zeros(2, requires_grad=True)
     snake_ref(x, weight, weight).sum().backward()
-    assert found[0] is found[1] is module.taps(x)
+    assert found[0] is found[1] is _filter.taps(x)
     with FakeTensorMode():
-        assert isinstance(module.taps(torch.empty(1, 2, 9)), FakeTensor)
-    assert not isinstance(module.taps(x), FakeTensor)
+        assert isinstance(_filter.taps(torch.empty(1, 2, 9)), FakeTensor)
+    assert not isinstance(_filter.taps(x), FakeTensor)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -116,7 +116,7 @@ def test_filter_is_the_published_one():
     time = np.arange(12) - 5.5
     taps = np.sinc(time / 2) * np.kaiser(12, 0.1102 * (attenuation - 8.7))
     truth = torch.from_numpy(taps / taps.sum())
-    found = torch.tensor(module._FILTER, dtype=torch.float64)
+    found = torch.tensor(_filter.FILTER, dtype=torch.float64)
     assert oracle.error(found, truth) <= oracle.allowance(truth, torch.float64, terms=12)
 
 
