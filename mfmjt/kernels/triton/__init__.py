@@ -6,6 +6,7 @@ The package is imported where Triton runs, and only there: `mfmjt.kernels._backe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
@@ -22,6 +23,7 @@ __all__ = [
     "fma",
     "jit",
     "locate",
+    "one_stream",
     "power_of_2",
     "rows",
     "target",
@@ -117,6 +119,14 @@ def target() -> tuple[str, Any]:
 def _target_of(device: Any) -> tuple[str, Any]:
     found = triton.runtime.driver.active.get_current_target()
     return found.backend, found.arch
+
+
+def one_stream(launcher: Callable[..., Any], *args: Any) -> Any:
+    """Call a launcher of lists of streams with one stream, and return its results."""
+    found = launcher(*([x] if x is None or isinstance(x, Tensor) else x for x in args))
+    if found is NotImplemented:
+        return found
+    return tuple([ys[0] for ys in found]) if isinstance(found, tuple) else found[0]
 
 
 def cdiv(n: int, block: int) -> int:

@@ -1,349 +1,264 @@
-"""What the Triton kernels of both layer norms with modulation share: blocks of whole rows.
+"""The Triton kernel of layer norm and modulation: value and tangent, over streams.
 
-The Triton kernels keep a block of whole rows in registers. Tensors are seen as (B, N, C), "samples"
-and "tokens", by strides (`Layout`): a modulation that is the same for all tokens of a sample is
-read once per block of rows. Its cotangent is summed in two steps, over the rows of a program and
-then over programs in a fixed order. Rows of more than 8192 channels run the formulas.
+It serves `adaln` and `gated_residual_adaln`: the gated sum, tangents and rows to pick may each be
+absent. A program keeps a block of whole rows in registers. Rows are counted over all samples of a
+stream, and a launch has programs of all its streams, which share batch, width and dtype. Where
+streams differ in these, rows are wider than 8192 or nothing is in them, ops go stream by stream or
+run their formulas; so they do where a modulation is neither (B, 1, C) nor (B, N, C).
+
+Rows are centred twice: what rounding left in the mean goes with the second, so that a large offset
+costs no digits and a constant row is normalised to zeros.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
-from mfmjt.kernels.triton import cdiv, jit, tl, tuning
+from mfmjt.kernels.triton import View, cdiv, choose, choose_view, jit, locate, tl, tuning
 
-__all__ = [
-    "MAX_WIDTH",
-    "Cotangent",
-    "Launch",
-    "Layout",
-    "Rows",
-    "backward_norm",
-    "columns",
-    "finish",
-    "first_row",
-    "fits_kernel",
-    "forward_norm",
-    "load_rows",
-    "load_shared",
-    "load_unless",
-    "store_sum",
-]
+__all__ = ["MAX_WIDTH", "by_rows", "columns", "filled", "forward", "load", "mean", "meta", "views"]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
 
 
-def fits_kernel(x: Tensor) -> bool:
-    """Return whether the kernels take x; what is empty or wider runs the formulas."""
-    return x.numel() > 0 and x.shape[-1] <= MAX_WIDTH
-
-
-# --- What runs on the device
-
-
-class Rows(NamedTuple):
-    """A tensor seen as (B, N, C), as kernels take it.
-
-    Attributes:
-        pointer: The tensor; None for a tangent or cotangent that is zero.
-        sample: Elements from one sample to the next.
-        token: Elements from one token to the next; None where all tokens of a sample share a row.
-        channel: 1; None where all channels share a number.
-    """
-
-    pointer: Any
-    sample: int
-    token: int | None
-    channel: int | None
-
-
-@jit
-def first_row(tokens, chunk):
-    """Sample and first row of this program."""
-    chunks = tl.cdiv(tokens, chunk)
-    program = tl.program_id(0)
-    return (program // chunks).to(tl.int64), (program % chunks).to(tl.int64) * chunk
-
-
 @jit
 def columns(SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of a block, (K, 1, V): see `tuning.norm`."""
+    """Return the columns of a block, (K, 1, V): see `tuning.norm`."""
     segment = tl.arange(0, SEGMENTS)[:, None, None] * BLOCK
     return segment + tl.arange(0, BLOCK)[None, None, :]
 
 
 @jit
-def load_rows(source, sample, row, col, tokens, width, WORK: tl.constexpr):
-    """A block (K, R, V) of a `Rows` in the dtype of sums, zero outside."""
-    row = row[None, :, None]
-    at = source.pointer + sample * source.sample
-    at += row * 0 if source.token is None else row * source.token
-    at += col * 0 if source.channel is None else col * source.channel
-    # What tokens share is read for rows outside too: they may be those of the program's first turn.
-    inside = row * 0 + col < width if source.token is None else (row < tokens) & (col < width)
+def load(view, sample, token, col, inside, WORK: tl.constexpr):
+    """Load a block (K, R, V) of a view's rows in the dtype of sums, zero outside."""
+    pointer, sample_stride, token_stride, _ = view
+    at = pointer + (token * 0 + col)
+    if sample_stride is not None:
+        at += sample * sample_stride
+    if token_stride is not None:
+        at += token * token_stride
     return tl.load(at, inside, 0.0).to(WORK)
 
 
 @jit
-def load_shared(source, sample, row, col, tokens, width, WORK: tl.constexpr):
-    """The same, of what all tokens of a sample share; None for anything else."""
-    if source.pointer is None:
-        block = None
-    elif source.token is None:
-        block = load_rows(source, sample, row, col, tokens, width, WORK)
-    else:
-        block = None
-    return block
-
-
-@jit
-def load_unless(shared, source, sample, row, col, tokens, width, WORK: tl.constexpr):
-    """What `load_shared` returned, or else what `load_rows` does."""
-    if shared is not None:
-        return shared
-    return load_rows(source, sample, row, col, tokens, width, WORK)
-
-
-@jit
-def _mean_of_rows(block, width):
-    """(K, R, V), zero outside, to (1, R, 1)."""
+def mean(block, width):
+    """Return the means of rows (K, R, V), zero outside, as (1, R, 1)."""
     return (tl.sum(tl.sum(block, 0), 1) / width)[None, :, None]
 
 
 @jit
-def forward_norm(
-    x,  # (K, R, V)
-    x_dot,  # None where it is zero
-    shift,  # this and the next three are `Rows`
-    scale,
-    shift_dot,
-    scale_dot,
-    shared_shift,  # this and the next three are `load_shared` of these four
-    shared_scale,
-    shared_shift_dot,
-    shared_scale_dot,
-    y,
-    y_dot,  # None where no tangent is wanted
-    mean,
-    rstd,
-    sample,
-    row,  # (R,)
-    col,  # (K, 1, V)
+def _norm_fwd_kernel(
+    xs,  # for each stream a `View`, as for the next nine
+    hs,  # None where nothing is added, and so are gates
+    gates,
+    shifts,
+    scales,
+    x_dots,  # this and the next four None where they are zero
+    h_dots,
+    gate_dots,
+    shift_dots,
+    scale_dots,
+    picks,  # for each stream the row that modulates a token, or None for row n of token n; or None
+    totals,  # None where nothing is added
+    total_dots,
+    ys,
+    y_dots,  # None where no tangent is wanted
+    means,  # None where no gradient will be, and so are rstds
+    rstds,
+    counts,  # rows of each stream, tokens of all its samples
     tokens,
     width,
     EPS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
 ):
-    """Normalise and modulate a block of rows, with its tangent; store both and the statistics."""
-    work: tl.constexpr = mean.dtype.element_ty
-    inside = (row[None, :, None] < tokens) & (col < width)
-    centre = _mean_of_rows(x, width)
+    STORED: tl.constexpr = ys[0].dtype.element_ty
+    WORK: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
+    stream, start, count = locate(counts, tl.program_id(0), BLOCK_ROWS)
+    row = (start + tl.arange(0, BLOCK_ROWS))[None, :, None]
+    col = columns(SEGMENTS, BLOCK_COLS)
+    exists = row < count
+    inside = exists & (col < width)
+    length = choose(tokens, stream)
+    sample = (row // length).to(tl.int64)
+    token = row.to(tl.int64) - sample * length
+    out = row.to(tl.int64) * width + col
+    of = token  # the row of modulations
+    if picks is not None:
+        for s in tl.static_range(len(ys)):
+            if picks[s] is not None:
+                picked = tl.load(picks[s] + token, exists & (stream == s), 0).to(tl.int64)
+                of = tl.where(stream == s, picked, of)
+    x = load(choose_view(xs, stream), sample, token, col, inside, WORK)
+    if hs is not None:
+        h = load(choose_view(hs, stream), sample, token, col, inside, WORK)
+        gate = load(choose_view(gates, stream), sample, of, col, inside, WORK)
+        total = (x + gate * h).to(STORED)  # what is normalised is what is stored
+        tl.store(choose(totals, stream) + out, total, inside)
+        x = total.to(WORK)
+    x_dot = None
+    if x_dots is not None:
+        x_dot = load(choose_view(x_dots, stream), sample, token, col, inside, WORK)
+    if total_dots is not None:
+        if x_dot is None:
+            x_dot = tl.zeros_like(x)
+        if h_dots is not None:
+            x_dot += gate * load(choose_view(h_dots, stream), sample, token, col, inside, WORK)
+        if gate_dots is not None:
+            x_dot += h * load(choose_view(gate_dots, stream), sample, of, col, inside, WORK)
+        tl.store(choose(total_dots, stream) + out, x_dot, inside)
+    centre = mean(x, width)
     x = tl.where(inside, x - centre, 0.0)
-    rest = _mean_of_rows(x, width)  # what rounding left in it
-    variance = _mean_of_rows(x * x, width) - rest * rest
-    over_std = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
-    token = sample * tokens + row
-    tl.store(mean + token, tl.reshape(centre + rest, row.shape), row < tokens)
-    tl.store(rstd + token, tl.reshape(over_std, row.shape), row < tokens)
-    n = x * over_std - rest * over_std
-    factor = 1 + load_unless(shared_scale, scale, sample, row, col, tokens, width, work)
-    out = token[None, :, None] * width + col
-    value = n * factor + load_unless(shared_shift, shift, sample, row, col, tokens, width, work)
-    tl.store(y + out, value, inside)
-    if y_dot is not None:
-        dot = tl.zeros_like(n)
+    rest = mean(x, width)  # what rounding left in it
+    variance = mean(x * x, width) - rest * rest
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
+    if means is not None:
+        tl.store(choose(means, stream) + row, centre + rest, exists)
+        tl.store(choose(rstds, stream) + row, rstd, exists)
+    n = x * rstd - rest * rstd
+    factor = 1 + load(choose_view(scales, stream), sample, of, col, inside, WORK)
+    y = n * factor + load(choose_view(shifts, stream), sample, of, col, inside, WORK)
+    tl.store(choose(ys, stream) + out, y, inside)
+    if y_dots is not None:
+        y_dot = tl.zeros_like(n)
         if x_dot is not None:
-            x_dot -= _mean_of_rows(x_dot, width)
-            share = over_std * _mean_of_rows(x * x_dot, width)  # x, unlike n, is zero outside
-            dot += (x_dot - n * share) * (over_std * factor)
-        if scale_dot.pointer is not None:
-            dot += n * load_unless(
-                shared_scale_dot, scale_dot, sample, row, col, tokens, width, work
-            )
-        if shift_dot.pointer is not None:
-            dot += load_unless(shared_shift_dot, shift_dot, sample, row, col, tokens, width, work)
-        tl.store(y_dot + out, dot, inside)
+            x_dot -= mean(x_dot, width)
+            projection = rstd * mean(x * x_dot, width)  # x, unlike n, is zero outside
+            y_dot += (x_dot - n * projection) * (rstd * factor)
+        if scale_dots is not None:
+            y_dot += n * load(choose_view(scale_dots, stream), sample, of, col, inside, WORK)
+        if shift_dots is not None:
+            y_dot += load(choose_view(shift_dots, stream), sample, of, col, inside, WORK)
+        tl.store(choose(y_dots, stream) + out, y_dot, inside)
 
 
-@jit
-def backward_norm(y_bar, x, mean, rstd, factor, sample, row, col, tokens, width):
-    """From the cotangent of a block of y: n and the cotangent of x, all (K, R, V)."""
-    inside = (row[None, :, None] < tokens) & (col < width)
-    token = sample * tokens + row
-    centre = tl.load(mean + token, row < tokens, 0.0)[None, :, None]
-    over_std = tl.load(rstd + token, row < tokens, 0.0)[None, :, None]
-    x = tl.where(inside, x - centre, 0.0)
-    rest = _mean_of_rows(x, width)
-    n_bar = y_bar * factor
-    mean_bar = _mean_of_rows(n_bar, width)
-    share = over_std * (_mean_of_rows(n_bar * x, width) - rest * mean_bar)
-    n = x * over_std - rest * over_std
-    return n, over_std * (n_bar - mean_bar - n * share)
+def fits(xs: Sequence[Tensor], *modulations: Sequence[Tensor], picked: bool = False) -> bool:
+    """Return True if one launch serves these streams, with modulations per sample or per token."""
+    first = xs[0]
+    if first.ndim != 3 or not 0 < first.shape[2] <= MAX_WIDTH:
+        return False
+    batch, _, width = first.shape
+    for x in xs:
+        if x.ndim != 3 or x.shape[::2] != (batch, width) or x.dtype != first.dtype or not x.numel():
+            return False
+    for ms in modulations:
+        for x, m in zip(xs, ms, strict=True):
+            shapes = (x.shape, (batch, 1, width))
+            if m.dtype != ms[0].dtype or not (m.shape in shapes or (picked and m.ndim == 3)):
+                return False
+    return True
 
 
-@jit
-def store_sum(sums, block, col, width):
-    """Put the sum over the rows of a block (K, R, V) where the second step finds it."""
-    program = tl.program_id(0).to(tl.int64)
-    tl.store(sums + program * width + col, tl.sum(block, 1, keep_dims=True), col < width)
+def filled(tensors: Sequence[Tensor | None], xs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return tensors with zeros of the shapes of `xs` for those that are None; None if all are."""
+    if all(t is None for t in tensors):
+        return None
+    return [
+        x.new_zeros(x.shape[2]).expand(x.shape) if t is None else t
+        for t, x in zip(tensors, xs, strict=True)
+    ]
 
 
-@jit
-def _sum_kernel(pairs, chunks, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """The second step: for each (sums (B, chunks, C), result (B, C)), the sum over chunks."""
-    blocks = tl.cdiv(width, BLOCK_COLS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    col = (tl.program_id(0) % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    for i in tl.static_range(len(pairs)):
-        sums, result = pairs[i]
-        total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), sums.dtype.element_ty)
-        for start in range(0, chunks, BLOCK_ROWS):
-            row = start + tl.arange(0, BLOCK_ROWS)[:, None]
-            at = sums + (sample * chunks + row) * width + col[None, :]
-            total += tl.load(at, (row < chunks) & (col[None, :] < width), 0.0)
-        tl.store(result + sample * width + col, tl.sum(total, 0), col < width)
+def views(tensors: Sequence[Tensor] | None) -> tuple[View, ...] | None:
+    """Return rows (B or 1, N or 1, C) of each stream as the kernels read them."""
+    return None if tensors is None else tuple(map(_view, tensors))
 
 
-# --- What launchers share
+def _view(x: Tensor) -> View:
+    x = x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
+    sample, token = (d if n > 1 else 0 for n, d in zip(x.shape[:2], x.stride()[:2], strict=True))
+    return View(x, sample or None, token or None)
 
 
-class Launch(NamedTuple):
-    """How a kernel over all rows is launched.
+def meta(width: int, tokens: int, element_size: int, teams: int) -> dict[str, Any]:
+    """Return the sizes of a block, see `tuning.norm`, and warps and registers of its launch."""
+    segments, block_rows, block_cols, num_warps = tuning.norm(width, tokens, element_size, teams)
+    blocks = {"SEGMENTS": segments, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+    return {**blocks, "num_warps": num_warps, **tuning.registers(num_warps)}
 
-    Attributes:
-        chunk: Rows of a program, which takes a block of them at a time.
-        chunks: Programs of each sample.
-        meta: Sizes of a block, see `tuning.norm`, and warps.
+
+def forward(
+    added: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    xs: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dots: Sequence[Sequence[Tensor | None] | None] | None,
+    eps: float,
+    picks: Sequence[Tensor | None] | None = None,
+) -> Any:
+    """Run the kernel.
+
+    Args:
+        added: h and gate of each stream, or None.
+        xs: (B, N, C) of each stream.
+        shifts: (B, 1, C) or (B, N, C) of each stream; (B or 1, S, C) where rows are picked.
+        scales: Likewise.
+        dots: Tangents of x, h, gate, shift and scale, those of h and gate None where nothing is
+            added; or None where no tangent is wanted.
+        eps: Added to the variance.
+        picks: (N,) integers for each stream, or None; then there are no statistics.
+
+    Returns:
+        Of each stream: totals, their tangents, results, their tangents, means and rstds; None for
+        what was not asked for. Or NotImplemented.
     """
+    hs, gates = added or (None, None)
+    modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
+    if not fits(xs, *modulations, picked=picks is not None):
+        return NotImplemented
 
-    chunk: int
-    chunks: int
-    meta: dict[str, int]
+    def alike() -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in xs]
 
+    def statistics() -> list[Tensor] | None:
+        shape = [(*x.shape[:2], 1) for x in xs]
+        dtype = work_dtype(xs[0])
+        return None if picks else [xs[0].new_empty(s, dtype=dtype) for s in shape]
 
-class Layout:
-    """How x (..., C) and what broadcasts to it are seen as (B, N, C), without copies in rank 3.
-
-    Of x (B, N, C) the middle axis is that of tokens, of higher ranks the axes over which
-    modulations smaller than x are shared: cotangents of modulations are sums over tokens.
-
-    Attributes:
-        samples: B.
-        tokens: N.
-        width: C.
-        work: Dtype of statistics and sums.
-    """
-
-    def __init__(self, x: Tensor, *modulations: Tensor) -> None:
-        self._shape, lead = x.shape, x.shape[:-1]
-        smaller = [m for m in modulations if m.shape != x.shape]
-        split = max(0, x.ndim - 2)
-        if x.ndim > 3 and smaller:
-            varying = [
-                a for m in smaller for a, size in enumerate(self._padded(m)[:-1]) if size > 1
-            ]
-            split = min(split, max(varying, default=-1) + 1)
-        self._lead = lead[:split]
-        self._view_shape = (math.prod(lead[:split]), math.prod(lead[split:]), x.shape[-1])
-        self.samples, self.tokens, self.width = self._view_shape
-        # Single tokens, each with modulations of its own, are as good as one sample.
-        self._swapped = self.tokens == 1 and not smaller
-        if self._swapped:
-            self.samples, self.tokens = 1, self.samples
-        self.work = work_dtype(x)
-        self._summed = bool(smaller)
-        self._element_size = x.element_size()
-
-    def launch(self, backward: bool = False) -> Launch:
-        """How a kernel over all rows is launched."""
-        blocks = tuning.norm(self.width, self.tokens, self._element_size, 4 if backward else 1)
-        segments, block_rows, block_cols, num_warps = blocks
-        rows = self.samples * self.tokens
-        most = tuning.norm_chunk(rows, block_rows, backward and self._summed)
-        chunks = cdiv(self.tokens, most)
-        chunk = cdiv(self.tokens, chunks * block_rows) * block_rows
-        meta = {"SEGMENTS": segments, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
-        meta |= {"num_warps": num_warps, **tuning.registers(num_warps)}
-        return Launch(chunk, chunks, meta)
-
-    def rows(self, t: Tensor | None) -> Rows:
-        """What broadcasts to x, or None, for a kernel."""
-        if t is None:
-            return Rows(None, 0, None, None)
-        if t.ndim != 3 or len(self._shape) != 3:
-            t = t.expand(self._shape).reshape(self._view_shape)
-        if t.shape[2] > 1 and t.stride(2) > 1:
-            t = t.contiguous()
-        strides = zip(t.shape, t.stride(), strict=True)
-        sample, token, channel = (0 if size == 1 else stride for size, stride in strides)
-        if self._swapped:
-            sample, token = token, sample
-        return Rows(t, sample, token or None, channel or None)
-
-    def cotangent(self, m: Tensor, chunks: int, known: bool = False) -> Cotangent:
-        """Memory for the cotangent of a modulation that `chunks` programs a sample compute.
-
-        None, as `modulate_bar` has it, for one of the shape of x that is `known` without a kernel.
-        """
-        padded = self._padded(m)
-        if m.shape == self._shape:
-            return Cotangent(m, None if known else m.new_empty(m.shape))
-        if padded[-1] == self.width and all(n == 1 for n in padded[len(self._lead) : -1]):
-            sums = m.new_empty((self.samples, chunks, self.width), dtype=self.work)
-            axes = len(self._shape) - 1 - len(self._lead)
-            result = m.new_empty(
-                (*self._lead, *(1,) * axes, self.width),
-                dtype=m.dtype if m.numel() == self.samples * self.width else self.work,
-            )
-            return Cotangent(m, sums=sums, result=result)
-        return Cotangent(m, whole=m.new_empty(self._shape, dtype=self.work))
-
-    def _padded(self, m: Tensor) -> tuple[int, ...]:
-        return (1,) * (len(self._shape) - m.ndim) + tuple(m.shape)
+    moves = dots is not None
+    likes = (xs, hs, gates, shifts, scales)
+    tangents = [
+        None if d is None or like is None else views(filled(d, like))
+        for d, like in zip(dots or (None,) * 5, likes, strict=True)
+    ]
+    results = (
+        None if hs is None else alike(),
+        alike() if moves and hs is not None else None,
+        alike(),
+        alike() if moves else None,
+        statistics(),
+        statistics(),
+    )
+    counts = tuple(x.shape[0] * x.shape[1] for x in xs)
+    sizes = meta(xs[0].shape[2], max(counts), xs[0].element_size(), 1)
+    _norm_fwd_kernel[(sum(cdiv(n, sizes["BLOCK_ROWS"]) for n in counts),)](
+        *map(views, likes),
+        *tangents,
+        None if picks is None else tuple(p if p is None else p.contiguous() for p in picks),
+        *(None if result is None else tuple(result) for result in results),
+        counts,
+        tuple(x.shape[1] for x in xs),
+        xs[0].shape[2],
+        EPS=eps,
+        **sizes,
+    )
+    return results
 
 
-class Cotangent(NamedTuple):
-    """A modulation's cotangent: where the kernel puts it, and what becomes of it.
-
-    Attributes:
-        modulation: What it is the cotangent of.
-        whole: Of the shape of x, a row for each token, or None.
-        sums: `(B, chunks, C)`, a row for each program, or None.
-        result: `(B, C)` in the axes of x: where `finish` puts the sums over chunks.
-    """
-
-    modulation: Tensor
-    whole: Tensor | None = None
-    sums: Tensor | None = None
-    result: Tensor | None = None
-
-
-def finish(*cotangents: Cotangent) -> tuple[Tensor, ...]:
-    """Run the second step of all sums, in one launch; returns the cotangents."""
-    pairs = tuple((c.sums, c.result) for c in cotangents if c.sums is not None)
-    if pairs:
-        samples, chunks, width = pairs[0][0].shape
-        block_rows, block_cols, num_warps = tuning.sums(chunks, width)
-        _sum_kernel[(samples * cdiv(width, block_cols),)](
-            pairs,
-            chunks,
-            width,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLS=block_cols,
-            num_warps=num_warps,
-        )
-    return tuple(_finished(*c) for c in cotangents)
-
-
-def _finished(
-    m: Tensor, whole: Tensor | None, sums: Tensor | None, result: Tensor | None
-) -> Tensor:
-    found = result if whole is None else whole
-    if found is None:
-        return m.new_empty(0)
-    # What is left: axes of samples that share a row, or of channels that share a number.
-    found = found.view(m.shape) if found.numel() == m.numel() else found.sum_to_size(m.shape)
-    return found.to(m.dtype)
+def by_rows(
+    xs: list[Tensor],
+    hs: list[Tensor],
+    gates: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    rows: list[Tensor | None],
+    eps: float,
+) -> Any:
+    """Run the kernel of inference, with rows of modulations to pick."""
+    found = forward((hs, gates) if hs else None, xs, shifts, scales, None, eps, rows)
+    return found if found is NotImplemented else (found[0] or [], found[2])
