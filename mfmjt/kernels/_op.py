@@ -142,7 +142,7 @@ class Op:
         fake: (fwd's arguments) -> results and statistics without data; then bwd must keep all
             inputs that it gives cotangents of. Default: the formulas, which then must not look at
             values.
-        plain: (fwd's arguments) -> the result of a PyTorch function with a gradient of its own,
+        plain: (fwd's arguments) -> the results of a PyTorch function with a gradient of its own,
             used where nothing moves; or NotImplemented.
         passes: Input -> result whose cotangent is the input's too, where bwd returns a tensor of
             another shape than the input's: a library op must not return what it was given.
@@ -230,9 +230,9 @@ class Op:
                     values[i], dots[i] = _dual.split(args[i])
                     moves = moves or dots[i] is not None
         if not moves and self.plain is not None:
-            y = self.by_pytorch(values)
-            if y is not NotImplemented:
-                return (y,)
+            ys = self.by_pytorch(values)
+            if ys is not None:
+                return ys
         if self.autocasts:
             values, dots = self.cast(values, dots)
         count = len(self.results)
@@ -249,11 +249,13 @@ class Op:
                 joined.append(_dual.join(y, y_dot))
         return tuple(joined)
 
-    def by_pytorch(self, values: Sequence[Any]) -> Any:
-        """Return what `plain` does, NotImplemented where PyTorch has no fast product."""
-        x = next(iter(self._floating(values).values()))
-        slow = self.autocasts and precision.is_slow(x) and not _backends.ON_CPU
-        return NotImplemented if slow or self.plain is None else self.plain(*values)
+    def by_pytorch(self, values: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Return the results of `plain`; None where it leaves them, or PyTorch is slow."""
+        x = values[0][0] if isinstance(values[0], (list, tuple)) else values[0]
+        if self.plain is None or (self.autocasts and precision.is_slow(x)):
+            return None
+        ys = self.plain(*values)
+        return None if ys is NotImplemented else _tuple(ys)
 
     def cast(self, values: Sequence[Any], dots: Any) -> tuple[list[Any], Any]:
         """Cast under autocast, and raise unless floating inputs are then of one dtype."""
@@ -403,10 +405,11 @@ class Part:
         """Return True for products without instructions, and float16, which C++ does not take."""
         if _backends.ON_CPU or hasattr(self.op, "single"):  # every stream is asked
             return False
-        dtype = precision.dtype_of(args)
         if self.op.autocasts:
-            return dtype in precision.SLOW
-        return dtype == torch.float16 and self._native is not None and _native.in_use
+            return precision.dtype_of(args) in precision.SLOW
+        if self._native is None or not _native.in_use:
+            return False
+        return {x.dtype for x in self._operands(args) if x is not None} == {torch.float16}
 
     def _in_float32(self, *args: Any) -> Any:
         return precision.in_float32(self.on_cpu, args, self.count)

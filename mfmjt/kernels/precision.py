@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SLOW", "dtype_of", "in_float32", "is_slow", "note"]
+from mfmjt.kernels import _backends
+
+__all__ = ["SLOW", "dtype_of", "float16_by", "in_float32", "is_slow", "note"]
 
 
 def _slow() -> frozenset[torch.dtype]:
@@ -49,10 +51,24 @@ def dtype_of(args: Sequence[Any]) -> torch.dtype | None:
 
 def is_slow(x: Tensor) -> bool:
     """Return True if products with x, under autocast if that is on, are to be in float32."""
-    if not x.is_cpu:
+    if not x.is_cpu or _backends.ON_CPU:
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return dtype in SLOW
+
+
+def float16_by(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op's `plain` that is its reference for float16 on a CPU, and nothing else.
+
+    The C++ kernels take no float16. Copies in float32 take longer than all that PyTorch's own do.
+    """
+
+    def plain(x: Tensor, *others: Any) -> Any:
+        if x.dtype != torch.float16 or not x.is_cpu or _backends.ON_CPU:
+            return NotImplemented
+        return reference(x, *others)
+
+    return plain
 
 
 def note(dtype: torch.dtype) -> str:
