@@ -1,43 +1,59 @@
-"""Time what this project is made of, compare two runs, and make plots and tables of them."""
+"""Time what this project is made of, compare two runs, and make plots and tables of them.
+
+`python -m bench COMMAND --help` says more.
+
+Examples:
+  python -m bench ops swiglu,adaln --quick                   two ops on this CPU
+  python -m bench ops --out bench/results/mine               every op, some ten minutes
+  python -m bench report bench/results/mine                  plots and tables of it
+  python -m bench compare bench/results/zen4_2_cores bench/results/mine
+  python -m bench gpu --out output/gpu --minutes 9           all that needs a GPU
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 
+from bench import parser
 from mfmjt.errors import MfmjtError
 
+__all__ = ["COMMANDS", "main"]
+
 COMMANDS = {
-    "gpu": "bench.gpu.drive",
-    "precompile": "bench.gpu.precompile",
-    "cpu": "bench.cpu",
-    "report": "bench.report",
-    "compare": "bench.compare",
+    "ops": ("bench.run", "every op on a CPU, against plain PyTorch and torch.compile"),
+    "step": ("bench.model.bench_train_step", "a training step, against flow matching"),
+    "generate": ("bench.model.bench_generate", "one guided step, and from a video to sound"),
+    "tangent": ("bench.model.bench_dual", "what a tangent costs the whole network"),
+    "memory": ("bench.model.bench_memory", "what a training step keeps, counted"),
+    "curves": ("bench.model.bench_curves", "do our ops train as plain PyTorch does?"),
+    "mmaudio": ("bench.model.bench_ends", "MMAudio's encoders and vocoder"),
+    "store": ("bench.data.bench_store", "reading and writing of extracted features"),
+    "serve": ("bench.serve.__main__", "the web server under load and under faults"),
+    "aot": ("bench.aot", "Triton kernels compiled for GPUs that are not there"),
+    "launches": ("bench.launches", "kernels that a guided step launches, counted"),
+    "build": ("bench.build", "compile time and size of the C++ extension"),
+    "report": ("bench.report", "plots and tables of a folder of results"),
+    "compare": ("bench.compare", "what became slower between two folders of results"),
+    "gpu": ("bench.gpu.drive", "all that needs a GPU, in ten minutes"),
+    "precompile": ("bench.gpu.precompile", "the GPU's kernels, compiled without a GPU"),
 }
+"""Module and purpose of each command. The module has `main(argv)`, which returns its status."""
 
 
-def main() -> int:
-    """Parse the command line and run; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the arguments name; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    usage = parser("COMMAND", __doc__)
+    usage.prog, width = "python -m bench", max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    usage.description = "\n".join([usage.description or "", "commands:", *lines])
+    usage.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    command = usage.parse_args(argv[:1]).command
     # Only what is asked for is imported: the parent of a GPU's pieces does without PyTorch.
-    asked = sys.argv[1] if len(sys.argv) > 1 else ""
-    for name in [asked] if asked in COMMANDS else COMMANDS:
-        module = importlib.import_module(COMMANDS[name])
-        about, _, examples = (module.__doc__ or "").partition("Examples:")
-        command = commands.add_parser(
-            name,
-            help=about.partition("\n")[0],
-            description=about,
-            epilog=f"examples:{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    given = parser.parse_args()
+    module = importlib.import_module(COMMANDS[command][0])
     try:
-        status: int = given.run(given)
+        status: int = module.main(argv[1:])
     except MfmjtError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code

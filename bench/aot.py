@@ -407,7 +407,7 @@ def _differences(rows: list[dict[str, Any]], path: Path) -> list[str]:
     ]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and compile; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.aot",
@@ -419,7 +419,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
     parser.add_argument("--out", metavar="DIR", help="write DIR/triton_<version>.csv")
     parser.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     widest: list[dict[str, Any]] = []
     for op in given.op or OPS:

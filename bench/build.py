@@ -55,12 +55,12 @@ def import_time(folder: Path, repeats: int) -> float:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Measure, and write `build.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         seconds, library = build(folder)
@@ -79,7 +79,8 @@ def main() -> None:
     with atomic_path(options.out / "build.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

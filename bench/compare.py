@@ -13,16 +13,16 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import parser
 from bench.plots import name_of
 from bench.providers import OURS, REFERENCE
 from bench.report import generation, load, metric
 
-__all__ = ["Change", "add_arguments", "changes", "run"]
+__all__ = ["Change", "changes", "main"]
 
 LEAST = 0.05
 
@@ -55,15 +55,13 @@ class Change(NamedTuple):
         return not self.lost and 1 / (1 + self.change) - 1 > max(LEAST, self.noise)
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m bench compare`."""
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m bench compare`; return 1 where something became slower."""
+    command = parser("compare", __doc__)
     command.add_argument("a", type=Path, help="folder of the earlier results")
     command.add_argument("b", type=Path, help="folder of the later results")
     command.add_argument("--provider", default=OURS, help=f"whose times [{OURS}]")
-
-
-def run(given: argparse.Namespace) -> int:
-    """Run `python -m bench compare`; return 1 where something became slower."""
+    given = command.parse_args(argv)
     before, after = (load(folder) + generation(folder) for folder in (given.a, given.b))
     found = changes(before, after, given.provider)
     worse = [c for c in found if c.worse]

@@ -126,7 +126,7 @@ def counted(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counter
     return results
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and count; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.launches",
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--network", choices=sorted(CONFIGS), default="small_16k")
     parser.add_argument("--show", action="store_true", help="also what is launched how often")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     found = counted(given.network)
     totals = {provider: sum(counts.values()) for provider, counts in found.items()}
     bar = BARS.get(given.network)

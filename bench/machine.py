@@ -1,4 +1,4 @@
-"""The machine: what it is, what it reaches at best, and the floor that puts under a time."""
+"""The machine: what it is, what it reaches at best, and the least time that follows for a case."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case
-from bench.harness import cuda_events, dtype_name, on_cpu
-from bench.rows import short
+from bench.case import Case
+from bench.clock import cuda_events, on_cpu
+from bench.rows import dtype_name, short
 from mfmjt.devices import cpu_name
 
-__all__ = ["Ceilings", "commit", "environment", "row_of"]
+__all__ = ["Ceilings", "commit", "environment", "peak_mib", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ceilings:
     def measure(
         cls, device: torch.device, dtypes: Iterable[torch.dtype], tiny: bool = False
     ) -> Ceilings:
-        """Take both; on small tensors, which says nothing, where everything is tiny."""
+        """Measure both; with `tiny` on small tensors, to see that it runs."""
         cuda = device.type == "cuda"
         size = 2**12 if tiny else 2**31 if cuda else 2**28
         x = torch.ones(size, dtype=torch.uint8, device=device)
@@ -74,7 +74,7 @@ def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dic
         "model": case.model,
         "batch": case.batch,
         "length": case.length,
-        "headline": case.headline,
+        "headline": case.compile_too,
         "dtype": dtype_name(dtype),
         "mode": mode,
         "flops": case.flops.of(mode),
@@ -108,8 +108,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     return stamp
 
 
+def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Return the device memory that `call` takes beyond what is held, MiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
 def commit() -> str | None:
-    """Return what is measured: COMMIT of the environment where there is no .git, or git's word."""
+    """Return the commit: COMMIT of the environment, for where there is no .git, or git's answer."""
     return os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD")
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from bench.cases import MODES
 from bench.providers import OURS, REFERENCE
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
+from mfmjt.testing import MODES
 
 __all__ = ["name_of", "plot_generation", "plot_ops"]
 

@@ -6,22 +6,21 @@ network does; what it cannot do it raises, and the row says so.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.cases import BACKWARD, JVP, JVP_BACKWARD, MODES, Case, Function, Operands, module
+from bench.case import Case, module
 from mfmjt.kernels import _native
+from mfmjt.testing import JVP, JVP_BACKWARD, MODES, Function, Operands, Results, runner
 
-__all__ = ["OURS", "REFERENCE", "Provider", "Results", "Unsupported", "liger", "providers", "step"]
+__all__ = ["OURS", "REFERENCE", "Provider", "Unsupported", "liger", "providers", "step"]
 
 OURS, REFERENCE = "mfmjt", "eager"
-
-Results = dict[str, tuple[Tensor, ...]]
 
 
 class Unsupported(Exception):
@@ -33,12 +32,12 @@ class Provider:
     """One way to compute an op.
 
     Attributes:
-        name: In tables.
+        name: Its name in tables.
         function: Takes the inputs of the case by name.
-        compiled: The whole call goes through torch.compile; headline cases only.
-        formulas: With the C++ kernels off.
-        devices: Where it is of use.
-        modes: When it is of use.
+        compiled: Put the whole call through torch.compile; `Case.compile_too` cases only.
+        formulas: Run with the C++ kernels switched off.
+        devices: Device types to time it on.
+        modes: Modes to time it in.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Provider:
 
 
 def providers(case: Case, device: torch.device, mode: str) -> list[Provider]:
-    """Everyone who may be timed on a case in a mode: plain PyTorch first, then us."""
+    """Return everyone who may be timed on a case in a mode: plain PyTorch first, then us."""
     found = [
         Provider(REFERENCE, case.reference),
         Provider(OURS, case.function),
@@ -66,18 +65,18 @@ def providers(case: Case, device: torch.device, mode: str) -> list[Provider]:
         ),
     ]
     served = _native.status().get("ops", "").split()
-    if case.headline and any(name.rpartition("_")[0] == case.op for name in served):
+    if case.compile_too and any(name.rpartition("_")[0] == case.op for name in served):
         found.append(Provider("formula", case.function, formulas=True, devices=("cpu",)))
     found += getattr(module(case.op), "providers", lambda case: [])(case)
     return [
         p
         for p in found
-        if device.type in p.devices and mode in p.modes and (case.headline or not p.compiled)
+        if device.type in p.devices and mode in p.modes and (case.compile_too or not p.compiled)
     ]
 
 
 def liger(file: str, name: str) -> Any:
-    """A function of liger-kernel, loaded when it is first called.
+    """Return a function of liger-kernel, loaded when it is first called.
 
     Raises:
         Unsupported: It does not load.
@@ -88,48 +87,12 @@ def liger(file: str, name: str) -> Any:
         raise Unsupported(f"liger_kernel does not load: {error}") from error
 
 
-def step(provider: Provider, case: Case, mode: str) -> Callable[[Operands], Results]:
-    """What is verified and timed: one call of a provider in a mode.
-
-    Returns:
-        A function of operands that gives everything asked for: `value`, and with it `tangent` or
-        `gradient` or both. All of it leaves the call, so that a compiler can drop none of it.
-    """
-    moving, trained = case.moving, case.trained
-
-    def forward(
-        leaves: dict[str, Tensor], dots: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        def moved(*at: Tensor) -> tuple[Tensor, ...]:
-            y = provider.function(**(leaves | dict(zip(moving, at, strict=True))))
-            return (y,) if isinstance(y, Tensor) else tuple(y)
-
-        primals = tuple(leaves[name] for name in moving)
-        if not mode.startswith("jvp"):
-            return moved(*primals), ()
-        values, tangents, *_ = torch.func.jvp(moved, primals, dots)
-        if mode == JVP_BACKWARD:  # as in a MeanFlow target; a compiler would go back through them
-            tangents = tuple(y_dot.detach() for y_dot in tangents)
-        return values, tangents
-
-    run = forward
-    if provider.compiled:
-        cuda = torch.cuda.is_available()
-        tune = "max-autotune-no-cudagraphs" if cuda else "default"  # the harness makes the graph
-        run = torch.compile(forward, fullgraph=True, dynamic=False, mode=tune)
-
-    def call(given: Operands) -> Results:
-        if not mode.endswith("bwd"):
-            with torch.no_grad():
-                values, tangents = run(given.leaves, given.dots)
-            return {"value": values, "tangent": tangents} if tangents else {"value": values}
-        values, tangents = run(given.leaves, given.dots)
-        gradients = torch.autograd.grad(
-            values, [given.leaves[name] for name in trained], given.bars
-        )
-        found = {"value": values, "gradient": gradients}
-        return found if mode == BACKWARD else found | {"tangent": tangents}
-
+def step(provider: Provider, mode: str) -> Callable[[Operands], Results]:
+    """Return what is verified and timed: one call of a provider in a mode."""
+    # The clock makes the CUDA graph.
+    tune = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else "default"
+    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=tune)
+    call = runner(provider.function, mode, compiler if provider.compiled else None)
     if not provider.formulas:
         return call
 

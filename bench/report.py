@@ -14,22 +14,22 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import VALUE
+from bench import parser
 from bench.model import bench_generate
 from bench.plots import name_of, plot_generation, plot_ops
 from bench.providers import OURS
 from bench.rows import Rows, read
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.errors import InputError
+from mfmjt.testing import VALUE
 
-__all__ = ["add_arguments", "generation", "metric", "run", "write_tables"]
+__all__ = ["generation", "main", "metric", "write_tables"]
 
 ROOT = Path(__file__).parent.parent
 ACTIVATIONS = 18
@@ -38,14 +38,12 @@ ACTIVATIONS = 18
 Row = dict[str, Any]
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m bench report`."""
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m bench report`; return the exit status."""
+    command = parser("report", __doc__)
     command.add_argument("dir", type=Path, help="folder of results")
     command.add_argument("--no-plots", action="store_true", help="tables only: no matplotlib")
-
-
-def run(given: argparse.Namespace) -> int:
-    """Run `python -m bench report`; return the exit status."""
+    given = command.parse_args(argv)
     rows = load(given.dir)
     tables = [*write_tables(given.dir, rows), *write_generation(given.dir)]
     tables += write_steps(given.dir)

@@ -1,4 +1,4 @@
-"""Rows of results, in files that survive whatever happens to the process that writes them."""
+"""Rows of results, in files that outlive whatever happens to the process that writes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench.harness import Timing
+    from bench.clock import Timing
 
 __all__ = [
     "CHECK",
@@ -20,6 +20,8 @@ __all__ = [
     "STEP",
     "TRAIN",
     "Rows",
+    "dtype_name",
+    "line_of",
     "read",
     "short",
 ]
@@ -34,12 +36,27 @@ TRAIN = ("train", ("run", "step"))
 
 
 def short(value: Any) -> Any:
-    """Return a number with five digits; anything else as it is."""
+    """Return a number with five digits, also those of a list or of a row; all else as it is."""
+    if isinstance(value, Mapping):
+        return {k: short(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [short(v) for v in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def dtype_name(dtype: Any) -> str:
+    """Return `float32` and so on of a PyTorch dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def line_of(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or ["no message"])[0][:200]
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a file of rows; a line that was cut short is none."""
+    """Return the rows of a file, but a line that was cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -75,9 +92,8 @@ class Rows:
         return self._of(fields) in self._known
 
     def add(self, fields: Mapping[str, Any], timing: Timing | None = None) -> dict[str, Any]:
-        """Append a row."""
-        row = {**fields, **self.about}
-        row |= {k: short(v) for k, v in asdict(timing).items()} if timing else {}
+        """Append a row, its numbers rounded to five digits; return it."""
+        row = short({**fields, **self.about, **(asdict(timing) if timing else {})})
         line = json.dumps(row) + "\n"
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mfmjt import codec, data, encoders, evaluate, kernels, meanflow, model
+    from mfmjt import codec, data, encoders, evaluate, kernels, meanflow, model, testing
     from mfmjt.model import MFMJT
     from mfmjt.pipeline import Pipeline
 
@@ -26,6 +26,7 @@ __all__ = [
     "kernels",
     "meanflow",
     "model",
+    "testing",
 ]
 
 _ATTRIBUTES = {"MFMJT": "mfmjt.model", "Pipeline": "mfmjt.pipeline"}

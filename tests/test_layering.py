@@ -22,6 +22,7 @@ ALLOWED: dict[str, str] = {
     "progress": "",
     "memory": "",
     "cuda_graph": "",
+    "testing": "",
     "checkpoints": "errors files",
     "kernels": "",
     "model": "errors files checkpoints kernels",

@@ -23,6 +23,7 @@ NAMES = {
     "encoders": "NanoEncoders",
     "data": "foley",
     "evaluate": "",
+    "testing": "check_op check_compiled Truth draw runner poisoned",
 }
 PARAMETERS = {
     "MFMJT.forward": "z r t video sync text",
@@ -39,6 +40,8 @@ PARAMETERS = {
     "kernels.linear": "x weight bias",
     "kernels.conv1d": "x weight bias dilation",
     "kernels.snake": "x alpha beta",
+    "testing.check_op": "op reference inputs moving dtype terms fused repeat",
+    "testing.check_compiled": "op inputs moving terms backend",
 }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ SHAPES = {"mean": (250, 20), "logvar": (250, 20), "video": (64, 1024), "sync": (
 TEXT = (77, 1024)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="clips of a batch [64]")
     parser.add_argument("--batches", type=int, default=30, help="of each way [30]")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch [1]")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     keep_memory()  # as training does: fresh pages cost more than what is copied to them
     given.out.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,7 @@ def main() -> None:
                 with (given.out / "store.jsonl").open("a") as file:
                     file.write(json.dumps(row | about | {"environment": stamp}) + "\n")
                 print(json.dumps(row), flush=True)
+    return 0
 
 
 def _make(store: Path, clips: int, dtype: torch.dtype, pictures: bool) -> Path:
@@ -189,4 +191,4 @@ class _Slices:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,25 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import (
-    BACKWARD,
-    JVP_BACKWARD,
-    MODES,
-    TINY,
-    VALUE,
-    Case,
-    Cost,
-    Input,
-    cases,
-    operands,
-)
+from bench.case import TINY, Case, Cost, Input, cases, operands
 from bench.gpu.job import Job
-from bench.harness import dtype_name
-from bench.judge import Truth
 from bench.providers import OURS, Provider, step
-from bench.rows import CHECK
+from bench.rows import CHECK, dtype_name
 from mfmjt import kernels
 from mfmjt.model import MFMJT
+from mfmjt.testing import BACKWARD, JVP_BACKWARD, MODES, VALUE, Truth
 
 __all__ = ["CHECKED", "check", "checks", "memcheck"]
 
@@ -63,11 +51,12 @@ def check(job: Job, op: str) -> None:
                 continue
             with job.trying(rows, about):
                 given = operands(case, dtype, CPU).to(dtype, job.torch_device)
-                call = step(Provider(OURS, case.function), case, mode)
+                call = step(Provider(OURS, case.function), mode)
                 if job.stand_in:
                     call(given)
                     continue
-                truth = truth or Truth(case, given, CPU)
+                last = VALUE if case.inference else JVP_BACKWARD
+                truth = truth or Truth(case.reference, given, case.terms, last, CPU)
                 _poison(job)
                 found = call(given)
                 job.synchronize()

@@ -28,7 +28,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -44,14 +43,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import parser
 from bench.gpu import summary
 from bench.gpu.job import LOST, file_name
-from bench.kernels import named_ops
+from bench.ops import named_ops
 from bench.rows import Rows, read
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
 
-__all__ = ["CACHE", "PARTS", "Drive", "Piece", "add_arguments", "commit", "run", "stages"]
+__all__ = ["CACHE", "PARTS", "Drive", "Piece", "commit", "main", "stages"]
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path("/tmp/mfmjt_triton_cache")
@@ -294,21 +294,19 @@ class Drive:
         print(f"{at:6.1f} s  {name:28} {status:12} {took}", flush=True)
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m bench gpu`."""
-    command.add_argument("--out", required=True, type=Path, help="folder of the results")
-    command.add_argument("--work", type=Path, help="folder of everything else [a temporary one]")
-    command.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
-    command.add_argument("--part", help=f"only these of {','.join(PARTS)} [all]")
-    command.add_argument("--ops", help="check and time only these, separated by commas")
-    command.add_argument("--carry", type=Path, help="results of an earlier run, to go on from")
-    command.add_argument("--cache", type=Path, help="kernels that `precompile` packed")
-    command.add_argument("--device", default="cuda")
-    command.add_argument("--smoke", action="store_true", help="everything tiny")
-
-
-def run(given: argparse.Namespace) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run `python -m bench gpu`; return the exit status."""
+    options = parser("gpu", __doc__)
+    options.add_argument("--out", required=True, type=Path, help="folder of the results")
+    options.add_argument("--work", type=Path, help="folder of everything else [a temporary one]")
+    options.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
+    options.add_argument("--part", help=f"only these of {','.join(PARTS)} [all]")
+    options.add_argument("--ops", help="check and time only these, separated by commas")
+    options.add_argument("--carry", type=Path, help="results of an earlier run, to go on from")
+    options.add_argument("--cache", type=Path, help="kernels that `precompile` packed")
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--smoke", action="store_true", help="everything tiny")
+    given = options.parse_args(argv)
     began = time.monotonic()
     ops = named_ops(given.ops)
     parts = given.part.split(",") if given.part else PARTS

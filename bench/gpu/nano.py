@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import TINY
+from bench.case import TINY
 from bench.gpu.job import Job
 from bench.rows import TRAIN, read
 from mfmjt.codec import NanoCodec

@@ -15,7 +15,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -27,13 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bench import parser
 from bench.gpu.drive import CACHE, ROOT, commit, stages
 from bench.gpu.job import file_name
-from bench.kernels import named_ops
+from bench.ops import named_ops
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
 
-__all__ = ["PARTS", "add_arguments", "build_driver", "pieces", "run", "run_pieces"]
+__all__ = ["PARTS", "build_driver", "main", "pieces", "run_pieces"]
 
 PARTS = ("check", "memcheck", "latency", "step", "kernels", "train")
 """What is compiled for: what comes first on a GPU."""
@@ -42,8 +42,9 @@ VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.2"}
 Row = dict[str, Any]
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m bench precompile`."""
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m bench precompile`; return the exit status."""
+    command = parser("precompile", __doc__)
     command.add_argument("--out", type=Path, default="kernels.tar.xz", help="[kernels.tar.xz]")
     command.add_argument("--python", default="python3.12", help="the GPU's Python [python3.12]")
     for name, version in VERSIONS.items():
@@ -53,10 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ops", help="only these, separated by commas")
     command.add_argument("--count", action="store_true", help="compile nothing, say how many")
     command.add_argument("--workers", type=int, help="processes [all cores]")
-
-
-def run(given: argparse.Namespace) -> int:
-    """Run `python -m bench precompile`; return the exit status."""
+    given = command.parse_args(argv)
     ops = named_ops(given.ops)
     parts = given.part.split(",") if given.part else PARTS
     if unknown := set(parts) - set(PARTS):

@@ -152,7 +152,7 @@ def run(piece: str, job: Job, ops: tuple[str, ...]) -> None:
         work(job)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.stand_in",
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--ops", required=True)
     parser.add_argument("--dry", action="store_true", help="count kernels, compile none")
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     _act_as_on_a_gpu()
     status = 0
     for piece in given.piece:

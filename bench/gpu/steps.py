@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.clock import cuda_events, of_graph, on_cpu, recorded, take_turns
 from bench.gpu.job import Job
 from bench.gpu.look import ceilings
-from bench.harness import cuda_events, of_graph, on_cpu, peak_mib, recorded, take_turns
+from bench.machine import peak_mib
 from bench.model.steps import (
     FLOW,
     OURS,

@@ -151,7 +151,7 @@ def plot(rows: list[Row], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line, train, compare; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.model.bench_curves",
@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--store", type=Path, help="folder of features to make or use [temporary]")
     parser.add_argument("--steps", type=int, default=300, help="of each training [300]")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     steps, clips = (12, 4) if options.smoke else (options.steps, CLIPS)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "curves.jsonl"

@@ -34,7 +34,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import on_cpu, take_turns
+from bench.clock import on_cpu, take_turns
 from bench.machine import environment
 from mfmjt import kernels, meanflow
 from mfmjt.files import atomic_path
@@ -241,7 +241,7 @@ def _missed(row: dict[str, Any]) -> bool:
     return not (row["ratio"] <= BARS[row["what"]] and row.get("cosine", 1.0) >= COSINE)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line, count and time; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.model.bench_dual",
@@ -252,7 +252,7 @@ def main() -> int:
     parser.add_argument("--network", default="small_16k", help="a named configuration [small_16k]")
     parser.add_argument("--batch", type=int, default=2, help="of what is timed [2]")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the times [60]")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
     stamp = environment(torch.device("cpu")) | {"extension": _native.status()}

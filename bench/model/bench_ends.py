@@ -62,7 +62,7 @@ Measured = tuple[float, dict[str, Any]]
 BARS = {"vocoder": 0.5, "text": 0.6, "video": 1.5, "memory": 1.2}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch [2]")
     parser.add_argument("--calls", type=int, default=3, help="of each, after one to warm up [3]")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,7 @@ def main() -> None:
         with (given.out / "ends.jsonl").open("a") as file:
             file.write(line + "\n")
         print(json.dumps(row), flush=True)
+    return 0
 
 
 def _timed(call: Callable[[], object], calls: int) -> dict[str, Any]:
@@ -294,4 +295,4 @@ def _short(value: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -44,23 +44,20 @@ from typing import Any
 
 import torch
 
-from bench.gpu.job import Job
-from bench.harness import (
+from bench.clock import (
     CaptureFailed,
     Sampler,
     cuda_events,
-    dtype_name,
-    line_of,
     of_graph,
     on_cpu,
-    peak_mib,
     recorded,
     take_turns,
 )
-from bench.machine import environment
+from bench.gpu.job import Job
+from bench.machine import environment, peak_mib
 from bench.model.generation import Judge, Plan, Work, plans
 from bench.providers import OURS
-from bench.rows import GENERATE, Rows, short
+from bench.rows import GENERATE, Rows, dtype_name, line_of, short
 from mfmjt.errors import InputError, RunError
 from mfmjt.model.config import CONFIGS
 
@@ -380,7 +377,7 @@ def missed(rows: list[Row]) -> list[str]:
     ]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and measure; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.model.bench_generate",
@@ -394,7 +391,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
     parser.add_argument("--calls", type=int, default=5, help="end to end and cold starts [5]")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see that it runs")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     device = torch.device(given.device)
     end = time.monotonic() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def _saved(name: str, recompute: bool, batch: int, overrides: dict[str, Any]) ->
         return sum(storage.nbytes() for storage in found.values())
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and count; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.model.bench_memory",
@@ -100,7 +100,7 @@ def main() -> int:
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--network", action="append", help="only this one [all published]")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "memory.jsonl"
     path.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.harness import MIN_CALLS, Sampler, on_cpu, take_turns
+from bench.clock import MIN_CALLS, Sampler, on_cpu, take_turns
 from bench.machine import Ceilings, environment
 from bench.model.steps import (
     FEW,
@@ -322,7 +322,7 @@ def _table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line, count, verify and time; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.model.bench_train_step",
@@ -334,7 +334,7 @@ def main() -> int:
     parser.add_argument("--network", action="append", help="only this one of those timed [all]")
     parser.add_argument("--compile", action="store_true", help="also the compiled providers")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     chosen = plans(options.smoke)
     known = sorted({plan.network for plan in chosen})
     if options.network is not None and not set(options.network) <= set(known):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.cases import TINY
+from bench.case import TINY
 from bench.providers import OURS
 from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec

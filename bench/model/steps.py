@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cases import TINY
+from bench.case import TINY
 from bench.model.bench_dual import Given, given
 from mfmjt import kernels, meanflow
 from mfmjt.meanflow import tangent

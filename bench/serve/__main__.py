@@ -305,15 +305,16 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     print(text)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     ways = {"load": load, "faults": faults, "page": page}
     parser.add_argument("what", choices=ways)
     parser.add_argument("--out", type=Path, default=Path("bench/results/serve"))
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     ways[given.what](given.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

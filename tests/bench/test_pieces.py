@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import MODES, cases, operands
-from bench.gpu import kernels, nano, piece
+from bench.case import cases, operands
+from bench.gpu import nano, piece
 from bench.gpu.steps import agreement, plans
-from bench.judge import Truth
 from bench.model import generation
 from bench.model.generation import Plan
 from bench.rows import KEY, STEP, read
+from bench.run import truth_of
+from mfmjt.testing import MODES, Truth
 
 CPU = torch.device("cpu")
 
@@ -156,20 +157,19 @@ def test_a_truth_that_does_not_fit_is_freed_before_the_next(monkeypatch):
     tried = []
     init = Truth.__init__
 
-    def short_of_memory(self, case, given, device=None, exact=torch.float64):
+    def short_of_memory(self, *args, exact=torch.float64):
         tried.append(exact)
         if exact == torch.float64:
             large = torch.zeros(8)
             alive.append(weakref.ref(large))
             raise torch.OutOfMemoryError("of no use")
         assert alive[0]() is None
-        init(self, case, given, device, exact)
+        init(self, *args, exact=exact)
 
     monkeypatch.setattr(Truth, "__init__", short_of_memory)
-    kernels.exact(case, given)
+    truth_of(case, given)
     assert tried == [torch.float64, torch.float32]
-    monkeypatch.setattr(kernels, "LARGE", 1)
-    kernels.exact(case, given)
+    truth_of(case, given, large=1)
     assert tried[2:] == [torch.float32]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mfmjt import testing
 from mfmjt.kernels import _native, _triton
 
 # Processes share what they compile, also where inductor is used, which would have its own.
@@ -57,8 +58,6 @@ def device(request):
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory that nothing was written to holds NaN, so that no kernel gets by with leaving it."""
-    # torch.utils.deterministic.fill_uninitialized_memory is wanted, and nothing else of it.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with testing.poisoned():
+        assert torch.empty(3).isnan().all()
+        yield

@@ -71,13 +71,14 @@ def test_what_a_gpu_is_checked_with_can_be_launched(driver, op):
 
 
 CHECKS = """
-from bench.cases import BACKWARD, JVP_BACKWARD, VALUE, cases, operands
+from bench.case import cases, operands
 from bench.providers import OURS, Provider, step
+from mfmjt.testing import BACKWARD, JVP_BACKWARD, VALUE
 for case in cases(sys.argv[1], "check"):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         given = operands(case, dtype, torch.device("cpu"))
         for mode in (VALUE,) if case.inference else (BACKWARD, JVP_BACKWARD):
-            step(Provider(OURS, case.function), case, mode)(given)
+            step(Provider(OURS, case.function), mode)(given)
 """
 
 

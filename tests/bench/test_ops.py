@@ -8,28 +8,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
-from bench.cases import (
-    BACKWARD,
-    JVP,
-    MODES,
-    SCALES,
-    VALUE,
-    Case,
-    cases,
-    operands,
-    shapes,
-)
-from bench.harness import prepare
-from bench.judge import Truth
-from bench.kernels import bench_files, named_ops
+from bench.case import SCALES, Case, cases, operands, shapes
 from bench.machine import Ceilings, row_of
+from bench.ops import OPS, named_ops
 from bench.providers import OURS, REFERENCE, Provider, Unsupported, providers, step
+from bench.run import prepare, truth_of
 from mfmjt import kernels
 from mfmjt.errors import InputError
 from mfmjt.model.config import CONFIGS
+from mfmjt.testing import BACKWARD, JVP, MODES, VALUE
 
 CPU = torch.device("cpu")
-OPS = bench_files()
 FEW = Ceilings(copy_gbps=10.0, gemm_tflops={"float32": 0.1})
 
 
@@ -39,7 +28,7 @@ def tiny(op: str) -> Case:
 
 def counted(case: Case, mode: str) -> int:
     given = operands(case, torch.float32, CPU)
-    call = step(Provider(REFERENCE, case.reference), case, mode)
+    call = step(Provider(REFERENCE, case.reference), mode)
     with FlopCounterMode(display=False) as counter:
         call(given)
     return counter.get_total_flops()
@@ -96,8 +85,8 @@ def test_a_tangent_costs_one_product_where_torch_takes_two():
 def test_element_wise_ops_count_what_goes_in_and_out(op):
     case = tiny(op)
     given = operands(case, torch.float32, CPU)
-    rows = [x.numel() for n, x in given.leaves.items() if case.inputs[n].moves and n != "rope"]
-    out = sum(bar.numel() for bar in given.bars)
+    rows = [x.numel() for n, x in given.inputs.items() if case.inputs[n].moves and n != "rope"]
+    out = sum(bar.numel() for bar in given.cotangents)
     assert case.flops == (0, 0, 0)
     assert case.elements.value == case.elements.tangent == sum(rows) + out
 
@@ -115,10 +104,11 @@ def test_the_floor_is_the_larger_of_two():
 @pytest.mark.parametrize("op", OPS)
 def test_every_provider_is_right_or_says_why(op):
     case = tiny(op)
-    truth = Truth(case, operands(case, torch.float32, CPU))
+    given = operands(case, torch.float32, CPU)
+    truth = truth_of(case, given)
     for mode in case.modes:
         found = providers(case, CPU, mode)
-        good, bad = prepare(case, torch.float32, mode, found, CPU, truth)
+        good, bad = prepare(case, mode, found, given, truth)
         assert good.keys() | bad.keys() == {p.name for p in found}
         assert {REFERENCE, OURS} <= good.keys()
         assert all(row["status"] == "unsupported" and row["reason"] for row in bad.values())
@@ -131,14 +121,15 @@ def test_peers_that_are_not_here_say_so():
     case = tiny("joint_attention")
     peers = [p for p in providers(case, torch.device("cuda"), VALUE) if p.devices == ("cuda",)]
     assert {"jvp_flash_attention", "rcm", "flash_attn", "xformers"} <= {p.name for p in peers}
-    good, bad = prepare(case, torch.float32, VALUE, peers, CPU, None)
+    good, bad = prepare(case, VALUE, peers, operands(case, torch.float32, CPU), None)
     assert not good
     assert all(row["status"] == "unsupported" and row["reason"] for row in bad.values())
 
 
 def test_what_is_wrong_is_not_timed():
     case = tiny("adaln")
-    truth = Truth(case, operands(case, torch.float32, CPU))
+    given = operands(case, torch.float32, CPU)
+    truth = truth_of(case, given)
 
     def off(**inputs: torch.Tensor) -> torch.Tensor:
         return case.function(**inputs) * 1.001
@@ -162,7 +153,7 @@ def test_what_is_wrong_is_not_timed():
 
     named = {"off": off, "one": one_off, "half": narrow, "nan": nan, "cut": cut, "no": unable}
     everyone = [Provider(name, function) for name, function in named.items()]
-    good, bad = prepare(case, torch.float32, VALUE, everyone, CPU, truth)
+    good, bad = prepare(case, VALUE, everyone, given, truth)
     assert not good
     assert {n: row["status"] for n, row in bad.items()} == {
         **dict.fromkeys(named, "wrong"),
@@ -173,21 +164,23 @@ def test_what_is_wrong_is_not_timed():
 
 def test_wrong_tangents_and_gradients_are_found():
     case = tiny("swiglu")
-    truth = Truth(case, operands(case, torch.float32, CPU))
+    given = operands(case, torch.float32, CPU)
+    truth = truth_of(case, given)
 
     def frozen(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return case.function(gate, up.detach() + 0 * up)
 
     for mode, kind in ((JVP, "tangent"), (BACKWARD, "gradient")):
-        _, bad = prepare(case, torch.float32, mode, [Provider("frozen", frozen)], CPU, truth)
+        _, bad = prepare(case, mode, [Provider("frozen", frozen)], given, truth)
         assert kind in bad["frozen"]["reason"]
 
 
 def test_the_compiled_call_is_verified_too():
     case = tiny("swiglu")
-    truth = Truth(case, operands(case, torch.float32, CPU))
+    given = operands(case, torch.float32, CPU)
+    truth = truth_of(case, given)
     compiled = [Provider("compile", case.reference, compiled=True)]
-    good, bad = prepare(case, torch.float32, JVP, compiled, CPU, truth)
+    good, bad = prepare(case, JVP, compiled, given, truth)
     assert good.keys() == {"compile"}
     assert not bad
 
@@ -196,9 +189,8 @@ def test_operands_are_the_same_for_a_seed():
     case = tiny("joint_attention")
     first, second = (operands(case, torch.float32, CPU, seed) for seed in (1, 1))
     other = operands(case, torch.float32, CPU, 2)
-    for name, x in first.leaves.items():
-        assert torch.equal(x, second.leaves[name])
-        assert not torch.equal(x, other.leaves[name])
+    for name, x in first.inputs.items():
+        assert torch.equal(x, second.inputs[name])
+        assert not torch.equal(x, other.inputs[name])
     assert all(mode in MODES for mode in case.modes)
-    wide = first.to(torch.float64, CPU)
-    assert wide.bytes == 2 * first.bytes
+    assert first.to(torch.float64, CPU).bytes == 2 * first.bytes

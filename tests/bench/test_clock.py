@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from bench.harness import MIN_CALLS, on_cpu, peak_mib, take_turns
-from bench.machine import Ceilings, environment
+from bench.clock import MIN_CALLS, on_cpu, take_turns
+from bench.machine import Ceilings, environment, peak_mib
 from bench.rows import Rows
 
 CPU = torch.device("cpu")
@@ -52,11 +52,12 @@ def test_rows_are_kept_and_found(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = Rows(path, ("op", "mode"))
     timing = take_turns({"a": on_cpu(lambda: None)}, 0.0)["a"]
-    rows.add({"op": "linear", "mode": "jvp", "provider": "a"}, timing)
+    rows.add({"op": "linear", "mode": "jvp", "rate": 1 / 3, "of": [2 / 3, "a"]}, timing)
     again = Rows(path, ("op", "mode"))
     assert again.has(op="linear", mode="jvp", provider="another")
     assert not again.has(op="linear", mode="value")
     assert again.rows[0]["n"] == MIN_CALLS
+    assert (again.rows[0]["rate"], again.rows[0]["of"]) == (0.33333, [0.66667, "a"])
     assert again.rows == rows.rows
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Cost, Input, four_calls, shapes
+from bench.case import Case, Cost, shapes
 from bench.providers import Provider, liger
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln, gated_residual_adaln_ref
 
@@ -13,34 +15,25 @@ __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Cases of a scale; where ops are checked, gate and shift are one for all tokens."""
+    """Return the cases of a scale; where ops are checked, tokens share one gate and shift."""
     found = []
     for s in shapes(scale):
-        rows = (s.batch, s.length, s.dim)
-        one = (s.batch, 1, s.dim) if scale == "check" else rows
-        n = s.batch * s.length * s.dim
-        sizes = {"x": rows, "h": rows, "gate": one, "shift": one, "scale": rows}
+        one = (s.batch, 1, s.dim) if scale == "check" else s.rows
         found.append(
-            Case(
-                op="gated_residual_adaln",
-                name=s.name,
-                model=s.model,
-                batch=s.batch,
-                length=s.length,
-                inputs={name: Input(size) for name, size in sizes.items()},
+            s.case(
+                "gated_residual_adaln",
+                {"x": s.rows, "h": s.rows, "gate": one, "shift": one, "scale": s.rows},
                 function=gated_residual_adaln,
                 reference=gated_residual_adaln_ref,
-                flops=Cost(0),
-                elements=Cost(7 * n, 7 * n, 11 * n),
+                elements=Cost(7, 7, 11).times(math.prod(s.rows)),
                 terms=max(s.length, s.dim),
-                headline=s.headline,
             )
         )
-    return found + [four_calls(case) for case in found[:1] if scale == "cpu"]
+    return found
 
 
 def providers(case: Case) -> list[Provider]:
-    """Liger's layer norm between PyTorch's gated sum and modulation."""
+    """Return Liger's layer norm between PyTorch's gated sum and modulation."""
 
     def with_liger(
         x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor

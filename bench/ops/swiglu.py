@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from bench.cases import Case, Cost, Input, four_calls, shapes
+from bench.case import Case, Cost, shapes
 from bench.providers import Provider, liger
 from mfmjt.kernels.swiglu import swiglu, swiglu_ref
 
@@ -12,32 +14,25 @@ __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Cases of a scale."""
+    """Return the cases of a scale."""
     found = []
     for s in shapes(scale):
         rows = (s.batch, s.length, s.hidden)
-        n = s.batch * s.length * s.hidden
         found.append(
-            Case(
-                op="swiglu",
-                name=s.name,
-                model=s.model,
-                batch=s.batch,
-                length=s.length,
-                inputs={"gate": Input(rows), "up": Input(rows)},
+            s.case(
+                "swiglu",
+                {"gate": rows, "up": rows},
                 function=swiglu,
                 reference=swiglu_ref,
-                flops=Cost(0),
-                elements=Cost(3 * n, 3 * n, 5 * n),
+                elements=Cost(3, 3, 5).times(math.prod(rows)),
                 terms=1,
-                headline=s.headline,
             )
         )
-    return found + [four_calls(case) for case in found[:1] if scale == "cpu"]
+    return found
 
 
 def providers(case: Case) -> list[Provider]:
-    """Liger's SwiGLU."""
+    """Return Liger's SwiGLU."""
 
     def with_liger(gate: Tensor, up: Tensor) -> Tensor:
         y: Tensor = liger("swiglu", "LigerSiLUMulFunction").apply(gate, up)

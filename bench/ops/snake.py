@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import MODES, VALUE, Case, Cost, Input, vocoder_stages
+from bench.case import Case, Cost, Input, vocoder_stages
 from bench.providers import Provider
 from mfmjt.kernels._filter import taps
 from mfmjt.kernels.snake import snake, snake_ref
+from mfmjt.testing import MODES, VALUE
 
 __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Cases of a scale; vocoders run forward only, so little is timed in other modes."""
+    """Return the cases of a scale; vocoders run forward only, so few have other modes."""
     found = []
     for model, channels, samples in vocoder_stages(scale):
-        n = channels * samples
         every = scale in ("check", "tiny") or (scale == "gpu" and channels == 96)
         found.append(
             Case(
@@ -39,18 +39,17 @@ def cases(scale: str) -> list[Case]:
                 },
                 function=snake,
                 reference=snake_ref,
-                flops=Cost(0),
-                elements=Cost(2 * n, 2 * n, 3 * n),
+                elements=Cost(2, 2, 3).times(channels * samples),
                 terms=samples,
                 modes=MODES if every else (VALUE,),
-                headline=scale != "tiny",
+                compile_too=scale != "tiny",
             )
         )
     return found
 
 
 def providers(case: Case) -> list[Provider]:
-    """The activation as published."""
+    """Return the activation as published."""
     return [Provider("published", _published, modes=(VALUE,))]
 
 

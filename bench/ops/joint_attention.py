@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Case, Cost, Input, Shape, shapes
+from bench.case import Case, Cost, Input, Shape, shapes
 from bench.providers import Provider, Unsupported
 from mfmjt.kernels.joint_attention import joint_attention, joint_attention_ref
 
@@ -43,7 +43,7 @@ def _apply(op: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _joined(one: One) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of several streams from one of a single (B, N, H, D) each."""
+    """Return a function of several streams from one of a single (B, N, H, D) each."""
 
     def function(**tensors: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (_streams(tensors, name) for name in "qkv")
@@ -56,16 +56,13 @@ def _joined(one: One) -> Callable[..., tuple[Tensor, ...]]:
 def _case(
     name: str,
     model: str,
-    batch: int,
-    heads: int,
-    width: int,
+    size: tuple[int, int, int],
     lengths: Sequence[int],
-    headline: bool,
+    compile_too: bool,
     heads_first: bool = False,
 ) -> Case:
-    length = sum(lengths)
-    product = 2 * batch * heads * length**2 * width
-    n = batch * length * heads * width
+    """Return a case of several streams from (B, H, D) and their tokens."""
+    (batch, heads, width), length = size, sum(lengths)
     return Case(
         op="joint_attention",
         name=name,
@@ -79,27 +76,27 @@ def _case(
         },
         function=lambda **tensors: _apply(joint_attention, **tensors),
         reference=lambda **tensors: _apply(joint_attention_ref, **tensors),
-        flops=Cost(2 * product, 4 * product, 5 * product),
-        elements=Cost(4 * n, 4 * n, 8 * n),
+        flops=Cost(2, 4, 5).times(2 * batch * heads * length**2 * width),
+        elements=Cost(4, 4, 8).times(batch * length * heads * width),
         terms=length,
-        headline=headline,
+        compile_too=compile_too,
     )
 
 
-def _network(s: Shape, streams: Sequence[int], kind: str, headline: bool) -> Case:
-    name = f"{s.name} {kind}"
-    return _case(name, s.model, s.batch, s.heads, s.dim // s.heads, streams, headline)
+def _network(s: Shape, streams: Sequence[int], kind: str, compile_too: bool) -> Case:
+    size = (s.batch, s.heads, s.dim // s.heads)
+    return _case(f"{s.name} {kind}", s.model, size, streams, compile_too)
 
 
 def cases(scale: str) -> list[Case]:
-    """Cases of a scale."""
+    """Return the cases of a scale."""
     found = []
     for s in shapes(scale):
-        found.append(_network(s, s.streams, "joint", s.headline))
-        found.append(_network(s, (s.length,), "self", s.headline and scale == "gpu"))
+        found.append(_network(s, s.streams, "joint", s.compile_too))
+        found.append(_network(s, (s.length,), "self", s.compile_too and scale == "gpu"))
     if scale == "gpu":
         peers = [
-            _case(f"B={b} H={h} d={d} N={n}", "peers", b, h, d, (n,), n == 512, heads_first=True)
+            _case(f"B={b} H={h} d={d} N={n}", "peers", (b, h, d), (n,), n == 512, heads_first=True)
             for b, h, d, n in PEERS
         ]
         found = [*found[:4], *peers, *found[4:]]
@@ -107,7 +104,7 @@ def cases(scale: str) -> list[Case]:
 
 
 def providers(case: Case) -> list[Provider]:
-    """PyTorch's own four ways, compiled forward mode over one of them, and the packages."""
+    """Return PyTorch's four ways, compiled forward mode over one of them, and the packages."""
     gpu = ("cuda",)
     found = [
         Provider("sdpa_math", _joined(_math)),

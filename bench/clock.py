@@ -1,0 +1,202 @@
+"""Timing that can be trusted: calls that take turns, and two clocks.
+
+Whoever does the same work takes turns, call by call, so that a machine that slows down slows all of
+them. On a GPU, device time is that of a CUDA graph of many calls, each on operands of its own,
+together over three times the L2 cache; host time is that of issuing one call. On a CPU the
+process's own CPU time, which a busy machine stretches less, stands beside wall time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from bench.rows import line_of
+from mfmjt.errors import RunError
+from mfmjt.testing import Operands
+
+__all__ = [
+    "MIN_CALLS",
+    "CaptureFailed",
+    "Sampler",
+    "Timing",
+    "cuda_events",
+    "l2_bytes",
+    "of_graph",
+    "on_cpu",
+    "recorded",
+    "replayed",
+    "take_turns",
+]
+
+T = TypeVar("T")
+Name = TypeVar("Name", bound=Hashable)
+
+MIN_CALLS = 5
+
+Sampler = Callable[[], tuple[float, float]]
+"""Makes one call, or several; returns the milliseconds of one, and those of the host or the CPU."""
+
+
+class CaptureFailed(RunError):
+    """A call cannot be a CUDA graph, and its process must not try another one.
+
+    PyTorch's allocator keeps a filter that belongs to the graph that failed.
+    """
+
+    taints = True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call.
+
+    Attributes:
+        ms_p20, ms_p50, ms_p80: Quantiles of the time: of the device on a GPU, else wall time.
+        cpu_ms_p20, cpu_ms_p50, cpu_ms_p80: On a CPU, CPU time of the process; with a GPU, what it
+            takes the host to issue the call.
+        n: Samples.
+    """
+
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    cpu_ms_p20: float
+    cpu_ms_p50: float
+    cpu_ms_p80: float
+    n: int
+
+
+def take_turns(samplers: Mapping[Name, Sampler], seconds: float = 1.0) -> dict[Name, Timing]:
+    """Sample all, alternating, for about `seconds` in all.
+
+    Args:
+        samplers: What to compare; each does the same work and has been warmed up.
+        seconds: Time to spend; each is sampled at least five times.
+    """
+    taken: dict[Name, list[tuple[float, float]]] = {name: [] for name in samplers}
+    end = time.monotonic() + seconds
+    order = list(samplers)
+    while order and (time.monotonic() < end or len(taken[order[0]]) < MIN_CALLS):
+        for name in order:
+            taken[name].append(samplers[name]())
+        order.reverse()  # nobody is always the one after the same other
+    return {name: _timing(samples) for name, samples in taken.items()}
+
+
+def _timing(samples: list[tuple[float, float]]) -> Timing:
+    columns = ([s[i] for s in samples] for i in (0, 1))
+    quantiles = []
+    for column in columns:
+        p20, _, _, p80 = statistics.quantiles(column, n=5, method="inclusive")
+        quantiles.append((p20, statistics.median(column), p80))
+    return Timing(*quantiles[0], *quantiles[1], n=len(samples))
+
+
+def on_cpu(call: Callable[[], object]) -> Sampler:
+    """Return how to take the wall and the CPU time of a call."""
+
+    def sample() -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
+
+    return sample
+
+
+def cuda_events(call: Callable[[], object], device: torch.device) -> Sampler:
+    """Return how to time a call between events, after a write over three times the L2 cache."""
+    flush = torch.empty(3 * l2_bytes(device), dtype=torch.uint8, device=device)
+
+    def sample() -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        host = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        host = time.perf_counter() - host
+        end.synchronize()
+        return start.elapsed_time(end), 1e3 * host
+
+    return sample
+
+
+def recorded(
+    call: Callable[[], T], warm_up: Callable[[], object] | None = None
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Return a call as one CUDA graph, and what it returned: memory that every replay writes anew.
+
+    What other threads do meanwhile, such as reading ahead, does not spoil the capture.
+
+    Args:
+        call: What to record; it must not wait for the GPU.
+        warm_up: What to run twice before, on the same stream; the call itself by default.
+
+    Raises:
+        CaptureFailed: The call cannot be captured.
+    """
+    before = torch.cuda.current_stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                (warm_up or call)()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = call()
+        except Exception as error:
+            raise CaptureFailed(f"{type(error).__name__}: {line_of(error)}") from error
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own
+    before.wait_stream(stream)
+    return graph, result
+
+
+def of_graph(graph: torch.cuda.CUDAGraph, calls: int = 1) -> Sampler:
+    """Return how to time a replay between events, over the calls in it, and the host for it."""
+
+    def sample() -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        host = time.perf_counter()
+        graph.replay()
+        host = time.perf_counter() - host
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls, 1e3 * host
+
+    return sample
+
+
+def replayed(call: Callable[[Operands], object], sets: list[Operands]) -> Sampler:
+    """Return how to time a CUDA graph of a call on each set; host time is of an ordinary call.
+
+    Raises:
+        CaptureFailed: The call cannot be captured.
+    """
+    graph, _ = recorded(lambda: [call(given) for given in sets], lambda: call(sets[0]))
+    device = of_graph(graph, len(sets))
+
+    def sample() -> tuple[float, float]:
+        torch.cuda.synchronize()
+        host = time.perf_counter()
+        call(sets[0])
+        host = time.perf_counter() - host
+        return device()[0], 1e3 * host
+
+    return sample
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Return the size of a GPU's L2 cache."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.L2_cache_size)

@@ -1,0 +1,48 @@
+"""`adaln` at the width and lengths of the latent stream, modulated per token.
+
+Eager layer norm and modulation pass over memory about six times, with a tangent fifteen times; a
+fused kernel reads x, shift and scale and writes y, and the tangent doubles that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bench.case import Case, Cost, shapes
+from bench.providers import Provider, liger
+from mfmjt.kernels.adaln import adaln, adaln_ref
+
+__all__ = ["cases", "providers"]
+
+
+def cases(scale: str) -> list[Case]:
+    """Return the cases of a scale; where ops are checked, a sample's tokens share one shift."""
+    return [
+        s.case(
+            "adaln",
+            {
+                "x": s.rows,
+                "shift": (s.batch, 1, s.dim) if scale == "check" else s.rows,
+                "scale": s.rows,
+            },
+            function=adaln,
+            reference=adaln_ref,
+            elements=Cost(4, 4, 6).times(math.prod(s.rows)),
+            terms=max(s.length, s.dim),
+        )
+        for s in shapes(scale)
+    ]
+
+
+def providers(case: Case) -> list[Provider]:
+    """Return Liger's layer norm, then PyTorch's modulation: no library has the two in one."""
+
+    def with_liger(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        norm = liger("layer_norm", "LigerLayerNormFunction")
+        ones, zeros = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
+        return norm.apply(x, ones, zeros, 1e-6) * (1 + scale) + shift
+
+    return [Provider("liger_layer_norm", with_liger, devices=("cuda",))]
