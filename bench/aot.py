@@ -309,12 +309,10 @@ def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             biases,
             ["selu", "none", "selu", "none"],
         )
-        conditions = kernels.streams.silu_conditions(empty(batch, 1, width), empty(1, 192, width))
+        conditions = [empty(batch, 1, width), empty(batch, 192, width)]
         weights = [weight(outs * width, 1, width) for outs in (40, 72)]
         kernels.streams.project(conditions, weights, [empty(outs * width) for outs in (40, 72)])
-        (u,) = kernels.streams.project(xs, [weight(20, 7, width)], [empty(20)])
-        kernels.streams.guide(torch.empty(batch // 2, length, 20), u)
-        kernels.streams.pool([empty(batch, tokens, width) for tokens in lengths[1:]])
+        kernels.streams.project(xs, [weight(20, 7, width)], [empty(20)])
 
 
 OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {

@@ -45,7 +45,7 @@ def _conv1d_bwd_weight(y_bar: Shape, x: Shape, taps: int, *_: Any, out_shape: An
     return _conv1d_fwd(x, (y_bar[2], x[2], taps), out_shape=out_shape)
 
 
-def _conv1d_channels_first(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+def _conv1d_toom(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
     return 2 * x[0] * x[2] * prod(weight)
 
 
@@ -104,8 +104,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "conv1d_jvp": _conv1d_jvp,
     "conv1d_bwd_x": _conv1d_fwd,  # the same product of y_bar, whatever the order of the weight
     "conv1d_bwd_weight": _conv1d_bwd_weight,
-    "conv1d_channels_first": _conv1d_channels_first,
-    "conv1d_toom": _conv1d_channels_first,  # what the convolution is, not what the method saves
+    "conv1d_toom": _conv1d_toom,  # what the convolution is, not what the method saves
     "joint_attention_fwd": _attention_fwd,
     "joint_attention_jvp": _attention_jvp,
     "joint_attention_bwd": _attention_bwd,

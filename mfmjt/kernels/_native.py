@@ -182,19 +182,6 @@ def _pairs(q: Tensor, *_: Any) -> bool:
     )
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """(B, C, N) with few channels, where oneDNN is slower."""
-    return (
-        _wide
-        and x.dtype == weight.dtype == torch.float32
-        and (bias is None or bias.dtype == torch.float32)
-        and x.numel() > 0
-        and weight.numel() > 0
-        and max(weight.shape[:2]) <= 32
-        and 0 < dilation * weight.shape[2] <= 1024
-    )
-
-
 def _toom(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
     """(B, C, N) with the channels and taps for which Toom and Cook's method was measured faster."""
     return (
@@ -213,7 +200,6 @@ _TAKES: dict[str, Callable[..., bool]] = {
     "adaln_fwd": lambda x, shift, scale, eps: _modulated(x, shift, scale),
     "adaln_jvp": lambda x, shift, scale, *others: _modulated(x, shift, scale, dots=others[:-1]),
     "adaln_bwd": lambda y_bar, x, shift, scale, mean, rstd: _modulated(x, y_bar, shift, scale),
-    "conv1d_fwd": _convolution,
     "conv1d_toom": _toom,
     "gated_residual_adaln_fwd": lambda x, *others: _modulated(x, *others[:-1]),
     "gated_residual_adaln_jvp": lambda x, *others: _modulated(x, *others[:4], dots=others[4:-1]),

@@ -21,11 +21,8 @@ __all__ = [
     "MAX_HEAD",
     "MAX_WIDTH",
     "gated_residual_norm",
-    "guide",
-    "pool",
     "project",
     "project_qkv",
-    "silu_conditions",
     "takes",
 ]
 
@@ -332,119 +329,6 @@ def _streams_norm_kernel(
     tl.store(_pick(ys, stream) + out, n * factor + shift, inside)
 
 
-@jit
-def _streams_pool_kernel(
-    xs,  # (pointers, sample strides, token strides)
-    y,  # (B, all columns)
-    tokens,
-    widths,
-    firsts,  # columns of y where streams begin
-    samples,
-    all_columns,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    TYPE: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    stream, sample, block = _stream((samples,) * len(tokens), widths, 1, BLOCK_COLS)
-    column = (block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    width, length = _pick(widths, stream), _pick(tokens, stream)
-    sample = sample.to(tl.int64)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), TYPE)
-    for start in range(0, length, BLOCK_ROWS):
-        token = (start + tl.arange(0, BLOCK_ROWS))[:, None]
-        inside = (token < length) & (column < width)
-        total += _rows_of(xs, stream, sample, token.to(tl.int64), column, inside, TYPE)
-    mean = tl.sum(total, 0, keep_dims=True) / length
-    tl.store(y + sample * all_columns + _pick(firsts, stream) + column, mean, column < width)
-
-
-@jit
-def _streams_silu_kernel(
-    shared,
-    frames,
-    picks,  # None for row n of token n
-    whole,
-    y,
-    tokens,
-    rows,  # of both results: a sample's first is that of `whole`
-    width,
-    shared_sample,
-    frames_sample,
-    frames_token,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    TYPE: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    blocks = tl.cdiv(width, BLOCK_COLS)
-    row = (tl.program_id(0) // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    column = (tl.program_id(0) % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    sample = row // (tokens + 1)
-    token = row - sample * (tokens + 1) - 1
-    inside = (row < rows) & (column < width)
-    framed = token >= 0
-    sample, token = sample.to(tl.int64), token.to(tl.int64)
-    x = tl.load(shared + sample * shared_sample + column, inside, 0.0).to(TYPE)
-    pick = token
-    if picks is not None:
-        pick = tl.load(picks + token, (row < rows) & framed, 0).to(tl.int64)
-    at = sample * frames_sample + pick * frames_token + column
-    x += tl.load(frames + at, inside & framed, 0.0).to(TYPE)
-    # Two stores: on AMD a lane cannot choose between two tensors
-    tl.store(whole + sample * width + column, _silu(x), inside & (token < 0))
-    tl.store(y + (sample * tokens + token) * width + column, _silu(x), inside & framed)
-
-
-@jit
-def _streams_guide_kernel(
-    z,
-    u,  # contiguous, as z is
-    w,  # None for the number
-    w_number,
-    step,
-    std,  # None for 1
-    mean,  # None for 0
-    x,
-    samples,
-    units,  # of a sample
-    channels,
-    w_stride,
-    MODE: tl.constexpr,
-    UNIT: tl.constexpr,  # numbers that one load may take
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    TYPE: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
-    sample, numbers = tl.program_id(0).to(tl.int64), units * UNIT
-    own, null = u + sample * numbers, u + (samples + sample) * numbers
-    lane = tl.arange(0, BLOCK)
-    scale = tl.zeros((1,), TYPE)
-    if w is not None:
-        scale += tl.load(w + sample * w_stride).to(TYPE)
-    else:
-        scale += w_number
-    share = 1 - scale
-    if MODE == 2:
-        dots, squares = tl.zeros((BLOCK,), TYPE), tl.zeros((BLOCK,), TYPE)
-        for start in range(0, numbers, BLOCK):
-            i = start + lane
-            a = tl.load(own + i, i < numbers, 0.0).to(TYPE)
-            b = tl.load(null + i, i < numbers, 0.0).to(TYPE)
-            dots += a * b
-            squares += b * b
-        share *= tl.sum(dots, 0) / (tl.sum(squares, 0) + EPS)
-    for start in range(0, numbers, BLOCK):
-        i = start + lane
-        v = tl.load(own + i, i < numbers, 0.0).to(TYPE)
-        if MODE > 0:
-            v = scale * v + share * tl.load(null + i, i < numbers, 0.0).to(TYPE)
-        y = tl.load(z + sample * numbers + i, i < numbers, 0.0).to(TYPE) - step * v
-        if std is not None:
-            y *= tl.load(std + i % channels, i < numbers, 0.0).to(TYPE)
-        if mean is not None:
-            y += tl.load(mean + i % channels, i < numbers, 0.0).to(TYPE)
-        tl.store(x + sample * numbers + i, y, i < numbers)
-
-
 # --- Launchers
 
 
@@ -657,71 +541,4 @@ def gated_residual_norm(
         BLOCK_COLS=block_cols,
         num_warps=num_warps,
         **_tuning.registers(num_warps),
-    )
-
-
-def pool(y: Tensor, xs: list[Tensor]) -> None:
-    """Run the kernel of `pool`."""
-    if not y.numel():
-        return
-    widths = [x.shape[2] for x in xs]
-    block_rows, block_cols, num_warps = _tuning.streams_pool()
-    programs = xs[0].shape[0] * sum(cdiv(width, block_cols) for width in widths)
-    _streams_pool_kernel[(programs,)](
-        *(_row_arguments(xs), y, tuple(x.shape[1] for x in xs), tuple(widths)),
-        *(tuple(sum(widths[:i]) for i in range(len(xs))), xs[0].shape[0], sum(widths)),
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
-    )
-
-
-def silu_conditions(
-    whole: Tensor, y: Tensor, shared: Tensor, frames: Tensor, rows: Tensor | None
-) -> None:
-    """Run the kernel of `silu_conditions`."""
-    if not whole.numel():
-        return
-    shared, frames = _dense(shared), _dense(frames)
-    samples, tokens, width = y.shape
-    count = samples * (tokens + 1)
-    block_rows, block_cols, num_warps = _tuning.elementwise(count, width)
-    _streams_silu_kernel[(cdiv(count, block_rows) * cdiv(width, block_cols),)](
-        *(shared, frames, None if rows is None else rows.contiguous(), whole, y),
-        *(tokens, count, width, _strides(shared)[0], *_strides(frames)),
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
-    )
-
-
-def guide(
-    x: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor | None,
-    w_number: float,
-    mode: int,
-    step: float,
-    std: Tensor | None,
-    mean: Tensor | None,
-    *,
-    eps: float,
-) -> None:
-    """Run the kernel of `guide`; a mode is its number in `GUIDANCE`."""
-    if not z.numel():
-        return
-    block, num_warps = _tuning.streams_guide()
-    numbers = z.shape[1] * z.shape[2]
-    unit = math.gcd(8, numbers)
-    std, mean = (None if t is None else t.contiguous() for t in (std, mean))
-    _streams_guide_kernel[(z.shape[0],)](
-        *(z.contiguous(), u.contiguous(), None if w is None else w.contiguous()),
-        *(w_number, step, std, mean, x, z.shape[0], numbers // unit, z.shape[2]),
-        0 if w is None or w.numel() == 1 else 1,
-        MODE=mode,
-        UNIT=unit,
-        EPS=eps,
-        BLOCK=block,
-        num_warps=num_warps,
     )

@@ -8,58 +8,20 @@ x (B, N, C), W (O, C, K) as published, K odd; zeros beyond both ends. As for `li
 does two convolutions where PyTorch's forward mode does three, and keeps x and W alone. Stored in
 the dtype of x, summed in float32 (float64 for float64).
 
-In Triton it is a matrix product without an im2col: rows are tokens, the contraction runs over taps
-and channels, and a tile of x is loaded once for every tap, shifted, zero where it leaves the
-sample. Rows of all samples follow one another, so no length wastes a tile. Tangent rows are more
-programs of the same launch; they need no accumulator of their own, and neighbours in the grid share
-tiles of W and x in the L2 cache. x_bar is the same kernel over W^T with the shifts negated. W_bar
-is a product over tokens for each tap, cut into parts that are added up in a fixed order.
+In Triton it is a matrix product without an im2col: rows are tokens, and the contraction runs over
+taps and channels. A launch reads W as (K, O, C), a copy that moves 2 O C K elements. W_bar is a
+product over tokens for each tap, cut into parts that are added up in a fixed order.
 
-A launch reads W as (K, O, C), so that rows of a tile are dense: one copy a call that moves 2 O C K
-elements, 7 MB for w1 of small_16k in bfloat16: reckoned, not measured, 1.6 us of an H200's memory
-next to 280 us of its arithmetic at B = 256, N = 250. Nothing is cached: weights change at every
-step of training, and CUDA graphs take the copy along. With K = 1 it is a view.
+On a CPU, ATen does the work: a (B, N, C) tensor is a channels-last image of height one. ATen then
+rearranges W, so its conv1d over transposes does it where W is larger than x and y together. W_bar
+is one product of y_bar and the windows of x. Without a tangent PyTorch keeps its own backward.
 
-On the CPU a (B, N, C) tensor *is* a channels-last image of height one, so conv2d takes it as it
-lies and no transpose is made. But PyTorch then turns the weights about, which conv1d does not, and
-copying them costs more than the transposes where they are larger than x and y together: there its
-conv1d does the work, but for the dual op, which copies them once for two convolutions. One thread
-of a Zen 4 server, float32, ms of conv2d forward / forward and backward, and how many times as long
-conv1d over transposes takes:
-    (B, N, C -> O), K          conv2d             conv1d
-    (1, 345, 896 -> 5120), 3    157.8 / 532.8     0.74 / 0.77, left to it
-    (1, 250, 448 -> 2560), 3     28.5 / 130.2     0.86 / 0.67, left to it
-    (2, 250, 448 -> 2560), 3     39.5 / 136.9     0.94 / 0.86, left to it
-    (8, 250, 448 -> 2560), 3    134.0 / 425.7     1.17 / 1.05
-    (8, 250, 1280 -> 448), 3     62.7 / 205.9     1.06 / 1.07
-    (16, 250, 128 -> 512), 3     18.0 / 48.2      1.30 / 1.46
-    (16, 250, 20 -> 448), 7       5.2 / 18.4      1.65 / 1.55
-Between one and two times as much weight as activations the two are equal within some 5 %. K
-products of shifted rows and an im2col were slower throughout for the value. Not for W_bar: two
-threads, ms of convolution_backward, of the product by an im2col of x or y_bar, whichever has fewer
-channels, and of x_bar beside:
-    (10, 63, 448 -> 1280), 3    16.9, 13.3    12.7
-    (10, 63, 1280 -> 448), 3    16.5, 13.5    13.5
-    (10, 250, 448 -> 1280), 3   51.2, 46.9    40.9
-    (2, 250, 448 -> 1280), 3    12.0, 11.4    10.3
-    (32, 250, 128 -> 384), 3    13.7, 13.9    11.6, left to it
-So it is a product where there is a quarter as much weight as activations. PyTorch takes as long for
-both cotangents in one call as in two. Without a tangent its convolution keeps its own backward.
-
-`fast=True` lets the CPU compute a value that nobody differentiates by Toom and Cook's method
-(Winograd's, in one dimension), where x lies channels-first as vocoders have it: taps in segments of
-4, outputs in tiles of 4, both taken at the points 0, 1, -1, 1/2, -1/2, 2 and infinity. Kernels of
-3, 7 and 11 taps then cost 6, 13 and 20 products for 4 outputs instead of 12, 28 and 44. Its
-rounding is larger. A product is U V with V = B x and U = G w, an output A (U V); with n terms in
-the longest sum (channels times segments) and R = |A| (|G| |w|) (|B| |x|), summed as the product is,
-
-    |error| <= (n + 13) eps R.
-
-For white signals and weights the root of the mean square of what is summed, and of its rounding,
-is 4.0 times that of the direct sum, 6.6 times for the first of a tile's outputs. Measured against
-float64: 4 times PyTorch's error, 7e-7 of the output's standard deviation at 96 channels. Of the
-sets of points that were tried, these and their mirror images came best. Longer tiles would save
-more, but 6 outputs by 6 taps err by 6e-6.
+`fast=True` lets a CPU compute a value that nobody differentiates by Toom and Cook's method
+(Winograd's, in one dimension): taps in segments of 4, outputs in tiles of 4, both taken at the
+points 0, 1, -1, 1/2, -1/2, 2 and infinity. Kernels of 3, 7 and 11 taps cost 6, 13 and 20 products
+for 4 outputs instead of 12, 28 and 44. A product is U V with V = B x and U = G w, an output A (U V)
+and, with n terms in the longest sum (channels times segments), |error| <= (n + 13) eps R, where
+R = |A| (|G| |w|) (|B| |x|): for white signals 4 times the error of a direct sum.
 """
 
 from __future__ import annotations
@@ -142,14 +104,6 @@ def _bwd_x(y_bar: Tensor, weight: Tensor, dilation: int) -> Tensor:
 
 def _bwd_weight(y_bar: Tensor, x: Tensor, taps: int, dilation: int) -> Tensor:
     outs, channels = y_bar.shape[2], x.shape[2]
-    weight = x.new_empty(1).expand(outs, channels, taps)  # its values do not matter
-    if _filters_over_activations(x, weight) < 1 / 4:
-        padding = dilation * (taps // 2)
-        _, weight_bar, _ = torch.ops.aten.convolution_backward(
-            *(_image(y_bar), _image(x), weight.unsqueeze(2), None),
-            *([1, 1], [0, padding], [1, dilation], False, [0, 0], 1, [False, True, False]),
-        )
-        return weight_bar.squeeze(2).contiguous()
     if channels <= outs:
         product = y_bar.reshape(-1, outs).t() @ _windows(x, taps, dilation)
         return product.view(outs, taps, channels).transpose(1, 2).contiguous()
@@ -464,89 +418,34 @@ _op.backward_of(
 )
 
 
-# (B, C, N) as vocoders have it, where the CPU has a kernel for few channels.
+# The value by Toom and Cook's method; for inference, hence without a backward.
 
 
-def _channels_first(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+def _toom(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Convolve (B, C, N) to (B, O, N)."""
     padding = dilation * (weight.shape[-1] // 2)
     return F.conv1d(x, weight, bias, padding=padding, dilation=dilation).contiguous()
 
 
-_channels_first_op = _op.define(
-    "conv1d_channels_first(Tensor x, Tensor weight, Tensor? bias, SymInt dilation) -> Tensor",
-    _channels_first,
-    lambda x, weight, bias, dilation: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
-    cpu=_native.kernel("conv1d_fwd", _channels_first),
-)
-
-
-def _channels_first_backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    dilation, (outs, _, taps) = ctx.constants, weight.shape
-    bars = torch.ops.aten.convolution_backward(
-        *(y_bar, x, weight, [outs], [1], [dilation * (taps // 2)], [dilation]),
-        *(False, [0], 1, ctx.needs_input_grad[:3]),
-    )
-    return *bars, None
-
-
-_op.backward_of(
-    _channels_first_op,
-    _channels_first_backward,
-    saves=lambda inputs, outputs: inputs[:2],
-    outputs=1,
-    constants=lambda inputs: inputs[3],
-)
-
-
-def _is_channels_first(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-
-
-# The same value by Toom and Cook's method; for inference, hence without a backward.
-
 _toom_op = _op.define(
     "conv1d_toom(Tensor x, Tensor weight, Tensor? bias, SymInt dilation) -> Tensor",
-    _channels_first,
+    _toom,
     lambda x, weight, bias, dilation: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
-    cpu=_native.kernel("conv1d_toom", _channels_first),
+    cpu=_native.kernel("conv1d_toom", _toom),
 )
 
 
 def _pays_to_be_fast(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """Channels-first, no gradient, and enough samples to make up for transforming the weights."""
+    """Return whether no gradient is wanted and samples make up for transforming the weights."""
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
         x.device.type == "cpu"
         and x.shape[1] >= 512
         and x.numel() >= 2**16
-        and _is_channels_first(x)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         and not torch.is_autocast_enabled("cpu")
         and _native.takes("conv1d_toom", x.transpose(1, 2), weight, bias, dilation)
     )
-
-
-def _is_vocoder_like(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """Few channels of many samples, channels-first: where the C++ kernel beats oneDNN.
-
-    Below 2^16 elements the call of a library op costs more than is won.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.numel() >= 2**16
-        and _is_channels_first(x)
-        and not torch.is_autocast_enabled("cpu")
-        and _native.takes("conv1d_fwd", x.transpose(1, 2), weight, bias, dilation)
-    )
-
-
-def _in_triton(x: Tensor) -> bool:
-    """Whether the value alone is ours to compute: not on a CPU, nor for what lies channels-first.
-
-    There PyTorch's convolution takes x as it lies, and its own backward is kept.
-    """
-    return _triton.AVAILABLE and (x.is_cuda or _triton.ON_CPU) and not _is_channels_first(x)
 
 
 def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -557,14 +456,12 @@ def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _value(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, fast: bool) -> Tensor:
-    if _in_triton(x):
+    if fast and _pays_to_be_fast(x, weight, bias, dilation):
+        return _toom_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
+    if _triton.AVAILABLE and (x.is_cuda or _triton.ON_CPU):
         x, weight, bias = _op.autocast(x, weight, bias)
         _check_alike(x, weight, bias)
         return _fwd_op(x, weight, bias, dilation)
-    if fast and _pays_to_be_fast(x, weight, bias, dilation):
-        return _toom_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
-    if _is_vocoder_like(x, weight, bias, dilation):
-        return _channels_first_op(x.transpose(1, 2), weight, bias, dilation).transpose(1, 2)
     return _convolve(x, weight, bias, dilation)
 
 
@@ -585,8 +482,8 @@ def conv1d(
         dilation: Tokens between two taps, at least 1.
         fast: The value may err 4 times as much as a plain convolution in float32 does (above), if
             that saves time: on a CPU with AVX2, 16 channels or more, 3, 7, 11 or 15 taps, 512
-            tokens or more whose `(B, C, N)` transpose is contiguous. No effect elsewhere, nor where
-            a gradient or a tangent is wanted.
+            tokens or more. It then reads and writes `(B, C, N)`, so vocoders pass the transpose of
+            that. No effect elsewhere, nor where a gradient or a tangent is wanted.
 
     Returns:
         `(B, N, O)`; tokens before the first and after the last count as zero.

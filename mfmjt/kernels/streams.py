@@ -3,9 +3,8 @@
     project              y = act(x W^T + b), or silu(x W1^T) (x W3^T); W of a layer or a convolution
     project_qkv          q, k, v of a projection; q and k RMS-normalised per head and rotated
     gated_residual_norm  x' = x + gate h,  y = LN(x') (1 + scale) + shift
-    pool                 means over tokens, side by side
-    silu_conditions      silu(c) and silu(c + frames)
-    guide                z - step u, with u guided, and out of the network's space
+
+and, once a step, what PyTorch does: pool, silu_conditions, guide.
 
 The streams of a joint block (latent, video, text) have weights and lengths of their own, and at
 batch 1 their sub-layers are so short that launching them takes longer than running them. Here a
@@ -189,31 +188,6 @@ def gated_residual_norm_ref(
     return totals, results
 
 
-def guide_ref(
-    z: Tensor,
-    u: Tensor,
-    w: float | Tensor,
-    mode: str,
-    step: float,
-    std: Tensor | None,
-    mean: Tensor | None,
-) -> Tensor:
-    """Plain PyTorch `guide`; the definition of correct."""
-    work = _op.work_dtype(z)
-    u = u.to(work)
-    if mode != "none":
-        conditional, null = u.chunk(2)
-        if mode == "cfg_scaled":
-            dot = (conditional * null).sum((1, 2), keepdim=True)
-            null = null * (dot / (null.square().sum((1, 2), keepdim=True) + _GUIDANCE_EPS))
-        if isinstance(w, Tensor):
-            w = w.to(work).reshape(-1, 1, 1)
-        u = w * conditional + (1 - w) * null
-    x = z.to(work) - step * u
-    x = x if std is None else x * std.to(work).flatten()
-    return (x if mean is None else x + mean.to(work).flatten()).to(z.dtype)
-
-
 # --- Formulas: what runs where there is no Triton
 
 
@@ -316,31 +290,6 @@ def _spread(m: Tensor, row: Tensor | None, x: Tensor) -> Tensor:
     return _of_tokens(m, row).expand(x.shape[0], -1, -1)
 
 
-def _pool(xs: list[Tensor]) -> Tensor:
-    means = [x.mean(1, keepdim=True, dtype=_op.work_dtype(x)).to(x.dtype) for x in xs]
-    return torch.cat(means, dim=-1)
-
-
-def _silu_conditions(shared: Tensor, frames: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    work = _op.work_dtype(shared)
-    sums = shared.to(work) + (frames if rows is None else frames.index_select(1, rows))
-    return F.silu(shared.to(work)).to(shared.dtype), F.silu(sums, inplace=True).to(shared.dtype)
-
-
-def _guide(
-    z: Tensor,
-    u: Tensor,
-    w: Tensor | None,
-    w_number: float,
-    mode: int,
-    step: float,
-    std: Tensor | None,
-    mean: Tensor | None,
-) -> Tensor:
-    x = guide_ref(z, u, w_number if w is None else w, GUIDANCE[mode], step, std, mean)
-    return x
-
-
 # --- Fakes: shapes of the results
 
 
@@ -371,18 +320,6 @@ def _gated_residual_norm_fake(
     xs: list[Tensor], hs: list[Tensor], *_: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [h.new_empty(h.shape) for h in hs], [x.new_empty(x.shape) for x in xs]
-
-
-def _pool_fake(xs: list[Tensor]) -> Tensor:
-    return xs[0].new_empty(xs[0].shape[0], 1, sum(x.shape[2] for x in xs))
-
-
-def _silu_conditions_fake(
-    shared: Tensor, frames: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    tokens = frames.shape[1] if rows is None else rows.shape[0]
-    shape = (shared.shape[0], tokens, shared.shape[2])
-    return shared.new_empty(shared.shape), shared.new_empty(shape)
 
 
 # --- Where there is Triton
@@ -418,26 +355,6 @@ def _gated_residual_norm_triton(
     return results
 
 
-def _pool_triton(xs: list[Tensor]) -> Tensor:
-    y = _pool_fake(xs)
-    _streams.pool(y, xs)
-    return y
-
-
-def _silu_conditions_triton(
-    shared: Tensor, frames: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    results = _silu_conditions_fake(shared, frames, rows)
-    _streams.silu_conditions(*results, shared, frames, rows)
-    return results
-
-
-def _guide_triton(z: Tensor, *others: Any) -> Tensor:
-    x = z.new_empty(z.shape)
-    _streams.guide(x, z, *others, eps=_GUIDANCE_EPS)
-    return x
-
-
 # --- Library ops
 
 
@@ -463,22 +380,6 @@ _gated_residual_norm_op = _op.define(
     _gated_residual_norm_fake,
     triton=_gated_residual_norm_triton,
 )
-_pool_op = _op.define("streams_pool(Tensor[] xs) -> Tensor", _pool, _pool_fake, triton=_pool_triton)
-_silu_conditions_op = _op.define(
-    "streams_silu_conditions(Tensor shared, Tensor frames, Tensor? rows) -> (Tensor, Tensor)",
-    _silu_conditions,
-    _silu_conditions_fake,
-    triton=_silu_conditions_triton,
-)
-_guide_op = _op.define(
-    "streams_guide(Tensor z, Tensor u, Tensor? w, float w_number, int mode, float step, "
-    "Tensor? std, Tensor? mean) -> Tensor",
-    _guide,
-    lambda z, *_: z.new_empty(z.shape),
-    triton=_guide_triton,
-)
-
-
 # --- Front doors
 
 
@@ -703,38 +604,33 @@ def gated_residual_norm(
 
 
 def pool(xs: Sequence[Tensor]) -> Tensor:
-    """Means over the tokens of every stream, side by side, in one launch.
+    """Return the means over the tokens of every stream, side by side.
 
     A sum of linear layers of these means is one layer of the result, with the weights side by side.
 
     Args:
-        xs: `(B, N_i, D_i)` each, N_i at least 1.
+        xs: `(B, N_i, D_i)` each, N_i at least 1, of one dtype.
 
     Returns:
         `(B, 1, sum of D_i)`.
 
     Raises:
         ValueError: The shapes or dtypes do not fit.
-        NotImplementedError: A gradient or a tangent is wanted.
     """
-    xs = list(xs)
     fits = len(xs) > 0 and all(
         x.ndim == 3 and x.shape[1] > 0 and x.shape[0] == xs[0].shape[0] and x.is_floating_point()
         for x in xs
     )
     fits = fits and all(x.dtype == xs[0].dtype for x in xs)
     _op.check(fits, "streams.pool", "streams (B, N, D), N > 0, of one dtype", **_named(x=xs))
-    if _op.use_reference():
-        return torch.cat([x.mean(1, keepdim=True) for x in xs], dim=-1)
-    _inference_only("pool", "linear after torch.mean", *xs)
-    means: Tensor = _pool_op(xs)
-    return means
+    means = [x.mean(1, keepdim=True, dtype=_op.work_dtype(x)).to(x.dtype) for x in xs]
+    return torch.cat(means, dim=-1)
 
 
 def silu_conditions(
     shared: Tensor, frames: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The conditions that modulate: silu(shared) and silu(shared + frames), in one launch.
+    """Return the conditions that modulate: silu(shared) and silu(shared + frames).
 
     Args:
         shared: `(B, 1, D)`, what all tokens of a sample share.
@@ -746,7 +642,6 @@ def silu_conditions(
 
     Raises:
         ValueError: The shapes or dtypes do not fit.
-        NotImplementedError: A gradient or a tangent is wanted.
     """
     fits = shared.ndim == frames.ndim == 3 and shared.shape[1] == 1
     fits = fits and frames.shape[0] in (1, shared.shape[0]) and shared.shape[2] == frames.shape[2]
@@ -755,12 +650,9 @@ def silu_conditions(
     needs = "shared (B, 1, D), frames (B or 1, S, D) of its dtype and rows (N,) of integers or None"
     given = {"shared": shared, "frames": frames, "rows": rows}
     _op.check(fits, "streams.silu_conditions", needs, **given)
-    if _op.use_reference():
-        picked = frames if rows is None else frames.index_select(1, rows)
-        return F.silu(shared), F.silu(shared + picked)
-    _inference_only("silu_conditions", "the PyTorch functions", shared, frames)
-    whole, of_frames = _silu_conditions_op(shared, frames, rows)
-    return whole, of_frames
+    acc = shared.to(_op.work_dtype(shared))
+    sums = acc + (frames if rows is None else frames.index_select(1, rows))
+    return F.silu(acc).to(shared.dtype), F.silu(sums).to(shared.dtype)
 
 
 def guide(
@@ -772,7 +664,7 @@ def guide(
     std: Tensor | None = None,
     mean: Tensor | None = None,
 ) -> Tensor:
-    """The end of a step, in one launch: (z - step guided u) std + mean.
+    """Return the end of a step: (z - step guided u) std + mean.
 
     Args:
         z: `(B, N, C)`, noise.
@@ -789,23 +681,27 @@ def guide(
 
     Raises:
         ValueError: The shapes do not fit, or there is no such mode.
-        NotImplementedError: A gradient or a tangent is wanted.
     """
-    number = 1.0 if isinstance(w, Tensor) else float(w)
     scale = w.reshape(-1) if isinstance(w, Tensor) else None
     fits = mode in GUIDANCE and z.ndim == 3 and z.is_floating_point() and u.is_floating_point()
     fits = fits and u.shape == ((1 if mode == "none" else 2) * z.shape[0], *z.shape[1:])
     fits = fits and (scale is None or scale.shape[0] in (1, z.shape[0]))
     fits = fits and all(t is None or t.device == z.device for t in (u, scale, std, mean))
     fits = fits and all(t is None or t.numel() == z.shape[2] for t in (std, mean))
-    if not fits:
-        needs = (
-            f"a mode of {', '.join(GUIDANCE)} (got {mode!r}), z (B, N, C), u (2 B, N, C), or "
-            "(B, N, C) for mode 'none', w one or (B,), std and mean of C elements, on one device"
-        )
-        _op.check(False, "streams.guide", needs, z=z, u=u, w=scale, std=std, mean=mean)
-    if _op.use_reference():
-        return guide_ref(z, u, number if scale is None else scale, mode, step, std, mean)
-    _inference_only("guide", "reference() with mfmjt.meanflow.guide", z, u, scale, std, mean)
-    x: Tensor = _guide_op(z, u, scale, number, GUIDANCE.index(mode), step, std, mean)
-    return x
+    needs = (
+        f"a mode of {', '.join(GUIDANCE)} (got {mode!r}), z (B, N, C), u (2 B, N, C), or "
+        "(B, N, C) for mode 'none', w one or (B,), std and mean of C elements, on one device"
+    )
+    _op.check(fits, "streams.guide", needs, z=z, u=u, w=scale, std=std, mean=mean)
+    acc = _op.work_dtype(z)
+    u = u.to(acc)
+    if mode != "none":
+        conditional, null = u.chunk(2)
+        if mode == "cfg_scaled":
+            dot = (conditional * null).sum((1, 2), keepdim=True)
+            null = null * (dot / (null.square().sum((1, 2), keepdim=True) + _GUIDANCE_EPS))
+        w = w.to(acc).reshape(-1, 1, 1) if isinstance(w, Tensor) else w
+        u = w * conditional + (1 - w) * null
+    x = z.to(acc) - step * u
+    x = x if std is None else x * std.to(acc).flatten()
+    return (x if mean is None else x + mean.to(acc).flatten()).to(z.dtype)

@@ -116,7 +116,6 @@ def library_op(name: str) -> Any:
     """The library op that runs this kernel; or the kernel, where one is made of several."""
     if name.startswith("joint_attention"):
         return getattr(torch.ops.mfmjt_cpu, name).default
-    name = {"conv1d_fwd": "conv1d_channels_first"}.get(name, name)
     return getattr(torch.ops.mfmjt, name).default
 
 

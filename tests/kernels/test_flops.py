@@ -92,9 +92,9 @@ def test_attention_without_some_tangents():
     assert dual(0, 1, 2, 3) == 2 * 9 * 13 + 3 * 9 * 13
 
 
-def test_channels_first():
+def test_toom_and_cook_counts_as_the_convolution():
     x, weight = torch.randn(3, 8, 5), torch.randn(7, 8, 3)
-    ours = count(lambda: torch.ops.mfmjt.conv1d_channels_first(x, weight, None, 1))
+    ours = count(lambda: torch.ops.mfmjt.conv1d_toom(x, weight, None, 1))
     assert ours == count(lambda: torch.nn.functional.conv1d(x, weight, padding=1))
 
 

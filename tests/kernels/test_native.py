@@ -218,36 +218,6 @@ def test_snake_of_every_length_modulo_its_vectors(way, stretches):
         oracle.check_op(kernels.snake, reference_of("snake"), values, (), torch.float32, terms=24)
 
 
-@pytest.mark.parametrize("taps", [1, 3, 11])
-@pytest.mark.parametrize("dilation", [1, 5])
-@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 8, 8, 481), (1, 24, 17, 100)])
-def test_channels_first_convolution(way, size, dilation, taps):
-    if way == "portable":
-        pytest.skip("left to PyTorch on such CPUs")
-    batch, channels, outs, samples = size
-    values = {"x": randn(batch, channels, samples), "weight": randn(outs, channels, taps)}
-    values["bias"] = randn(outs)
-    ref = reference_of("conv1d")
-    oracle.check_op(
-        lambda x, weight, bias: torch.ops.mfmjt.conv1d_channels_first(x, weight, bias, dilation),
-        lambda x, **v: ref(x.transpose(1, 2), dilation=dilation, **v).transpose(1, 2),
-        values,
-        (),
-        torch.float32,
-        terms=max(channels * taps, samples),
-    )
-
-
-@needs_extension
-def test_a_vocoder_reaches_the_convolution_of_few_channels():
-    x, weight = torch.randn(1, 8, 2**13), torch.randn(8, 8, 3)
-    y = kernels.conv1d(x.transpose(1, 2), weight, dilation=3).transpose(1, 2)
-    if _native.takes("conv1d_fwd", x, weight, None, 3):
-        assert torch.equal(y, torch.ops.mfmjt_cpu.conv1d_fwd(x, weight, None, 3))
-    truth = reference_of("conv1d")(x.double().transpose(1, 2), weight.double(), dilation=3)
-    assert oracle.error(y.transpose(1, 2), truth) <= oracle.allowance(truth, x.dtype, terms=24)
-
-
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_run_the_formula(dtype):
@@ -310,7 +280,6 @@ DAMAGE = {
 }
 
 FREE = {
-    ("conv1d_fwd", "x"),
     ("conv1d_toom", "x"),
     ("snake_fwd", "x"),
 }  # any number of samples will do
@@ -362,11 +331,10 @@ def test_sizes_beyond_memory_raise(name):
 
 
 @needs_extension
-@pytest.mark.parametrize("name", ["conv1d_fwd", "conv1d_toom"])
 @pytest.mark.parametrize("dilation", [0, -1, 2**40, 2**62])
-def test_dilations_that_make_no_sense(name, dilation):
+def test_dilations_that_make_no_sense(dilation):
     with pytest.raises(RuntimeError, match="dilation"):
-        raw(name)(**{**arguments(name), "dilation": dilation})
+        raw("conv1d_toom")(**{**arguments("conv1d_toom"), "dilation": dilation})
 
 
 @st.composite

@@ -48,6 +48,11 @@ def judge(op, arguments, dtype, terms):
     return found
 
 
+def assert_close(found, truth, dtype, terms):
+    assert found.dtype == dtype
+    assert oracle.error(found, truth) <= oracle.allowance(truth, dtype, terms)
+
+
 def conv(outs, channels, taps):
     return randn(outs, channels, taps) / (channels * taps) ** 0.5
 
@@ -280,7 +285,9 @@ POOLS = {
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("case", POOLS)
 def test_pool(case, dtype):
-    judge(streams.pool, (POOLS[case](),), dtype, terms=130)
+    xs = as_dtype(POOLS[case](), dtype)
+    truth = torch.cat([x.double().sum(1, keepdim=True) / x.shape[1] for x in xs], -1)
+    assert_close(streams.pool(xs), truth, dtype, terms=130)
 
 
 CONDITIONS = {
@@ -298,7 +305,12 @@ CONDITIONS = {
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("case", CONDITIONS)
 def test_silu_conditions(case, dtype):
-    judge(streams.silu_conditions, CONDITIONS[case](), dtype, terms=2)
+    shared, frames, *rows = as_dtype(CONDITIONS[case](), dtype)
+    sums = shared.double() + (frames.double()[:, rows[0]] if rows else frames.double())
+    for found, x in zip(
+        streams.silu_conditions(shared, frames, *rows), (shared, sums), strict=True
+    ):
+        assert_close(found, x.double() * x.double().sigmoid(), dtype, terms=2)
 
 
 GUIDED = {
@@ -319,10 +331,17 @@ GUIDED = {
 }  # fmt: skip
 
 
+def guided_in_double(z, u, w, mode="cfg_scaled", step=1.0, std=None, mean=None):
+    u, w = u.double(), w.double().reshape(-1, 1, 1) if isinstance(w, torch.Tensor) else w
+    x = z.double() - step * (u if mode == "none" else guide_of_meanflow(*u.chunk(2), w, mode))
+    return x if std is None else x * std.double() + mean.double()
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("case", GUIDED)
 def test_guide(case, dtype):
-    judge(streams.guide, GUIDED[case](), dtype, terms=6000)
+    arguments = as_dtype(GUIDED[case](), dtype)
+    assert_close(streams.guide(*arguments), guided_in_double(*arguments), dtype, terms=6000)
 
 
 def test_guide_keeps_the_dtype_of_the_noise():
@@ -332,14 +351,6 @@ def test_guide_keeps_the_dtype_of_the_noise():
     assert x.dtype == torch.float32
     known = streams.guide(z, u.float(), 1.5)
     assert oracle.error(x, known) <= oracle.allowance(known, torch.float32, terms=15)
-
-
-@pytest.mark.parametrize("mode", ["cfg", "cfg_scaled"])
-def test_guide_is_that_of_meanflow(mode):
-    z, u = torch.randn(2, 5, 3), torch.randn(4, 5, 3)
-    known = z - guide_of_meanflow(*u.chunk(2), 2.5, mode)
-    found = streams.guide(z, u, 2.5, mode)
-    assert oracle.error(found, known) <= oracle.allowance(known, torch.float32, terms=15)
 
 
 def test_one_call_is_what_the_trainable_ops_give():
@@ -376,9 +387,6 @@ CALLS = {
     "project_qkv": (streams.project_qkv, HEADS["joint block"]),
     "gated_residual_norm": (streams.gated_residual_norm, NORMS["joint block"]),
     "gated_residual_norm, nothing added": (streams.gated_residual_norm, NORMS["nothing added"]),
-    "pool": (streams.pool, lambda: (POOLS["video and text"](),)),
-    "silu_conditions": (streams.silu_conditions, CONDITIONS["picked rows"]),
-    "guide": (streams.guide, GUIDED["out of the network's space"]),
 }
 
 
@@ -448,14 +456,9 @@ def opcheck_arguments():
     yield ops.streams_gated_residual_norm, make["gated_residual_norm"]
     xs, _, _, *others = make["gated_residual_norm, nothing added"]
     yield ops.streams_gated_residual_norm, (xs, [], [], *others)
-    yield ops.streams_pool, make["pool"]
-    yield ops.streams_silu_conditions, make["silu_conditions"]
-    z, u, _, _, _, std, mean = make["guide"]
-    yield ops.streams_guide, (z, u, None, 1.5, 2, 1.0, std, mean)
-    yield ops.streams_guide, (z, u, torch.tensor([1.5]), 1.0, 1, 0.5, None, None)
 
 
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(5))
 def test_library_ops_are_what_they_say(case):
     op, arguments = list(opcheck_arguments())[case]
     torch.library.opcheck(op.default, arguments)

@@ -23,8 +23,6 @@ __all__ = [
     "registers",
     "snake",
     "streams",
-    "streams_guide",
-    "streams_pool",
     "streams_qkv",
     "sum_of_rows",
     "sums",
@@ -323,13 +321,3 @@ def streams_qkv(rows: tuple[int, ...], parts: int, width: int, element_size: int
     wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
     (block_rows, _, depth), warps, stages = largest if wide and columns <= 64 else least
     return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
-
-
-def streams_pool() -> tuple[int, int, int]:
-    """Block of rows, block of columns and warps of means over tokens."""
-    return 32, 64, 4
-
-
-def streams_guide() -> tuple[int, int]:
-    """Block and warps of the kernel that ends a step, one program for every sample."""
-    return 2048, _warps(256)
