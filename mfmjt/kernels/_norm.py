@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _native, _op
+from mfmjt.kernels import _backends, _dual, _native, _op
 
 __all__ = [
+    "add",
     "check_modulation",
+    "check_rows",
+    "infer",
     "modulate",
     "modulate_bar",
     "modulate_dot",
@@ -47,6 +50,12 @@ def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
     return len(shape) <= len(whole) and all(
         shape[i] == 1 or shape[i] == whole[i] for i in range(-len(shape), 0)
     )
+
+
+def add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    """Return x + gate h, contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.addcmul(x, gate, h, out=out)
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,16 +128,86 @@ def takes(x: Tensor, *others: Tensor) -> bool:
     )
 
 
-def pick(rows: Any, *modulations: Any) -> list[Any]:
-    """Return modulations (B, S, C), or tuples of them, with the rows that tokens ask for.
+# --- Rows of modulations to pick
+
+
+def check_rows(op: str, x: Tensor, rows: Tensor | None, **modulations: Tensor) -> None:
+    """Raise unless `rows` (N,) picks of modulations (B or 1, S, C)."""
+    if rows is None:
+        return
+    _op.check_tensors(op, x=x, rows=rows, **modulations)
+    fits = x.ndim == 3 and rows.shape == x.shape[1:2] and rows.dtype in (torch.int32, torch.int64)
+    for m in modulations.values():
+        fits = fits and m.ndim == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2]
+    needs = "rows (N,) of integers and modulations (B or 1, S, C)"
+    _op.check(fits, op, needs, x=x, rows=rows, **modulations)
+
+
+def pick(x: Any, rows: Any, *modulations: Any) -> list[Any]:
+    """Return modulations (B or 1, S, C), or tuples of them, with the rows that tokens ask for."""
+    if not isinstance(x, Tensor):
+        return [tuple(pick(*one)[0] for one in zip(x, rows, m, strict=True)) for m in modulations]
+    picked = [
+        m if rows is None or m.shape[1] == 1 else m.index_select(1, rows) for m in modulations
+    ]
+    return [m if m.shape[0] == x.shape[0] else m.expand(x.shape[0], -1, -1) for m in picked]
+
+
+def infer(x: Any, added: Any, shift: Any, scale: Any, rows: Any, eps: float) -> Any:
+    """Compute by the kernel that picks rows itself, of one stream or of several.
 
     Args:
-        rows: (N,) integers, or for each stream such a tensor or None.
-        *modulations: With a row that all tokens share (S = 1), or else with rows to pick.
+        x: One or a tuple, as all that follow.
+        added: h and gate, or None.
+        shift: (B or 1, S, C).
+        scale: Likewise.
+        rows: (N,), or None in a tuple.
+        eps: Added to the variance.
+
+    Returns:
+        The sum and the result; None where there is no such kernel or a derivative is wanted.
     """
-    if isinstance(rows, Tensor):
-        return [m if m.shape[1] == 1 else m.index_select(1, rows) for m in modulations]
-    return [
-        tuple(x if row is None else pick(row, x)[0] for x, row in zip(m, rows, strict=True))
-        for m in modulations
-    ]
+    one = isinstance(x, Tensor)
+    given = (x, *(added or ((), ())), shift, scale, rows)
+    lists = [[t] if isinstance(t, Tensor) else list(t) for t in given]
+    tensors = [t for ts in lists[:5] for t in ts]
+    served = _backends.AVAILABLE and (_backends.ON_CPU or tensors[0].is_cuda)
+    if _op.use_reference() or not served:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    if any(_dual.split(t)[1] is not None for t in tensors):
+        return None
+    results = _by_rows(*lists, eps)
+    return [ys[0] if one and ys else tuple(ys) for ys in results]
+
+
+def _picked(
+    xs: list[Tensor],
+    hs: list[Tensor],
+    gates: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    rows: list[Tensor | None],
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    totals, ys = [], []
+    for i, (x, row) in enumerate(zip(xs, rows, strict=True)):
+        work = _op.work_dtype(x)
+        shift, scale = (m.to(work) for m in pick(x, row, shifts[i], scales[i]))
+        if hs:
+            total = add(x.to(work), hs[i].to(work), pick(x, row, gates[i])[0].to(work))
+            x = total.to(x.dtype)
+            totals.append(x)
+        ys.append(modulate(normalise(x.to(work), eps)[0], shift, scale).to(x.dtype))
+    return totals, ys
+
+
+_launched = _op.backend("triton", "norm", "by_rows", _picked)
+_by_rows = _op.register(
+    "norm_by_rows(Tensor[] xs, Tensor[] hs, Tensor[] gates, Tensor[] shifts, Tensor[] scales, "
+    "Tensor?[] rows, float eps) -> (Tensor[], Tensor[])",
+    _picked,
+    cpu=_launched if _backends.ON_CPU else None,
+    gpu=_launched,
+)

@@ -39,10 +39,12 @@ from mfmjt.kernels._eager import flatten, nest
 __all__ = [
     "Op",
     "autocast",
+    "backend",
     "check",
     "check_tensors",
     "per_stream",
     "reference",
+    "register",
     "use_reference",
     "work_dtype",
 ]
@@ -363,16 +365,16 @@ class Part:
         self._native, self._takes = None, op.takes or _native.floats
         single = getattr(op, "single", None)
         if single is None:
-            self._on_gpu = _backend("triton", op.name, part, formula)
+            self._on_gpu = backend("triton", op.name, part, formula)
             self._on_cpu = formula
             if importlib.util.find_spec(f"mfmjt.kernels.cpu.{op.name}"):
-                self._on_cpu = _backend("cpu", op.name, part, formula)
+                self._on_cpu = backend("cpu", op.name, part, formula)
             if op.takes is not None:
                 self._native = _native.op(name, required=part == "fwd")
         else:
             of_one = getattr(single, part)
             one_by_one = _each(of_one.on_gpu, like=of_one.formula)
-            self._on_gpu = _backend("triton", single.name, f"{part}_streams", one_by_one)
+            self._on_gpu = backend("triton", single.name, f"{part}_streams", one_by_one)
             self._on_cpu = _each(of_one.on_cpu, like=of_one.formula)
         if _backends.ON_CPU:
             self._on_cpu, self._native = self._on_gpu, None
@@ -576,7 +578,7 @@ def _each(
     return each
 
 
-def _backend(
+def backend(
     package: str, module: str, function: str, formula: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Return a function of `mfmjt.kernels.<package>.<module>`, on the device of its arguments.

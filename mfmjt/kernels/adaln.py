@@ -96,7 +96,12 @@ def adaln(x: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None) -
         ValueError: shift or scale does not broadcast to x.
     """
     if rows is not None:
-        shift, scale = _norm.pick(rows, shift, scale)
+        for stream in per_stream("adaln", x=x, rows=rows, shift=shift, scale=scale):
+            _norm.check_rows("adaln", **stream)
+        picked = _norm.infer(x, None, shift, scale, rows, eps)
+        if picked is not None:
+            return picked[1]
+        shift, scale = _norm.pick(x, rows, shift, scale)
     for stream in per_stream("adaln", x=x, shift=shift, scale=scale):
         _norm.check_modulation("adaln", **stream)
     return _op(x, shift, scale, eps)

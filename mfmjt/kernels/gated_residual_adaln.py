@@ -34,16 +34,11 @@ def gated_residual_adaln_ref(
     return total, y.to(x.dtype)
 
 
-def _add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return torch.addcmul(x, gate, h, out=out)
-
-
 def _fwd(
     x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = work_dtype(x)
-    total = _add(x.to(work), h.to(work), gate.to(work)).to(x.dtype)
+    total = _norm.add(x.to(work), h.to(work), gate.to(work)).to(x.dtype)
     n, mean, rstd = _norm.normalise(total.to(work), eps)
     return total, _norm.modulate(n, shift.to(work), scale.to(work)).to(x.dtype), mean, rstd
 
@@ -63,15 +58,15 @@ def _jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     work, dtype = work_dtype(x), x.dtype
     x, h, gate, shift, scale = (t.to(work) for t in (x, h, gate, shift, scale))
-    total = _add(x, h, gate).to(dtype)
+    total = _norm.add(x, h, gate).to(dtype)
     wide = total.to(work)
     n, mean, rstd = _norm.normalise(wide, eps)
 
     total_dot = torch.zeros_like(n) if x_dot is None else x_dot.to(work)
     if h_dot is not None:
-        total_dot = _add(total_dot, h_dot.to(work), gate)
+        total_dot = _norm.add(total_dot, h_dot.to(work), gate)
     if gate_dot is not None:
-        total_dot = _add(total_dot, h, gate_dot.to(work))
+        total_dot = _norm.add(total_dot, h, gate_dot.to(work))
     if total_dot is x_dot:  # no result of a library op may be one of its inputs
         total_dot = total_dot.clone(memory_format=torch.contiguous_format)
     dots = (d if d is None else d.to(work) for d in (shift_dot, scale_dot))
@@ -93,15 +88,14 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     work = work_dtype(total)
     if y_bar is None:
-        assert total_bar is not None
-        x_bar = total_bar.to(work, copy=True, memory_format=torch.contiguous_format)
+        x_bar = torch.zeros(total.shape, dtype=work, device=total.device)
         shift_bar, scale_bar = shift.new_zeros(shift.shape), scale.new_zeros(scale.shape)
     else:
         x_bar, shift_bar, scale_bar = _norm.modulate_bar(
             y_bar.to(work), total.to(work), scale.to(work), mean, rstd, shift.shape
         )
-        if total_bar is not None:
-            x_bar.add_(total_bar)
+    if total_bar is not None:
+        x_bar.add_(total_bar)
     gate_bar = (x_bar * h.to(work)).sum_to_size(gate.shape)
     h_bar = x_bar * gate.to(work)
     return (
@@ -149,14 +143,19 @@ def gated_residual_adaln(
     Raises:
         ValueError: The shapes do not fit.
     """
+    name = "gated_residual_adaln"
+    for s in per_stream(name, x=x, h=h):
+        check_tensors(name, **s)
+        if s["h"].shape != s["x"].shape:
+            check(False, name, "h of the shape of x", **s)
     if rows is not None:
-        gate, shift, scale = _norm.pick(rows, gate, shift, scale)
-    for s in per_stream("gated_residual_adaln", x=x, h=h, gate=gate, shift=shift, scale=scale):
-        added = s.pop("h")
-        _norm.check_modulation("gated_residual_adaln", **s)
-        check_tensors("gated_residual_adaln", h=added)
-        if added.shape != s["x"].shape:
-            needs = "h of the shape of x"
-            check(False, "gated_residual_adaln", needs, x=s["x"], h=added)
+        for s in per_stream(name, x=x, rows=rows, gate=gate, shift=shift, scale=scale):
+            _norm.check_rows(name, **s)
+        picked = _norm.infer(x, (h, gate), shift, scale, rows, eps)
+        if picked is not None:
+            return picked
+        gate, shift, scale = _norm.pick(x, rows, gate, shift, scale)
+    for s in per_stream(name, x=x, gate=gate, shift=shift, scale=scale):
+        _norm.check_modulation(name, **s)
     total, y = _op(x, h, gate, shift, scale, eps)
     return total, y

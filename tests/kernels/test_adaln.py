@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mfmjt.kernels import adaln
 from mfmjt.kernels.adaln import adaln_ref
 from tests import oracle
+from tests.kernels.over_streams import check_streams
 from tests.oracle import randn, strided
 
 
@@ -88,6 +89,69 @@ def test_views_of_larger_tensors(modulated):
     oracle.check_op(
         of_views(adaln), of_views(adaln_ref), values, tuple(values), torch.float32, terms=24
     )
+
+
+STREAMS = {  # and what moves; all where nothing is said
+    "alike": ([inputs(2, n, 33, n) for n in (7, 5, 1)], ()),
+    "kinds apart": ([inputs(2, 7, 16, 7), inputs(2, 5, 16, 1), inputs(2, 3, 16, 1)], ()),
+    "one kind of each": (
+        [inputs(2, 7, 16, 1) | {"shift": randn(2, 7, 16)}, inputs(2, 3, 16, 1)],
+        (),
+    ),
+    "one stream moves": ([inputs(2, n, 16, 1) for n in (7, 5, 3)], ("x0", "scale0")),
+    "modulations move": ([inputs(2, n, 16, n) for n in (4, 3)], ("shift0", "scale1")),
+    "strided": ([inputs(2, n, 16, 1, strided) for n in (4, 3)], ()),
+    "widths apart": ([inputs(2, 5, 16, 1), inputs(2, 3, 9, 3)], ()),
+    "batches apart": ([inputs(2, 5, 16, 1), inputs(3, 5, 16, 1)], ()),
+    "one empty": ([inputs(2, 5, 16, 1), inputs(2, 0, 16, 1)], ()),
+    "one": ([inputs(2, 5, 16, 1)], ()),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams(case, dtype):
+    streams, moving = STREAMS[case]
+    check_streams(adaln, adaln_ref, streams, moving, dtype, terms=33)
+
+
+def picked_ref(x, shift, scale, rows):
+    picked = (m if rows is None or m.shape[1] == 1 else m[:, rows] for m in (shift, scale))
+    return adaln_ref(x, *picked)
+
+
+@pytest.mark.parametrize("derivative", [True, False])
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_rows_of_modulations(integers, derivative):
+    rows = torch.tensor([0, 0, 2, 1, 2], dtype=integers)
+    streams = [
+        {"x": randn(2, 5, 16), "shift": randn(2, 3, 16), "scale": randn(1, 3, 16)},
+        {"x": randn(2, 4, 16), "shift": randn(1, 1, 16), "scale": randn(2, 4, 16)},
+    ]
+    both = {"rows": [rows, None]}
+    if derivative:
+        check_streams(adaln, picked_ref, streams, (), torch.float32, 16, both)
+        one = {n: [c[0]] for n, c in both.items()}
+        check_streams(
+            lambda rows, **one: (adaln(**{n: x for n, (x,) in one.items()}, rows=rows[0]),),
+            picked_ref, streams[:1], (), torch.float32, 16, one,
+        )  # fmt: skip
+        return
+    single = [{n: x.float() for n, x in stream.items()} for stream in streams]
+    ys = adaln(**{n: tuple(s[n] for s in single) for n in single[0]}, rows=(rows, None))
+    for y, stream, row in zip(ys, single, (rows, None), strict=True):
+        truth = picked_ref(**{n: x.double() for n, x in stream.items()}, rows=row)
+        assert oracle.error(y, truth) <= oracle.allowance(truth, y.dtype, terms=16)
+    assert torch.equal(adaln(**single[0], rows=rows), ys[0])
+
+
+def test_library_op_of_rows():
+    x, shift, scale = randn(2, 3, 8), randn(2, 2, 8), randn(1, 1, 8)
+    rows = torch.tensor([1, 0, 1])
+    given = ([x, x], [x, x], [shift, scale], [shift, scale], [scale, scale], [rows, None], 1e-6)
+    torch.library.opcheck(torch.ops.mfmjt.norm_by_rows.default, given)
+    given = ([x], [], [], [shift], [scale], [rows], 1e-6)
+    torch.library.opcheck(torch.ops.mfmjt.norm_by_rows.default, given)
 
 
 SHAPES = {  # of x, shift and scale
@@ -190,6 +254,12 @@ def test_refuses_what_does_not_broadcast():
         adaln(x, torch.zeros(2, 2, 8), x)
     with pytest.raises(ValueError, match=r"x \(B, N, C\); got x \(\) float32"):
         adaln(x.sum(), x.sum(), x.sum())
+    with pytest.raises(ValueError, match=r"scale for each of 2 streams; got 1"):
+        adaln((x, x), (x, x), (x,))
+    with pytest.raises(ValueError, match=r"shift for each of 2 streams; got Tensor"):
+        adaln((x, x), x, (x, x))
+    with pytest.raises(ValueError, match=r"rows \(N,\) of integers"):
+        adaln(x, x, x, rows=torch.tensor([0, 1]))
 
 
 def test_refuses_a_gradient_at_the_tangent():

@@ -6,6 +6,7 @@ import torch
 from mfmjt.kernels import gated_residual_adaln
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from tests import oracle
+from tests.kernels.over_streams import check_streams
 from tests.oracle import randn, strided
 
 
@@ -86,6 +87,65 @@ def test_views_of_larger_tensors(modulated):
     values = {"x": randn(2, 7, 24), "h": randn(2, 6, 24), "modulations": randn(2, modulated, 96)}
     op, ref = of_views(gated_residual_adaln), of_views(gated_residual_adaln_ref)
     oracle.check_op(op, ref, values, tuple(values), torch.float32, terms=24)
+
+
+STREAMS = {  # and what moves; all where nothing is said
+    "alike": ([inputs(2, n, 33, n) for n in (7, 5, 1)], ()),
+    "kinds apart": ([inputs(2, 7, 16, 7), inputs(2, 5, 16, 1), inputs(2, 3, 16, 1)], ()),
+    "one stream moves": ([inputs(2, n, 16, 1) for n in (7, 5, 3)], ("x0", "gate0")),
+    "one moves in h alone": ([inputs(2, n, 16, n) for n in (4, 3)], ("h1", "scale1")),
+    "widths apart": ([inputs(2, 5, 16, 1), inputs(2, 3, 9, 3)], ()),
+    "one empty": ([inputs(2, 5, 16, 1), inputs(2, 0, 16, 1)], ()),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams(case, dtype):
+    streams, moving = STREAMS[case]
+    op, ref = gated_residual_adaln, gated_residual_adaln_ref
+    check_streams(op, ref, streams, moving, dtype, terms=33)
+
+
+@pytest.mark.parametrize("used", [(0, 0), (0, 1), (1, 1)])
+def test_gradient_when_few_results_of_streams_are_used(used):
+    """What no gradient reaches gets zeros, in a launch with streams that it does reach."""
+    streams = [inputs(2, 5, 16, 5), inputs(2, 3, 16, 1)]
+    names, (result, stream) = list(streams[0]), used
+    leaves = [{n: x.clone().requires_grad_() for n, x in s.items()} for s in streams]
+    y = gated_residual_adaln(**{n: tuple(s[n] for s in leaves) for n in names})[result][stream]
+    bar = torch.randn_like(y)
+    flat = [s[n] for s in leaves for n in names]
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(y, flat, bar, **options)
+    y = gated_residual_adaln_ref(**leaves[stream])[result]
+    for a, b in zip(found, torch.autograd.grad(y, flat, bar, **options), strict=True):
+        assert oracle.error(a, b) <= oracle.allowance(b, torch.float64, terms=16)
+
+
+def picked_ref(x, h, gate, shift, scale, rows):
+    picked = (m if rows is None or m.shape[1] == 1 else m[:, rows] for m in (gate, shift, scale))
+    return gated_residual_adaln_ref(x, h, *picked)
+
+
+@pytest.mark.parametrize("derivative", [True, False])
+def test_rows_of_modulations(derivative):
+    rows = torch.tensor([0, 0, 2, 1, 2])
+    streams = [inputs(2, 5, 16, 3), inputs(2, 4, 16, 1)]
+    streams[0]["gate"] = randn(1, 3, 16)
+    if derivative:
+        op, both = gated_residual_adaln, {"rows": [rows, None]}
+        check_streams(op, picked_ref, streams, (), torch.float32, 16, both)
+        return
+    single = [{n: x.float() for n, x in stream.items()} for stream in streams]
+    tuples = {n: tuple(s[n] for s in single) for n in single[0]}
+    found = gated_residual_adaln(**tuples, rows=(rows, None))
+    for i, row in enumerate((rows, None)):
+        truths = picked_ref(**{n: x.double() for n, x in single[i].items()}, rows=row)
+        for ys, truth in zip(found, truths, strict=True):
+            assert oracle.error(ys[i], truth) <= oracle.allowance(truth, torch.float32, terms=16)
+    alone = gated_residual_adaln(**single[0], rows=rows)
+    assert all(torch.equal(y, ys[0]) for y, ys in zip(alone, found, strict=True))
 
 
 SHAPES = {  # of x, gate, shift and scale
