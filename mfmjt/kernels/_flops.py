@@ -29,20 +29,28 @@ Shape = Sequence[int]
 Dots = Sequence[Shape | None]
 
 
-def _linear_jvp(x: Shape, x_dot: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
-    return 2 * 2 * prod(x[:-1]) * prod(weight)
+def _product_fwd(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    """One of linear's or conv1d's: x (..., C) and weight (O, C) or (O, C, K)."""
+    return 2 * prod(x[:-1]) * prod(weight)
 
 
-def _conv1d_fwd(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
-    return 2 * x[0] * x[1] * prod(weight)
+def _product_jvp(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    return 2 * _product_fwd(x, weight, out_shape=out_shape)
 
 
-def _conv1d_jvp(x: Shape, x_dot: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
-    return 2 * _conv1d_fwd(x, weight, out_shape=out_shape)
+def _product_bwd(y_bar: Shape, x: Shape, weight: Shape, *others: Any, out_shape: Any) -> int:
+    needs = others[-1]
+    return (needs[0] + needs[1]) * _product_fwd(x, weight, out_shape=out_shape)
 
 
-def _conv1d_bwd_weight(y_bar: Shape, x: Shape, taps: int, *_: Any, out_shape: Any) -> int:
-    return _conv1d_fwd(x, (y_bar[2], x[2], taps), out_shape=out_shape)
+def _each(formula: Callable[..., int], operands: int) -> Callable[..., int]:
+    """Count an op over lists of streams, of which the formula takes so many first arguments."""
+
+    def total(*args: Any, out_shape: Any) -> int:
+        streams = zip(*args[:operands], strict=True)
+        return sum(formula(*stream, args[-1], out_shape=out_shape) for stream in streams)
+
+    return total
 
 
 def _conv1d_toom(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
@@ -99,11 +107,15 @@ def _streams(xs: Sequence[Shape], weights: Sequence[Shape], *_: Any, out_shape: 
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "linear_jvp": _linear_jvp,
-    "conv1d_fwd": _conv1d_fwd,
-    "conv1d_jvp": _conv1d_jvp,
-    "conv1d_bwd_x": _conv1d_fwd,  # the same product of y_bar, whatever the order of the weight
-    "conv1d_bwd_weight": _conv1d_bwd_weight,
+    "linear_fwd": _product_fwd,
+    "linear_jvp": _product_jvp,
+    "linear_bwd": _product_bwd,
+    "conv1d_fwd": _product_fwd,
+    "conv1d_jvp": _product_jvp,
+    "conv1d_bwd": _product_bwd,
+    "conv1d_streams_fwd": _each(_product_fwd, 2),
+    "conv1d_streams_jvp": _each(_product_jvp, 2),
+    "conv1d_streams_bwd": _each(_product_bwd, 3),
     "conv1d_toom": _conv1d_toom,  # what the convolution is, not what the method saves
     "joint_attention_fwd": _attention_fwd,
     "joint_attention_jvp": _attention_jvp,

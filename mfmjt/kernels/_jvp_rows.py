@@ -13,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["jvp_rows", "known", "made"]
+from mfmjt.kernels import _dual
+
+__all__ = ["jvp_rows", "product"]
 
 Product = tuple[torch.Size, Tensor | None]
-"""Shape of a weight, and the first rows of what was multiplied by it; None where not kept."""
+"""Shape of a weight, and the first rows of what was multiplied by it; None where not recorded."""
 
 _OTHERWISE = (
     "mfmjt.kernels.jvp_rows: the function multiplied the first rows by other weights, or in "
@@ -30,62 +33,91 @@ _OTHERWISE = (
     "alike and apart; use torch.func.jvp for one that does not."
 )
 
-# Of one thread, whose number is the last entry; what others multiply meanwhile is their own.
-_making: tuple[list[Product], float, int] | None = None
-_known: tuple[Iterator[Product], int] | None = None
 
+@dataclass
+class _Tape:
+    """Products of one thread; what others multiply meanwhile is their own.
 
-def made(weight: Tensor, y: Tensor) -> Tensor:
-    """Remember the first rows of a product with `weight`, where someone will ask; return it.
-
-    What has no tape is not remembered: where blocks compute their inside again for the backward
-    pass, nothing of it is to stay in memory.
+    Attributes:
+        products: In the order of the first call.
+        fraction: Of the batch that the first rows are.
+        thread: Its number.
+        replayed: How many the second call has asked for; None while they are recorded.
     """
-    if _making is not None and _making[-1] == threading.get_ident():
-        products, share, _ = _making
-        first = y[: round(share * y.shape[0])] if y.shape[0] > 1 else y
-        products.append((weight.shape, first.detach().clone() if y.requires_grad else None))
+
+    products: list[Product]
+    fraction: float
+    thread: int
+    replayed: int | None = None
+
+
+_tape: _Tape | None = None
+
+
+def product(op: Callable[..., Any], x: Any, weight: Any, bias: Any, *constants: Any) -> Any:
+    """Compute `op(x, weight, bias, *constants)`, recorded or replayed inside `jvp_rows`.
+
+    Args:
+        op: A linear map of x's last dimension, plus a bias; over tuples of streams too.
+        x: Rows (B, ..., C), maybe dual.
+        weight: (O, C, ...); does not move.
+        bias: (O,), or None; does not move.
+        *constants: The other arguments of op.
+
+    Raises:
+        RuntimeError: Products come in another order, or in other shapes, than they were recorded.
+    """
+    tape = _tape
+    if tape is None or tape.thread != threading.get_ident():
+        return op(x, weight, bias, *constants)
+    if isinstance(x, tuple):
+        biases = (None,) * len(x) if bias is None else bias
+        streams = zip(x, weight, biases, strict=True)
+        return tuple([product(op, *stream, *constants) for stream in streams])
+    if tape.replayed is None:
+        return _record(tape, weight, op(x, weight, bias, *constants))
+    y = _replay(tape, weight, (*x.shape[:-1], weight.shape[0]))
+    if y is None:
+        return op(x, weight, bias, *constants)
+    _, x_dot = _dual.split(x)
+    return _dual.join(y, None if x_dot is None else op(x_dot, weight, None, *constants))
+
+
+def _record(tape: _Tape, weight: Tensor, y: Tensor) -> Tensor:
+    """Record the first rows of `y` for the replay and return `y`.
+
+    Products without a graph are not recorded: activation checkpointing would otherwise keep them
+    alive.
+    """
+    first = y[: round(tape.fraction * y.shape[0])] if y.shape[0] > 1 else y
+    tape.products.append((weight.shape, first.detach().clone() if y.requires_grad else None))
     return y
 
 
-def known(weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The next product, which is with `weight` and of this shape, if it was kept.
-
-    Raises:
-        RuntimeError: Products come in another order, or in other shapes.
-    """
-    if _known is None or _known[-1] != threading.get_ident():
-        return None
-    of_weight, y = next(_known[0], (None, None))
+def _replay(tape: _Tape, weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Return the next product, which is with `weight` and of this shape, if it was recorded."""
+    assert tape.replayed is not None
+    i, tape.replayed = tape.replayed, tape.replayed + 1
+    of_weight, y = tape.products[i] if i < len(tape.products) else (None, None)
     if of_weight != weight.shape or (y is not None and y.shape != shape):
         raise RuntimeError(_OTHERWISE)
     return y
 
 
 @contextlib.contextmanager
-def _remembering(products: list[Product], share: float) -> Iterator[None]:
-    global _making
-    before, _making = _making, (products, share, threading.get_ident())
+def _opened(tape: _Tape) -> Iterator[None]:
+    global _tape
+    before, _tape = _tape, tape
     try:
         yield
     finally:
-        _making = before
-
-
-@contextlib.contextmanager
-def _knowing(products: Iterator[Product]) -> Iterator[None]:
-    global _known
-    before, _known = _known, (products, threading.get_ident())
-    try:
-        yield
-    finally:
-        _known = before
+        _tape = before
 
 
 def jvp_rows(
     f: Callable[..., Tensor], primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Value of all rows of a batch, and the tangent of the first ones.
+    """Return the value of all rows of a batch, and the tangent of the first ones.
 
     The same as `f(*primals)`, and `torch.func.jvp` of f at the first rows of the primals, detached.
     f is called twice; products of `linear` and `conv1d` are made once for every row, those of
@@ -117,8 +149,8 @@ def jvp_rows(
             f"0 < M < B, or None; got {[(tuple(x), tuple(dot)) for x, dot in sizes]}."
         )
 
-    products: list[Product] = []
-    with _remembering(products, rows / batch):
+    tape = _Tape([], rows / batch, threading.get_ident())
+    with _opened(tape):
         value = f(*primals)
 
     first = pytree.tree_map_only(Tensor, lambda x: x[:rows], primals)
@@ -129,13 +161,13 @@ def jvp_rows(
             given[i] = x
         return f(*given)
 
-    left = iter(products)
-    with torch.no_grad(), _knowing(left):
+    tape.replayed = 0
+    with torch.no_grad(), _opened(tape):
         _, tangent, *_ = torch.func.jvp(
             of_moving,
             tuple(first[i].detach() for i in moving),
             tuple(tangents[i].detach() for i in moving),  # type: ignore[union-attr]
         )
-    if next(left, None) is not None:
+    if tape.replayed < len(tape.products):
         raise RuntimeError(_OTHERWISE)
     return value, tangent

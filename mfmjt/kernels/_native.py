@@ -182,25 +182,12 @@ def _pairs(q: Tensor, *_: Any) -> bool:
     )
 
 
-def _toom(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """(B, C, N) with the channels and taps for which Toom and Cook's method was measured faster."""
-    return (
-        _wide
-        and x.dtype == weight.dtype == torch.float32
-        and (bias is None or bias.dtype == torch.float32)
-        and x.numel() > 0
-        and min(weight.shape[:2]) >= 16
-        and weight.shape[2] in (3, 7, 11, 15)
-        and 0 < dilation * weight.shape[2] <= 1024
-    )
-
-
 # For every op with a C++ kernel, whether that takes these arguments.
 _TAKES: dict[str, Callable[..., bool]] = {
     "adaln_fwd": lambda x, shift, scale, eps: _modulated(x, shift, scale),
     "adaln_jvp": lambda x, shift, scale, *others: _modulated(x, shift, scale, dots=others[:-1]),
     "adaln_bwd": lambda y_bar, x, shift, scale, mean, rstd: _modulated(x, y_bar, shift, scale),
-    "conv1d_toom": _toom,
+    "conv1d_toom": lambda *_: True,  # `cpu/conv1d.py` knows
     "gated_residual_adaln_fwd": lambda x, *others: _modulated(x, *others[:-1]),
     "gated_residual_adaln_jvp": lambda x, *others: _modulated(x, *others[:4], dots=others[4:-1]),
     "gated_residual_adaln_bwd": lambda total_bar, y_bar, total, *others: _modulated(

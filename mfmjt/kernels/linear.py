@@ -10,7 +10,9 @@ x and those of x_dot by W and keeps x and W alone.
 
 The products are the vendor's, and there are two of them. One over [x; x_dot] would need both in one
 piece of memory: then the tape, which holds x, holds x_dot too and doubles what training keeps, or
-both are copied first. All there is to win is a launch and W read once more, from the L2 cache.
+both are copied first. All there is to win is a launch and W read once more, from the L2 cache. For
+the same reason streams are multiplied one after the other: no library has a product of rows of
+several tensors by a weight each.
 """
 
 from __future__ import annotations
@@ -31,52 +33,61 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _jvp(x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias).contiguous()
+
+
+def _jvp(x: Tensor, weight: Tensor, bias: Tensor | None, x_dot: Tensor) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     rows, rows_dot = x.reshape(-1, x.shape[-1]), x_dot.reshape(-1, x.shape[-1])
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return y.view(shape), torch.mm(rows_dot, weight.t()).view(shape)
 
 
-_jvp_op = _op.define(
-    "linear_jvp(Tensor x, Tensor x_dot, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", _jvp
+def _bwd(
+    y_bar: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_bar, weight_bar, bias_bar = (x.new_empty(0) for _ in needs)
+    rows = y_bar.reshape(-1, y_bar.shape[-1])
+    if needs[0]:
+        x_bar = torch.mm(rows, weight).view(x.shape)
+    if needs[1]:
+        weight_bar = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
+    if needs[2]:
+        bias_bar = rows.sum(0)
+    return x_bar, weight_bar, bias_bar
+
+
+# A value is PyTorch's own, with its own gradient
+_linear = _op.Op(
+    "linear",
+    _fwd,
+    _jvp,
+    _bwd,
+    reference=linear_ref,
+    plain=linear_ref,
+    autocasts="x, weight and bias of one dtype",
 )
 
 
-def _backward(
-    ctx: Any, y_bar: Tensor | None, y_dot_bar: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    y_bar = _op.refuse_gradient(y_bar, y_dot_bar)
-    assert y_bar is not None
-    x, weight = ctx.saved_tensors
-    wants_x, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
-    rows = y_bar.reshape(-1, y_bar.shape[-1])
-    return (
-        torch.mm(rows, weight).view(x.shape) if wants_x else None,
-        None,
-        torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if wants_weight else None,
-        rows.sum(0) if wants_bias else None,
-    )
-
-
-_op.backward_of(_jvp_op, _backward, saves=lambda inputs, outputs: (inputs[0], inputs[2]), outputs=2)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Linear layer x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:
-        x: `(..., C)`.
+        x: `(..., C)`. Or a tuple of streams, and so are weight and bias; sizes may differ.
         weight: `(O, C)`; must not carry a tangent.
         bias: `(O,)` or None; must not carry a tangent.
 
     Returns:
-        `(..., O)`.
+        `(..., O)`; for a tuple of streams a tuple.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.
         NotImplementedError: weight or bias carries a tangent.
     """
+    if isinstance(x, tuple):
+        streams = _op.per_stream("linear", x=x, weight=weight, bias=bias)
+        return tuple([linear(**stream) for stream in streams])
     _op.check_tensors("linear", {"bias": bias}, x=x, weight=weight)
     fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
@@ -85,16 +96,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not fits:
         needs = "x (..., C), weight (O, C), bias (O,), all on one device"
         _op.check(False, "linear", needs, x=x, weight=weight, bias=bias)
-    if _op.use_reference():
-        return linear_ref(x, weight, bias)
-
-    def run(values: Any, dots: Any) -> Any:
-        x, weight, bias = values
-        y = _jvp_rows.known(weight, (*x.shape[:-1], weight.shape[0]))
-        if y is not None:
-            return (y,) if dots is None else (y, F.linear(dots[0], weight))
-        if dots is None:
-            return (_jvp_rows.made(weight, F.linear(x, weight, bias)),)
-        return _jvp_op(*_op.autocast(x, dots[0], weight, bias))
-
-    return _op.dual(run, (x,), "linear", {"weight": weight, "bias": bias})[0]
+    return _jvp_rows.product(_linear, x, weight, bias)

@@ -92,11 +92,12 @@ def test_library_ops():
     x, weight, bias = (t.requires_grad_() for t in inputs(2, 5, 8).values())
     ops, y_bar = torch.ops.mfmjt, randn(2, 5, 6)
     torch.library.opcheck(ops.conv1d_fwd.default, (x, weight, bias, 2))
-    torch.library.opcheck(ops.conv1d_bwd_x.default, (y_bar, weight.detach(), 2))
-    torch.library.opcheck(ops.conv1d_bwd_weight.default, (y_bar, x.detach(), 3, 2))
+    leaves = x.detach(), weight.detach()
+    for needs in ([True] * 3, [False, True, False]):
+        torch.library.opcheck(ops.conv1d_bwd.default, (y_bar, *leaves, 2, needs))
     torch.library.opcheck(
         ops.conv1d_jvp.default,
-        (x, x.detach(), weight, bias, 1),
+        (x, weight, bias, x.detach(), 1),
         test_utils=oracle.OPCHECKS_OF_A_DUAL,
     )
 

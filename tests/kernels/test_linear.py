@@ -70,7 +70,7 @@ def test_library_op():
     leaves = [t.clone().requires_grad_() for t in (weight, bias)]
     torch.library.opcheck(
         torch.ops.mfmjt.linear_jvp.default,
-        (x.clone().requires_grad_(), x, *leaves),
+        (x.clone().requires_grad_(), *leaves, x),
         test_utils=oracle.OPCHECKS_OF_A_DUAL,
     )
 
