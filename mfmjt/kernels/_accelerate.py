@@ -1,7 +1,7 @@
 """Our tangents in anyone's network: PyTorch's functions, taken over while a tangent is alive.
 
-`accelerate_jvp` is a torch function mode: it sees every PyTorch function that is called inside the
-block. Where nothing carries a tangent it calls the function and does no more. Where an input does:
+`accelerate_jvp` is a torch function mode: it receives every PyTorch function that is called inside
+the block. Where no input has a tangent it calls the function and does no more. Where one does:
 
     F.scaled_dot_product_attention               our `joint_attention`
     F.linear, conv1d, conv2d, conv3d             the function, on the value and on the tangent
@@ -10,53 +10,54 @@ block. Where nothing carries a tangent it calls the function and does no more. W
         silu, gelu     y_dot = f'(x) x_dot           by the function's own backward kernel, since
         layer_norm     y_dot = w J x_dot             a diagonal Jacobian is symmetric, and so is J
         rms_norm       y_dot = w r (x_dot - n mean(n x_dot)),  n = r x,  r = (mean x^2 + eps)^-1/2
-    products and the like, whose derivative      PyTorch's value and tangent, the tangent then
-    would keep a tangent for backward            taken off the tape
+    matmuls and the like, whose derivative       PyTorch's value and tangent, the tangent then
+    would keep a tangent for backward            detached from the graph
     anything else                                PyTorch's
 
-So a layer costs two products where PyTorch's forward mode does three (it multiplies by a zero
-tangent of the weight that it makes up), attention has a forward mode, and the tape keeps what it
-keeps in plain training. Gradients are those of the values; one that arrives at a tangent raises.
+So a layer costs two matmuls where PyTorch's forward mode does three (it multiplies by a zero
+tangent of the weight), attention has a forward mode, and the graph keeps what it keeps in plain
+training. Gradients are those of the values; one that arrives at a tangent raises.
 
-Values come from PyTorch's function on the tape, not from a library op of ours that would give value
-and tangent together, so that what follows may be in place (the results of an op that has several
-may not), autocast keeps its copies of weights, and a compiler can fuse across.
+Values are results of PyTorch's function, not of a library op of ours that would give value and
+tangent together, so that what follows may be in place (the results of an op that has several may
+not), autocast keeps its copies of weights, and a compiler can fuse across.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from mfmjt.kernels import _op
-from mfmjt.kernels._dual import seal
+from mfmjt.kernels import _dual
+from mfmjt.kernels._op import use_reference, work_dtype
 from mfmjt.kernels.joint_attention import joint_attention
 
 __all__ = ["AcceleratedJvp", "accelerate_jvp"]
 
-# A route returns the dual result, or why the call is PyTorch's, or None: no input has a tangent.
-Outcome = Any
-Route = Callable[..., Outcome]
+Route = Callable[..., Any]  # the dual result of a call with a tangent; or raises NotOurs
 
 _WIDEST_HEAD = 256  # that our attention takes on every device
 
 _layer_norm_bar = torch.ops.aten.native_layer_norm_backward.default
 
 
-def _forward_mode() -> str | None:
-    """None outside forward mode, "" inside, else why no call can be ours there.
+class NotOurs(Exception):
+    """A call with a tangent that stays PyTorch's; the argument says why."""
 
-    A compiler that traces a call of this must run it instead: it remembers what it once read from a
-    global variable, and one level is entered and left within what it compiles.
+
+def _forward_mode() -> str | None:
+    """Return None outside forward mode, "" inside, else why no call can be ours there.
+
+    A compiler that traces a call of this must run it instead (`_dual.levels`).
     """
-    if forward_ad._current_level < 0:
+    if _dual.levels() == 0:
         return None
     stack = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack):
@@ -68,40 +69,32 @@ def _forward_mode() -> str | None:
 _forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _split(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent, the latter off the tape; None where there is no tangent."""
-    x, x_dot = forward_ad.unpack_dual(x, level=0)  # the one level there is
-    return x, None if x_dot is None else x_dot.detach()
-
-
 def _join(y: Tensor, y_dot: Tensor) -> Tensor:
-    return forward_ad.make_dual(y, seal(y, y_dot), level=0)
+    return _dual.join(y, _dual.seal(y, y_dot))
 
 
 def _moves(*arguments: Any) -> bool:
-    """Whether one of the arguments carries a tangent."""
-    return any(isinstance(a, Tensor) and _split(a)[1] is not None for a in arguments)
+    """Return True if one of the arguments carries a tangent."""
+    return any(isinstance(a, Tensor) and _dual.split(a)[1] is not None for a in arguments)
 
 
-def _off_tape(result: Any) -> Any:
-    """PyTorch's result, the tangent off the tape."""
+def _detached(result: Any) -> Any:
+    """Return PyTorch's result, its tangent detached from the graph."""
     if type(result) is tuple:
-        return tuple(map(_off_tape, result))
+        return tuple(map(_detached, result))
     if not (isinstance(result, Tensor) and torch.is_grad_enabled()):
         return result
-    y, y_dot = _split(result)
+    y, y_dot = _dual.split(result)
     return result if y_dot is None else _join(y, y_dot)
 
 
 def _apart(function: Callable[..., Tensor], tangent: Callable[..., Tensor]) -> Route:
-    """Route of a function of one moving input: `tangent(x, x_dot, *others)` has no tape."""
+    """Return the route of a function of one moving input; `tangent` is of (x, x_dot, *others)."""
 
-    def route(input: Tensor, *args: Any, **kwargs: Any) -> Outcome:
+    def route(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _moves(*args, *kwargs.values()):
-            return "tangent of a parameter"
-        x, x_dot = _split(input)
-        if x_dot is None:
-            return None
+            raise NotOurs("tangent of a parameter")
+        x, x_dot = _dual.split(input)
         y = function(x, *args, **kwargs)
         with torch.no_grad():
             y_dot = tangent(x.detach(), x_dot, *args, **kwargs).to(y.dtype)
@@ -111,7 +104,7 @@ def _apart(function: Callable[..., Tensor], tangent: Callable[..., Tensor]) -> R
 
 
 def _with_weight(function: Callable[..., Tensor]) -> Route:
-    """Route of a function that is linear in its input but for a bias."""
+    """Return the route of a function that is linear in its input but for a bias."""
 
     def tangent(
         x: Tensor, x_dot: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any
@@ -122,10 +115,6 @@ def _with_weight(function: Callable[..., Tensor]) -> Route:
 
 
 _linear = _with_weight(F.linear)
-
-
-def _any_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(input, weight, bias) if _moves(input) else F.linear(input, weight, bias)
 
 
 def _gelu_dot(x: Tensor, x_dot: Tensor, approximate: str = "none") -> Tensor:
@@ -139,12 +128,13 @@ def _silu_dot(x: Tensor, x_dot: Tensor) -> Tensor:
 _silu_apart = _apart(F.silu, _silu_dot)
 
 
-def _silu(input: Tensor, inplace: bool = False) -> Outcome:
-    if not _moves(input):
-        return None
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
     if inplace:
-        return "in place"
-    return "complex numbers" if input.is_complex() else _silu_apart(input)
+        raise NotOurs("in place")
+    if input.is_complex():
+        raise NotOurs("complex numbers")
+    result: Tensor = _silu_apart(input)
+    return result
 
 
 def _layer_norm_dot(
@@ -156,7 +146,7 @@ def _layer_norm_dot(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     x, x_dot, shape = x.to(work), x_dot.to(work), list(normalized_shape)
     _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
     mask = [True, False, False]
@@ -171,7 +161,7 @@ def _rms_norm_dot(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    work = _op.work_dtype(x)
+    work = work_dtype(x)
     eps = torch.finfo(work).eps if eps is None else eps
     x, x_dot, axes = x.to(work), x_dot.to(work), tuple(range(-len(normalized_shape), 0))
     r = torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
@@ -189,83 +179,65 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Outcome:
-    if not _moves(query, key, value, attn_mask):
-        return None
-    if attn_mask is not None:
-        return "attn_mask"
-    if dropout_p > 0:
-        return "dropout"
-    if is_causal:
-        return "is_causal"
-    if not (query.ndim == key.ndim == value.ndim == 4):
-        return "not (B, H, N, D)"
-    if not (query.shape[:2] == key.shape[:2] == value.shape[:2]):
-        return "queries and keys of different numbers"
-    if not (query.shape[3] == key.shape[3] == value.shape[3]):
-        return "values of a width of their own"
-    if key.shape[2] == 0:
-        return "no key"
-    if query.shape[3] > _WIDEST_HEAD:
-        return f"heads wider than {_WIDEST_HEAD}"
+) -> Tensor:
+    reasons = {
+        "attn_mask": attn_mask is not None,
+        "dropout": dropout_p > 0,
+        "is_causal": is_causal,
+        "not (B, H, N, D)": not (query.ndim == key.ndim == value.ndim == 4),
+        "queries and keys of different numbers": not (
+            query.shape[:2] == key.shape[:2] == value.shape[:2]
+        ),
+        "values of a width of their own": not (query.shape[-1] == key.shape[-1] == value.shape[-1]),
+        "no key": key.shape[-2] == 0,
+        f"heads wider than {_WIDEST_HEAD}": query.shape[-1] > _WIDEST_HEAD,
+    }
+    _leave(reasons)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return joint_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def _multi_head_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    static_k: Tensor | None = None,
-    static_v: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> Outcome:
-    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
-    parameters = (in_proj_weight, in_proj_bias, *separate, out_proj_weight, out_proj_bias)
-    if _moves(*parameters, bias_k, bias_v, static_k, static_v, attn_mask):
-        return "tangent of a parameter"
-    if not _moves(query, key, value):
-        return None
-    if need_weights:
-        return "need_weights=True"
-    if attn_mask is not None or key_padding_mask is not None:
-        return "attn_mask"
-    if dropout_p > 0 and training:
-        return "dropout"
-    if add_zero_attn or any(t is not None for t in (bias_k, bias_v, static_k, static_v)):
-        return "keys beyond those given"
-    if query.ndim != 3:
-        return "not (N, B, C)"
-    if query.shape[2] // num_heads > _WIDEST_HEAD:
-        return f"heads wider than {_WIDEST_HEAD}"
-    if query is key is value and in_proj_weight is not None:
-        qkv = _linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+def _leave(reasons: dict[str, bool]) -> None:
+    """Raise NotOurs with the first reason that holds."""
+    for why, holds in reasons.items():
+        if holds:
+            raise NotOurs(why)
+
+
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward).parameters
+_MULTI_HEAD_NAMES = tuple(_MULTI_HEAD)
+_MULTI_HEAD_DEFAULTS = {n: p.default for n, p in _MULTI_HEAD.items() if p.default is not p.empty}
+_MORE_KEYS = ("bias_k", "bias_v", "static_k", "static_v")
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    # What inspect.Signature.bind does, in words that a compiler traces
+    given = {**_MULTI_HEAD_DEFAULTS, **dict(zip(_MULTI_HEAD_NAMES, args, strict=False)), **kwargs}
+    query, key, value = inputs = given.pop("query"), given.pop("key"), given.pop("value")
+    heads = given["num_heads"]
+    reasons = {
+        "tangent of a parameter": _moves(*given.values()),
+        "need_weights=True": given["need_weights"],
+        "attn_mask": given["attn_mask"] is not None or given["key_padding_mask"] is not None,
+        "dropout": given["dropout_p"] > 0 and given["training"],
+        "keys beyond those given": given["add_zero_attn"]
+        or any(given[name] is not None for name in _MORE_KEYS),
+        "not (N, B, C)": query.ndim != 3,
+        f"heads wider than {_WIDEST_HEAD}": query.shape[-1] // heads > _WIDEST_HEAD,
+    }
+    _leave(reasons)
+    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
+    if query is key is value and weight is not None:
+        qkv = _linear(query, weight, bias).chunk(3, -1)
     else:
-        weights: Any = separate if in_proj_weight is None else in_proj_weight.chunk(3)
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        qkv = tuple(map(_any_linear, (query, key, value), weights, biases))
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(0, 1) for t in qkv)
+        separate = (given[f"{name}_proj_weight"] for name in "qkv")
+        weights = separate if weight is None else weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        layers = zip(inputs, weights, biases, strict=True)
+        qkv = [(_linear if _moves(x) else F.linear)(x, *layer) for x, *layer in layers]
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in qkv)
     o = joint_attention(q, k, v).transpose(0, 1).flatten(2)
-    return _linear(o, out_proj_weight, out_proj_bias), None
+    return _linear(o, given["out_proj_weight"], given["out_proj_bias"]), None
 
 
 _ROUTES: dict[Any, tuple[str, Route]] = {
@@ -342,25 +314,29 @@ class AcceleratedJvp(TorchFunctionMode):
         # A compiled backward keeps what it needs, and a gradient of a tangent needs nothing.
         if func not in _KEEP_TANGENTS or obstacle or torch.compiler.is_compiling():
             return result
-        return result if args and result is args[0] else _off_tape(result)
+        return result if args and result is args[0] else _detached(result)
 
     def _route(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         name, route = _ROUTES[func]
-        obstacle = "inside kernels.reference()" if _op.use_reference() else why
-        result = obstacle or route(*args, **kwargs)
-        if result is None:
+        obstacle = "inside kernels.reference()" if use_reference() else why
+        if not (obstacle or _moves(*args, *kwargs.values())):
             return func(*args, **kwargs)
-        if not isinstance(result, str):
+        try:
+            if obstacle:
+                raise NotOurs(obstacle)
+            result = route(*args, **kwargs)
+        except NotOurs as left:
+            reason = left.args[0]
+        else:
             self.taken[name] = self.taken.get(name, 0) + 1
             return result
-        key = (name, result)
-        self.left[key] = self.left.get(key, 0) + 1
+        self.left[name, reason] = self.left.get((name, reason), 0) + 1
         if func in _ATTENTION:  # PyTorch's fused kernels have no forward mode
             with sdpa_kernel(SDPBackend.MATH):
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        return result if obstacle or torch.compiler.is_compiling() else _off_tape(result)
+        return result if obstacle or torch.compiler.is_compiling() else _detached(result)
 
 
 def accelerate_jvp() -> AcceleratedJvp:

@@ -7,38 +7,27 @@
                q_bar = scale S_bar k,  k_bar = scale S_bar^T q
 
 q (B, N, H, D), k and v (B, M, H, D), each a tensor or a tuple of streams along the tokens. Stored
-in the dtype of q, computed in float32 (float64 for float64). Taking the row's mean off S_dot before
-W is formed changes nothing in exact arithmetic and keeps the digits where S_dot has a common
+in the dtype of q, computed in float32 (float64 for float64). Subtracting the row's mean of S_dot
+before W is formed changes nothing in exact arithmetic and keeps the digits where S_dot has a common
 offset. Kept for backward: q, k, v, o, and the log of each row's sum (B, H, N), from which P is made
-again; in the Triton kernels to the base 2, whose power GPUs compute.
-A GPU takes one launch for value and tangent over all streams of queries, whose programs walk along
-the streams of keys where they lie; what does not move costs no matrix product. With p = 2^(S - top)
-and w = p (S_dot - c) it sums l = sum p, r = sum w, o~ = p v and T~ = w v + p v_dot, and in the end
-o = o~ / l, o_dot = (T~ - r o) / l. The centre c is the mean of S_dot so far, and l and r are sums
-of p and w as rounded for the products: without both, bfloat16 loses ten times the digits. Gradients
-take two launches and no atomics. 4 B H N M D operations, 12 with all tangents, 14 for gradients.
-float32 goes through three TF32 products, float64 through the formulas.
-On a CPU that multiplies pairs of bfloat16 (AVX-512 BF16), bfloat16 goes through one C++ pass over
-six rows of queries at a time, products included: S and S_dot stay float32 in the first-level cache,
-and only P, W and S_bar are rounded. Elsewhere the matrix products are PyTorch's, by blocks of heads
-and of query rows, so that no (N, M) matrix grows with N; what lies between them is one pass over a
-block (`_softmax`, in C++ where built), and where products of bfloat16 are quicker than those of
-float32, S, P, S_dot and W are rounded to it, as PyTorch's own are. Value and gradient of float32
-are left to PyTorch's flash kernels: a value without a tangent calls them with their own backward,
-since copies of results, which a library op owes, made ours 3 to 9 % slower.
+again; in the Triton kernels to the base 2. What does not move costs no matmul.
+
+4 B H N M D operations, 12 with all tangents, 14 for gradients. A fused kernel reads q, k, v, writes
+o and never stores S; the formulas below store blocks of it that fit a cache.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _native, _op, _triton, _tuning
-from mfmjt.kernels._triton import INTERPRETED, cdiv, fma, jit, target, tl
+from mfmjt.kernels import _backends
+from mfmjt.kernels._attention import Heads, softmax, softmax_bar, valid_keys, without_padding
+from mfmjt.kernels._op import Op, check, check_tensors, use_reference, work_dtype
+from mfmjt.kernels.cpu import joint_attention as cpu
 
 __all__ = ["joint_attention", "joint_attention_ref"]
 
@@ -46,35 +35,16 @@ Streams = Tensor | Sequence[Tensor]
 Lengths = Tensor | Sequence[Tensor | None] | None
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_BLOCK = 2**21  # bytes of S in one block of heads and query rows: those of a cache
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_bar = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _tuple(streams: Streams) -> tuple[Tensor, ...]:
     return tuple(streams) if isinstance(streams, (list, tuple)) else (streams,)  # type: ignore[return-value]
 
 
-def _valid_keys(keys: Sequence[Tensor], lengths: Lengths) -> Tensor | None:
-    """True where a key counts, (B, M); None where every key does."""
-    if lengths is None or isinstance(lengths, Tensor):
-        given: tuple[Tensor | None, ...] = (lengths,)
-    else:
-        given = tuple(lengths)
-    if all(length is None for length in given):
-        return None
-    rows = []
-    for key, length in zip(keys, given, strict=True):
-        position = torch.arange(key.shape[1], device=key.device)
-        limit = key.shape[1] if length is None else length.to(key.device)[:, None]
-        rows.append((position < limit).expand(key.shape[0], -1))
-    return torch.cat(rows, dim=1)
-
-
-def _without_padding(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Zeros for what padding holds, be it NaN: 0 * NaN must not reach the result."""
-    return x if valid is None else torch.where(valid[:, :, None, None], x, 0)
+def _limits(lengths: Lengths, keys: Sequence[Tensor]) -> list[Tensor | None]:
+    if lengths is None:
+        return [None] * len(keys)
+    return [lengths] if isinstance(lengths, Tensor) else list(lengths)
 
 
 @overload
@@ -88,11 +58,11 @@ def joint_attention_ref(
 def joint_attention_ref(
     q: Streams, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """Plain PyTorch `joint_attention`; the definition of correct."""
+    """Compute `joint_attention` in plain PyTorch; the definition of correct."""
     queries, keys, values = _tuple(q), _tuple(k), _tuple(v)
-    valid = _valid_keys(keys, lengths)
+    valid = valid_keys(keys, _limits(lengths, keys))
     all_q, all_k, all_v = (torch.cat(s, dim=1) for s in (queries, keys, values))
-    all_k, all_v = _without_padding(all_k, valid), _without_padding(all_v, valid)
+    all_k, all_v = without_padding(all_k, valid), without_padding(all_v, valid)
     scale = all_q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.promote_types(all_q.dtype, torch.float32)
     scores = torch.einsum("bnhd,bmhd->bhnm", all_q * scale, all_k).to(work)
@@ -105,191 +75,28 @@ def joint_attention_ref(
     return out.split([query.shape[1] for query in queries], dim=1)
 
 
-def _bias(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to S, (B, 1, 1, M). Finite, so that a row without any key stays finite."""
-    if valid is None:
-        return None
-    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-    return bias.masked_fill_(~valid, torch.finfo(dtype).min)[:, None, None]
-
-
-def _join(streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
-    """One tensor of all tokens, padding zero, rows of a head dense.
-
-    PyTorch's flash attention for CPUs takes them for dense, whatever the last stride says.
-    """
-    joined = streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1)
-    joined = joined if joined.stride(-1) == 1 else joined.contiguous()
-    return _without_padding(joined, valid)
-
-
-def _flash_alone(
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    lengths: Sequence[Tensor | None],
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """PyTorch's flash attention for CPUs, and its own gradient."""
-    valid = _valid_keys(k, lengths)
-    joined = (_join(q), _join(k, valid), _join(v, valid))
-    o = _flash(
-        *(x.transpose(1, 2) for x in joined),
-        attn_mask=_bias(valid, _op.work_dtype(q[0])),
-        scale=scale,
-    )[0]
-    return o.transpose(1, 2).split([x.shape[1] for x in q], dim=1)
-
-
-def _is_left_to_flash(x: Tensor) -> bool:
-    """A value alone, of a dtype that a CPU multiplies no quicker than float32.
-
-    Ours would be the same kernels; results in memory of their own cost a tenth more.
-    """
-    return x.device.type == "cpu" and not _triton.ON_CPU and not _bfloat16_products(x)
-
-
-def _part(x: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
-    """The streams of a tensor of all tokens, each in memory of its own."""
-    if len(streams) == 1:
-        return [x.contiguous()]
-    parts = x.split([s.shape[1] for s in streams], dim=1)
-    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
-
-
-class _Heads:
-    """(B, tokens, H, D) tensors as the (B H, tokens, D) batches that bmm wants, and back.
-
-    Where a CPU multiplies bfloat16 quicker than float32, products are in bfloat16; what lies
-    between them is in float32 all the same.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.batch, _, self.heads, self.width = like.shape
-        self.dtype = torch.bfloat16 if _bfloat16_products(like) else _op.work_dtype(like)
-        self.block = max(1, _BLOCK // self.dtype.itemsize)
-
-    def take(
-        self, streams: Sequence[Tensor], valid: Tensor | None = None, dots: Any = None
-    ) -> Tensor:
-        """All tokens of the streams, or of their tangents; what is padding, zero."""
-        tokens = sum(x.shape[1] for x in streams)
-        shape = (self.batch, self.heads, tokens, self.width)
-        batches = torch.empty(shape, dtype=self.dtype, device=streams[0].device)
-        parts = batches.split([x.shape[1] for x in streams], dim=2)
-        for to, x in zip(parts, streams if dots is None else dots, strict=True):
-            to.zero_() if x is None else to.copy_(x.transpose(1, 2))
-        if valid is not None:
-            batches.masked_fill_(~valid[:, None, :, None], 0)
-        return batches.flatten(0, 1)
-
-    def give(self, x: Tensor, like: Tensor) -> Tensor:
-        return x.unflatten(0, (self.batch, self.heads)).transpose(1, 2).to(like.dtype)
-
-    def rows(self, valid: Tensor | None) -> Tensor | None:
-        bias = _bias(valid, self.dtype)
-        return None if bias is None else bias.expand(-1, self.heads, 1, -1).flatten(0, 2)
-
-    def centred(self, x: Tensor) -> Tensor:
-        """Keys, or values of W, without a large common part.
-
-        It adds one number to a row of S or of S_dot, which the softmax takes off again, and nothing
-        to W v, as rows of W have sum zero; but the rest would lose its digits to it in bfloat16.
-        A small one is left, lest taking it off cost a rounding.
-        """
-        if self.dtype != torch.bfloat16:
-            return x
-        ones = x.new_ones(1, 1, x.shape[1]).expand(x.shape[0], 1, -1)  # products sum quicker
-        total = torch.bmm(ones, x)
-        large = 2 * total.abs() > torch.bmm(ones, x.abs())
-        return x - total.mul_(large).div_(x.shape[1])
-
-    def blocks(
-        self, queries: int, keys: int, matrices: int, device: torch.device
-    ) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-        """Heads and rows to take at a time, and room for matrices (heads, rows, M) of theirs."""
-        total = self.batch * self.heads
-        rows = max(1, min(queries, self.block // keys))
-        heads = max(1, min(total, self.block // (rows * keys)))
-        room = torch.empty((matrices, heads * rows * keys), dtype=self.dtype, device=device)
-        for head in range(0, total, heads):
-            for row in range(0, queries, rows):
-                shape = (min(heads, total - head), min(rows, queries - row), keys)
-                parts = [x[: math.prod(shape)].view(shape) for x in room]
-                yield slice(head, head + heads), slice(row, row + rows), parts
-
-
-def _bfloat16_products(like: Tensor) -> bool:
-    return (
-        like.dtype == torch.bfloat16
-        and like.device.type == "cpu"
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-
-
-def _softmax(s: Tensor, s_dot: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """Turn scores q k^T (G, R, M) into P and, where given, their tangents into W, in place.
-
-    Returns:
-        The log of each row's sum (G, R).
-    """
-    p = s.to(_op.work_dtype(s)).mul_(scale)
-    if bias is not None:
-        p.add_(bias[:, None])
-    top = p.amax(-1, keepdim=True)
-    total = p.sub_(top).exp_().sum(-1, keepdim=True)
-    p.div_(total)
-    if s_dot is not None:
-        moved = s_dot.to(p.dtype).mul_(scale)
-        centre = (p * moved).sum(-1, keepdim=True)
-        s_dot.copy_(moved.sub_(centre).mul_(p))
-    s.copy_(p)
-    return total.log_().add_(top)[..., 0]
-
-
-def _softmax_bar(
-    s: Tensor, p_bar: Tensor, bias: Tensor | None, lse: Tensor, scale: float
-) -> Tensor:
-    """Turn scores q k^T into P, and the cotangent of P into that of the scores, in place."""
-    p = s.to(_op.work_dtype(s)).mul_(scale)
-    if bias is not None:
-        p.add_(bias[:, None])
-    p.sub_(lse[..., None]).exp_()
-    bar = p_bar.to(p.dtype)
-    centre = (p * bar).sum(-1, keepdim=True)
-    p_bar.copy_(bar.sub_(centre).mul_(p).mul_(scale))
-    return s.copy_(p)
-
-
-_softmax = _native.kernel("joint_attention_softmax", _softmax) or _softmax
-_softmax_bar = _native.kernel("joint_attention_softmax_bar", _softmax_bar) or _softmax_bar
-
-
 def _jvp(
     q: list[Tensor],
     k: list[Tensor],
     v: list[Tensor],
-    q_dots: list[Tensor | None],
-    k_dots: list[Tensor | None],
-    v_dots: list[Tensor | None],
+    q_dot: list[Tensor | None],
+    k_dot: list[Tensor | None],
+    v_dot: list[Tensor | None],
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    valid, heads = _valid_keys(k, lengths), _Heads(q[0])
-    query, values, bias = heads.take(q), heads.take(v, valid), heads.rows(valid)
-    keys = heads.centred(heads.take(k, valid))
-    query_dot, keys_dot, values_dot = (
-        None if all(dot is None for dot in dots) else heads.take(x, padding, dots)
-        for x, padding, dots in ((q, None, q_dots), (k, valid, k_dots), (v, valid, v_dots))
-    )
-    moves = query_dot is not None or keys_dot is not None
-    centred_values = heads.centred(values) if moves else values
-    keys = keys.transpose(1, 2)
+    valid, heads = valid_keys(k, lengths), Heads(q[0])
+    query, values, bias = heads.gather(q), heads.gather(v, valid), heads.additive(valid)
+    keys = heads.without_mean(heads.gather(k, valid)).transpose(1, 2)
+    query_dot, values_dot = heads.gather_dots(q, q_dot), heads.gather_dots(v, v_dot, valid)
+    keys_dot = heads.gather_dots(k, k_dot, valid)
     if keys_dot is not None:
-        keys_dot = heads.centred(keys_dot).transpose(1, 2)
+        keys_dot = heads.without_mean(keys_dot).transpose(1, 2)
+    moves = query_dot is not None or keys_dot is not None
+    values_of_w = heads.without_mean(values) if moves else values
     o = torch.empty_like(query)
     o_dot = torch.empty_like(query) if moves else torch.zeros_like(query)
-    lse = query.new_empty(query.shape[:2], dtype=_op.work_dtype(query))
+    lse = query.new_empty(query.shape[:2], dtype=work_dtype(query))
     shape = query.shape[1], keys.shape[2]
     for head, row, (p, *rest) in heads.blocks(*shape, 1 + moves, query.device):
         w = rest[0] if moves else None
@@ -300,22 +107,21 @@ def _jvp(
                 w.baddbmm_(query[head, row], keys_dot[head])
         elif w is not None and keys_dot is not None:
             torch.bmm(query[head, row], keys_dot[head], out=w)
-        lse[head, row] = _softmax(p, w, None if bias is None else bias[head], scale)
+        lse[head, row] = softmax(p, w, None if bias is None else bias[head], scale)
         torch.bmm(p, values[head], out=o[head, row])
         if w is not None:
-            torch.bmm(w, centred_values[head], out=o_dot[head, row])
+            torch.bmm(w, values_of_w[head], out=o_dot[head, row])
         if values_dot is not None:
             o_dot[head, row].baddbmm_(p, values_dot[head])
     lse = lse.view(heads.batch, heads.heads, lse.shape[1])
-    return _part(heads.give(o, q[0]), q), _part(heads.give(o_dot, q[0]), q), lse
+    return heads.scatter(o, q), heads.scatter(o_dot, q), lse
 
 
 def _fwd(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[list[Tensor], Tensor]:
-    no_q: list[Tensor | None] = [None] * len(q)
-    no_k: list[Tensor | None] = [None] * len(k)
-    o, _, lse = _jvp(q, k, v, no_q, no_k, no_k, lengths, scale)
+    fixed: list[Tensor | None] = [None] * len(k)
+    o, _, lse = _jvp(q, k, v, [None] * len(q), fixed, fixed, lengths, scale)
     return o, lse
 
 
@@ -329,9 +135,9 @@ def _bwd(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    valid, heads = _valid_keys(k, lengths), _Heads(q[0])
-    query, values, out_bar = heads.take(q), heads.take(v, valid), heads.take(o_bar)
-    keys, bias = heads.centred(heads.take(k, valid)), heads.rows(valid)
+    valid, heads = valid_keys(k, lengths), Heads(q[0])
+    query, values, out_bar = heads.gather(q), heads.gather(v, valid), heads.gather(o_bar)
+    keys, bias = heads.without_mean(heads.gather(k, valid)), heads.additive(valid)
     query_bar = torch.empty_like(query)
     queries, tokens = query.shape[1], keys.shape[1]
     whole = queries * tokens <= heads.block  # else rounding would add up over blocks
@@ -342,824 +148,34 @@ def _bwd(
     for head, row, (p, s_bar) in heads.blocks(queries, tokens, 2, query.device):
         torch.bmm(query[head, row], keys[head].transpose(1, 2), out=p)
         torch.bmm(out_bar[head, row], values[head].transpose(1, 2), out=s_bar)
-        known = sums[head, row].contiguous()
-        _softmax_bar(p, s_bar, None if bias is None else bias[head], known, scale)
+        of_rows = sums[head, row].contiguous()
+        softmax_bar(p, s_bar, None if bias is None else bias[head], of_rows, scale)
         torch.bmm(s_bar, keys[head], out=query_bar[head, row])
         for bar, left, right in ((keys_bar, s_bar, query), (values_bar, p, out_bar)):
             if whole:
                 torch.bmm(left.transpose(1, 2), right[head, row], out=bar[head])
             else:
                 bar[head] += torch.bmm(left.transpose(1, 2), right[head, row])
-    q_bar, k_bar, v_bar = (heads.give(bar, q[0]) for bar in (query_bar, keys_bar, values_bar))
-    k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
-    return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
+    k_bar, v_bar = heads.scatter(keys_bar, k, valid), heads.scatter(values_bar, v, valid)
+    return heads.scatter(query_bar, q), k_bar, v_bar
 
 
-# In C++ by rows, where the CPU multiplies pairs of bfloat16; all streams in one tensor each.
-_rows = _native.kernel("joint_attention_rows", _jvp)
-_rows_bar = _native.kernel("joint_attention_rows_bar", _bwd)
-
-
-def _row_bias(valid: Tensor | None) -> Tensor | None:
-    bias = _bias(valid, torch.float32)
-    return None if bias is None else bias[:, 0, 0]
-
-
-def _join_dots(
-    streams: Sequence[Tensor], dots: Sequence[Tensor | None], valid: Tensor | None = None
-) -> Tensor | None:
-    if all(dot is None for dot in dots):
-        return None
-    pairs = zip(streams, dots, strict=True)
-    return _join([torch.zeros_like(x) if dot is None else dot for x, dot in pairs], valid)
-
-
-def _jvp_cpu(
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    q_dots: list[Tensor | None],
-    k_dots: list[Tensor | None],
-    v_dots: list[Tensor | None],
-    lengths: list[Tensor | None],
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    if _rows is None or not _native.takes("joint_attention_rows", q[0]):
-        return _jvp(q, k, v, q_dots, k_dots, v_dots, lengths, scale)
-    valid = _valid_keys(k, lengths)
-    dots = _join_dots(q, q_dots), _join_dots(k, k_dots, valid), _join_dots(v, v_dots, valid)
-    joined = _join(q), _join(k, valid), _join(v, valid)
-    o, o_dot, lse = _rows(*joined, *dots, _row_bias(valid), scale)
-    if all(dot is None for dot in dots):
-        o_dot = torch.zeros_like(o)
-    return _part(o, q), _part(o_dot, q), lse
-
-
-def _fwd_cpu(
+def _fake(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[list[Tensor], Tensor]:
-    if _rows is not None and _native.takes("joint_attention_rows", q[0]):
-        valid = _valid_keys(k, lengths)
-        joined = _join(q), _join(k, valid), _join(v, valid)
-        o, _, lse = _rows(*joined, None, None, None, _row_bias(valid), scale)
-        return _part(o, q), lse
-    if _bfloat16_products(q[0]):
-        return _fwd(q, k, v, lengths, scale)
-    valid = _valid_keys(k, lengths)
-    o, lse = _flash(
-        *(t.transpose(1, 2) for t in (_join(q), _join(k, valid), _join(v, valid))),
-        attn_mask=_bias(valid, _op.work_dtype(q[0])),
-        scale=scale,
-    )
-    return _part(o.transpose(1, 2), q), lse.contiguous()
+    rows = (q[0].shape[0], q[0].shape[2], sum(x.shape[1] for x in q))
+    return [x.new_empty(x.shape) for x in q], q[0].new_empty(rows, dtype=work_dtype(q[0]))
 
 
-def _bwd_cpu(
-    o_bar: list[Tensor],
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    o: list[Tensor],
-    lse: Tensor,
-    lengths: list[Tensor | None],
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    if _rows_bar is not None and _native.takes("joint_attention_rows_bar", o_bar[0], q[0]):
-        valid = _valid_keys(k, lengths)
-        given = _join(o_bar), _join(q), _join(k, valid), _join(v, valid)
-        q_bar, k_bar, v_bar = _rows_bar(*given, lse, _row_bias(valid), scale)
-        k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
-        return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
-    if _bfloat16_products(q[0]):
-        return _bwd(o_bar, q, k, v, o, lse, lengths, scale)
-    valid = _valid_keys(k, lengths)
-    joined = (_join(o_bar), _join(q), _join(k, valid), _join(v, valid), _join(o))
-    bars = _flash_bar(
-        *(t.transpose(1, 2) for t in joined),
-        lse,
-        0.0,
-        False,
-        attn_mask=_bias(valid, lse.dtype),
-        scale=scale,
-    )
-    q_bar, k_bar, v_bar = (bar.transpose(1, 2) for bar in bars)
-    k_bar, v_bar = _without_padding(k_bar, valid), _without_padding(v_bar, valid)
-    return _part(q_bar, q), _part(k_bar, k), _part(v_bar, v)
+def _plain(*args: Any) -> Any:
+    (q, *rest), _ = _op.cast(args, None)
+    on_cpu = q[0].is_cpu and not _backends.ON_CPU
+    return cpu.flash(q, *rest) if on_cpu and cpu.route(q[0]) == "flash" else NotImplemented
 
 
-@jit
-def _locate(tokens, tile, BLOCK: tl.constexpr):
-    """The stream that a tile lies in, where it starts there, and how many tokens there are."""
-    stream, local, count = 0, tile, tokens[0]
-    passed = tl.cdiv(tokens[0], BLOCK)
-    for s in tl.static_range(1, len(tokens)):
-        here = tile >= passed
-        stream = tl.where(here, s, stream)
-        local = tl.where(here, tile - passed, local)
-        count = tl.where(here, tokens[s], count)
-        passed += tl.cdiv(tokens[s], BLOCK)
-    return stream, local * BLOCK, count
-
-
-@jit
-def _choose(streams, stream):
-    """One of a tuple of streams by a number that only the running kernel knows."""
-    pointer, batch_stride, token_stride, head_stride = streams[0]
-    for s in tl.static_range(1, len(streams)):
-        pointer = tl.where(stream == s, streams[s][0], pointer)
-        batch_stride = tl.where(stream == s, streams[s][1], batch_stride)
-        token_stride = tl.where(stream == s, streams[s][2], token_stride)
-        head_stride = tl.where(stream == s, streams[s][3], head_stride)
-    return pointer, batch_stride, token_stride, head_stride
-
-
-@jit
-def _choose_pointer(pointers, stream):
-    pointer = pointers[0]
-    for s in tl.static_range(1, len(pointers)):
-        pointer = tl.where(stream == s, pointers[s], pointer)
-    return pointer
-
-
-@jit
-def _load(
-    stream,
-    sample,
-    head,
-    start,
-    limit,
-    first_column,
-    UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """A tile (BLOCK, COLUMNS) of one head from token `start` on, zeros where there is nothing."""
-    pointer, batch_stride, token_stride, head_stride = stream
-    token = tl.arange(0, BLOCK)[:, None]
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
-    inside = token < limit - start
-    if WIDTH % COLUMNS != 0:
-        inside = inside & (column < WIDTH)
-    # 64 bits for where a sample is, 32 within it, unless that is longer
-    pointer += (sample * batch_stride + head * head_stride) * UNIT
-    pointer += (tl.cast(start, tl.int64) if FAR else start) * (token_stride * UNIT)
-    return tl.load(pointer + (token * (token_stride * UNIT) + column), inside, 0.0)
-
-
-@jit
-def _store(
-    pointer,
-    tile,
-    sample,
-    head,
-    heads,
-    start,
-    count,
-    first_column,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write a tile of one head into a dense (B, count, H, WIDTH) result."""
-    token = tl.arange(0, BLOCK)[:, None]
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
-    inside = token < count - start
-    if WIDTH % COLUMNS != 0:
-        inside = inside & (column < WIDTH)
-    pointer += ((sample * count + start) * heads + head) * WIDTH
-    tl.store(pointer + (token * (heads * WIDTH) + column), tile, inside)
-
-
-@jit
-def _products(
-    a,
-    b,
-    sample,
-    head,
-    a_start,
-    a_limit,
-    b_start,
-    b_limit,
-    total,
-    UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    A_BLOCK: tl.constexpr,
-    B_BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Add the products of rows of two streams, some columns at a time."""
-    for column in range(0, WIDTH, COLUMNS):
-        x = _load(a, sample, head, a_start, a_limit, column, UNIT, FAR, WIDTH, A_BLOCK, COLUMNS)
-        y = _load(b, sample, head, b_start, b_limit, column, UNIT, FAR, WIDTH, B_BLOCK, COLUMNS)
-        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION, out_dtype=total.dtype)
-    return total
-
-
-@jit
-def _limit(lengths, stream, tokens, sample):
-    """How many keys of a sample count; they are the first of the stream."""
-    limit = tokens
-    if lengths[stream] is not None:
-        limit = tl.minimum(tl.load(lengths[stream] + sample), limit).to(tl.int32)
-    return limit
-
-
-@jit
-def _attention_fwd_kernel(
-    q,  # a stream is (pointer, batch stride, token stride, head stride), strides in units
-    k,
-    v,
-    q_dot,  # None where no query moves, or pointers: strides are those of q
-    k_dot,  # None in place of a stream that does not move
-    v_dot,
-    o,  # pointers, one for each stream of queries
-    o_dot,  # None where no tangent is wanted
-    lse,
-    queries,  # tokens of each stream
-    keys,
-    lengths,  # pointers to the number of keys that count, or None
-    all_queries,
-    heads,
-    scale,
-    scale_2,  # for exp2, the exponential that GPUs have
-    UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
-    BLOCK_OUT: tl.constexpr,  # columns of v and o in one program: likewise
-):
-    WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
-    STORED: tl.constexpr = q[0][0].dtype.element_ty
-    TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    tiles = 0
-    for s in tl.static_range(len(q)):
-        tiles += tl.cdiv(queries[s], BLOCK_N)
-    pair = (tl.program_id(0) // tiles).to(tl.int64)
-    sample, head = pair // heads, pair % heads
-    column = tl.program_id(1) * BLOCK_OUT
-    stream, first, count = _locate(queries, tl.program_id(0) % tiles, BLOCK_N)
-    own = _choose(q, stream)
-    if q_dot is not None:
-        own_dot = (_choose_pointer(q_dot, stream), own[1], own[2], own[3])
-    if WHOLE:
-        query = _load(own, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
-        if q_dot is not None:
-            query_dot = _load(
-                own_dot, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN
-            )
-
-    key = tl.arange(0, BLOCK_M)
-    top = tl.full([BLOCK_N], float("-inf"), TYPE)
-    total = tl.zeros([BLOCK_N], TYPE)  # sum of p; and of p as rounded for the matrix product
-    total_rounded = total
-    total_w = total
-    centre = total
-    out = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
-    dot = out
-    for s in tl.static_range(len(k)):
-        limit = _limit(lengths, s, keys[s], sample)
-        k_dots = (k_dot[s], k[s][1], k[s][2], k[s][3])
-        v_dots = (v_dot[s], v[s][1], v[s][2], v[s][3])
-        if o_dot is not None and q_dot is None and k_dot[s] is None:
-            # S_dot is zero, and so is W, if the centre is
-            dot += centre[:, None] * out
-            total_w += centre * total_rounded
-            centre = tl.zeros([BLOCK_N], TYPE)
-        for start in range(0, limit, BLOCK_M):
-            score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            score_dot = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            if WHOLE:
-                a = _load(k[s], sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
-                a = tl.trans(a)
-                score = tl.dot(query, a, score, input_precision=PRECISION, out_dtype=TYPE)
-                if q_dot is not None:
-                    score_dot = tl.dot(
-                        query_dot, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
-                    )
-                if k_dot[s] is not None:
-                    a = _load(
-                        k_dots, sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN
-                    )
-                    a = tl.trans(a)
-                    score_dot = tl.dot(
-                        query, a, score_dot, input_precision=PRECISION, out_dtype=TYPE
-                    )
-            else:
-                score = _products(
-                    own, k[s], sample, head, first, count, start, limit, score,
-                    UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
-                )  # fmt: skip
-                if q_dot is not None:
-                    score_dot = _products(
-                        own_dot, k[s], sample, head, first, count, start, limit, score_dot,
-                        UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
-                    )  # fmt: skip
-                if k_dot[s] is not None:
-                    score_dot = _products(
-                        own, k_dots, sample, head, first, count, start, limit, score_dot,
-                        UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
-                    )  # fmt: skip
-            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
-            new_top = tl.maximum(top, tl.max(score, 1))
-            # What rounds is the same for a whole row, and so leaves P as it is
-            new_top_2 = new_top * scale_2
-            p = tl.exp2(fma(score, scale_2, -new_top_2[:, None]))
-            shrink = tl.exp2(fma(top, scale_2, -new_top_2))
-            top = new_top
-            sum_p = tl.sum(p, 1)
-            p_rounded = p.to(STORED)
-            total_rounded *= shrink
-            total_w *= shrink
-            b = _load(
-                v[s], sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
-            )
-            if q_dot is not None or k_dot[s] is not None:
-                # The centre is the mean of S_dot so far: it takes a common offset off before W is
-                # rounded. What was summed with another centre moves along.
-                score_dot *= scale
-                new = total_w + centre * total_rounded + tl.sum(p * score_dot, 1)
-                new = new / (total_rounded + sum_p)
-                shift = centre - new
-                centre = new
-                w = (p * (score_dot - centre[:, None])).to(STORED)
-                total_w += shift * total_rounded + tl.sum(w.to(TYPE), 1)
-                dot = dot * shrink[:, None] + out * (shift * shrink)[:, None]
-                dot = tl.dot(w, b, dot, input_precision=PRECISION, out_dtype=TYPE)
-            elif o_dot is not None:
-                dot *= shrink[:, None]
-            out *= shrink[:, None]
-            out = tl.dot(p_rounded, b, out, input_precision=PRECISION, out_dtype=TYPE)
-            if v_dot[s] is not None:
-                b = _load(
-                    v_dots, sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
-                )
-                dot = tl.dot(p_rounded, b, dot, input_precision=PRECISION, out_dtype=TYPE)
-            total = total * shrink + sum_p
-            # The sums that divide are those of the very numbers that were multiplied
-            if STORED != TYPE:
-                sum_p = tl.sum(p_rounded.to(TYPE), 1)
-            total_rounded += sum_p
-
-    nothing = total == 0
-    share = tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, total_rounded))[:, None]
-    out *= share
-    pointer = _choose_pointer(o, stream)
-    _store(pointer, out, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
-    if o_dot is not None:
-        dot = (dot - total_w[:, None] * out) * share
-        pointer = _choose_pointer(o_dot, stream)
-        _store(pointer, dot, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
-    token = tl.arange(0, BLOCK_N)
-    sums = top * scale_2 + tl.log2(tl.where(nothing, 1.0, total))
-    pointer = _choose_pointer(lse, stream) + pair * all_queries + first
-    here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
-    tl.store(pointer + token, tl.where(nothing, 0.0, sums), here)
-
-
-@jit
-def _attention_bwd_q_kernel(
-    q,
-    k,
-    v,
-    o_bar,
-    o,
-    q_bar,
-    delta,  # receives rowsum(o_bar o)
-    lse,
-    queries,
-    keys,
-    lengths,
-    all_queries,
-    heads,
-    scale,
-    scale_2,
-    UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
-    STORED: tl.constexpr = q[0][0].dtype.element_ty
-    TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    tiles = 0
-    for s in tl.static_range(len(q)):
-        tiles += tl.cdiv(queries[s], BLOCK_N)
-    pair = (tl.program_id(0) // tiles).to(tl.int64)
-    sample, head = pair // heads, pair % heads
-    column = tl.program_id(1) * BLOCK_OUT
-    stream, first, count = _locate(queries, tl.program_id(0) % tiles, BLOCK_N)
-    own, own_o, own_o_bar = _choose(q, stream), _choose(o, stream), _choose(o_bar, stream)
-    centre = tl.zeros([BLOCK_N], TYPE)
-    for part in range(0, WIDTH, BLOCK_IN):
-        a = _load(own_o, sample, head, first, count, part, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
-        b = _load(own_o_bar, sample, head, first, count, part, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
-        centre += tl.sum(a.to(TYPE) * b.to(TYPE), 1)
-    token = tl.arange(0, BLOCK_N)
-    row = pair * all_queries + first
-    here = token < count - first
-    once = token < tl.where(tl.program_id(1) == 0, count - first, 0)
-    tl.store(_choose_pointer(delta, stream) + row + token, centre, once)
-    sums = tl.load(_choose_pointer(lse, stream) + row + token, here, 0.0)
-    if WHOLE:
-        query = _load(own, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
-        out_bar = _load(
-            own_o_bar, sample, head, first, count, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN
-        )
-
-    key = tl.arange(0, BLOCK_M)
-    query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
-    for s in tl.static_range(len(k)):
-        limit = _limit(lengths, s, keys[s], sample)
-        for start in range(0, limit, BLOCK_M):
-            score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            p_bar = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            if WHOLE:
-                a = _load(k[s], sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
-                score = tl.dot(query, tl.trans(a), score, input_precision=PRECISION, out_dtype=TYPE)
-                b = _load(v[s], sample, head, start, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
-                p_bar = tl.dot(
-                    out_bar, tl.trans(b), p_bar, input_precision=PRECISION, out_dtype=TYPE
-                )
-            else:
-                score = _products(
-                    own, k[s], sample, head, first, count, start, limit, score,
-                    UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
-                )  # fmt: skip
-                p_bar = _products(
-                    own_o_bar, v[s], sample, head, first, count, start, limit, p_bar,
-                    UNIT, FAR, WIDTH, PRECISION, BLOCK_N, BLOCK_M, BLOCK_IN,
-                )  # fmt: skip
-            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
-            p = tl.exp2(fma(score, scale_2, -sums[:, None]))
-            score_bar = (p * (p_bar - centre[:, None])).to(STORED)
-            if BLOCK_OUT != BLOCK_IN or not WHOLE:
-                a = _load(
-                    k[s], sample, head, start, limit, column, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_OUT
-                )
-            query_bar = tl.dot(score_bar, a, query_bar, input_precision=PRECISION, out_dtype=TYPE)
-    query_bar *= scale
-    pointer = _choose_pointer(q_bar, stream)
-    _store(pointer, query_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_N, BLOCK_OUT)
-
-
-@jit
-def _attention_bwd_kv_kernel(
-    q,
-    k,
-    v,
-    o_bar,
-    k_bar,
-    v_bar,
-    delta,
-    lse,
-    queries,
-    keys,
-    lengths,
-    all_queries,
-    heads,
-    scale,
-    scale_2,
-    UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
-    STORED: tl.constexpr = q[0][0].dtype.element_ty
-    TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    tiles = 0
-    for s in tl.static_range(len(k)):
-        tiles += tl.cdiv(keys[s], BLOCK_M)
-    pair = (tl.program_id(0) // tiles).to(tl.int64)
-    sample, head = pair // heads, pair % heads
-    column = tl.program_id(1) * BLOCK_OUT
-    stream, first, count = _locate(keys, tl.program_id(0) % tiles, BLOCK_M)
-    limit = count
-    for s in tl.static_range(len(k)):
-        if lengths[s] is not None:
-            limit = tl.where(stream == s, _limit(lengths, s, keys[s], sample), limit)
-    own, own_v = _choose(k, stream), _choose(v, stream)
-    if WHOLE:
-        key = _load(own, sample, head, first, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
-        value = _load(own_v, sample, head, first, limit, 0, UNIT, FAR, WIDTH, BLOCK_M, BLOCK_IN)
-
-    key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
-    value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
-    token = tl.arange(0, BLOCK_N)
-    for s in tl.static_range(len(q)):
-        stop = tl.where(first < limit, queries[s], 0)  # padding alone: nothing to do
-        for start in range(0, stop, BLOCK_N):
-            score = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
-            p_bar = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
-            if WHOLE:
-                a = _load(q[s], sample, head, start, stop, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN)
-                score = tl.dot(key, tl.trans(a), score, input_precision=PRECISION, out_dtype=TYPE)
-                b = _load(
-                    o_bar[s], sample, head, start, stop, 0, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_IN
-                )
-                p_bar = tl.dot(value, tl.trans(b), p_bar, input_precision=PRECISION, out_dtype=TYPE)
-            else:
-                score = _products(
-                    own, q[s], sample, head, first, limit, start, stop, score,
-                    UNIT, FAR, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
-                )  # fmt: skip
-                p_bar = _products(
-                    own_v, o_bar[s], sample, head, first, limit, start, stop, p_bar,
-                    UNIT, FAR, WIDTH, PRECISION, BLOCK_M, BLOCK_N, BLOCK_IN,
-                )  # fmt: skip
-            if BLOCK_OUT != BLOCK_IN or not WHOLE:
-                a = _load(
-                    q[s], sample, head, start, stop, column, UNIT, FAR, WIDTH, BLOCK_N, BLOCK_OUT
-                )
-                b = _load(
-                    o_bar[s],
-                    sample,
-                    head,
-                    start,
-                    stop,
-                    column,
-                    UNIT,
-                    FAR,
-                    WIDTH,
-                    BLOCK_N,
-                    BLOCK_OUT,
-                )
-            row = pair * all_queries + start
-            here = token < stop - start
-            sums = tl.load(lse[s] + row + token, here, float("inf"))
-            centre = tl.load(delta[s] + row + token, here, 0.0)
-            p = tl.exp2(fma(score, scale_2, -sums[None, :]))
-            value_bar = tl.dot(
-                p.to(STORED), b, value_bar, input_precision=PRECISION, out_dtype=TYPE
-            )
-            score_bar = (p * (p_bar - centre[None, :])).to(STORED)
-            key_bar = tl.dot(score_bar, a, key_bar, input_precision=PRECISION, out_dtype=TYPE)
-    counts = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
-    key_bar = tl.where(counts, key_bar * scale, 0.0)
-    value_bar = tl.where(counts, value_bar, 0.0)
-    pointer = _choose_pointer(k_bar, stream)
-    _store(pointer, key_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_M, BLOCK_OUT)
-    pointer = _choose_pointer(v_bar, stream)
-    _store(pointer, value_bar, sample, head, heads, first, count, column, WIDTH, BLOCK_M, BLOCK_OUT)
-
-
-def _dense(x: Tensor, *others: Tensor | None) -> bool:
-    """Dense heads, token strides that 32 bits hold within a tile, the others' strides the same."""
-    same = all(y is None or y.stride() == x.stride() for y in others)
-    return same and x.stride(3) == 1 and x.stride(1) < 2**22
-
-
-def _pairs(streams: Sequence[Tensor], dots: Sequence[Tensor | None]) -> tuple[Any, Any]:
-    """Streams and their tangents, as they are where kernels can take them, else packed."""
-    kept = [
-        (x, dot) if _dense(x, dot) else (x.contiguous(), dot if dot is None else dot.contiguous())
-        for x, dot in zip(streams, dots, strict=True)
-    ]
-    return tuple(x for x, _ in kept), tuple(dot for _, dot in kept)
-
-
-def _launch(
-    kernel: Any,
-    part: str,
-    streams: Sequence[Sequence[Tensor]],
-    pointers: Sequence[Sequence[Tensor | None] | None],
-    lengths: Sequence[Tensor | None],
-    lse: Tensor,
-    scale: float,
-) -> None:
-    """Run one kernel over all blocks of queries, or of keys for the gradients of keys.
-
-    `streams` go with their strides, q first and then k; `pointers` without, lse last.
-    """
-    first = streams[0][0]
-    batch, _, heads, width = first.shape
-    _op.check(width <= 256, "joint_attention", "a head width up to 256 on a GPU", q=first)
-    queries, keys = (tuple(x.shape[1] for x in group) for group in streams[:2])
-    tokens = keys if part == "bwd_kv" else queries
-    if batch * heads * sum(tokens) == 0:
-        return
-    blocks, warps, stages = _tuning.attention(
-        part, batch * heads, tokens, width, first.element_size()
-    )
-    block_n, block_m, block_in, block_out = blocks
-    block = block_m if part == "bwd_kv" else block_n
-    tiles = sum(cdiv(n, block) for n in tokens)
-    strides = [
-        [
-            tuple(d if n > 1 else 0 for d, n in zip(x.stride()[:3], x.shape[:3], strict=True))
-            for x in group
-        ]
-        for group in streams
-    ]
-    # In units of 16 bytes, where all are such, so that Triton may load as much at a time
-    unit = 8 if all(d % 8 == 0 for group in strides for row in group for d in row) else 1
-    far = any(x.shape[1] * x.stride(1) >= 2**31 for group in streams for x in group)
-    kernel[(batch * heads * tiles, cdiv(width, block_out))](
-        *(
-            tuple((x, *(d // unit for d in row)) for x, row in zip(group, rows, strict=True))
-            for group, rows in zip(streams, strides, strict=True)
-        ),
-        *(None if group is None else tuple(group) for group in pointers),
-        queries,
-        keys,
-        tuple(None if n is None else n.contiguous() for n in lengths),
-        lse.shape[2],
-        heads,
-        scale,
-        scale * math.log2(math.e),
-        UNIT=unit,
-        FAR=far,
-        WIDTH=width,
-        PRECISION="tf32x3" if first.dtype == torch.float32 and target()[0] == "cuda" else "ieee",
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        BLOCK_IN=block_in,
-        BLOCK_OUT=block_out,
-        num_warps=warps,
-        num_stages=stages,
-    )
-
-
-def _of_streams(sums: Tensor, q: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The parts (B, H, N) of one number per row, (B, H, all N); views."""
-    return sums.split([x.shape[1] for x in q], dim=2)
-
-
-def _left_to_pytorch(q: Sequence[Tensor]) -> bool:
-    """GPUs' matrix units that Triton knows have no float64."""
-    return q[0].dtype == torch.float64 and not INTERPRETED
-
-
-def _fwd_triton(
-    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
-) -> tuple[list[Tensor], Tensor]:
-    if _left_to_pytorch(q):
-        return _fwd(q, k, v, lengths, scale)
-    o, lse = _empty(q), _new_lse(q)
-    streams = [_pairs(x, [None] * len(x))[0] for x in (q, k, v)]
-    none = [None] * len(k)
-    pointers = (None, none, none, o, None, _of_streams(lse, q))
-    _launch(_attention_fwd_kernel, "value", streams, pointers, lengths, lse, scale)
-    return o, lse
-
-
-def _jvp_triton(
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    q_dot: list[Tensor | None],
-    k_dot: list[Tensor | None],
-    v_dot: list[Tensor | None],
-    lengths: list[Tensor | None],
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    if _left_to_pytorch(q):
-        return _jvp(q, k, v, q_dot, k_dot, v_dot, lengths, scale)
-    o, o_dot, lse = _empty(q), _empty(q), _new_lse(q)
-    (packed_q, q_dots), (packed_k, k_dots), (packed_v, v_dots) = (
-        _pairs(x, dots) for x, dots in ((q, q_dot), (k, k_dot), (v, v_dot))
-    )
-    keys_move = any(dot is not None for dot in (*k_dot, *v_dot))
-    # One launch, or two where some streams of queries move and some do not
-    for queries_move in (True, False):
-        group = [i for i, dot in enumerate(q_dot) if (dot is not None) == queries_move]
-        if not group:
-            continue
-        own, own_dot, out, dot, sums = (
-            [x[i] for i in group] for x in (packed_q, q_dots, o, o_dot, _of_streams(lse, q))
-        )
-        moves = queries_move or keys_move
-        part, dot_or_none = ("tangent", dot) if moves else ("value", None)
-        for zero in () if moves else dot:
-            zero.zero_()
-        own_dot_or_none = own_dot if queries_move else None
-        streams = (own, packed_k, packed_v)
-        pointers = (own_dot_or_none, k_dots, v_dots, out, dot_or_none, sums)
-        _launch(_attention_fwd_kernel, part, streams, pointers, lengths, lse, scale)
-    return o, o_dot, lse
-
-
-def _bwd_triton(
-    o_bar: list[Tensor],
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    o: list[Tensor],
-    lse: Tensor,
-    lengths: list[Tensor | None],
-    scale: float,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    if _left_to_pytorch(q):
-        return _bwd(o_bar, q, k, v, o, lse, lengths, scale)
-    q_bar, k_bar, v_bar = _empty(q), _empty(k), _empty(v)
-    streams = [_pairs(x, [None] * len(x))[0] for x in (q, k, v, o_bar, o)]
-    sums, delta = _of_streams(lse, q), _of_streams(torch.empty_like(lse), q)
-    pointers: tuple[Any, ...] = (q_bar, delta, sums)  # delta is what the second kernel reads
-    _launch(_attention_bwd_q_kernel, "bwd_q", streams, pointers, lengths, lse, scale)
-    pointers = (k_bar, v_bar, delta, sums)
-    _launch(_attention_bwd_kv_kernel, "bwd_kv", streams[:4], pointers, lengths, lse, scale)
-    return q_bar, k_bar, v_bar
-
-
-def _new_lse(q: Sequence[Tensor]) -> Tensor:
-    batch, _, heads, _ = q[0].shape
-    tokens = sum(stream.shape[1] for stream in q)
-    return q[0].new_empty((batch, heads, tokens), dtype=_op.work_dtype(q[0]))
-
-
-def _empty(streams: Sequence[Tensor]) -> list[Tensor]:
-    return [s.new_empty(s.shape) for s in streams]
-
-
-def _fwd_fake(q: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor]:
-    return _empty(q), _new_lse(q)
-
-
-def _jvp_fake(q: list[Tensor], *_: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    return _empty(q), *_fwd_fake(q)
-
-
-def _bwd_fake(
-    _: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], *__: Any
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return _empty(q), _empty(k), _empty(v)
-
-
-_fwd_op = _op.define(
-    "joint_attention_fwd(Tensor[] q, Tensor[] k, Tensor[] v, Tensor?[] lengths, float scale) "
-    "-> (Tensor[], Tensor)",
-    _fwd,
-    _fwd_fake,
-    cpu=_fwd_cpu,
-    triton=_fwd_triton,
+_op = Op(
+    "joint_attention", _fwd, _jvp, _bwd, fake=_fake, plain=_plain, autocasts="q, k, v of one dtype"
 )
-_jvp_op = _op.define(
-    "joint_attention_jvp(Tensor[] q, Tensor[] k, Tensor[] v, Tensor?[] q_dot, Tensor?[] k_dot, "
-    "Tensor?[] v_dot, Tensor?[] lengths, float scale) -> (Tensor[], Tensor[], Tensor)",
-    _jvp,
-    _jvp_fake,
-    cpu=_jvp_cpu,
-    triton=_jvp_triton,
-)
-_bwd_op = _op.define(
-    "joint_attention_bwd(Tensor[] o_bar, Tensor[] q, Tensor[] k, Tensor[] v, Tensor[] o, "
-    "Tensor lse, Tensor?[] lengths, float scale) -> (Tensor[], Tensor[], Tensor[])",
-    _bwd,
-    _bwd_fake,
-    cpu=_bwd_cpu,
-    triton=_bwd_triton,
-)
-
-
-def _saves(inputs: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    q, k, v, *_, lengths, _scale = inputs
-    return (*q, *k, *v, *results[0], results[-1], *lengths)
-
-
-def _constants(inputs: tuple[Any, ...]) -> tuple[int, int, float, list[Any]]:
-    # PyTorch wants a None for each tensor of a list, and one for a list that holds no tensors only
-    rest = [
-        [None] * len(given) if all(isinstance(x, Tensor) for x in given) else None
-        for given in inputs[3:-1]
-    ]
-    return len(inputs[0]), len(inputs[1]), inputs[-1], rest
-
-
-def _backward(ctx: Any, o_bars: list[Tensor | None] | None) -> tuple[Any, ...]:
-    queries, keys, scale, rest = ctx.constants
-    saved = list(ctx.saved_tensors)
-    q, k, v, o = ([saved.pop(0) for _ in range(count)] for count in (queries, keys, keys, queries))
-    o_bars = [None] * queries if o_bars is None else o_bars
-    o_bar = [torch.zeros_like(y) if bar is None else bar for y, bar in zip(o, o_bars, strict=True)]
-    return (*_bwd_op(o_bar, q, k, v, o, saved[0], saved[1:], scale), *rest, None)
-
-
-def _jvp_backward(
-    ctx: Any, o_bars: list[Tensor | None], o_dot_bars: list[Tensor | None], _: None
-) -> tuple[Any, ...]:
-    pairs = zip(o_bars, o_dot_bars, strict=True)
-    return _backward(ctx, [_op.refuse_gradient(*pair) for pair in pairs])
-
-
-_op.backward_of(
-    _fwd_op, lambda ctx, o_bars, _: _backward(ctx, o_bars), _saves, outputs=1, constants=_constants
-)
-_op.backward_of(_jvp_op, _jvp_backward, _saves, outputs=2, constants=_constants)
 
 
 @overload
@@ -1173,7 +189,7 @@ def joint_attention(
 def joint_attention(
     q: Streams, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention of every query to the keys of all streams, differentiable in both modes.
+    """Attend from every query to the keys of all streams, differentiable in both modes.
 
     Args:
         q: `(B, N, H, D)`, or a tuple of such streams, each with its own N. There may be fewer
@@ -1191,62 +207,42 @@ def joint_attention(
         The answers, of q's shape and dtype: a tensor, or a tuple of streams.
 
     Raises:
-        ValueError: Streams do not fit together, or a head is too wide for a GPU's kernels.
+        ValueError: Streams do not fit together, or a head is too wide, or a stream too long, for a
+            GPU's kernels.
     """
     queries, keys, values = _tuple(q), _tuple(k), _tuple(v)
-    _op.check_tensors("joint_attention", q=queries, k=keys, v=values)
-    limits: list[Tensor | None] = [None] * len(keys)
-    if lengths is not None:
-        limits = [lengths] if isinstance(lengths, Tensor) else list(lengths)
-    head = (queries[0].shape[0], *queries[0].shape[2:]) if queries and queries[0].ndim == 4 else ()
-    fits = len(keys) == len(values) == len(limits)
-    fits = fits and all(a.shape == b.shape for a, b in zip(keys, values, strict=True))
-    fits = fits and all(
-        t.ndim == 4 and (t.shape[0], *t.shape[2:]) == head for t in (*queries, *keys)
-    )
-    if not (fits and head[-1] > 0 and sum(key.shape[1] for key in keys) > 0):
+    check_tensors("joint_attention", q=queries, k=keys, v=values)
+    limits = _limits(lengths, keys)
+    _check(queries, keys, values, limits)
+    if use_reference():
+        return joint_attention_ref(q, k, v, scale, lengths)
+    scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # kernels look for a row's largest score by its largest q k^T
+        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        queries = tuple(sign * x for x in queries)
+    out = _op(list(queries), list(keys), list(values), limits, scale)
+    return out[0] if isinstance(q, Tensor) else tuple(out)
+
+
+def _check(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], lengths: list[Tensor | None]
+) -> None:
+    head = (q[0].shape[0], *q[0].shape[2:]) if q and q[0].ndim == 4 else ()
+    fits = len(k) == len(v) == len(lengths)
+    fits = fits and all(a.shape == b.shape for a, b in zip(k, v, strict=True))
+    fits = fits and all(t.ndim == 4 and (t.shape[0], *t.shape[2:]) == head for t in (*q, *k))
+    if not (fits and head[-1] > 0 and sum(x.shape[1] for x in k) > 0):
         needs = (
             "q, k, v (B, tokens, H, D) with as many streams (and lengths) of v as of k, not empty"
         )
-        named = {
-            f"{n}[{i}]": t
-            for n, s in zip("qkv", (queries, keys, values), strict=True)
-            for i, t in enumerate(s)
-        }
-        _op.check(False, "joint_attention", needs, **named)
-    _op.check_tensors("joint_attention", {f"lengths[{i}]": n for i, n in enumerate(limits)})
-    for limit in limits:
-        if limit is None:
-            continue
-        if not (limit.shape == head[:1] and limit.dtype in _INTEGERS):
+        streams = zip("qkv", (q, k, v), strict=True)
+        named = {f"{name}[{i}]": x for name, xs in streams for i, x in enumerate(xs)}
+        check(False, "joint_attention", needs, **named)
+    check_tensors("joint_attention", {f"lengths[{i}]": n for i, n in enumerate(lengths)})
+    for length in (n for n in lengths if n is not None):
+        if not (length.shape == head[:1] and length.dtype in _INTEGERS):
             needs = f"lengths ({head[0]},) of integers, one for each sample"
-            _op.check(False, "joint_attention", needs, lengths=limit)
-        if limit.device != queries[0].device:  # to be copied at every call, which is waited for
-            needs = f"lengths on {queries[0].device} as q, not on {limit.device}"
-            _op.check(False, "joint_attention", needs, lengths=limit)
-    if _op.use_reference():
-        return joint_attention_ref(q, k, v, scale, lengths)
-    ends = len(queries), len(queries) + len(keys), len(queries) + 2 * len(keys)
-    scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:  # kernels look for a row's largest score by its largest product
-        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-        queries = tuple(sign * x for x in queries)
-
-    def grouped(xs: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        xs = _op.autocast(*xs[: ends[2]])
-        return list(xs[: ends[0]]), list(xs[ends[0] : ends[1]]), list(xs[ends[1] :])
-
-    def run(values: Any, dots: Any) -> Any:
-        (q, k, v), limits = grouped(values), list(values[ends[2] :])
-        same = all(x.dtype == q[0].dtype for x in (*q, *k, *v))
-        _op.check(same, "joint_attention", "q, k, v of one dtype", q=q[0], k=k[0], v=v[0])
-        if dots is not None:
-            outs, out_dots, _ = _jvp_op(q, k, v, *grouped(dots), limits, scale)
-            return [y for pair in zip(outs, out_dots, strict=True) for y in pair]
-        if _is_left_to_flash(q[0]):
-            return _flash_alone(q, k, v, limits, scale)
-        return _fwd_op(q, k, v, limits, scale)[0]
-
-    counts = {f"lengths[{i}]": limit for i, limit in enumerate(limits)}
-    out = _op.dual(run, (*queries, *keys, *values), "joint_attention", counts)
-    return out[0] if isinstance(q, Tensor) else tuple(out)
+            check(False, "joint_attention", needs, lengths=length)
+        if length.device != q[0].device:  # to be copied at every call, which is waited for
+            needs = f"lengths on {q[0].device} as q, not on {length.device}"
+            check(False, "joint_attention", needs, lengths=length)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt import kernels  # noqa: F401  (defines the library ops)
+from mfmjt import kernels  # defines the library ops, too
 from mfmjt.kernels import _native
 from tests.oracle import strided
 
@@ -124,7 +124,7 @@ def formula(name: str, given: Arguments) -> tuple[Tensor, ...]:
     with _native.formulas():
         if "softmax" in name:  # it works in place
             copies = [t.clone() if isinstance(t, Tensor) else t for t in given.values()]
-            results = getattr(_attention(), name.removeprefix("joint_attention"))(*copies)
+            results = getattr(kernels._attention, name.removeprefix("joint_attention_"))(*copies)
         elif "rows" in name:
             results = _by_streams(name, **given)
         else:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfmjt import testing
-from mfmjt.kernels import _triton, joint_attention
+from mfmjt.kernels import _attention, _backends, joint_attention
+from mfmjt.kernels.cpu import joint_attention as cpu
 from mfmjt.kernels.joint_attention import joint_attention_ref
 from tests import oracle
 from tests.oracle import randn, strided
@@ -17,7 +19,7 @@ from tests.oracle import randn, strided
 module = importlib.import_module("mfmjt.kernels.joint_attention")
 
 LOW = oracle.DTYPES[2]  # 16 bits: bfloat16, or float16 under the interpreter
-SAMPLES = 1 if _triton.INTERPRETED else 2  # a block takes the interpreter 10 ms
+SAMPLES = 1 if _backends.INTERPRETED else 2  # a block takes the interpreter 10 ms
 
 
 def inputs(batch, queries, keys, heads=2, width=8, layout=lambda x: x):
@@ -98,10 +100,10 @@ def test_keys_beyond_the_length_have_no_influence():
     assert k.grad.isfinite().all()
 
 
-@pytest.mark.skipif(_triton.INTERPRETED, reason="of the formulas, which do not run there")
+@pytest.mark.skipif(_backends.INTERPRETED, reason="of the formulas, which do not run there")
 @pytest.mark.parametrize("block", [1, 320])
 def test_blocks_of_queries_make_no_difference(block, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(_attention, "BLOCK", block)
     op, ref = streams(joint_attention), streams(joint_attention_ref)
     oracle.check_op(op, ref, inputs(2, (5, 3), (5, 3)), ALL, torch.float64, terms=16)
 
@@ -110,9 +112,8 @@ def test_explicit_form_that_other_devices_use():
     q, k, v, o_bar = ([randn(2, n, 2, 8) for n in (6, 3)] for _ in range(4))
     rest = ([torch.tensor([6, 2]), None], 0.3)
     o, lse = module._fwd(q, k, v, *rest)
-    found = (o, [lse], *module._bwd(o_bar, q, k, v, o, lse, *rest))
-    o, lse = module._fwd_cpu(q, k, v, *rest)
-    truth = (o, [lse], *module._bwd_cpu(o_bar, q, k, v, o, lse, *rest))
+    found = (o, *module._bwd(o_bar, q, k, v, o, lse, *rest))
+    truth = (cpu.flash(q, k, v, *rest), *cpu.bwd(o_bar, q, k, v, o, lse, *rest))
     for pairs in map(zip, found, truth):
         for a, b in pairs:
             assert oracle.error(a, b) <= oracle.allowance(b, torch.float64, terms=8)
@@ -132,7 +133,7 @@ def test_tangent_keeps_its_digits_when_scores_share_an_offset():
     assert oracle.error(tangent(joint_attention, *rounded), truth) <= reference
 
 
-@settings(max_examples=2 if _triton.INTERPRETED else 15, deadline=None, derandomize=True)
+@settings(max_examples=2 if _backends.INTERPRETED else 15, deadline=None, derandomize=True)
 @given(
     st.integers(1, SAMPLES),
     st.lists(st.integers(1, 6), min_size=2, max_size=2),
@@ -233,6 +234,16 @@ def test_refuses_lengths_on_another_device():
     with pytest.raises(ValueError, match="lengths on meta as q, not on cpu"):
         joint_attention(q, q, q, lengths=lengths)
     assert joint_attention(q, q, q, lengths=lengths.to("meta")).shape == q.shape
+
+
+@pytest.mark.parametrize("name", ["q[0]", "k[1]"])
+def test_refuses_streams_whose_elements_32_bits_do_not_count(name):
+    pytest.importorskip("triton")
+    triton = importlib.import_module("mfmjt.kernels.triton.joint_attention")
+    short, long = (torch.empty(1, n, 1, 128, device="meta") for n in (3, 2**24))
+    q, k = ([long], [short] * 2) if name == "q[0]" else ([short], [short, long])
+    with pytest.raises(ValueError, match=re.escape(f"in each stream on a GPU; got {name}")):
+        triton.fwd(q, k, k, [None, None], 1.0)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

@@ -85,13 +85,10 @@ def locate(counts, tile, BLOCK: tl.constexpr):
 
 @jit
 def choose(values, stream):
-    """Return one of a tuple of pointers, or of numbers, by a stream's number known at run time.
-
-    A number that is None counts as 0.
-    """
-    chosen = 0 if values[0] is None else values[0]
+    """Return one of a tuple of pointers, or of numbers, by a stream's number known at run time."""
+    chosen = values[0]
     for s in tl.static_range(1, len(values)):
-        chosen = tl.where(stream == s, 0 if values[s] is None else values[s], chosen)
+        chosen = tl.where(stream == s, values[s], chosen)
     return chosen
 
 
@@ -100,11 +97,10 @@ def choose_view(views, stream):
     """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise."""
     pointer, sample, token, head = views[0]
     for s in tl.static_range(1, len(views)):
-        one = stream == s
-        pointer = choose((pointer, views[s].pointer), one)
-        sample = choose((sample, views[s].sample), one)
-        token = choose((token, views[s].token), one)
-        head = choose((head, views[s].head), one)
+        pointer = tl.where(stream == s, views[s].pointer, pointer)
+        sample = tl.where(stream == s, views[s].sample, sample)
+        token = tl.where(stream == s, views[s].token, token)
+        head = tl.where(stream == s, views[s].head, head)
     return pointer, sample, token, head
 
 
