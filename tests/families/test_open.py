@@ -191,8 +191,8 @@ def test_a_precision_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None
         bundle.encoders.bfloat16()
         for _ in range(2):
             bundle.to("cpu", torch.bfloat16)
-        ends = "This CPU has no instructions for bfloat16: the ends run in float32."
-        assert bundle.notes == ((precision.note(torch.bfloat16), ends) if slow else ())
+        assert len(bundle.notes) == (2 if slow else 0)
+        assert all("has no instructions for bfloat16" in note for note in bundle.notes)
         assert bundle.network.dtype == torch.bfloat16
         dtypes = {p.dtype for p in bundle.encoders.parameters()}
         assert dtypes == {torch.float32 if slow else torch.bfloat16}
