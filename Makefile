@@ -37,7 +37,7 @@ test: $(BIN)/.installed-dev
 	$(SITE) || status=1; \
 	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) tests/kernels || status=1; \
 	$(AVX2_ENV) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --avx2 tests/kernels \
-	  -k 'ext or toom or all_modes or reference or without_any_key or huge' || status=1; \
+	  -k 'native or toom or all_modes or reference or without_any_key or huge' || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) || status=1; \
 	exit $$status
 

@@ -9,7 +9,9 @@ import importlib.util
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -60,9 +62,20 @@ def extension() -> Extension:
 
 
 class Build(build_ext):
-    """Says what to do when the compiler fails."""
+    """Compiles sources side by side, and says what to do when the compiler fails.
+
+    PyTorch's BuildExtension would do so by ninja, for an import of PyTorch in every build.
+    """
 
     def build_extensions(self) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_at_once
         try:
             super().build_extensions()
         except Exception as error:

@@ -28,8 +28,8 @@ COMMANDS = {
     "memory": ("bench.model.bench_memory", "what a training step keeps, counted"),
     "curves": ("bench.model.bench_curves", "do our ops train as plain PyTorch does?"),
     "mmaudio": ("bench.model.bench_ends", "MMAudio's encoders and vocoder"),
-    "store": ("bench.data.bench_store", "reading and writing of extracted features"),
-    "serve": ("bench.serve.__main__", "the web server under load and under faults"),
+    "store": ("bench.store", "reading and writing of extracted features"),
+    "serve": ("bench.serve", "the web server under load and under faults"),
     "aot": ("bench.aot", "Triton kernels compiled for GPUs that are not there"),
     "launches": ("bench.launches", "kernels that a guided step launches, counted"),
     "build": ("bench.build", "compile time and size of the C++ extension"),
@@ -50,13 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     usage.description = "\n".join([usage.description or "", "commands:", *lines])
     usage.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = usage.parse_args(argv[:1]).command
-    # Only what is asked for is imported: the parent of a GPU's pieces does without PyTorch.
-    module = importlib.import_module(COMMANDS[command][0])
     try:
-        status: int = module.main(argv[1:])
+        # Only what is asked for is imported: the parent of a GPU's pieces does without PyTorch.
+        status: int = importlib.import_module(COMMANDS[command][0]).main(argv[1:])
     except MfmjtError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        sys.stderr.write("Error: pandas is not installed: tables need it. Install mfmjt[bench].\n")
+        return 2
     return status
 
 

@@ -1,11 +1,11 @@
-"""What the compiled kernels cost an installation: seconds to build, bytes in the wheel, import.
+"""Measure what the compiled kernels cost an installation: seconds, bytes in the wheel, import.
 
-python -m bench.build --out bench/results/zen4_2_cores
+Examples:
+  python -m bench build --out bench/results/zen4_2_cores
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from bench import parser
 from mfmjt.files import atomic_path
 from mfmjt.kernels import _native
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("csrc", "mfmjt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 # Milliseconds, in a process that has imported torch
 IMPORT = (
     "import time, torch; t = time.perf_counter(); import mfmjt._C; "
@@ -30,14 +31,12 @@ IMPORT = (
 
 
 def build(folder: Path) -> tuple[float, Path]:
-    """Compile the extension of a copy of the sources; seconds, and the file."""
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", "pretrained")
-            shutil.copytree(source, folder / name, ignore=ignored)
-        else:
-            shutil.copy(source, folder)
+    """Compile the extension of a copy of the sources; return the seconds, and the file."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "pretrained")
+    for name in ("csrc", "mfmjt"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
     start = time.perf_counter()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=folder, env={**os.environ, "MFMJT_EXT": "1"}, check=True)
@@ -47,7 +46,7 @@ def build(folder: Path) -> tuple[float, Path]:
 
 
 def import_time(folder: Path, repeats: int) -> float:
-    """Median milliseconds that importing the extension adds to `import torch`."""
+    """Return the median milliseconds that the extension adds to `import torch`."""
     command = [sys.executable, "-c", IMPORT]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     return statistics.median(
@@ -55,12 +54,12 @@ def import_time(folder: Path, repeats: int) -> float:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write `build.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args(argv)
+    usage = parser("build", __doc__)
+    usage.add_argument("--out", type=Path, required=True, help="folder of the results")
+    usage.add_argument("--repeats", type=int, default=7, help="imports that are timed [7]")
+    options = usage.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         seconds, library = build(folder)
@@ -80,7 +79,3 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

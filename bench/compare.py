@@ -13,46 +13,20 @@ Examples:
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from pandas import DataFrame
 
 from bench import parser
-from bench.plots import name_of
 from bench.providers import OURS, REFERENCE
-from bench.report import generation, load, metric
+from bench.report import CASE, frame, generation, load
 
-__all__ = ["Change", "changes", "main"]
+__all__ = ["changes", "main"]
 
 LEAST = 0.05
 
 Row = dict[str, Any]
-
-
-class Change(NamedTuple):
-    """How a case fared.
-
-    Attributes:
-        what: The case.
-        change: Relative change of the ratio to eager; positive is slower.
-        noise: Up to which it is none.
-        lost: Why there is no time any more, or empty.
-    """
-
-    what: str
-    change: float
-    noise: float
-    lost: str = ""
-
-    @property
-    def worse(self) -> bool:
-        """It is a regression."""
-        return bool(self.lost) or self.change > max(LEAST, self.noise)
-
-    @property
-    def better(self) -> bool:
-        """It is faster, likewise beyond noise."""
-        return not self.lost and 1 / (1 + self.change) - 1 > max(LEAST, self.noise)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,51 +38,54 @@ def main(argv: list[str] | None = None) -> int:
     given = command.parse_args(argv)
     before, after = (load(folder) + generation(folder) for folder in (given.a, given.b))
     found = changes(before, after, given.provider)
-    worse = [c for c in found if c.worse]
-    for change in sorted(found, key=lambda c: -c.change):
+    for change in found.itertuples():
         if change.lost:
             print(f"LOST    {change.what}: {change.lost}")
         elif change.worse or change.better:
             word = "SLOWER" if change.worse else "faster"
             percent = f"{100 * change.change:+.1f} % (noise {100 * change.noise:.1f} %)"
             print(f"{word}  {change.what}: {percent}")
-    alike = sum(not (c.worse or c.better) for c in found)
-    print(f"{len(found)} compared: {len(worse)} worse, {alike} alike.")
-    return 1 if worse else 0
+    worse, alike = found["worse"].sum(), (~(found["worse"] | found["better"])).sum()
+    print(f"{len(found)} compared: {worse} worse, {alike} alike.")
+    return int(worse > 0)
 
 
-def changes(before: list[Row], after: list[Row], provider: str = OURS) -> list[Change]:
-    """Compare every case that ran before and was tried again."""
-    old, new = _by_case(before), _by_case(after)
-    found = []
-    for key in old.keys() & new.keys():
-        a, b = old[key].get(provider), new[key].get(provider)
-        if a is None or a["status"] != "ok" or b is None:
-            continue
-        what = " ".join(key)
-        if b["status"] != "ok":
-            found.append(Change(what, math.inf, 0.0, f"{b['status']}: {b['reason']}"))
-            continue
-        pairs = [(a, b)]
-        references = old[key].get(REFERENCE), new[key].get(REFERENCE)
-        if all(row is not None and row["status"] == "ok" for row in references):
-            pairs.append(references)  # type: ignore[arg-type]
-        ratios = [second[metric(second)] / first[metric(first)] for first, second in pairs]
-        change = ratios[0] / (ratios[1] if len(ratios) == 2 else 1.0) - 1
-        noise = math.sqrt(sum(_noise(row) ** 2 for pair in pairs for row in pair))
-        found.append(Change(what, change, noise))
-    return sorted(found, key=lambda c: c.what)
+def changes(before: list[Row], after: list[Row], provider: str = OURS) -> DataFrame:
+    """Compare every case that ran before and was tried again, the worst first.
 
+    Returns:
+        A row for each case: `what`, its name; `change`, the relative change of the ratio to eager,
+        where positive is slower; `noise`, up to which it is none; `lost`, why there is no time any
+        more, or empty; `worse` and `better`, whether it changed beyond noise.
+    """
 
-def _by_case(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    cases: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = (row["op"], row["case"], row["dtype"], row["mode"])
-        cases.setdefault(key, {})[name_of(row)] = row
-    return cases
+    def of(rows: list[Row], name: str, suffix: str, ran: bool = True) -> DataFrame:
+        table = frame(rows)
+        table = table[(table["name"] == name) & ((table["status"] == "ok") | (not ran))]
+        table = table.set_index(CASE)[["status", "reason", "time", "noise"]]
+        return table.add_suffix(suffix)
 
-
-def _noise(row: Row) -> float:
-    """Half the distance of the 20th and the 80th percentile, relative to the median."""
-    stem = metric(row).removesuffix("p50")
-    return float((row[f"{stem}p80"] - row[f"{stem}p20"]) / 2 / row[f"{stem}p50"])
+    new = of(after, provider, "_new", ran=False)
+    eager = of(before, REFERENCE, "_eager").join(of(after, REFERENCE, "_new_eager"), how="inner")
+    pairs = of(before, provider, "").join(new, how="inner").join(eager)
+    lost = pairs["status_new"] != "ok"
+    ratio = pairs["time_new"] / pairs["time"]
+    ratio /= (pairs["time_new_eager"] / pairs["time_eager"]).fillna(1.0)
+    noises = pairs[[column for column in pairs if column.startswith("noise")]]
+    change = (ratio - 1).where(~lost, float("inf"))
+    noise = (noises**2).sum(axis=1) ** 0.5
+    least = noise.clip(lower=LEAST)
+    found = DataFrame(
+        {
+            "what": [" ".join(key) for key in pairs.index],
+            "change": change.to_numpy(),
+            "noise": noise.to_numpy(),
+            "lost": [
+                f"{status}: {reason}" if status != "ok" else ""
+                for status, reason in zip(pairs["status_new"], pairs["reason_new"], strict=True)
+            ],
+            "worse": (lost | (change > least)).to_numpy(),
+            "better": (~lost & (1 / ratio - 1 > least)).to_numpy(),
+        }
+    )
+    return found.sort_values(["change", "what"], ascending=[False, True])

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -60,10 +61,14 @@ class Ceilings:
         return max(compute, elements * dtype.itemsize / (1e6 * self.copy_gbps))
 
 
-def _best(call: Callable[[], object], device: torch.device, times: int = 8) -> float:
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    """Return the least milliseconds of eight calls, or of as many as two seconds allow."""
     call()
     sample = cuda_events(call, device) if device.type == "cuda" else on_cpu(call)
-    return min(sample()[0] for _ in range(times))
+    taken, end = [sample()[0]], time.monotonic() + 2
+    while len(taken) < 8 and time.monotonic() < end:
+        taken.append(sample()[0])
+    return min(taken)
 
 
 def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dict[str, Any]:

@@ -1,27 +1,14 @@
 // What lies between the matrix products of attention, row by row and in place: the softmax, its
 // tangent, its cotangent. The products are PyTorch's. Formulas: mfmjt/kernels/joint_attention.py.
 
-#include "common.h"
-#include "ops.h"
+#include "arguments.h"
+#include "exponential.h"
 
 namespace mfmjt {
 namespace {
 
-// exp(x), NaN where x is.
 template <class T>
-MFMJT_BODY float power_of(float x) {
-  uint32_t bits, result;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t nan = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : 0u;
-  float value = exponential<T>(x);
-  std::memcpy(&result, &value, sizeof result);
-  result |= nan;
-  std::memcpy(&value, &result, sizeof value);
-  return value;
-}
-
-template <class T>
-struct Pass {
+struct SoftmaxPass {
   int64_t rows, width;  // rows of each head
   float scale;
   T *s, *dot;           // (G, R, M): scores, and their tangent or the cotangent of p
@@ -32,12 +19,12 @@ struct Pass {
 
 // One row; p is room for it in the order of sweeps.
 template <class T>
-struct Row {
+struct ScoreRow {
   T *s, *dot;
   const T* bias;
   Scratch p;
   float scale, first;  // `first`: any of `dot`, taken off before sums, lest a common offset take digits
-  float top = -std::numeric_limits<float>::infinity(), over = 0, centre = 0;
+  float top = -std::numeric_limits<float>::infinity(), inverse_sum = 0, center = 0;
 
   template <class Lane>
   MFMJT_BODY float score(Lane lane, int64_t i) const {
@@ -45,11 +32,11 @@ struct Row {
   }
   template <class Lane>
   MFMJT_BODY float power(Lane lane, int64_t i) const {
-    return power_of<T>(at(lane, p, i) - top);
+    return exponential<T>(at(lane, p, i) - top);
   }
   template <class Lane>
   MFMJT_BODY float moved(Lane lane, int64_t i) const {  // tangent or cotangent of the row
-    return at(lane, p, i) * over * scale * (shifted(lane, i) - centre);
+    return at(lane, p, i) * inverse_sum * scale * (shifted(lane, i) - center);
   }
   template <class Lane>
   MFMJT_BODY float shifted(Lane lane, int64_t i) const {
@@ -58,7 +45,7 @@ struct Row {
 };
 
 template <bool tangent, class T>
-MFMJT_BODY float softmax_row(Row<T> row, int64_t width) {
+MFMJT_BODY float softmax_row(ScoreRow<T> row, int64_t width) {
   const int64_t groups = width / kLanes<T>;
   float top = row.top;
 #pragma omp simd reduction(max : top)
@@ -98,20 +85,20 @@ MFMJT_BODY float softmax_row(Row<T> row, int64_t width) {
     sum += a;
     if constexpr (tangent) product += a * row.shifted(Single{}, i);
   }
-  row.over = 1.0f / sum;
-  row.centre = product * row.over;
+  row.inverse_sum = 1.0f / sum;
+  row.center = product * row.inverse_sum;
 #pragma omp simd
   for (int64_t i = 0; i < groups; ++i) {
     if constexpr (kLanes<T> == 2) {
-      words(row.s)[i] = merge(at(Low{}, row.p, i) * row.over, at(High{}, row.p, i) * row.over);
+      words(row.s)[i] = merge(at(Low{}, row.p, i) * row.inverse_sum, at(High{}, row.p, i) * row.inverse_sum);
       if constexpr (tangent) words(row.dot)[i] = merge(row.moved(Low{}, i), row.moved(High{}, i));
     } else {
-      row.s[i] = at(Single{}, row.p, i) * row.over;
+      row.s[i] = at(Single{}, row.p, i) * row.inverse_sum;
       if constexpr (tangent) row.dot[i] = row.moved(Single{}, i);
     }
   }
   for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    store(row.s + i, at(Single{}, row.p, i) * row.over);
+    store(row.s + i, at(Single{}, row.p, i) * row.inverse_sum);
     if constexpr (tangent) store(row.dot + i, row.moved(Single{}, i));
   }
   return top + std::log(sum);
@@ -119,27 +106,27 @@ MFMJT_BODY float softmax_row(Row<T> row, int64_t width) {
 
 // `top` is the row's log-sum, so that the powers are probabilities at once.
 template <class T>
-MFMJT_BODY void softmax_bar_row(Row<T> row, int64_t width) {
+MFMJT_BODY void softmax_bar_row(ScoreRow<T> row, int64_t width) {
   const int64_t groups = width / kLanes<T>;
   float product = 0;
 #pragma omp simd reduction(+ : product)
   for (int64_t i = 0; i < groups; ++i) {
-    const float a = power_of<T>(row.score(First<T>{}, i) - row.top);
+    const float a = exponential<T>(row.score(First<T>{}, i) - row.top);
     at(First<T>{}, row.p, i) = a;
     product += a * row.shifted(First<T>{}, i);
     if constexpr (kLanes<T> == 2) {
-      const float b = power_of<T>(row.score(High{}, i) - row.top);
+      const float b = exponential<T>(row.score(High{}, i) - row.top);
       at(High{}, row.p, i) = b;
       product += b * row.shifted(High{}, i);
     }
   }
   for (int64_t i = groups * kLanes<T>; i < width; ++i) {
-    const float a = power_of<T>(row.score(Single{}, i) - row.top);
+    const float a = exponential<T>(row.score(Single{}, i) - row.top);
     at(Single{}, row.p, i) = a;
     product += a * row.shifted(Single{}, i);
   }
-  row.over = 1;
-  row.centre = product;
+  row.inverse_sum = 1;
+  row.center = product;
 #pragma omp simd
   for (int64_t i = 0; i < groups; ++i) {
     if constexpr (kLanes<T> == 2) {
@@ -159,10 +146,10 @@ MFMJT_BODY void softmax_bar_row(Row<T> row, int64_t width) {
 enum class What { value, tangent, cotangent };
 
 template <class T, What what>
-MFMJT_BODY void rows_body(const Pass<T>* pass, float* scratch, int64_t begin, int64_t end) {
+MFMJT_BODY void rows_body(const SoftmaxPass<T>* pass, float* scratch, int64_t begin, int64_t end) {
   const int64_t width = pass->width;
   for (int64_t i = begin; i < end; ++i) {
-    Row<T> row{pass->s + i * width, pass->dot == nullptr ? nullptr : pass->dot + i * width,
+    ScoreRow<T> row{pass->s + i * width, pass->dot == nullptr ? nullptr : pass->dot + i * width,
                pass->bias + i / pass->rows * pass->bias_stride, {scratch, width / 2}, pass->scale, 0};
     if constexpr (what != What::value) row.first = load(*row.dot);
     if constexpr (what == What::cotangent) {
@@ -176,7 +163,7 @@ MFMJT_BODY void rows_body(const Pass<T>* pass, float* scratch, int64_t begin, in
 
 template <class T, What what>
 void run(const char* op, const Tensor& s, T* dot, const Maybe& bias, float* lse, double scale) {
-  Pass<T> pass{};
+  SoftmaxPass<T> pass{};
   pass.rows = s.size(1);
   pass.width = s.size(2);
   pass.scale = static_cast<float>(scale);
@@ -187,9 +174,7 @@ void run(const char* op, const Tensor& s, T* dot, const Maybe& bias, float* lse,
   pass.bias = zeros.data();
   if (bias) {
     check_dtype(op, "bias", *bias, s);
-    check_rank(op, "bias", *bias, 2);
-    check_size(op, "bias", *bias, 0, s.size(0));
-    check_size(op, "bias", *bias, 1, pass.width);
+    check_shape(op, "bias", *bias, std::vector{s.size(0), pass.width});
     require(bias->is_contiguous(), op, "bias must be contiguous");
     pass.bias = data<T>(*bias);
     pass.bias_stride = pass.width;
@@ -208,13 +193,11 @@ void check_scores(const char* op, const char* name, const Tensor& t, const Tenso
   require(t.is_contiguous(), op, name, " must be contiguous");
 }
 
-}  // namespace
-
 Tensor joint_attention_softmax(Tensor s, Maybe s_dot, Maybe bias, double scale) {
   constexpr const char* op = "joint_attention_softmax";
   check_scores(op, "s", s, s);
   if (s_dot) check_scores(op, "s_dot", *s_dot, s);
-  Tensor lse = new_like(s, {s.size(0), s.size(1)}, ScalarType::Float);
+  Tensor lse = new_tensor({s.size(0), s.size(1)});
   by_dtype(s, [&](auto zero) {
     using T = decltype(zero);
     float* to = mutable_data<float>(lse);
@@ -227,8 +210,7 @@ Tensor joint_attention_softmax(Tensor s, Maybe s_dot, Maybe bias, double scale) 
   return lse;
 }
 
-Tensor joint_attention_softmax_bar(
-    Tensor s, Tensor p_bar, Maybe bias, Tensor lse, double scale) {
+Tensor joint_attention_softmax_bar(Tensor s, Tensor p_bar, Maybe bias, Tensor lse, double scale) {
   constexpr const char* op = "joint_attention_softmax_bar";
   check_scores(op, "s", s, s);
   check_scores(op, "p_bar", p_bar, s);
@@ -239,6 +221,22 @@ Tensor joint_attention_softmax_bar(
         op, s, mutable_data<T>(p_bar), bias, const_cast<float*>(sums), scale);
   });
   return s;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfmjt_cpu, m) {
+  m.def(
+      "joint_attention_softmax(Tensor(a!) s, Tensor(b!)? s_dot, Tensor? bias, float scale) "
+      "-> Tensor");
+  m.def(
+      "joint_attention_softmax_bar(Tensor(a!) s, Tensor(b!) p_bar, Tensor? bias, Tensor lse, "
+      "float scale) -> Tensor(a!)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) {
+  m.impl("joint_attention_softmax", TORCH_BOX(&joint_attention_softmax));
+  m.impl("joint_attention_softmax_bar", TORCH_BOX(&joint_attention_softmax_bar));
 }
 
 }  // namespace mfmjt

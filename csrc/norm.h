@@ -1,66 +1,38 @@
 // Layer norm and modulation, shared by the ops that end in them (mfmjt/kernels/_norm.py).
 #pragma once
 
-#include "common.h"
+#include "arguments.h"
 
 namespace mfmjt {
 
-struct Shape {
-  int64_t batch, tokens, width;
-};
-
-inline Shape shape_of(const char* op, const char* name, const Tensor& x) {
-  check_tensor(op, name, x);
-  check_rank(op, name, x, 3);
-  return {x.size(0), x.size(1), x.size(2)};
-}
-
-// Checked rows of an argument that goes with x.
-template <class T>
-Rows<T> rows(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check_dtype(op, name, t, x);
-  return Rows<T>(op, name, t, x.size(0), x.size(1), x.size(2));
-}
-template <class T>
-Rows<T> rows(
-    const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x,
-    const std::vector<T>& zeros) {
-  return t ? rows<T>(op, name, *t, x) : Rows<T>(zeros.data());
-}
-
 // Sums run over the channels of one token in one sweep over its row, of what is left when the mean of
-// the first few is taken off (`centre`); the mean that remains (`rest`) is taken off the results. So a
-// large offset costs no digits, and a constant row is normalised to zeros. Where those few alone are far
+// the first few is taken off (`center`); the mean that remains (`rest`) is taken off the results. So a
+// large offset costs no digits, and a constant row is normalized to zeros. Where those few alone are far
 // off, squares lose to `rest` what they come to times C / kFew: they are part of the variance too.
-
-// What a value and its tangent come to at one element; the latter 0 where there is none.
-struct Dual {
-  float value, dot;
-};
 
 // Neighbours are summed apart, as many as the widest vectors hold: a loop over them is one addition
 // of vectors, and what the compiler makes of a reduction ends in one addition after the other.
-constexpr int64_t kWide = 16;
-constexpr int64_t kFew = 2 * kWide;  // elements or words
+constexpr int64_t kVector = 16;
+constexpr int64_t kFew = 2 * kVector;  // elements or words
 
 MFMJT_BODY float sum_of(const float* lanes) {
   typedef float Four __attribute__((vector_size(16)));
-  Four four[kWide / 4];
+  Four four[kVector / 4];
   std::memcpy(four, lanes, sizeof four);
   const Four sum = (four[0] + four[1]) + (four[2] + four[3]);
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 template <bool tangent>
-struct Sums {
-  float value[kWide] = {}, square[kWide] = {}, dot[kWide] = {}, product[kWide] = {};
+struct RowSums {
+  float value[kVector] = {}, square[kVector] = {}, dot[kVector] = {}, product[kVector] = {};
 
-  MFMJT_BODY void add(int64_t lane, Dual a, Dual centre) {
-    const float moved = a.value - centre.value;
+  MFMJT_BODY void add(int64_t lane, Dual a, Dual center) {
+    const float moved = a.value - center.value;
     value[lane] += moved;
     square[lane] += moved * moved;
     if (tangent) {
-      const float moved_dot = a.dot - centre.dot;
+      const float moved_dot = a.dot - center.dot;
       dot[lane] += moved_dot;
       product[lane] += moved * moved_dot;
     }
@@ -123,69 +95,69 @@ struct SumRow {
 
 // Lane `lane` of the sums gets element or word i of the row.
 template <bool tangent, class T, class Row>
-MFMJT_BODY void add_to(Sums<tangent>& sums, const Row& row, int64_t lane, int64_t i, Dual centre) {
+MFMJT_BODY void add_to(RowSums<tangent>& sums, const Row& row, int64_t lane, int64_t i, Dual center) {
   Dual a = row.at(First<T>{}, i);
   if constexpr (kLanes<T> == 2) {
     Dual b = row.at(High{}, i);
     row.keep(i, a, b);
-    sums.add(lane, b, centre);
+    sums.add(lane, b, center);
   } else {
     row.keep(Single{}, i, a);
   }
-  sums.add(lane, a, centre);
+  sums.add(lane, a, center);
 }
 
 // What the sums of a row come to.
 struct Moments {
-  Dual centre, rest;
-  float rstd, share;  // share: mean(n x_dot)
+  Dual center, rest;
+  float rstd, projection;  // projection: mean(n x_dot)
 };
 
 template <bool tangent, class T, class Row>
 MFMJT_BODY Moments moments_of(const Row& row, int64_t width, float eps) {
   const int64_t groups = width / kLanes<T>;
-  Dual centre{0, 0};
-  if (groups >= kWide) {
-    const int64_t few = groups >= kFew ? kFew : kWide;
-    float value[kWide] = {}, dot[kWide] = {};
-    for (int64_t k = 0; k < few; k += kWide) {
+  Dual center{0, 0};
+  if (groups >= kVector) {
+    const int64_t few = groups >= kFew ? kFew : kVector;
+    float value[kVector] = {}, dot[kVector] = {};
+    for (int64_t k = 0; k < few; k += kVector) {
 #pragma omp simd
-      for (int64_t j = 0; j < kWide; ++j) {
+      for (int64_t j = 0; j < kVector; ++j) {
         const Dual a = row.at(First<T>{}, k + j);
         value[j] += a.value;
         dot[j] += a.dot;
       }
     }
-    const float over = 1.0f / static_cast<float>(few);
-    centre = {sum_of(value) * over, tangent ? sum_of(dot) * over : 0.0f};
+    const float inverse = 1.0f / static_cast<float>(few);
+    center = {sum_of(value) * inverse, tangent ? sum_of(dot) * inverse : 0.0f};
   } else {
     for (int64_t j = 0; j < width; ++j) {
       const Dual a = row.at(Single{}, j);
-      centre.value += a.value;
-      centre.dot += a.dot;
+      center.value += a.value;
+      center.dot += a.dot;
     }
-    centre.value /= static_cast<float>(width);
-    centre.dot /= static_cast<float>(width);
+    center.value /= static_cast<float>(width);
+    center.dot /= static_cast<float>(width);
   }
-  Sums<tangent> sums;
+  RowSums<tangent> sums;
   int64_t i = 0;
-  for (; i + kWide <= groups; i += kWide) {
+  for (; i + kVector <= groups; i += kVector) {
 #pragma omp simd
-    for (int64_t j = 0; j < kWide; ++j) add_to<tangent, T>(sums, row, j, i + j, centre);
+    for (int64_t j = 0; j < kVector; ++j) add_to<tangent, T>(sums, row, j, i + j, center);
   }
-  for (; i < groups; ++i) add_to<tangent, T>(sums, row, i % kWide, i, centre);
+  for (; i < groups; ++i) add_to<tangent, T>(sums, row, i % kVector, i, center);
   for (i *= kLanes<T>; i < width; ++i) {
     Dual a = row.at(Single{}, i);
     row.keep(Single{}, i, a);
-    sums.add(0, a, centre);
+    sums.add(0, a, center);
   }
-  const float over = 1.0f / static_cast<float>(width);
-  Moments m{centre, {sum_of(sums.value) * over, 0}, 0, 0};
-  const float variance = sum_of(sums.square) * over - m.rest.value * m.rest.value;
+  const float inverse_width = 1.0f / static_cast<float>(width);
+  Moments m{center, {sum_of(sums.value) * inverse_width, 0}, 0, 0};
+  const float variance = sum_of(sums.square) * inverse_width - m.rest.value * m.rest.value;
   m.rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
   if (tangent) {
-    m.rest.dot = sum_of(sums.dot) * over;
-    m.share = (sum_of(sums.product) * over - m.rest.value * m.rest.dot) * m.rstd;
+    m.rest.dot = sum_of(sums.dot) * inverse_width;
+    m.projection = (sum_of(sums.product) * inverse_width - m.rest.value * m.rest.dot) * m.rstd;
   }
   return m;
 }
@@ -200,11 +172,11 @@ struct NormRow {
 
 template <bool tangent, class T, class Dot, class Lane>
 MFMJT_BODY Dual modulated(const NormRow<T, Dot>& r, const Moments& m, Lane lane, int64_t i) {
-  const float n = (at(lane, r.x, i) - m.centre.value - m.rest.value) * m.rstd;
+  const float n = (at(lane, r.x, i) - m.center.value - m.rest.value) * m.rstd;
   const float factor = 1.0f + at(lane, r.scale, i);
   float dot = 0;
   if constexpr (tangent) {
-    const float n_dot = m.rstd * (at(lane, r.x_dot, i) - m.centre.dot - m.rest.dot - n * m.share);
+    const float n_dot = m.rstd * (at(lane, r.x_dot, i) - m.center.dot - m.rest.dot - n * m.projection);
     dot = n_dot * factor + n * at(lane, r.scale_dot, i) + at(lane, r.shift_dot, i);
   }
   return {n * factor + at(lane, r.shift, i), dot};
@@ -238,8 +210,8 @@ template <class T>
 struct NormPass {
   int64_t tokens = 0, width = 0;
   float eps = 0;
-  Rows<T> x, h, gate, shift, scale;
-  Rows<T> x_dot, h_dot, gate_dot, shift_dot, scale_dot;
+  RowReader<T> x, h, gate, shift, scale;
+  RowReader<T> x_dot, h_dot, gate_dot, shift_dot, scale_dot;
   T *total = nullptr, *total_dot = nullptr, *y = nullptr, *y_dot = nullptr;
   float *mean = nullptr, *rstd = nullptr;
 };
@@ -282,30 +254,75 @@ MFMJT_BODY void norm_pass(const NormPass<T>* pass, float* scratch, int64_t begin
       r.y_dot = pass->y_dot + at;
     }
     r.y = pass->y + at;
-    pass->mean[row] = m.centre.value + m.rest.value;
+    pass->mean[row] = m.center.value + m.rest.value;
     pass->rstd[row] = m.rstd;
     norm_row<tangent>(r, m, width);
   }
 }
 
-template <class T, bool gated, bool tangent>
-void run_norm_pass(const NormPass<T>& pass, int64_t batch) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / pass.width);
-  parallel_for(batch * pass.tokens, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(gated && tangent ? pass.width : 0);
-    Clones<&norm_pass<T, gated, tangent>>::run(&pass, scratch.data(), begin, end);
+// The inputs of both ops, or their tangents; `h` and `gate` are those of the gated residual.
+struct NormInputs {
+  Maybe x, h, gate, shift, scale;
+};
+struct NormResults {
+  Tensor total, total_dot, y, y_dot, mean, rstd;
+};
+
+template <bool gated, bool tangent>
+NormResults norm_forward(
+    const char* op, const NormInputs& in, const NormInputs& dots, double eps) {
+  const Tensor& x = *in.x;
+  check_tensor(op, "x", x);
+  check_rank(op, "x", x, 3);
+  if constexpr (gated) check_same(op, "h", *in.h, x);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  NormResults out;
+  out.mean = new_tensor({batch, tokens, 1});
+  out.rstd = new_tensor({batch, tokens, 1});
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T> zeros(tangent ? width : 0);
+    NormPass<T> pass;
+    pass.tokens = tokens;
+    pass.width = width;
+    pass.eps = static_cast<float>(eps);
+    pass.x = {op, "x", x, x};
+    pass.shift = {op, "shift", *in.shift, x};
+    pass.scale = {op, "scale", *in.scale, x};
+    pass.y = new_data<T>(out.y, x);
+    pass.mean = mutable_data<float>(out.mean);
+    pass.rstd = mutable_data<float>(out.rstd);
+    if constexpr (tangent) {
+      pass.x_dot = {op, "x_dot", dots.x, x, zeros};
+      pass.shift_dot = {op, "shift_dot", dots.shift, x, zeros};
+      pass.scale_dot = {op, "scale_dot", dots.scale, x, zeros};
+      pass.y_dot = new_data<T>(out.y_dot, x);
+    }
+    if constexpr (gated) {
+      pass.h = {op, "h", *in.h, x};
+      pass.gate = {op, "gate", *in.gate, x};
+      pass.total = new_data<T>(out.total, x);
+    }
+    if constexpr (gated && tangent) {
+      pass.h_dot = {op, "h_dot", dots.h, x, zeros};
+      pass.gate_dot = {op, "gate_dot", dots.gate, x, zeros};
+      pass.total_dot = new_data<T>(out.total_dot, x);
+    }
+    const int64_t grain = std::max<int64_t>(1, kGrain / width);
+    parallel_for(batch * tokens, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(gated && tangent ? width : 0);
+      Clones<&norm_pass<T, gated, tangent>>::run(&pass, scratch.data(), begin, end);
+    });
   });
+  return out;
 }
 
-// Backward. Cotangents of broadcast modulations are summed over the tokens of a sample: by chunks of
-// a fixed number of tokens, then over chunks in order, so that threads change nothing.
-constexpr int64_t kChunk = 64;
-inline int64_t chunks_of(const Shape& s) { return (s.tokens + kChunk - 1) / kChunk; }
+// Backward. Cotangents of broadcast modulations are summed over the tokens of a sample, by chunks.
 
 template <class T>
 struct NormBackward {
   int64_t tokens = 0, width = 0, chunks = 0;  // chunks of each sample
-  Rows<T> total_bar, y_bar, x, h, gate, scale;
+  RowReader<T> total_bar, y_bar, x, h, gate, scale;
   const float *mean = nullptr, *rstd = nullptr;
   T *x_bar = nullptr, *h_bar = nullptr;
   T *gate_bar = nullptr, *scale_bar = nullptr;  // where there is a row per token
@@ -315,7 +332,7 @@ struct NormBackward {
 template <class T, bool gated>
 MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_t end) {
   const int64_t width = pass->width;
-  const float over = 1.0f / static_cast<float>(width);
+  const float inverse_width = 1.0f / static_cast<float>(width);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t b = chunk / pass->chunks, first = chunk % pass->chunks * kChunk;
     float* gate_sum = pass->gate_sum == nullptr ? nullptr : pass->gate_sum + chunk * width;
@@ -328,13 +345,13 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
       float left = 0, sum = 0, product = 0;
 #pragma omp simd reduction(+ : left, sum, product)
       for (int64_t i = 0; i < width; ++i) {
-        const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i])), centred = load(x[i]) - mean;
-        left += centred;
+        const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i])), centered = load(x[i]) - mean;
+        left += centered;
         sum += n_bar;
-        product += n_bar * centred;
+        product += n_bar * centered;
       }
-      const float rest = left * over, mean_bar = sum * over;
-      const float share = rstd * (product * over - rest * mean_bar);
+      const float rest = left * inverse_width, mean_bar = sum * inverse_width;
+      const float projection = rstd * (product * inverse_width - rest * mean_bar);
       T* x_bar = pass->x_bar + at;
       if (gated) {
         const T *total_bar = pass->total_bar.at(b, t), *h = pass->h.at(b, t);
@@ -345,7 +362,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
           for (int64_t i = 0; i < width; ++i) {
             const float n = (load(x[i]) - mean - rest) * rstd;
             const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
-            const float bar = load(total_bar[i]) + rstd * (n_bar - mean_bar - n * share);
+            const float bar = load(total_bar[i]) + rstd * (n_bar - mean_bar - n * projection);
             store(x_bar + i, bar);
             store(h_bar + i, bar * load(gate[i]));
             store(gate_bar + i, bar * load(h[i]));
@@ -355,7 +372,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
           for (int64_t i = 0; i < width; ++i) {
             const float n = (load(x[i]) - mean - rest) * rstd;
             const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
-            const float bar = load(total_bar[i]) + rstd * (n_bar - mean_bar - n * share);
+            const float bar = load(total_bar[i]) + rstd * (n_bar - mean_bar - n * projection);
             store(x_bar + i, bar);
             store(h_bar + i, bar * load(gate[i]));
             gate_sum[i] += bar * load(h[i]);
@@ -366,7 +383,7 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
         for (int64_t i = 0; i < width; ++i) {
           const float n = (load(x[i]) - mean - rest) * rstd;
           const float n_bar = load(y_bar[i]) * (1.0f + load(scale[i]));
-          store(x_bar + i, rstd * (n_bar - mean_bar - n * share));
+          store(x_bar + i, rstd * (n_bar - mean_bar - n * projection));
         }
       }
       if (scale_sum == nullptr) {
@@ -389,46 +406,91 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
   }
 }
 
-template <class T, bool gated>
-void run_norm_backward(const NormBackward<T>& pass, int64_t batch) {
-  parallel_for(batch * pass.chunks, std::max<int64_t>(1, kGrain / (kChunk * pass.width)),
-      [&](int64_t begin, int64_t end) {
-        Clones<&norm_backward<T, gated>>::run(&pass, begin, end);
-      });
-}
-
-// A modulation's cotangent while it is being summed, and as a tensor of the modulation's shape.
-class Summed {
+// A modulation's cotangent: written by the kernel where there is a row per token, else summed by it.
+template <class T>
+class ModulationBar {
  public:
-  // `whole`: a row per token, which the kernel writes itself.
-  Summed(const Tensor& like, bool whole, const Shape& s)
-      : result_(new_like(like)), batch_(s.batch), chunks_(chunks_of(s)), width_(s.width) {
-    if (!whole) sums_.resize(batch_ * chunks_ * width_);
-  }
+  ModulationBar(const Tensor& like, bool per_token, int64_t chunks)
+      : result_(new_like(like)), sums_(per_token ? 0 : like.size(0) * chunks * like.size(2)) {}
   float* sums() { return sums_.empty() ? nullptr : sums_.data(); }
-  template <class T>
-  T* rows() {
-    return mutable_data<T>(result_);
-  }
-  template <class T>
+  T* rows() { return mutable_data<T>(result_); }
   Tensor finish() {
-    if (!sums_.empty()) {
-      T* to = mutable_data<T>(result_);
-      for (int64_t b = 0; b < batch_; ++b) {
-        float* total = sums_.data() + b * chunks_ * width_;
-        for (int64_t c = 1; c < chunks_; ++c) {
-          for (int64_t i = 0; i < width_; ++i) total[i] += total[c * width_ + i];
-        }
-        for (int64_t i = 0; i < width_; ++i) store(to + b * width_ + i, total[i]);
+    if (sums_.empty()) return result_;
+    const int64_t batch = result_.size(0), width = result_.size(2);
+    const int64_t chunks = static_cast<int64_t>(sums_.size()) / (batch * width);
+    for (int64_t b = 0; b < batch; ++b) {
+      float* total = sums_.data() + b * chunks * width;
+      for (int64_t c = 1; c < chunks; ++c) {
+        for (int64_t i = 0; i < width; ++i) total[i] += total[c * width + i];
       }
+      for (int64_t i = 0; i < width; ++i) store(rows() + b * width + i, total[i]);
     }
     return result_;
   }
 
  private:
   Tensor result_;
-  int64_t batch_, chunks_, width_;
   std::vector<float> sums_;
 };
+
+// Cotangents of the inputs. `in.x` is what the norm was taken of; the op calls it `name`.
+template <bool gated>
+NormInputs norm_bars(
+    const char* op, const char* name, const Maybe& total_bar, const Maybe& y_bar,
+    const NormInputs& in, const Tensor& mean, const Tensor& rstd) {
+  const Tensor& x = *in.x;
+  check_tensor(op, name, x);
+  check_rank(op, name, x, 3);
+  if (y_bar) check_same(op, "y_bar", *y_bar, x);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  NormInputs bars;
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T> zeros(width);
+    NormBackward<T> pass;
+    pass.tokens = tokens;
+    pass.width = width;
+    pass.chunks = chunks_of(tokens);
+    pass.y_bar = {op, "y_bar", y_bar, x, zeros};
+    pass.x = {op, name, x, x};
+    pass.scale = {op, "scale", *in.scale, x};
+    pass.mean = statistic(op, "mean", mean, {batch, tokens, 1});
+    pass.rstd = statistic(op, "rstd", rstd, {batch, tokens, 1});
+    // A single channel is normalized to zero; a large rstd would make its rounding count.
+    const std::vector<float> none(width == 1 ? batch * tokens : 0);
+    if (width == 1) pass.rstd = none.data();
+    pass.x_bar = new_data<T>(bars.x, x);
+    std::optional<ModulationBar<T>> gate_bar;
+    if constexpr (gated) {
+      check_same(op, "h", *in.h, x);
+      pass.total_bar = {op, "total_bar", total_bar, x, zeros};
+      pass.h = {op, "h", *in.h, x};
+      pass.gate = {op, "gate", *in.gate, x};
+      pass.h_bar = new_data<T>(bars.h, x);
+      gate_bar.emplace(*in.gate, pass.gate.per_token(), pass.chunks);
+      pass.gate_sum = gate_bar->sums();
+      pass.gate_bar = gate_bar->rows();
+    }
+    ModulationBar<T> scale_bar(*in.scale, pass.scale.per_token(), pass.chunks);
+    pass.scale_sum = scale_bar.sums();
+    pass.scale_bar = scale_bar.rows();
+    // The cotangent of a shift for every token is y_bar: the result is empty, and the caller knows.
+    const bool per_token = RowReader<T>(op, "shift", *in.shift, x).per_token();
+    const bool is_y_bar = per_token && y_bar;
+    ModulationBar<T> shift_bar(
+        is_y_bar ? new_tensor({0}, x.scalar_type()) : *in.shift, per_token, pass.chunks);
+    pass.shift_sum = shift_bar.sums();
+    parallel_for(
+        batch * pass.chunks, std::max<int64_t>(1, kGrain / (kChunk * width)),
+        [&](int64_t begin, int64_t end) {
+          Clones<&norm_backward<T, gated>>::run(&pass, begin, end);
+        });
+    if (gated) bars.gate = gate_bar->finish();
+    bars.shift = shift_bar.finish();
+    bars.scale = scale_bar.finish();
+    if (per_token && !is_y_bar) torch::stable::zero_(*bars.shift);
+  });
+  return bars;
+}
 
 }  // namespace mfmjt

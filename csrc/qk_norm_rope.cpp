@@ -1,13 +1,12 @@
-// Split planar qkv, RMS-normalise q and k over the head, rotate adjacent pairs: value, value and
+// Split planar qkv, RMS-normalize q and k over the head, rotate adjacent pairs: value, value and
 // tangent, backward; one sweep each. Formulas: mfmjt/kernels/qk_norm_rope.py.
 
-#include "common.h"
-#include "ops.h"
+#include "arguments.h"
 
 namespace mfmjt {
 namespace {
 
-struct Shape {
+struct QkvShape {
   int64_t batch, tokens, heads, width;
 };
 
@@ -18,8 +17,8 @@ struct Constants {
 };
 
 Constants constants_of(
-    const char* op, const Tensor& q_weight, const Tensor& k_weight,
-    const std::optional<Tensor>& rope, const Shape& s) {
+    const char* op, const Tensor& q_weight, const Tensor& k_weight, const Maybe& rope,
+    const QkvShape& s) {
   require(s.width % 2 == 0, op, "qkv must have an even head width, got ", s.width);
   Constants c;
   const int64_t half = s.width / 2;
@@ -27,8 +26,7 @@ Constants constants_of(
     const Tensor& weight = part == 0 ? q_weight : k_weight;
     const char* name = part == 0 ? "q_weight" : "k_weight";
     check_tensor(op, name, weight);
-    check_rank(op, name, weight, 1);
-    check_size(op, name, weight, 0, s.width);
+    check_shape(op, name, weight, std::vector{s.width});
     const auto interleaved = to_floats(weight);
     c.weight[part].resize(s.width);
     for (int64_t i = 0; i < half; ++i) {
@@ -38,10 +36,7 @@ Constants constants_of(
   }
   if (rope) {
     check_tensor(op, "rope", *rope);
-    check_rank(op, "rope", *rope, 3);
-    check_size(op, "rope", *rope, 0, s.tokens);
-    check_size(op, "rope", *rope, 1, half);
-    check_size(op, "rope", *rope, 2, 2);
+    check_shape(op, "rope", *rope, std::vector<int64_t>{s.tokens, half, 2});
     const auto pairs = to_floats(*rope);
     c.cosine.resize(s.tokens * half);
     c.sine.resize(s.tokens * half);
@@ -56,7 +51,7 @@ Constants constants_of(
   return c;
 }
 
-Shape shape_of(const char* op, const char* name, const Tensor& qkv) {
+QkvShape shape_of(const char* op, const char* name, const Tensor& qkv) {
   check_tensor(op, name, qkv);
   check_rank(op, name, qkv, 5);
   check_size(op, name, qkv, 2, 3);
@@ -64,7 +59,7 @@ Shape shape_of(const char* op, const char* name, const Tensor& qkv) {
 }
 
 template <class T>
-struct Pass {
+struct ForwardPass {
   int64_t tokens, heads, width, rope_step;  // rope_step: width / 2, or 0 where there is no rope
   float eps;
   const T *qkv, *qkv_dot;
@@ -74,9 +69,9 @@ struct Pass {
 };
 
 template <class T, bool tangent>
-MFMJT_BODY void forward_rows(const Pass<T>* pass, int64_t begin, int64_t end) {
+MFMJT_BODY void forward_rows(const ForwardPass<T>* pass, int64_t begin, int64_t end) {
   const int64_t heads = pass->heads, width = pass->width, half = width / 2;
-  const float over = 1.0f / static_cast<float>(width);
+  const float inverse_width = 1.0f / static_cast<float>(width);
   for (int64_t row = begin; row < end; ++row) {
     const float* cosine = pass->cosine + row % pass->tokens * pass->rope_step;
     const float* sine = pass->sine + row % pass->tokens * pass->rope_step;
@@ -93,8 +88,8 @@ MFMJT_BODY void forward_rows(const Pass<T>* pass, int64_t begin, int64_t end) {
           square += value * value;
           if (tangent) product += value * load(x_dot[i]);
         }
-        const float rstd = 1.0f / std::sqrt(square * over + pass->eps);
-        const float share = product * over * rstd * rstd;
+        const float rstd = 1.0f / std::sqrt(square * inverse_width + pass->eps);
+        const float projection = product * inverse_width * rstd * rstd;
         pass->rstd[part][row * heads + head] = rstd;
         T *y = pass->out[part] + to, *y_dot = tangent ? pass->out_dot[part] + to : nullptr;
 #pragma omp simd
@@ -105,8 +100,8 @@ MFMJT_BODY void forward_rows(const Pass<T>* pass, int64_t begin, int64_t end) {
           store(y + 2 * i, y0 * c - y1 * s);
           store(y + 2 * i + 1, y0 * s + y1 * c);
           if (tangent) {
-            const float d0 = (load(x_dot[2 * i]) - x0 * share) * w0;
-            const float d1 = (load(x_dot[2 * i + 1]) - x1 * share) * w1;
+            const float d0 = (load(x_dot[2 * i]) - x0 * projection) * w0;
+            const float d1 = (load(x_dot[2 * i + 1]) - x1 * projection) * w1;
             store(y_dot + 2 * i, d0 * c - d1 * s);
             store(y_dot + 2 * i + 1, d0 * s + d1 * c);
           }
@@ -121,12 +116,11 @@ MFMJT_BODY void forward_rows(const Pass<T>* pass, int64_t begin, int64_t end) {
 
 template <bool tangent>
 void run_forward(
-    const char* op, const Shape& s, const Tensor& qkv, const Tensor& qkv_dot, const Constants& c,
-    double eps, std::vector<Tensor>& out, std::vector<Tensor>& out_dot,
-    std::vector<Tensor>& rstd) {
+    const QkvShape& s, const Tensor& qkv, const Tensor& qkv_dot, const Constants& c, double eps,
+    std::vector<Tensor>& out, std::vector<Tensor>& out_dot, std::vector<Tensor>& rstd) {
   by_dtype(qkv, [&](auto zero) {
     using T = decltype(zero);
-    Pass<T> pass{};
+    ForwardPass<T> pass{};
     pass.tokens = s.tokens;
     pass.heads = s.heads;
     pass.width = s.width;
@@ -137,7 +131,7 @@ void run_forward(
     pass.cosine = c.cosine.data();
     pass.sine = c.sine.data();
     for (int part = 0; part < 3; ++part) {
-      out.push_back(new_like(qkv, {s.batch, s.tokens, s.heads, s.width}, qkv.scalar_type()));
+      out.push_back(new_tensor({s.batch, s.tokens, s.heads, s.width}, qkv.scalar_type()));
       pass.out[part] = mutable_data<T>(out[part]);
       if (tangent) {
         out_dot.push_back(new_like(out[part]));
@@ -145,7 +139,7 @@ void run_forward(
       }
       if (part < 2) {
         pass.weight[part] = c.weight[part].data();
-        rstd.push_back(new_like(qkv, {s.batch, s.tokens, s.heads, 1}, ScalarType::Float));
+        rstd.push_back(new_tensor({s.batch, s.tokens, s.heads, 1}));
         pass.rstd[part] = mutable_data<float>(rstd[part]);
       }
     }
@@ -154,24 +148,21 @@ void run_forward(
       Clones<&forward_rows<T, tangent>>::run(&pass, begin, end);
     });
   });
-  (void)op;
 }
 
 // Cotangents arrive from attention in any layout; rows of a head are dense.
 template <class T>
-struct Bars {
+struct HeadBars {
   Tensor kept;
   const T* pointer = nullptr;  // null: no gradient arrived
   int64_t stride[3] = {0, 0, 0};
 
-  Bars() = default;
-  Bars(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& qkv,
-       const Shape& s) {
+  HeadBars() = default;
+  HeadBars(const char* op, const char* name, const Maybe& t, const Tensor& qkv,
+       const QkvShape& s) {
     if (!t) return;
     check_dtype(op, name, *t, qkv);
-    check_rank(op, name, *t, 4);
-    const int64_t sizes[4] = {s.batch, s.tokens, s.heads, s.width};
-    for (int64_t d = 0; d < 4; ++d) check_size(op, name, *t, d, sizes[d]);
+    check_shape(op, name, *t, std::vector{s.batch, s.tokens, s.heads, s.width});
     kept = t->stride(3) == 1 ? *t : torch::stable::contiguous(*t);
     pointer = data<T>(kept);
     for (int64_t d = 0; d < 3; ++d) stride[d] = kept.stride(d);
@@ -181,24 +172,20 @@ struct Bars {
   }
 };
 
-// Sums over tokens for the weights' cotangents: by chunks of a fixed number of tokens, then over
-// chunks in order, so that threads change nothing.
-constexpr int64_t kChunk = 64;
-
 template <class T>
-struct Backward {
+struct BackwardPass {
   int64_t rows, tokens, heads, width, rope_step;
   const T* qkv;
-  Bars<T> bars[3];
+  HeadBars<T> bars[3];
   const float *weight[2], *cosine, *sine, *rstd[2];
   T* qkv_bar;
   float* sums;  // (chunks, 2, D), even elements before odd ones
 };
 
 template <class T>
-MFMJT_BODY void backward_rows(const Backward<T>* pass, int64_t begin, int64_t end) {
+MFMJT_BODY void backward_rows(const BackwardPass<T>* pass, int64_t begin, int64_t end) {
   const int64_t heads = pass->heads, width = pass->width, half = width / 2, n = heads * width;
-  const float over = 1.0f / static_cast<float>(width);
+  const float inverse_width = 1.0f / static_cast<float>(width);
   for (int64_t row = begin * kChunk; row < std::min(end * kChunk, pass->rows); ++row) {
     const int64_t b = row / pass->tokens, t = row % pass->tokens;
     const float *cosine = pass->cosine + t * pass->rope_step, *sine = pass->sine + t * pass->rope_step;
@@ -224,15 +211,15 @@ MFMJT_BODY void backward_rows(const Backward<T>* pass, int64_t begin, int64_t en
           odd_sum[i] += p1;
           product += p0 * w_even[i] + p1 * w_odd[i];
         }
-        const float share = product * over;
+        const float projection = product * inverse_width;
         T* x_bar = bars + head * width;
 #pragma omp simd
         for (int64_t i = 0; i < half; ++i) {
           const float b0 = load(y_bar[2 * i]), b1 = load(y_bar[2 * i + 1]);
           const float g0 = b0 * cosine[i] + b1 * sine[i], g1 = b1 * cosine[i] - b0 * sine[i];
           const float n0 = load(x[2 * i]) * rstd, n1 = load(x[2 * i + 1]) * rstd;
-          store(x_bar + 2 * i, rstd * (w_even[i] * g0 - n0 * share));
-          store(x_bar + 2 * i + 1, rstd * (w_odd[i] * g1 - n1 * share));
+          store(x_bar + 2 * i, rstd * (w_even[i] * g0 - n0 * projection));
+          store(x_bar + 2 * i + 1, rstd * (w_odd[i] * g1 - n1 * projection));
         }
       }
     }
@@ -247,53 +234,49 @@ MFMJT_BODY void backward_rows(const Backward<T>* pass, int64_t begin, int64_t en
   }
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_fwd(
     Tensor qkv, Tensor q_weight, Tensor k_weight, Maybe rope, double eps) {
   constexpr const char* op = "qk_norm_rope_fwd";
-  const Shape s = shape_of(op, "qkv", qkv);
+  const QkvShape s = shape_of(op, "qkv", qkv);
   const Constants c = constants_of(op, q_weight, k_weight, rope, s);
   std::vector<Tensor> out, none, rstd;
-  run_forward<false>(op, s, dense(qkv), qkv, c, eps, out, none, rstd);
+  run_forward<false>(s, dense(qkv), qkv, c, eps, out, none, rstd);
   return {out[0], out[1], out[2], rstd[0], rstd[1]};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_jvp(
-    Tensor qkv, Tensor qkv_dot, Tensor q_weight, Tensor k_weight, Maybe rope,
-    double eps) {
+    Tensor qkv, Tensor qkv_dot, Tensor q_weight, Tensor k_weight, Maybe rope, double eps) {
   constexpr const char* op = "qk_norm_rope_jvp";
-  const Shape s = shape_of(op, "qkv", qkv);
+  const QkvShape s = shape_of(op, "qkv", qkv);
   check_same(op, "qkv_dot", qkv_dot, qkv);
   const Constants c = constants_of(op, q_weight, k_weight, rope, s);
   std::vector<Tensor> out, dot, rstd;
-  run_forward<true>(op, s, dense(qkv), dense(qkv_dot), c, eps, out, dot, rstd);
+  run_forward<true>(s, dense(qkv), dense(qkv_dot), c, eps, out, dot, rstd);
   return {out[0], dot[0], out[1], dot[1], out[2], dot[2], rstd[0], rstd[1]};
 }
 
 std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
-    Maybe q_bar, Maybe k_bar, Maybe v_bar,
-    Tensor qkv, Tensor q_weight, Tensor k_weight, Maybe rope, Tensor q_rstd,
-    Tensor k_rstd) {
+    Maybe q_bar, Maybe k_bar, Maybe v_bar, Tensor qkv, Tensor q_weight, Tensor k_weight,
+    Maybe rope, Tensor q_rstd, Tensor k_rstd) {
   constexpr const char* op = "qk_norm_rope_bwd";
-  const Shape s = shape_of(op, "qkv", qkv);
+  const QkvShape s = shape_of(op, "qkv", qkv);
   const Constants c = constants_of(op, q_weight, k_weight, rope, s);
   const Tensor x = dense(qkv);
   Tensor qkv_bar = new_like(qkv), weight_bars[2] = {new_like(q_weight), new_like(k_weight)};
-  const int64_t rows = s.batch * s.tokens, chunks = (rows + kChunk - 1) / kChunk;
+  const int64_t rows = s.batch * s.tokens, chunks = chunks_of(rows);
   std::vector<float> sums(chunks * 2 * s.width);
   by_dtype(qkv, [&](auto zero) {
     using T = decltype(zero);
-    Backward<T> pass{};
+    BackwardPass<T> pass{};
     pass.rows = rows;
     pass.tokens = s.tokens;
     pass.heads = s.heads;
     pass.width = s.width;
     pass.rope_step = rope ? s.width / 2 : 0;
     pass.qkv = data<T>(x);
-    pass.bars[0] = Bars<T>(op, "q_bar", q_bar, qkv, s);
-    pass.bars[1] = Bars<T>(op, "k_bar", k_bar, qkv, s);
-    pass.bars[2] = Bars<T>(op, "v_bar", v_bar, qkv, s);
+    pass.bars[0] = HeadBars<T>(op, "q_bar", q_bar, qkv, s);
+    pass.bars[1] = HeadBars<T>(op, "k_bar", k_bar, qkv, s);
+    pass.bars[2] = HeadBars<T>(op, "v_bar", v_bar, qkv, s);
     pass.weight[0] = c.weight[0].data();
     pass.weight[1] = c.weight[1].data();
     pass.cosine = c.cosine.data();
@@ -320,6 +303,27 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(
     });
   }
   return {qkv_bar, weight_bars[0], weight_bars[1]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfmjt_cpu, m) {
+  m.def(
+      "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? rope, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "qk_norm_rope_jvp(Tensor qkv, Tensor qkv_dot, Tensor q_weight, Tensor k_weight, "
+      "Tensor? rope, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "qk_norm_rope_bwd(Tensor? q_bar, Tensor? k_bar, Tensor? v_bar, Tensor qkv, Tensor q_weight, "
+      "Tensor k_weight, Tensor? rope, Tensor q_rstd, Tensor k_rstd) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) {
+  m.impl("qk_norm_rope_fwd", TORCH_BOX(&qk_norm_rope_fwd));
+  m.impl("qk_norm_rope_jvp", TORCH_BOX(&qk_norm_rope_jvp));
+  m.impl("qk_norm_rope_bwd", TORCH_BOX(&qk_norm_rope_bwd));
 }
 
 }  // namespace mfmjt

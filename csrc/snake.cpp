@@ -14,8 +14,7 @@
 // filter, so that the constants are the same; what is between them is smaller by sqrt(2).
 // One read and one write of x, against 13 passes over doubled memory op by op.
 
-#include "common.h"
-#include "ops.h"
+#include "arguments.h"
 
 #if defined(__x86_64__)
 #if !defined(__clang__)  // of operands that GCC's header leaves undefined
@@ -51,30 +50,30 @@ constexpr double kSine5[5] = {
     0x1.3dafeap-4, -0x1.324ccap-1, 0x1.4668b0p+1, -0x1.4abbc2p+2, 0x1.921fb6p+1};
 constexpr double kSine4[4] = {-0x1.1de616p-1, 0x1.4594d8p+1, -0x1.4ab628p+2, 0x1.921f9cp+1};
 
-struct Row {      // what a channel needs
+struct Channel {
   float turns;    // sqrt(2) frequency / pi
   float sine[5];  // the polynomial times the root of height / sqrt(2)
 };
 
 template <class T>
-Row row_of(double alpha, double beta) {
+Channel channel_of(double alpha, double beta) {
   const double height = 1 / (std::exp(beta) + 1e-9), root = std::sqrt(height / kRoot);
-  Row row = {static_cast<float>(kRoot * std::exp(alpha) / M_PI), {}};
+  Channel channel = {static_cast<float>(kRoot * std::exp(alpha) / M_PI), {}};
   for (int i = 0; i < kTerms<T>; ++i) {
-    row.sine[i] = static_cast<float>(root * (kTerms<T> == 5 ? kSine5 : kSine4)[i]);
+    channel.sine[i] = static_cast<float>(root * (kTerms<T> == 5 ? kSine5 : kSine4)[i]);
   }
-  return row;
+  return channel;
 }
 
 template <class T>
-MFMJT_BODY float activate(float u, const Row& row) {
+MFMJT_BODY float activate(float u, const Channel& channel) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer
-  const float turns = u * row.turns;
+  const float turns = u * channel.turns;
   const float r = turns - ((turns + shift) - shift);
   float z = r * r;
   z = z > 0.25f ? 0.25f : z;  // beyond 2^22 turns r is noise; keep it bounded, and NaN a NaN
-  float p = row.sine[0];
-  for (int i = 1; i < kTerms<T>; ++i) p = p * z + row.sine[i];
+  float p = channel.sine[0];
+  for (int i = 1; i < kTerms<T>; ++i) p = p * z + channel.sine[i];
   return u + z * (p * p);
 }
 
@@ -106,20 +105,20 @@ inline void repeat_ends(
 
 // y[begin .. end) of a row, in plain loops by way of the first-level cache.
 template <class T>
-void stretch(const T* x, T* y, int64_t begin, int64_t end, int64_t length, Row row) {
+void stretch(const T* x, T* y, int64_t begin, int64_t end, int64_t length, Channel channel) {
   constexpr int64_t most = 1024, pad = 16;  // loops run in whole vectors, over their end
-  alignas(64) float wide[most + 2 * pad], sum[most + 2 * pad], difference[most + 2 * pad];
+  alignas(64) float padded[most + 2 * pad], sum[most + 2 * pad], difference[most + 2 * pad];
   constexpr const float *s = kSums, *d = kDifferences;
   float last = 0;
   for (; begin < end; begin += most) {
     const int64_t n = std::min(end - begin, most), count = (n + 5 + pad - 1) / pad * pad;
-    copy(x, length, begin - 5, count + 5, wide);
+    copy(x, length, begin - 5, count + 5, padded);
 #pragma omp simd aligned(sum, difference : 64)
     for (int64_t i = 0; i < count; ++i) {
-      const float* w = wide + i;
+      const float* w = padded + i;
       const float a = s[0] * (w[0] + w[5]) + s[1] * (w[1] + w[4]) + s[2] * (w[2] + w[3]);
       const float b = d[0] * (w[0] - w[5]) + d[1] * (w[1] - w[4]) + d[2] * (w[2] - w[3]);
-      const float even = activate<T>(a + b, row), odd = activate<T>(a - b, row);
+      const float even = activate<T>(a + b, channel), odd = activate<T>(a - b, channel);
       sum[i] = even + odd;
       difference[i] = odd - even;
     }
@@ -157,16 +156,13 @@ auto stretch_for_this_cpu() {
   return stretch<T>;
 }
 
-}  // namespace
-
 Tensor snake_fwd(Tensor x, Tensor alpha, Tensor beta) {
   check_tensor(kOp, "x", x);
   check_rank(kOp, "x", x, 3);
   const int64_t channels = x.size(1), length = x.size(2), rows = x.size(0) * channels;
   for (const auto& [name, t] : {std::pair{"alpha", &alpha}, {"beta", &beta}}) {
     check_tensor(kOp, name, *t);
-    check_rank(kOp, name, *t, 1);
-    check_size(kOp, name, *t, 0, channels);
+    check_shape(kOp, name, *t, std::vector{channels});
   }
 
   const Tensor x_dense = dense(x);
@@ -180,17 +176,25 @@ Tensor snake_fwd(Tensor x, Tensor alpha, Tensor beta) {
     const auto run = stretch_for_this_cpu<T>();
     const int64_t grain = std::max<int64_t>(1, kGrain / std::min(length, kStretch));
     parallel_for(rows * stretches, grain, [&](int64_t item, int64_t stop) {
-      Row row = {};
+      Channel channel = {};
       for (int64_t known = -1; item < stop; ++item) {
         const int64_t r = item / stretches, begin = item % stretches * kStretch;
-        if (r != known) row = row_of<T>(a[r % channels], b[r % channels]);
+        if (r != known) channel = channel_of<T>(a[r % channels], b[r % channels]);
         known = r;
         run(from + r * length, to + r * length, begin, std::min(begin + kStretch, length), length,
-            row);
+            channel);
       }
     });
   });
   return y;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfmjt_cpu, m) {
+  m.def("snake_fwd(Tensor x, Tensor alpha, Tensor beta) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) { m.impl("snake_fwd", TORCH_BOX(&snake_fwd)); }
 
 }  // namespace mfmjt

@@ -93,7 +93,7 @@ SNAKE_INLINE void write(T* y, Vector v, int64_t count) {
 struct Pairs {  // even and odd
   Vector of[2];
 };
-SNAKE_INLINE Pairs up(const Window& x) {
+SNAKE_INLINE Pairs upsample(const Window& x) {
   Vector sum = (x.of[0] + x.of[5]) * kSums[0], difference = (x.of[0] - x.of[5]) * kDifferences[0];
   sum += (x.of[1] + x.of[4]) * kSums[1], difference += (x.of[1] - x.of[4]) * kDifferences[1];
   sum += (x.of[2] + x.of[3]) * kSums[2], difference += (x.of[2] - x.of[3]) * kDifferences[2];
@@ -101,34 +101,36 @@ SNAKE_INLINE Pairs up(const Window& x) {
 }
 // `activate` of snake.cpp, step by step for both, since each step waits for the one before.
 template <class T>
-SNAKE_INLINE Pairs activated(const Pairs& u, const Row& row) {
+SNAKE_INLINE Pairs activated(const Pairs& u, const Channel& channel) {
   Vector r[2], whole[2], z[2], p[2];
   Pairs y;
-  SNAKE_BOTH r[i] = u.of[i] * row.turns;
+  SNAKE_BOTH r[i] = u.of[i] * channel.turns;
   SNAKE_BOTH whole[i] = rounded(r[i]);
   SNAKE_BOTH r[i] = r[i] - whole[i];
   SNAKE_BOTH z[i] = r[i] * r[i];
-  SNAKE_BOTH p[i] = z[i] * row.sine[0] + row.sine[1];
-  SNAKE_BOTH p[i] = p[i] * z[i] + row.sine[2];
-  SNAKE_BOTH p[i] = p[i] * z[i] + row.sine[3];
-  if (kTerms<T> == 5) SNAKE_BOTH p[i] = p[i] * z[i] + row.sine[4];
+  SNAKE_BOTH p[i] = z[i] * channel.sine[0] + channel.sine[1];
+  SNAKE_BOTH p[i] = p[i] * z[i] + channel.sine[2];
+  SNAKE_BOTH p[i] = p[i] * z[i] + channel.sine[3];
+  if (kTerms<T> == 5) SNAKE_BOTH p[i] = p[i] * z[i] + channel.sine[4];
   SNAKE_BOTH p[i] = p[i] * p[i];
   SNAKE_BOTH y.of[i] = u.of[i] + z[i] * p[i];
   return y;
 }
 // even + odd and odd - even
-struct Sums {
+struct SumAndDifference {
   Vector sum, difference;
 };
-SNAKE_INLINE Sums sums(const Pairs& y) { return {y.of[0] + y.of[1], y.of[1] - y.of[0]}; }
+SNAKE_INLINE SumAndDifference joined(const Pairs& y) {
+  return {y.of[0] + y.of[1], y.of[1] - y.of[0]};
+}
 
 // What a pair gives to each of the six outputs around it, the last of them first. Shifting these
 // takes half of the permutations that shifting both sums would.
-struct Shares {
+struct Parts {
   Vector of[6];
 };
-SNAKE_INLINE Shares shares(const Sums& y) {
-  Shares v;
+SNAKE_INLINE Parts parts(const SumAndDifference& y) {
+  Parts v;
   for (int k = 0; k < 3; ++k) {
     const Vector part = y.sum * kSums[k];
     v.of[k] = part + y.difference * kDifferences[k];
@@ -136,7 +138,7 @@ SNAKE_INLINE Shares shares(const Sums& y) {
   }
   return v;
 }
-SNAKE_INLINE Vector down(const Shares& a, const Shares& b) {
+SNAKE_INLINE Vector downsample(const Parts& a, const Parts& b) {
   const Vector first = a.of[0] + shifted<1>(a.of[1], b.of[1]);
   const Vector second = shifted<2>(a.of[2], b.of[2]) + shifted<3>(a.of[3], b.of[3]);
   const Vector third = shifted<4>(a.of[4], b.of[4]) + shifted<5>(a.of[5], b.of[5]);
@@ -147,25 +149,25 @@ SNAKE_INLINE Vector down(const Shares& a, const Shares& b) {
 // belong to three vectors, one behind the other, so that none of them waits for another.
 template <class T>
 static __attribute__((noinline, target(SNAKE_TARGET))) void stretch(
-    const T* x, T* y, int64_t begin, int64_t end, int64_t length, Row row) {
+    const T* x, T* y, int64_t begin, int64_t end, int64_t length, Channel channel) {
   constexpr int64_t n = SNAKE_LANES;
   const int64_t past = end + 3;  // of the pairs that outputs are made of
   float last = 0;
-  Shares before = {};
-  Sums ready = {};
-  Pairs pairs = up(read(x, length, begin - 5));
+  Parts before = {};
+  SumAndDifference ready = {};
+  Pairs pairs = upsample(read(x, length, begin - 5));
   for (int64_t q = begin - 2; q + 2 < end + 2 * n; q += n) {
     Pairs next = pairs;
-    if (__builtin_expect(q + n < past, 1)) next = up(read(x, length, q + n - 3));
+    if (__builtin_expect(q + n < past, 1)) next = upsample(read(x, length, q + n - 3));
 
-    const Pairs acted = activated<T>(pairs, row);
+    const Pairs acted = activated<T>(pairs, channel);
 
-    const Shares now = shares(ready);
+    const Parts now = parts(ready);
     const int64_t i = q + 2 - 2 * n;
-    if (__builtin_expect(i >= begin, 1)) write(y + i, down(before, now), end - i);
+    if (__builtin_expect(i >= begin, 1)) write(y + i, downsample(before, now), end - i);
 
     before = now;
-    ready = sums(acted);
+    ready = joined(acted);
     if (__builtin_expect(q < 0 || (q + n > length && q < past), 0)) {
       float sum[n], difference[n];
       put(sum, ready.sum);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -34,17 +35,45 @@ def test_the_extension_is_small(tmp_path: Path) -> None:
     assert packed.stat().st_size <= LIMIT
 
 
+def tool(name: str) -> str:
+    """Find a command of this environment, or skip the test."""
+    command = shutil.which(name, path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip(f"{name} is not installed")
+    return command
+
+
 @built
 def test_one_build_serves_every_pytorch_and_python() -> None:
-    command = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
-    if command is None:
-        pytest.skip("torch-abi-audit is not installed")
-    audit = subprocess.run(
-        [command, "--check", "both", str(library())], capture_output=True, text=True, check=False
-    )
+    command = [tool("torch-abi-audit"), "--check", "both", str(library())]
+    audit = subprocess.run(command, capture_output=True, text=True, check=False)
     assert audit.returncode == 0, audit.stdout + audit.stderr
     assert "STABLE" in audit.stdout
     assert "abi3-ok" in audit.stdout
+
+
+@built
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel knows Linux")
+def test_one_wheel_serves_every_linux_and_needs_no_library_but_pytorch(tmp_path: Path) -> None:
+    """The wheel is made of the extension that is built, not compiled once more."""
+    audit = tool("auditwheel")
+    for name in ("mfmjt", "csrc"):
+        left_out = shutil.ignore_patterns("*.so", "pretrained", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    compiled = tmp_path / "lib" / "mfmjt" / "_C.abi3.so"
+    compiled.parent.mkdir(parents=True)
+    shutil.copyfile(library(), compiled)  # newer than its sources
+    make = [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib", "bdist_wheel"]
+    environment = {**os.environ, "CXX": "false", "MFMJT_EXT": "1"}  # a compiler would fail
+    subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    shown = json.loads(subprocess.check_output([audit, "show", "--json", str(wheel)]))
+    assert shown["sym_tag"].startswith("manylinux_2_")
+    assert not shown["unsupported_isa"]
+    assert set(shown["external_libs"]) <= {"libc10.so", "libtorch.so", "libtorch_cpu.so"}
 
 
 @pytest.mark.parametrize(

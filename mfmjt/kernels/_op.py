@@ -154,6 +154,7 @@ class Op:
     """
 
     over_streams: _Streams | None = None
+    required: Sequence[tuple[int, int]] = ()  # of jvp's lists, tangents that it must have, of what
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class Op:
             ys = self.fwd.library(*values)
             return ys[:count] if isinstance(ys, tuple) else (ys,)
         both = (*values, *dots)
-        found = self.jvp.library(*(both[i] for i in self.places))[: 2 * count]
+        found = self.jvp.library(*self.moved([both[i] for i in self.places]))[: 2 * count]
         joined: list[Any] = []
         for y, y_dot in zip(found[::2], found[1::2], strict=True):
             if isinstance(y, (list, tuple)):
@@ -258,6 +259,15 @@ class Op:
             return None
         ys = self.plain(*values)
         return None if ys is NotImplemented else _tuple(ys)
+
+    def moved(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return arguments of jvp with zeros for tangents that some streams lack, but jvp needs."""
+        if self.required:
+            args = list(args)
+            for i, j in self.required:
+                pairs = zip(args[i], args[j], strict=True)
+                args[i] = [torch.zeros_like(x) if dot is None else dot for dot, x in pairs]
+        return args
 
     def cast(self, values: Sequence[Any], dots: Any) -> tuple[list[Any], Any]:
         """Cast under autocast, and raise unless floating inputs are then of one dtype."""
@@ -308,6 +318,12 @@ class _Streams(Op):
             autocasts=single.autocasts,
         )
         self.lists = True
+        names, dots = self.jvp.names, inspect.signature(formulas[1]).parameters
+        self.required = [
+            (names.index(n), names.index(n[:-4]))
+            for n, p in dots.items()
+            if n.endswith("_dot") and "None" not in str(p.annotation)
+        ]
 
     def of(self, args: tuple[Any, ...]) -> Any:
         """Compute the results, each a tuple of streams.

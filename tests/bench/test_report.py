@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("pandas")
+
 from bench import __main__, report
 from bench.compare import changes
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
@@ -145,14 +147,14 @@ def test_generation_is_reported_and_compared(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_noise_is_no_regression(after, worse):
-    (change,) = changes([row("mfmjt", 1.0), row("eager", 4.0)], after)
-    assert change.worse == worse
+    found = changes([row("mfmjt", 1.0), row("eager", 4.0)], after)
+    assert [*found["worse"]] == [worse]
 
 
 def test_other_cases_are_not_compared():
     other = [row("mfmjt", 9.0, case="small_16k B=1")]
-    assert changes([row("mfmjt", 1.0)], other) == []
-    assert changes([refusal("mfmjt", "no")], [row("mfmjt", 1.0)]) == []
+    assert changes([row("mfmjt", 1.0)], other).empty
+    assert changes([refusal("mfmjt", "no")], [row("mfmjt", 1.0)]).empty
 
 
 def stepped(provider: str, ms: float, **more: Any) -> dict[str, Any]:

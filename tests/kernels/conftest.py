@@ -12,7 +12,7 @@ from mfmjt.kernels import _native, _triton
 
 # Processes share what they compile, also where inductor is used, which would have its own.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-NATIVE = {"test_alone.py", "test_conv1d_toom.py", "test_native.py", "test_fuzz.py"}
+NATIVE = {"test_standalone.py", "test_conv1d_toom.py", "test_native.py", "test_fuzz.py"}
 
 
 def pytest_ignore_collect(collection_path, config):

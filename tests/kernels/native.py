@@ -1,22 +1,31 @@
-"""Arguments of the library ops that C++ kernels serve, for tests that call each of them."""
+"""The C++ kernels by name: arguments that take every branch, and what PyTorch makes of the same."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfmjt import kernels  # defines the library ops, too
+from mfmjt import kernels
 from mfmjt.kernels import _native
+from tests.kernels.inputs import Arguments, inputs
+from tests.kernels.inputs import arguments as of_library_op
 from tests.oracle import strided
 
-__all__ = ["NAMES", "Arguments", "arguments", "cases", "formula", "library_op"]
+__all__ = ["NAMES", "arguments", "cases", "formula", "kernel"]
 
-NAMES = sorted(_native._TAKES)
-Arguments = dict[str, Any]
+NAMES = sorted(
+    name.removeprefix("mfmjt_cpu::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("mfmjt_cpu::")
+)
+
+
+def kernel(name: str) -> Any:
+    """Return the C++ kernel of this name."""
+    return getattr(torch.ops.mfmjt_cpu, name).default
 
 
 def arguments(
@@ -25,149 +34,106 @@ def arguments(
     rows: int | None = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Arguments:
-    """What the raw op `mfmjt_cpu::<name>` takes, by name.
-
-    Args:
-        name: Name of the op.
-        size: Samples, tokens and channels; of a head, or of a signal's samples, where it has those.
-        rows: Modulations for each sample, 1, or for each token, None.
-        dtype: Of all but statistics.
-    """
+    """Return what the kernel `mfmjt_cpu::<name>` takes, by name: see `inputs`."""
     batch, tokens, width = size
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float32).to(dtype)
-
-    def x() -> Tensor:
-        return randn(batch, tokens, width)
-
-    def row() -> Tensor:
-        return randn(batch, tokens if rows is None else rows, width)
-
-    def statistic(*shape: int) -> Tensor:
-        return torch.rand(*shape) + 0.5
-
-    op, _, part = name.rpartition("_")
-    if op in ("adaln", "gated_residual_adaln"):
-        gated = op != "adaln"
-        given = {"total" if gated and part == "bwd" else "x": x()}
-        if gated:
-            given |= {"h": x(), "gate": row()}
-        given |= {"shift": row(), "scale": row()}
-        if part == "bwd":
-            bars = {"total_bar": x(), "y_bar": x()} if gated else {"y_bar": x()}
-            shape = (batch, tokens, 1)
-            return {**bars, **given, "mean": torch.randn(*shape), "rstd": statistic(*shape)}
-        if part == "jvp":
-            given |= {f"{key}_dot": torch.randn_like(t) for key, t in given.items()}
-        return {**given, "eps": 1e-6}
-    if op == "qk_norm_rope":
-        heads, pairs = 2, (width + 1) // 2
-        width = 2 * pairs
-        qkv = randn(batch, tokens, 3, heads, width)
-        given = {"qkv": qkv, **({"qkv_dot": torch.randn_like(qkv)} if part == "jvp" else {})}
-        given |= {"q_weight": randn(width), "k_weight": randn(width)}
-        given |= {"rope": torch.randn(tokens, pairs, 2)}
-        if part != "bwd":
-            return {**given, "eps": 1e-6}
-        shape = (batch, tokens, heads)
-        bars = {f"{key}_bar": randn(*shape, width) for key in "qkv"}
-        return {**bars, **given, "q_rstd": statistic(*shape, 1), "k_rstd": statistic(*shape, 1)}
-    if name == "snake_fwd":
-        return {"x": x(), "alpha": torch.randn(tokens) / 3, "beta": torch.randn(tokens) / 3}
-    if op == "swiglu":
-        given = {"gate": 5 * x(), "up": x()}
-        if part == "jvp":
-            given |= {"gate_dot": x(), "up_dot": x()}
-        return {"y_bar": x(), **given} if part == "bwd" else given
-    if "rows" in name:
-        heads, width, keys = 2, (width + 1) // 2 * 2, tokens + 2
-        dtype = torch.bfloat16  # the only one it takes
-        given = {"q": randn(batch, tokens, heads, width), "k": randn(batch, keys, heads, width)}
-        given |= {"v": torch.randn_like(given["k"])}
-        lengths = torch.arange(batch) % keys + 1
-        bias = torch.zeros(batch, keys)
-        bias[torch.arange(keys) >= lengths[:, None]] = torch.finfo(torch.float32).min
-        rest = {"bias": bias, "scale": 0.5}
-        if part == "bar":
-            o_bar = {"o_bar": torch.randn_like(given["q"])}
-            with _native.formulas():
-                lse = _attention()._fwd(*([t] for t in given.values()), [lengths], 0.5)[1]
-            return {**o_bar, **given, "lse": lse, **rest}
+    if name == "conv1d_toom":  # channels-first
+        weights = {"weight": torch.randn(5, tokens, 7), "bias": torch.randn(5)}
+        return {"x": torch.randn(size), **weights, "dilation": 2}
+    even = (batch, tokens, (width + 1) // 2 * 2)
+    if name.startswith("joint_attention_softmax"):
+        s, other = torch.randn(2, *size).to(dtype).unbind()
+        rest = {"bias": torch.randn(batch, width).to(dtype), "scale": 0.5}
+        if name.endswith("bar"):
+            lse = _scores(s, rest["bias"], 0.5).logsumexp(-1)
+            return {"s": s, "p_bar": other, "bias": rest["bias"], "lse": lse, "scale": 0.5}
+        return {"s": s, "s_dot": other, **rest}
+    if name.startswith("joint_attention_rows"):
+        given = inputs("joint_attention", even, dtype=torch.bfloat16)
+        lengths, scale = given.pop("lengths"), given.pop("scale")
+        keys = torch.arange(tokens + 2)
+        bias = torch.zeros(batch, tokens + 2)
+        bias[keys >= lengths[:, None]] = torch.finfo(torch.float32).min
+        rest = {"bias": bias, "scale": scale}
+        if name.endswith("bar"):
+            lse = _log_sums(given["q"], given["k"], bias, scale)
+            return {"o_bar": torch.randn_like(given["q"]), **given, "lse": lse, **rest}
         return {**given, **{f"{key}_dot": torch.randn_like(t) for key, t in given.items()}, **rest}
-    if "softmax" in name:
-        shape, scores = (batch, tokens), x()
-        if part == "bar":
-            rest = {"p_bar": x(), "bias": randn(batch, width), "lse": statistic(*shape)}
-        else:
-            rest = {"s_dot": x(), "bias": randn(batch, width)}
-        return {"s": scores, **rest, "scale": 0.5}
-    if op == "conv1d":
-        given = {"x": torch.randn(size), "weight": torch.randn(5, tokens, 7)}
-        return {**given, "bias": torch.randn(5), "dilation": 2}
-    raise NotImplementedError(f"no arguments for the kernel {name}: write them here")
+    if name.startswith("qk_norm_rope"):
+        size = even
+    return of_library_op(name, size, rows, dtype)
 
 
-def _attention() -> Any:
-    return importlib.import_module("mfmjt.kernels.joint_attention")
+def _scores(s: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Scale and bias scores (G, R, M), in float32 at least."""
+    s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
+    return s if bias is None else s + bias[:, None]
 
 
-def library_op(name: str) -> Any:
-    """The library op that runs this kernel; or the kernel, where one is made of several."""
-    if name.startswith("joint_attention"):
-        return getattr(torch.ops.mfmjt_cpu, name).default
-    return getattr(torch.ops.mfmjt, name).default
+def _log_sums(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return the log of the sum of each row of powers, (B, H, queries)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k.to(wide))
+    return _scores(s.flatten(1, 2), bias, scale).logsumexp(-1).unflatten(1, s.shape[1:3])
 
 
 def formula(name: str, given: Arguments) -> tuple[Tensor, ...]:
-    """What PyTorch's formulas make of the same arguments."""
+    """Return what PyTorch's formulas make of the same arguments."""
     with _native.formulas():
-        if "softmax" in name:  # it works in place
-            copies = [t.clone() if isinstance(t, Tensor) else t for t in given.values()]
-            results = getattr(kernels._attention, name.removeprefix("joint_attention_"))(*copies)
-        elif "rows" in name:
-            results = _by_streams(name, **given)
-        else:
-            results = library_op(name)(*given.values())
+        if "softmax" in name:
+            scores = _scores(given["s"], given["bias"], given["scale"])
+            if name.endswith("bar"):
+                return ((scores - given["lse"][..., None]).exp().to(given["s"].dtype),)
+            return (scores.logsumexp(-1),)
+        if "rows" in name:
+            return _rows(**given)
+        results = getattr(torch.ops.mfmjt, name)(*given.values())
     return results if isinstance(results, tuple) else (results,)
 
 
-def _by_streams(name: str, bias: Tensor | None, scale: float, **given: Any) -> tuple[Any, ...]:
-    """The formulas of attention, of one stream each, by lengths instead of a bias."""
-    lengths = [None if bias is None else (bias == 0).sum(1)]
-    if name.endswith("bar"):
-        lse = given.pop("lse")
-        o_bar, q, k, v = ([t] for t in given.values())
-        bars = _attention()._bwd(o_bar, q, k, v, q, lse, lengths, scale)
-        return tuple(bar for (bar,) in bars)
-    (o,), (o_dot,), lse = _attention()._jvp(*([t] for t in given.values()), lengths, scale)
-    moves = any(given[f"{key}_dot"] is not None for key in "qkv")
-    return o, o_dot if moves else o.new_empty(0), lse
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, **others: Any
+) -> tuple[Tensor, ...]:
+    """Compute attention by the public function, by lengths instead of a bias."""
+    lengths = None if bias is None else (bias == 0).sum(1)
+
+    def attention(*streams: Tensor) -> Tensor:
+        return kernels.joint_attention(*streams, lengths=lengths, scale=scale)
+
+    if "o_bar" in others:
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attention(*leaves), leaves, others["o_bar"])
+    dots = [others[f"{name}_dot"] for name in "qkv"]
+    lse = _log_sums(q, k, bias, scale)
+    if all(dot is None for dot in dots):
+        return attention(q, k, v), q.new_empty(0), lse
+    pairs = zip((q, k, v), dots, strict=True)
+    tangents = tuple(torch.zeros_like(x) if dot is None else dot for x, dot in pairs)
+    return *torch.func.jvp(attention, (q, k, v), tangents), lse
 
 
-# Whole vectors and less, odd widths, one token, more tokens than one chunk of a sum, more samples
-# than one block of a signal.
-SIZES = ((2, 3, 32), (1, 1, 7), (2, 70, 21), (1, 130, 2), (3, 2, 1030))
+# Whole vectors and less, odd widths, one channel, one token, more tokens than one chunk of a sum,
+# more samples than one block of a signal.
+SIZES = ((2, 3, 32), (1, 1, 7), (2, 70, 21), (1, 130, 2), (3, 2, 1030), (2, 5, 1))
 
 
 def cases() -> Iterator[tuple[str, Arguments]]:
-    """Arguments that take every branch of every kernel: sizes, strides, what may be absent."""
+    """Yield arguments for every branch of every kernel: sizes, strides, what may be absent."""
     for name in NAMES:
         dtypes = [torch.float32] if "conv1d" in name else [torch.float32, torch.bfloat16]
         dtypes = dtypes[-1:] if "rows" in name else dtypes
+        optional = [
+            argument.name
+            for argument in kernel(name)._schema.arguments
+            if isinstance(argument.type, torch.OptionalType)
+        ]
         for dtype in dtypes:
             for size in SIZES:
                 for rows in (1, None):
                     yield name, arguments(name, size, rows, dtype)
             if "joint_attention" not in name:  # these want scores, or heads, dense
                 yield name, _spread(arguments(name, (2, 5, 9), 1, dtype))
-            optional = [
-                argument.name
-                for argument in library_op(name)._schema.arguments
-                if isinstance(argument.type, torch.OptionalType)
-            ]
-            for absent in ([key] for key in optional):
-                yield name, {**arguments(name, dtype=dtype), **dict.fromkeys(absent)}
+            for absent in optional:
+                yield name, {**arguments(name, dtype=dtype), absent: None}
             for present in optional if len(optional) > 1 else []:
                 whole = arguments(name, rows=None, dtype=dtype)
                 yield name, {**whole, **dict.fromkeys(key for key in optional if key != present)}
@@ -179,7 +145,7 @@ def cases() -> Iterator[tuple[str, Arguments]]:
 
 
 def _spread(given: Arguments) -> Arguments:
-    """The same numbers, apart in memory; what a forward op returned is always dense."""
+    """Return the same numbers, apart in memory; what a forward op returned is always dense."""
     return {
         key: strided(t) if isinstance(t, Tensor) and "rstd" not in key and key != "mean" else t
         for key, t in given.items()

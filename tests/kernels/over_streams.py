@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tests import oracle
@@ -49,3 +50,39 @@ def check_streams(
 
     inputs = {f"{n}{i}": x for i, stream in enumerate(streams) for n, x in stream.items()}
     oracle.check_op(together, apart, inputs, moving or list(inputs), dtype, terms)
+
+
+def launches(
+    op: Callable,
+    streams: Sequence[Mapping[str, Tensor]],
+    moving: Sequence[str],
+    monkeypatch: Any,
+    **constants: Any,
+) -> list[str]:
+    """Return the interpreted kernels that are launched for value, tangent and gradient."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, launch = [], GridExecutor.__call__
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", count)
+    tuples = {
+        n: tuple(stream[n].float().requires_grad_() for stream in streams) for n in streams[0]
+    }
+    xs = [x for n in moving for x in tuples[n]]
+
+    def of_moving(*xs: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(xs)
+        given = {
+            n: tuple(next(rest) for _ in tuples[n]) if n in moving else tuples[n] for n in tuples
+        }
+        ys = op(**given, **constants)
+        return tuple(y for result in (ys if isinstance(ys[0], tuple) else (ys,)) for y in result)
+
+    ys, _ = torch.func.jvp(of_moving, tuple(xs), tuple(x.detach() for x in xs))
+    leaves = [x for one in tuples.values() for x in one]
+    torch.autograd.grad(ys, leaves, [y.detach() for y in ys])
+    return launched

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfmjt.kernels import adaln
+from mfmjt.kernels import _backends, adaln
 from mfmjt.kernels.adaln import adaln_ref
 from tests import oracle
-from tests.kernels.over_streams import check_streams
+from tests.kernels.over_streams import check_streams, launches
 from tests.oracle import randn, strided
 
 
@@ -113,6 +113,15 @@ STREAMS = {  # and what moves; all where nothing is said
 def test_streams(case, dtype):
     streams, moving = STREAMS[case]
     check_streams(adaln, adaln_ref, streams, moving, dtype, terms=33)
+
+
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_streams_share_launches(monkeypatch):
+    alike = [inputs(2, n, 16, 1) for n in (7, 5, 3)]
+    found = launches(adaln, alike, ("x", "shift"), monkeypatch)
+    assert found == ["_norm_fwd_kernel", "_norm_bwd_kernel", "_norm_sum_kernel"]
+    apart = [inputs(2, 7, 16, 7), *alike[1:]]
+    assert len(launches(adaln, apart, ("x", "shift"), monkeypatch)) == 4  # a gradient of each kind
 
 
 def picked_ref(x, shift, scale, rows):

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfmjt.kernels import gated_residual_adaln
+from mfmjt.kernels import _backends, gated_residual_adaln
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from tests import oracle
-from tests.kernels.over_streams import check_streams
+from tests.kernels.over_streams import check_streams, launches
 from tests.oracle import randn, strided
 
 
@@ -121,6 +121,13 @@ def test_gradient_when_few_results_of_streams_are_used(used):
     y = gated_residual_adaln_ref(**leaves[stream])[result]
     for a, b in zip(found, torch.autograd.grad(y, flat, bar, **options), strict=True):
         assert oracle.error(a, b) <= oracle.allowance(b, torch.float64, terms=16)
+
+
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_streams_share_launches(monkeypatch):
+    streams = [inputs(2, n, 16, n) for n in (7, 5, 3)]
+    found = launches(gated_residual_adaln, streams, ("x", "h", "gate"), monkeypatch)
+    assert found == ["_norm_fwd_kernel", "_norm_bwd_kernel"]
 
 
 def picked_ref(x, h, gate, shift, scale, rows):

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfmjt.kernels import qk_norm_rope
+from mfmjt.kernels import _backends, qk_norm_rope
 from mfmjt.kernels.qk_norm_rope import qk_norm_rope_ref
 from tests import oracle
+from tests.kernels.over_streams import check_streams, launches
 from tests.oracle import randn, strided
 
 
@@ -58,6 +59,55 @@ def test_all_modes(case, dtype):
     rope = angles(tokens, width) if rotated else None
     op, ref = with_rope(qk_norm_rope, rope), with_rope(qk_norm_rope_ref, rope)
     oracle.check_op(op, ref, values, ("qkv",), dtype, terms=30)
+
+
+STREAMS = {  # whether each stream is rotated, and what moves; all where nothing is said
+    "all rotated": ([inputs(2, n, 3, 8) for n in (7, 5, 1)], (1, 1, 1), ()),
+    "some rotated": ([inputs(2, n, 3, 8) for n in (7, 5, 1)], (1, 0, 1), ()),
+    "the first is not": ([inputs(2, n, 3, 8) for n in (4, 5)], (0, 1), ()),
+    "none rotated, odd heads": ([inputs(2, n, 2, 7) for n in (4, 5)], (0, 0), ()),
+    "strided": ([inputs(2, 5, 3, 8, strided), inputs(2, 3, 3, 8)], (1, 1), ()),
+    "batches apart": ([inputs(2, 5, 3, 8), inputs(3, 4, 3, 8)], (1, 1), ()),
+    "heads apart": ([inputs(2, 5, 3, 8), inputs(2, 4, 2, 6)], (1, 1), ()),
+    "one empty": ([inputs(2, 5, 3, 8), inputs(2, 0, 3, 8)], (1, 1), ()),
+    "one moves": ([inputs(2, 5, 3, 8), inputs(2, 4, 3, 8)], (1, 1), ("qkv1",)),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams(case, dtype):
+    streams, rotated, moving = STREAMS[case]
+    ropes = [
+        angles(*x["qkv"].shape[1:5:3]) if turn else None
+        for x, turn in zip(streams, rotated, strict=True)
+    ]
+    moving = moving or tuple(f"qkv{i}" for i in range(len(streams)))
+    given = (qk_norm_rope, qk_norm_rope_ref, streams, moving, dtype, 30, {"rope": ropes})
+    check_streams(*given)
+
+
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_streams_share_launches(monkeypatch):
+    streams = [inputs(2, n, 3, 8) for n in (7, 5, 3)]
+    found = launches(qk_norm_rope, streams, ("qkv",), monkeypatch, rope=(angles(7, 8), None, None))
+    parts = ("fwd", "bwd", "sum")
+    assert found == [f"_qk_norm_rope_{part}_kernel" for part in parts]
+
+
+@pytest.mark.parametrize("used", [(0, 0), (1, 1), (2, 0)])
+def test_gradient_when_few_results_of_streams_are_used(used):
+    streams, ropes = [inputs(2, 4, 2, 6), inputs(2, 3, 2, 6)], [angles(4, 6), angles(3, 6)]
+    names, (result, stream) = list(streams[0]), used
+    leaves = [{n: x.clone().requires_grad_() for n, x in s.items()} for s in streams]
+    tuples = {n: tuple(s[n] for s in leaves) for n in names}
+    y = qk_norm_rope(**tuples, rope=tuple(ropes))[result][stream]
+    bar, options = torch.randn_like(y), {"allow_unused": True, "materialize_grads": True}
+    flat = [s[n] for s in leaves for n in names]
+    found = torch.autograd.grad(y, flat, bar, **options)
+    y = qk_norm_rope_ref(**leaves[stream], rope=ropes[stream])[result]
+    for a, b in zip(found, torch.autograd.grad(y, flat, bar, **options), strict=True):
+        assert oracle.error(a, b) <= oracle.allowance(b, torch.float64, terms=16)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

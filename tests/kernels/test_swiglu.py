@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfmjt.kernels import swiglu
+from mfmjt.kernels import _backends, swiglu
 from mfmjt.kernels.swiglu import swiglu_ref
 from tests import oracle
+from tests.kernels.over_streams import check_streams, launches
 from tests.oracle import randn, strided
 
 
@@ -37,6 +38,31 @@ CASES = {
 def test_all_modes(case, dtype):
     make, moving = CASES[case]
     oracle.check_op(swiglu, swiglu_ref, make(), moving, dtype, terms=1)
+
+
+STREAMS = {  # and what moves; all where nothing is said
+    "lengths apart": ([inputs(2, n, 16) for n in (7, 5, 1)], ()),
+    "shapes apart": ([inputs(2, 5, 16), inputs(3, 16), inputs(16)], ()),
+    "widths apart": ([inputs(2, 5, 16), inputs(2, 5, 9)], ()),
+    "one empty": ([inputs(2, 5, 16), inputs(2, 0, 16)], ()),
+    "strided": ([inputs(2, 5, 16, layout=strided), inputs(2, 3, 16)], ()),
+    "some move": ([inputs(2, 5, 16), inputs(2, 3, 16)], ("gate0", "up1")),
+    "one moves": ([inputs(2, 5, 16), inputs(2, 3, 16)], ("up0",)),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams(case, dtype):
+    streams, moving = STREAMS[case]
+    check_streams(swiglu, swiglu_ref, streams, moving, dtype, terms=1)
+
+
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_streams_share_launches(monkeypatch):
+    streams = [inputs(2, n, 16) for n in (7, 5, 3)]
+    found = launches(swiglu, streams, BOTH, monkeypatch)
+    assert found == ["_swiglu_fwd_kernel", "_swiglu_bwd_kernel"]
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

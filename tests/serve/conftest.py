@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from bench.serve.client import Client
 from mfmjt.pipeline import Pipeline
 from mfmjt.serve.settings import Settings
+from tests.serve.client import Client
 
 Start = Callable[..., AbstractContextManager[Client]]
 Proxy = Callable[[Client, str], AbstractContextManager[Client]]

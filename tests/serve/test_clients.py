@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench.serve.client import Answer, Client
 from mfmjt.serve.settings import Settings
+from tests.serve.client import Answer, Client
 
 MULTIPART = "multipart/form-data; boundary=x"
 FORM = "application/x-www-form-urlencoded"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import soundfile
 
-from bench.serve.client import Client
+from tests.serve.client import Client
 from tests.support.clips import packets, write_sound
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")

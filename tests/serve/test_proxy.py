@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.serve.client import Client, form
+from tests.serve.client import Client, form
 
 NAME = "sound.example"
 MAPPED = "location /foley/ { proxy_pass http://127.0.0.1:SERVER/; }"

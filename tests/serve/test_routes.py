@@ -19,8 +19,8 @@ import pytest
 import soundfile
 import torch
 
-from bench.serve.client import Client
 from mfmjt.pipeline import Audio, Pipeline
+from tests.serve.client import Client
 from tests.support.clips import grey, packets, write_video
 
 SLOW = {"prompt": "x", "duration": 9, "steps": 100, "count": 8, "guidance_mode": ["cfg", "none"]}

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from bench.serve.client import Client, form
-from bench.serve.hostile import crafted, mutated
 from mfmjt.errors import InputError, RunError
 from mfmjt.serve.jobs import Run
 from mfmjt.serve.settings import Settings
+from tests.serve.client import Client, form
+from tests.serve.hostile import crafted, mutated
 
 PATIENCE = 5.0  # seconds within which a hostile file is refused
 RUN = "import sys; sys.path[:0] = {path!r}; from mfmjt.cli import main; main()"

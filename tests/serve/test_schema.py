@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.serve.client import Client
+from tests.serve.client import Client
 
 schemathesis = pytest.importorskip("schemathesis", reason="the schema's tests need schemathesis")
 hypothesis = pytest.importorskip("hypothesis")

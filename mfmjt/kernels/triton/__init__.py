@@ -6,7 +6,7 @@ The package is imported where Triton runs, and only there: `mfmjt.kernels._backe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -20,6 +20,7 @@ __all__ = [
     "cdiv",
     "choose",
     "choose_view",
+    "filled",
     "fma",
     "jit",
     "locate",
@@ -123,6 +124,16 @@ def one_stream(launcher: Callable[..., Any], *args: Any) -> Any:
     if found is NotImplemented:
         return found
     return tuple([ys[0] for ys in found]) if isinstance(found, tuple) else found[0]
+
+
+def filled(tensors: Sequence[Tensor | None], xs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return tensors with zeros of the shapes of `xs` for those that are None; None if all are."""
+    if all(t is None for t in tensors):
+        return None
+    return [
+        x.new_zeros(x.shape[-1:]).expand(x.shape) if t is None else t
+        for t, x in zip(tensors, xs, strict=True)
+    ]
 
 
 def cdiv(n: int, block: int) -> int:

@@ -18,9 +18,19 @@ from typing import Any
 from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
-from mfmjt.kernels.triton import View, cdiv, choose, choose_view, jit, locate, tl, tuning
+from mfmjt.kernels.triton import (
+    View,
+    cdiv,
+    choose,
+    choose_view,
+    filled,
+    jit,
+    locate,
+    tl,
+    tuning,
+)
 
-__all__ = ["MAX_WIDTH", "by_rows", "columns", "filled", "forward", "load", "mean", "meta", "views"]
+__all__ = ["MAX_WIDTH", "by_rows", "columns", "forward", "load", "mean", "meta", "views"]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
 
@@ -152,16 +162,6 @@ def fits(xs: Sequence[Tensor], *modulations: Sequence[Tensor], picked: bool = Fa
             if m.dtype != ms[0].dtype or not (m.shape in shapes or (picked and m.ndim == 3)):
                 return False
     return True
-
-
-def filled(tensors: Sequence[Tensor | None], xs: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return tensors with zeros of the shapes of `xs` for those that are None; None if all are."""
-    if all(t is None for t in tensors):
-        return None
-    return [
-        x.new_zeros(x.shape[2]).expand(x.shape) if t is None else t
-        for t, x in zip(tensors, xs, strict=True)
-    ]
 
 
 def views(tensors: Sequence[Tensor] | None) -> tuple[View, ...] | None:

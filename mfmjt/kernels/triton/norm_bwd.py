@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
-from mfmjt.kernels.triton import cdiv, choose, choose_view, jit, locate, tl, tuning
-from mfmjt.kernels.triton.norm import columns, filled, fits, load, mean, meta, views
+from mfmjt.kernels.triton import cdiv, choose, choose_view, filled, jit, locate, tl, tuning
+from mfmjt.kernels.triton.norm import columns, fits, load, mean, meta, views
 
 __all__ = ["backward"]
 

@@ -1,16 +1,18 @@
-"""Measure a served nano: `python -m bench.serve load|faults|page --out DIR`.
+"""Measure a served nano: under load, under faults, and the page in a browser.
 
-Each command starts `mfmjt serve` on a free port with a folder of its own for temporary files, asks
-it over loopback, ends it, and writes one JSON file.
+Each starts `mfmjt serve` on a free port with a folder of its own for temporary files, asks it over
+loopback, ends it, and writes one JSON file.
+
+Examples:
+  python -m bench serve load
+  python -m bench serve faults --out output/bench
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -21,30 +23,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.serve.client import Answer, Client
-from bench.serve.hostile import crafted, mutated
+import torch
+
+from bench import parser
+from bench.machine import environment
 from mfmjt.files import atomic_path
+from tests.serve.client import Answer, Client
+from tests.serve.hostile import crafted, mutated
 
 __all__ = ["main"]
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--autoplay-policy=no-user-gesture-required",
-]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-quic", "--disable-component-update", "--disable-sync"]
+FLAGS += ["--autoplay-policy=no-user-gesture-required"]
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Served:
 
     @property
     def memory(self) -> float:
-        """MB that the process holds."""
+        """The megabytes that the process holds."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+)", status)
         assert found
@@ -65,13 +64,13 @@ class Served:
 
     @property
     def files(self) -> int:
-        """Temporary files and folders that are not the run's own."""
+        """How many temporary files and folders are not the run's own."""
         return len(list(self.folder.glob("*/*"))) - 1
 
 
 @contextlib.contextmanager
 def served(*options: str) -> Iterator[Served]:
-    """`mfmjt serve` with these options."""
+    """Run `mfmjt serve` with these options."""
     with TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-m", "mfmjt.cli", "serve", "--port", "0", *options],
@@ -95,7 +94,7 @@ def served(*options: str) -> Iterator[Served]:
 
 
 def load(out: Path) -> None:
-    """200 mixed requests, 8 at a time, every tenth broken; then 1 client against 8."""
+    """Ask 200 mixed requests, 8 at a time, every tenth broken; then 1 client against 8."""
     clips = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
     broken: list[Callable[[Client], Answer]] = [
         lambda client: client.generate(clips[0][:3000]),
@@ -113,7 +112,7 @@ def load(out: Path) -> None:
     with served() as server:
 
         def one(i: int) -> tuple[bool, bool, float]:
-            """Whether the request was broken, whether its answer is right, and the seconds."""
+            """Return whether the request was broken and its answer is right, and the seconds."""
             begin = time.perf_counter()
             if i % 10 == 9:
                 answer = broken[(i // 10) % len(broken)](server.client)
@@ -183,7 +182,7 @@ def load(out: Path) -> None:
 
 
 def faults(out: Path, count: int = 500) -> None:
-    """Hostile uploads, 4 at a time: what was answered, how soon, and what was left."""
+    """Upload hostile files, 4 at a time: what was answered, how soon, and what was left."""
     rng = random.Random(0)
     clips = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
     with served() as server, socket.create_server(("127.0.0.1", 0)) as trap:
@@ -242,7 +241,7 @@ def faults(out: Path, count: int = 500) -> None:
 
 
 def page(out: Path) -> None:
-    """How soon the page is ready and, after a drop, the first sound (Chromium, Playwright)."""
+    """Time the page until it is ready and, after a drop, the first sound (Chromium, Playwright)."""
     from playwright.sync_api import sync_playwright
 
     clip = (EXAMPLES / "ball_wood.mp4").read_bytes()
@@ -286,18 +285,13 @@ def page(out: Path) -> None:
 
 
 def middle(values: list[float]) -> float:
-    """The median, to milliseconds."""
+    """Return the median, to milliseconds."""
     return round(statistics.median(values), 3)
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
     """Print figures and write them with where they were taken."""
-    where = {
-        "cores": len(os.sched_getaffinity(0)),
-        "load_at_the_end": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+    where = environment(torch.device("cpu")) | {"load_at_the_end": round(os.getloadavg()[0], 1)}
     text = json.dumps({"machine": where, **figures}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -305,16 +299,12 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     print(text)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the measurements."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    usage = parser("serve", __doc__)
     ways = {"load": load, "faults": faults, "page": page}
-    parser.add_argument("what", choices=ways)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/serve"))
-    given = parser.parse_args(argv)
+    usage.add_argument("what", choices=ways)
+    usage.add_argument("--out", type=Path, default=Path("bench/results/serve"))
+    given = usage.parse_args(argv)
     ways[given.what](given.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

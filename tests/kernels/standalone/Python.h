@@ -1,4 +1,4 @@
-// Nothing of Python: what bindings.cpp needs to compile where only the kernels are wanted.
+// Nothing of Python: what module.cpp needs to compile where only the kernels are wanted.
 #pragma once
 
 struct PyObject;

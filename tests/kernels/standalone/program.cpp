@@ -1,13 +1,13 @@
 // The kernels without PyTorch and Python: on plain memory, with threads of the standard library.
 //
-//   alone CASES RESULTS     run every case on every instruction set of this CPU
-//   alone race|overrun      a fault that the thread or the address sanitizer must report
+//   kernels CASES RESULTS     run every case on every instruction set of this CPU
+//   kernels race|overrun      a fault that the thread or the address sanitizer must report
 //
 // PyTorch's stable interface is a set of C functions. Those that the kernels use are written here, so
 // that the very sources of the extension become a program that any sanitizer sees all of, and that
 // can be built for, and emulated on, another processor. Each tensor is a piece of memory of exactly
 // its size; threads are created and joined for each loop, and share nothing else. What CASES and
-// RESULTS hold: tests/kernels/alone.py.
+// RESULTS hold: build.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -25,7 +25,7 @@
 #include <thread>
 #include <vector>
 
-#include "../common.h"
+#include "common.h"
 
 using torch::headeronly::ScalarType;
 
@@ -55,7 +55,7 @@ size_t bytes_of(int32_t dtype) {
     case ScalarType::Long:
       return 8;
     default:
-      throw std::runtime_error("alone: no such dtype");
+      throw std::runtime_error("kernels: no such dtype");
   }
 }
 
@@ -142,7 +142,7 @@ struct StableListOpaque {
   return AOTI_TORCH_SUCCESS;                      \
   }                                               \
   catch (const std::exception& error) {           \
-    std::fprintf(stderr, "alone: %s\n", error.what()); \
+    std::fprintf(stderr, "kernels: %s\n", error.what()); \
     return AOTI_TORCH_FAILURE;                    \
   }
 
@@ -286,7 +286,7 @@ GIVES(torch_call_dispatcher, const char* op, const char*, StableIValue* stack, u
     std::memset(self->data(), 0, static_cast<size_t>(product(self->sizes)) * bytes_of(self->dtype));
     result = new AtenTensorOpaque(*self);
   } else {
-    throw std::runtime_error(std::string("csrc/alone/alone.cpp lacks ") + op);
+    throw std::runtime_error(std::string("program.cpp lacks ") + op);
   }
   stack[0] = reinterpret_cast<StableIValue>(result);
   END
@@ -324,7 +324,7 @@ GIVES(
   END
 }
 
-GIVES(aoti_torch_library_init_def, const char*, const char*, uint32_t, TorchLibraryHandle* ret) {
+GIVES(aoti_torch_library_init_fragment, const char*, const char*, uint32_t, TorchLibraryHandle* ret) {
   *ret = nullptr;
   return AOTI_TORCH_SUCCESS;
 }
@@ -512,10 +512,10 @@ int main(int count, char** given) {
     } else if (count == 3) {
       run_all(given[1], given[2]);
     } else {
-      throw std::runtime_error("usage: alone CASES RESULTS");
+      throw std::runtime_error("usage: kernels CASES RESULTS");
     }
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "alone: %s\n", error.what());
+    std::fprintf(stderr, "kernels: %s\n", error.what());
     return 2;
   }
   return 0;

@@ -1,7 +1,7 @@
-"""How fast a process reads random clips of a feature store from the page cache.
+"""Measure how fast a process reads random clips of a feature store from the page cache.
 
-`python -m bench.data.bench_store --out DIR` writes stores of random numbers in MMAudio's sizes to a
-temporary folder and appends rows to `DIR/store.jsonl`, with the bar they are held to, 1.5 GB/s:
+Writes stores of random numbers in MMAudio's sizes to a temporary folder and appends rows to
+`store.jsonl`, with the bar they are held to, 1.5 GB/s:
 
 video   clips with pictures and one of 309 labels, 1.2 MB in float32
 audio   clips of sound, each with a caption of its own, 0.36 MB in float32
@@ -11,17 +11,18 @@ Batches are drawn at random and made as training makes them. Beside ours stand w
 cost by safetensors' own slices, and a copy of as many bytes in memory, which nothing can beat. All
 take turns. GB are 1e9 bytes of the store's own files, by wall time and, where others use the same
 cores, by the process's CPU time.
+
+Examples:
+  python -m bench store --out output/bench
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from bench import parser
 from bench.machine import environment
+from bench.rows import Rows
 from mfmjt.features.format import FORMAT, INDEX, write_part
 from mfmjt.features.store import FeatureStore
 from mfmjt.memory import keep_memory
@@ -43,22 +46,21 @@ SHAPES = {"mean": (250, 20), "logvar": (250, 20), "video": (64, 1024), "sync": (
 TEXT = (77, 1024)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--folder", type=Path, help="where the stores are made [temporary]")
-    parser.add_argument("--clips", type=int, default=1024, help="of each store [1024]")
-    parser.add_argument("--batch", type=int, default=64, help="clips of a batch [64]")
-    parser.add_argument("--batches", type=int, default=30, help="of each way [30]")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch [1]")
-    given = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and append to `store.jsonl`."""
+    usage = parser("store", __doc__)
+    usage.add_argument("--out", required=True, type=Path, help="folder of the results")
+    usage.add_argument("--folder", type=Path, help="where the stores are made [temporary]")
+    usage.add_argument("--clips", type=int, default=1024, help="of each store [1024]")
+    usage.add_argument("--batch", type=int, default=64, help="clips of a batch [64]")
+    usage.add_argument("--batches", type=int, default=30, help="of each way [30]")
+    usage.add_argument("--threads", type=int, default=1, help="of PyTorch [1]")
+    given = usage.parse_args(argv)
     torch.set_num_threads(given.threads)
     keep_memory()  # as training does: fresh pages cost more than what is copied to them
     given.out.mkdir(parents=True, exist_ok=True)
-    stamp = environment(torch.device("cpu"))
+    stamp = {"environment": environment(torch.device("cpu"))}
+    rows = Rows(given.out / "store.jsonl", about=stamp)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         for dtype in (torch.float32, torch.float16):
             folder = Path(name) / str(dtype).removeprefix("torch.")
@@ -72,14 +74,13 @@ def main(argv: list[str] | None = None) -> int:
                 row = {"store": what, "dtype": folder.name, **row, "bar": BAR}
                 row["met"] = row["gb_per_s_p50"] >= BAR
                 about = {"clips": given.clips, "batch": given.batch, "threads": given.threads}
-                with (given.out / "store.jsonl").open("a") as file:
-                    file.write(json.dumps(row | about | {"environment": stamp}) + "\n")
+                rows.add(row | about)
                 print(json.dumps(row), flush=True)
     return 0
 
 
 def _make(store: Path, clips: int, dtype: torch.dtype, pictures: bool) -> Path:
-    """A store of random numbers; its files are in the page cache when it is written."""
+    """Write a store of random numbers, which leaves its files in the page cache; return it."""
     folder = store / "train"
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -113,9 +114,6 @@ def _measure(sources: list[tuple[Path, float]], batch: int, batches: int) -> dic
     slices = _Slices(sources)
     sizes: list[int] = []
 
-    def ours(clips: Tensor) -> None:
-        store.rows(clips)
-
     def sliced(clips: Tensor) -> None:
         sizes.append(slices.read(clips.tolist()))
 
@@ -124,8 +122,8 @@ def _measure(sources: list[tuple[Path, float]], batch: int, batches: int) -> dic
     def copied(clips: Tensor) -> None:
         source[: sizes[-1] // 4].clone()
 
-    ways: dict[str, Callable[[Tensor], None]] = {
-        "safetensors_slices": sliced, "ours": ours, "memory_copy": copied,
+    ways: dict[str, Callable[[Tensor], Any]] = {
+        "safetensors_slices": sliced, "ours": store.rows, "memory_copy": copied,
     }  # fmt: skip
     walls: dict[str, list[float]] = {way: [] for way in ways}
     cpus: dict[str, list[float]] = {way: [] for way in ways}
@@ -150,7 +148,7 @@ def _measure(sources: list[tuple[Path, float]], batch: int, batches: int) -> dic
 
 
 class _Slices:
-    """The same rows by safetensors' own reader, one slice after the other."""
+    """Reads the same rows by safetensors' own reader, one slice after the other."""
 
     def __init__(self, sources: list[tuple[Path, float]]) -> None:
         self.rows: list[tuple[Any, int, Any, int]] = []
@@ -162,14 +160,8 @@ class _Slices:
             parts = [self._open(folder / name) for name in index["shards"]]
             for clip, caption in enumerate(index["captions"]):
                 at = number[caption]
-                self.rows.append(
-                    (
-                        parts[clip // ROWS],
-                        clip % ROWS,
-                        text[at // ROWS],
-                        at % ROWS,
-                    )
-                )
+                place = (parts[clip // ROWS], clip % ROWS, text[at // ROWS], at % ROWS)
+                self.rows.append(place)
 
     @staticmethod
     def _open(path: Path) -> dict[str, Any]:
@@ -177,7 +169,7 @@ class _Slices:
         return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
 
     def read(self, clips: list[int]) -> int:
-        """Batches of the clips, in float32; the bytes that were read."""
+        """Read batches of the clips, in float32; return the bytes."""
         read, total = {}, 0
         for i, clip in enumerate(clips):
             part, row, text, at = self.rows[clip]
@@ -188,7 +180,3 @@ class _Slices:
                 read[key][i] = piece
                 total += piece.nbytes
         return total
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Benchmarks of reading what networks are trained on."""

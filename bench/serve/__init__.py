@@ -1,1 +1,0 @@
-"""What a served model bears: many clients, broken files, and how soon a person hears something."""
