@@ -371,7 +371,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     if int(row["tensor_memory"]) > TENSOR_MEMORY:  # Triton then gives an empty kernel, silently
         found.append(f"needs {row['tensor_memory']} of {TENSOR_MEMORY} columns of tensor memory")
     product = row["op"] in MATRIX_OPS and re.search(r"_(fwd|jvp|bwd\w*)_kernel", row["kernel"])
-    product = product or row["kernel"].startswith("_streams_project")
+    product = product or row["kernel"].startswith("_product")
     if product and row["dtype"] == "bfloat16" and not row["matrix"]:
         found.append("no matrix instruction")
     return found

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfmjt.kernels import _triton, conv1d, reference, streams
+from mfmjt.kernels import _backends, conv1d, reference, streams
+from mfmjt.kernels.cpu.product import blocked as blocked_weight
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln
 from mfmjt.kernels.qk_norm_rope import qk_norm_rope
 from mfmjt.kernels.swiglu import swiglu
@@ -182,7 +183,7 @@ def blocked(op):
     """The op on weights as this CPU likes them, which it takes without a library op."""
 
     def call(xs, weights, *others):
-        ready = [w._replace(blocked=streams._blocked(w.data)) for w in weights]
+        ready = [w._replace(blocked=blocked_weight(w.data)) for w in weights]
         if xs[0].dtype == torch.float32 and torch.backends.mkldnn.is_available():
             narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
             assert all(
@@ -193,7 +194,7 @@ def blocked(op):
     return call
 
 
-@pytest.mark.skipif(_triton.ON_CPU, reason="the CPU runs the Triton kernels")
+@pytest.mark.skipif(_backends.ON_CPU, reason="the CPU runs the Triton kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*PRODUCTS, *HEADS])
 def test_blocked_weights_give_the_same(case, dtype):
@@ -348,7 +349,7 @@ def test_guide(case, dtype):
 
 
 def test_guide_keeps_the_dtype_of_the_noise():
-    half = torch.float16 if _triton.INTERPRETED else torch.bfloat16
+    half = torch.float16 if _backends.INTERPRETED else torch.bfloat16
     z, u = randn(1, 5, 3).float(), randn(2, 5, 3).to(half)
     x = streams.guide(z, u, 1.5)
     assert x.dtype == torch.float32
@@ -388,8 +389,6 @@ CALLS = {
     "project": (streams.project, PRODUCTS["input stage"]),
     "project, gated": (streams.project, PRODUCTS["gated units"]),
     "project_qkv": (streams.project_qkv, HEADS["joint block"]),
-    "gated_residual_norm": (streams.gated_residual_norm, NORMS["joint block"]),
-    "gated_residual_norm, nothing added": (streams.gated_residual_norm, NORMS["nothing added"]),
 }
 
 
@@ -401,7 +400,7 @@ def test_two_runs_are_equal_to_the_bit(call):
     assert all(map(torch.equal, one, other))
 
 
-@pytest.mark.skipif(not _triton.INTERPRETED, reason="counts launches of interpreted kernels")
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_is_one_launch(call, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
@@ -456,12 +455,9 @@ def opcheck_arguments():
     yield ops.streams_project, (xs, [w.data for w in weights], [None] * 3, [0] * 3, True)
     xs, weights, *others = make["project_qkv"]
     yield ops.streams_project_qkv, (xs, [w.data for w in weights], *others, 1e-6)
-    yield ops.streams_gated_residual_norm, make["gated_residual_norm"]
-    xs, _, _, *others = make["gated_residual_norm, nothing added"]
-    yield ops.streams_gated_residual_norm, (xs, [], [], *others)
 
 
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(3))
 def test_library_ops_are_what_they_say(case):
     op, arguments = list(opcheck_arguments())[case]
     torch.library.opcheck(op.default, arguments)
@@ -506,5 +502,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_fit_is_refused(case):
-    with pytest.raises(ValueError, match=r"mfmjt\.kernels\.streams\.\w+ needs .*; got"):
+    with pytest.raises(
+        ValueError, match=r"mfmjt\.kernels\.(streams\.|adaln|gated)\w* needs .*; got"
+    ):
         WRONG[case]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from mfmjt.kernels import _dual, _native, _op
 
 __all__ = ["fast", "pays"]
 
-_kernel = _native.op("conv1d_toom", required=True)
+_kernel: Any = _native.op("conv1d_toom", required=True)
 _BUILT = _kernel is not None and _native.status()["cpu"] != "portable"
 
 

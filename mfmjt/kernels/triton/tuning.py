@@ -14,16 +14,15 @@ from mfmjt.kernels.triton import cdiv, power_of_2, target
 __all__ = [
     "REDUCING_PROGRAMS",
     "attention",
-    "conv1d",
     "conv1d_weight",
     "elementwise",
     "heads",
     "norm",
     "norm_chunk",
+    "product",
+    "product_heads",
     "registers",
     "snake",
-    "streams",
-    "streams_qkv",
     "sum_of_rows",
     "sums",
 ]
@@ -52,63 +51,97 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 # Tiles of a matrix product that do not spill: rows x columns x contraction, warps, stages; by the
 # side, how fast they are assumed to be against the first. None: what any other GPU gets.
 _PRODUCTS: dict[Any, dict[Tile, float]] = {
-    100: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 8, 4): 0.85, ((64, 64, 64), 8, 4): 0.5},
-    90: {((128, 256, 64), 8, 4): 1.0, ((128, 128, 64), 4, 3): 0.85, ((64, 64, 64), 4, 4): 0.6},
-    None: {((128, 256, 32), 8, 3): 1.0, ((128, 128, 32), 4, 4): 0.95, ((64, 64, 64), 8, 3): 0.7},
-    "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7},
+    100: {
+        ((128, 256, 64), 8, 4): 1.0,
+        ((128, 128, 64), 8, 3): 0.85,
+        ((64, 64, 64), 8, 4): 0.5,
+        ((64, 32, 128), 4, 3): 0.4,
+    },
+    90: {
+        ((128, 256, 64), 8, 4): 1.0,
+        ((128, 128, 64), 8, 3): 0.85,
+        ((64, 64, 64), 4, 4): 0.6,
+        ((64, 32, 128), 4, 3): 0.4,
+    },
+    None: {
+        ((128, 256, 32), 8, 3): 1.0,
+        ((128, 128, 32), 8, 3): 0.95,
+        ((64, 64, 64), 4, 3): 0.7,
+        ((64, 32, 64), 4, 4): 0.5,
+    },
+    "gfx942": {
+        ((128, 128, 64), 8, 2): 1.0,
+        ((64, 64, 64), 4, 2): 0.7,
+        ((64, 32, 64), 4, 2): 0.5,
+    },
 }
 _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
-    100: {((128, 128, 32), 8, 3): 1.0, ((128, 64, 16), 8, 3): 0.7},
-    90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 4, 3): 0.7},
-    None: {((64, 64, 32), 8, 3): 1.0},
-    "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7},
+    100: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 8, 3): 0.7, ((64, 32, 32), 8, 3): 0.6},
+    90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 8, 3): 0.7, ((64, 32, 32), 4, 3): 0.6},
+    None: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 4, 3): 0.8},
+    "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7, ((64, 32, 32), 4, 2): 0.6},
 }
+_STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
 
 
-def _product(element_size: int) -> tuple[dict[Tile, float], int]:
-    """Tiles for this GPU and a dtype of so many bytes, and its multiprocessors, more or less."""
+def _product_tiles(element_size: int) -> tuple[dict[Tile, float], int]:
+    """Return tiles for this GPU and a dtype of so many bytes, and about how many processors."""
     arch = target()[1]
     tiles = _PRODUCTS if element_size == 2 else _PRODUCTS_FLOAT32
     return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
 
 
-def conv1d(rows: int, outs: int, element_size: int) -> Tile:
-    """Blocks of rows, outputs and channels, warps and stages of a convolution of (rows, outs).
+def product(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu: bool) -> Tile:
+    """Return blocks of rows, outputs and contraction, warps and stages of products of streams.
 
-    The tile with the least time by the area that its full waves of programs cover. Results whose
-    rows are no whole vectors are stored one by one, and large tiles have no registers for that.
+    The tile with the least time, by the waves of programs and what a step of one takes. A gated
+    unit has two sums, and takes half as many outputs.
     """
-    tiles, processors = _product(element_size)
-    if outs % 16:
-        return list(tiles)[-1]
+    tiles, processors = _product_tiles(element_size)
+
+    def blocks(tile: Tile) -> tuple[int, int, int]:
+        block_rows, block_outs, depth = tile[0]
+        return block_rows, block_outs // 2 if glu and block_outs > 32 else block_outs, depth
 
     def time(tile: Tile) -> float:
-        block_rows, block_outs, _ = tile[0]
-        programs = cdiv(rows, block_rows) * cdiv(outs, block_outs)
-        return cdiv(programs, processors) * block_rows * block_outs / tiles[tile]
+        block_rows, block_outs, depth = blocks(tile)
+        pairs = zip(rows, outs, strict=True)
+        programs = sum(cdiv(n, block_rows) * cdiv(o, block_outs) for n, o in pairs)
+        area = block_rows * block_outs * (2 if glu else 1)
+        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / depth)
 
-    return min(tiles, key=time)
+    best = min(tiles, key=time)
+    return blocks(best), best[1], best[2]
+
+
+def product_heads(rows: tuple[int, ...], parts: int, width: int, element_size: int) -> Tile:
+    """Return the same of a projection to whole heads, `parts` of that width, one to a program."""
+    columns = max(16, power_of_2(width))
+    tiles, processors = _product_tiles(element_size)
+    large = next(tile for tile in tiles if tile[0][1] <= 128)
+    wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
+    (block_rows, _, depth), warps, stages = large if wide and columns <= 64 else list(tiles)[-1]
+    return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
 
 
 def conv1d_weight(
-    samples: int, tokens: int, outs: int, channels: int, taps: int, element_size: int
+    rows: int, outs: int, depth: int, element_size: int
 ) -> tuple[tuple[int, int, int], int, int, int]:
-    """Blocks of outputs, channels and tokens, warps, stages and splits of a weight's gradient.
+    """Return blocks of outputs, depth and rows, warps, stages and splits of a weight's gradient.
 
-    Splits make two waves of programs, but each adds up eight blocks of tokens or more: a part costs
+    Splits make two waves of programs, but each adds up eight blocks of rows or more: a part costs
     as much memory as a float32 weight. The widest tiles spill on sm_100, whose loads are turned.
     """
-    tiles, processors = _product(element_size)
-    tiles = {tile: speed for tile, speed in tiles.items() if tile[0][1] <= 128}
+    tiles, processors = _product_tiles(element_size)
+    tiles = {tile: speed for tile, speed in tiles.items() if 64 <= tile[0][1] <= 128}
 
     def programs(tile: Tile) -> int:
-        return cdiv(outs, tile[0][0]) * cdiv(channels, tile[0][1])
+        return cdiv(outs, tile[0][0]) * cdiv(depth, tile[0][1])
 
     best = min(tiles, key=lambda t: programs(t) * t[0][0] * t[0][1] / tiles[t])
     blocks, warps, stages = best
-    steps = samples * cdiv(tokens, blocks[2])
-    splits = min(2 * processors // (taps * programs(best)), steps // 8)
-    return blocks, warps, stages, max(1, splits)
+    steps = cdiv(rows, blocks[2])
+    return blocks, warps, stages, max(1, min(2 * processors // programs(best), steps // 8))
 
 
 def heads(width: int, element_size: int) -> tuple[int, int, int]:
@@ -267,57 +300,3 @@ def attention(
     few = large_blocks * pairs < _MULTIPROCESSORS.get(kind, 108)
     queries, keys, warps, stages = wide if columns > 64 else small if idle or few else large
     return (queries, keys, columns, columns), warps, stages
-
-
-# Tiles of products over several streams, as above: few rows, so that tiles are small.
-_STREAMS: dict[Any, dict[Tile, float]] = {
-    100: {((128, 128, 64), 8, 3): 1.0, ((64, 64, 64), 8, 4): 0.5, ((64, 32, 128), 4, 3): 0.4},
-    90: {((128, 128, 64), 8, 3): 1.0, ((64, 64, 64), 4, 4): 0.6, ((64, 32, 128), 4, 3): 0.4},
-    None: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 64), 4, 3): 0.7, ((64, 32, 64), 4, 4): 0.5},
-    "gfx942": {((128, 128, 64), 8, 2): 1.0, ((64, 64, 64), 4, 2): 0.7, ((64, 32, 64), 4, 2): 0.5},
-}
-_STREAMS_FLOAT32: dict[Any, dict[Tile, float]] = {
-    100: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 8, 3): 0.8},
-    None: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 4, 3): 0.8},
-    "gfx942": {((64, 64, 32), 4, 2): 1.0, ((64, 32, 32), 4, 2): 0.8},
-}
-_STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
-
-
-def _stream_tiles(element_size: int) -> tuple[dict[Tile, float], int]:
-    arch = target()[1]
-    tiles = _STREAMS if element_size == 2 else _STREAMS_FLOAT32
-    return tiles.get(arch, tiles[None]), _MULTIPROCESSORS.get(arch, 108)
-
-
-def streams(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu: bool) -> Tile:
-    """Blocks of rows, outputs and contraction, warps and stages of a product of several streams.
-
-    The tile with the least time, by the waves of programs and what a step of one takes. A gated
-    unit has two sums, and takes half as many outputs.
-    """
-    tiles, processors = _stream_tiles(element_size)
-
-    def blocks(tile: Tile) -> tuple[int, int, int]:
-        block_rows, block_outs, depth = tile[0]
-        return block_rows, block_outs // 2 if glu and block_outs > 32 else block_outs, depth
-
-    def time(tile: Tile) -> float:
-        block_rows, block_outs, depth = blocks(tile)
-        pairs = zip(rows, outs, strict=True)
-        programs = sum(cdiv(n, block_rows) * cdiv(o, block_outs) for n, o in pairs)
-        area = block_rows * block_outs * (2 if glu else 1)
-        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / depth)
-
-    best = min(tiles, key=time)
-    return blocks(best), best[1], best[2]
-
-
-def streams_qkv(rows: tuple[int, ...], parts: int, width: int, element_size: int) -> Tile:
-    """The same of a projection to whole heads, `parts` of that width, one to a program."""
-    columns = max(16, power_of_2(width))
-    tiles, processors = _stream_tiles(element_size)
-    largest, *_, least = tiles
-    wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
-    (block_rows, _, depth), warps, stages = largest if wide and columns <= 64 else least
-    return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
