@@ -161,7 +161,10 @@ def _unwrapped(
         dot = unwrap(dot) if get_level(dot) == 1 else dot
         if get_level(dot) != -1 or type(dot) not in _PLAIN:
             return None
-        dots[i], moves = dot.detach() if dot.requires_grad else dot, True
+        if dot.requires_grad:  # what is detached in here is functorch's again
+            dot = dot.detach()
+            dot = unwrap(dot) if get_level(dot) == 1 else dot
+        dots[i], moves = dot, True
     return values, dots, moves
 
 

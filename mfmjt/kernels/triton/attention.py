@@ -14,7 +14,6 @@ from mfmjt.kernels.triton import View, cdiv, jit, locate, target, tl, tuning
 
 __all__ = [
     "add_products",
-    "at_head",
     "block_of",
     "by_streams",
     "dot",
@@ -44,15 +43,15 @@ def at_head(stream, sample, head, WIDTH: tl.constexpr):
 def load(rows, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Load a tile (BLOCK, COLUMNS) from a column on, zeros where there is nothing.
 
-    `rows` are (`at_head`, first token, one past the last that counts).
+    `rows` are (view of a stream, sample, head, first token, one past the last that counts).
     """
-    head, start, limit = rows
-    pointer, stride = head
+    stream, sample, head, start, limit = rows
     token = tl.arange(0, BLOCK)[:, None]
     column += tl.arange(0, COLUMNS)[None, :]
     inside = token < limit - start
     if WIDTH % COLUMNS != 0:
         inside = inside & (column < WIDTH)
+    pointer, stride = at_head(stream, sample, head, WIDTH)
     pointer += start * stride
     return tl.load(pointer + (token * stride + column), inside, 0.0)
 
@@ -67,11 +66,11 @@ def store(
     """
     sample, head, heads, start, count = place
     token = tl.arange(0, BLOCK)[:, None]
-    inside = token < count - start
-    pointer += ((sample * count + start) * heads + head) * WIDTH
     column += tl.arange(0, COLUMNS)[None, :]
+    inside = token < count - start
     if WIDTH % COLUMNS != 0:
         inside = inside & (column < WIDTH)
+    pointer += ((sample * count + start) * heads + head) * WIDTH
     tl.store(pointer + (token * (heads * WIDTH) + column), tile, inside)
 
 
@@ -101,15 +100,19 @@ def keys_of(lengths, stream, tokens, sample):
 
 
 @jit
-def block_of(tokens, heads, BLOCK: tl.constexpr):
-    """Return pair, sample and head of this program, its stream, its first token and their count."""
+def block_of(tokens, heads, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return what this program computes: pair of sample and head, first column, stream, and place.
+
+    `place` is (sample, head, H, first token, tokens of the stream).
+    """
     tiles = 0
     for s in tl.static_range(len(tokens)):
         tiles += tl.cdiv(tokens[s], BLOCK)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     sample, head = pair // heads, pair % heads
+    column = tl.program_id(1) * COLUMNS
     stream, first, count = locate(tokens, tl.program_id(0) % tiles, BLOCK)
-    return pair, sample, head, stream, first, count
+    return pair, column, stream, (sample, head, heads, first, count)
 
 
 def _strides(x: Tensor) -> list[int]:

@@ -22,7 +22,6 @@ from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import choose, choose_view, fma, jit, tl
 from mfmjt.kernels.triton.attention import (
     add_products,
-    at_head,
     block_of,
     by_streams,
     dot,
@@ -67,13 +66,13 @@ def _attention_fwd_kernel(
     WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    pair, sample, head, stream, first, count = block_of(queries, heads, BLOCK_N)
-    place, column = (sample, head, heads, first, count), tl.program_id(1) * BLOCK_OUT
+    pair, column, stream, place = block_of(queries, heads, BLOCK_N, BLOCK_OUT)
+    sample, head, _, first, count = place
     own = choose_view(q, stream)
-    q_rows = (at_head(own, sample, head, WIDTH), first, count)
+    q_rows = (own, sample, head, first, count)
     if q_dot is not None:
         own_dot = (choose(q_dot, stream), own[1], own[2], own[3])
-        q_dot_rows = (at_head(own_dot, sample, head, WIDTH), first, count)
+        q_dot_rows = (own_dot, sample, head, first, count)
     if WHOLE:
         query = load(q_rows, 0, WIDTH, BLOCK_N, BLOCK_IN)
         if q_dot is not None:
@@ -89,13 +88,8 @@ def _attention_fwd_kernel(
     out_dot = out
     for s in tl.static_range(len(k)):
         limit = keys_of(lengths, s, keys[s], sample)
-        at_k, at_v = at_head(k[s], sample, head, WIDTH), at_head(v[s], sample, head, WIDTH)
-        if k_dot[s] is not None:
-            dots = (k_dot[s], k[s][1], k[s][2], k[s][3])
-            at_k_dot = at_head(dots, sample, head, WIDTH)
-        if v_dot[s] is not None:
-            dots = (v_dot[s], v[s][1], v[s][2], v[s][3])
-            at_v_dot = at_head(dots, sample, head, WIDTH)
+        own_k_dot = (k_dot[s], k[s][1], k[s][2], k[s][3])
+        own_v_dot = (v_dot[s], v[s][1], v[s][2], v[s][3])
         if o_dot is not None and q_dot is None and k_dot[s] is None:
             # S_dot is zero, and so is W, if the center is
             out_dot += center[:, None] * out
@@ -104,7 +98,7 @@ def _attention_fwd_kernel(
         for start in range(0, limit, BLOCK_M):
             score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             score_dot = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            rows = (at_k, start, limit)
+            rows = (k[s], sample, head, start, limit)
             if WHOLE:
                 a = tl.trans(load(rows, 0, WIDTH, BLOCK_M, BLOCK_IN))
                 score = dot(query, a, score, PRECISION)
@@ -117,7 +111,7 @@ def _attention_fwd_kernel(
                         score_dot, q_dot_rows, rows, WIDTH, PRECISION, BLOCK_IN
                     )
             if k_dot[s] is not None:
-                rows = (at_k_dot, start, limit)
+                rows = (own_k_dot, sample, head, start, limit)
                 if WHOLE:
                     a = tl.trans(load(rows, 0, WIDTH, BLOCK_M, BLOCK_IN))
                     score_dot = dot(query, a, score_dot, PRECISION)
@@ -134,7 +128,8 @@ def _attention_fwd_kernel(
             p_rounded = p.to(STORED)
             total_rounded *= shrink
             total_w *= shrink
-            b = load((at_v, start, limit), column, WIDTH, BLOCK_M, BLOCK_OUT)
+            rows = (v[s], sample, head, start, limit)
+            b = load(rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
             if q_dot is not None or k_dot[s] is not None:
                 # The center is the mean of S_dot so far: it takes a common offset off before W is
                 # rounded. What was summed with another center moves along.
@@ -152,7 +147,8 @@ def _attention_fwd_kernel(
             out *= shrink[:, None]
             out = dot(p_rounded, b, out, PRECISION)
             if v_dot[s] is not None:
-                b = load((at_v_dot, start, limit), column, WIDTH, BLOCK_M, BLOCK_OUT)
+                rows = (own_v_dot, sample, head, start, limit)
+                b = load(rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
                 out_dot = dot(p_rounded, b, out_dot, PRECISION)
             total = total * shrink + sum_p
             # The sums that divide are those of the very numbers that were multiplied
@@ -169,8 +165,8 @@ def _attention_fwd_kernel(
         store(choose(o_dot, stream), out_dot, place, column, WIDTH, BLOCK_N, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
     sums = top * scale_2 + tl.log2(tl.where(nothing, 1.0, total))
-    here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
     row = choose(lse, stream) + pair * all_queries + first
+    here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
     tl.store(row + token, tl.where(nothing, 0.0, sums), here)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from mfmjt.kernels.triton import choose, choose_view, fma, jit, tl
 from mfmjt.kernels.triton.attention import (
     add_products,
-    at_head,
     block_of,
     by_streams,
     dot,
@@ -62,11 +61,11 @@ def _attention_bwd_q_kernel(
     WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    pair, sample, head, stream, first, count = block_of(queries, heads, BLOCK_N)
-    place, column = (sample, head, heads, first, count), tl.program_id(1) * BLOCK_OUT
-    q_rows = (at_head(choose_view(q, stream), sample, head, WIDTH), first, count)
-    o_rows = (at_head(choose_view(o, stream), sample, head, WIDTH), first, count)
-    o_bar_rows = (at_head(choose_view(o_bar, stream), sample, head, WIDTH), first, count)
+    pair, column, stream, place = block_of(queries, heads, BLOCK_N, BLOCK_OUT)
+    sample, head, _, first, count = place
+    q_rows = (choose_view(q, stream), sample, head, first, count)
+    o_rows = (choose_view(o, stream), sample, head, first, count)
+    o_bar_rows = (choose_view(o_bar, stream), sample, head, first, count)
     center = tl.zeros([BLOCK_N], TYPE)
     for part in range(0, WIDTH, BLOCK_IN):
         a = load(o_rows, part, WIDTH, BLOCK_N, BLOCK_IN)
@@ -86,11 +85,11 @@ def _attention_bwd_q_kernel(
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
     for s in tl.static_range(len(k)):
         limit = keys_of(lengths, s, keys[s], sample)
-        at_k, at_v = at_head(k[s], sample, head, WIDTH), at_head(v[s], sample, head, WIDTH)
         for start in range(0, limit, BLOCK_M):
             score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             p_bar = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            k_rows, v_rows = (at_k, start, limit), (at_v, start, limit)
+            k_rows = (k[s], sample, head, start, limit)
+            v_rows = (v[s], sample, head, start, limit)
             if WHOLE:
                 a = load(k_rows, 0, WIDTH, BLOCK_M, BLOCK_IN)
                 score = dot(query, tl.trans(a), score, PRECISION)
@@ -136,14 +135,14 @@ def _attention_bwd_kv_kernel(
     WHOLE: tl.constexpr = BLOCK_IN >= WIDTH
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    pair, sample, head, stream, first, count = block_of(keys, heads, BLOCK_M)
-    place, column = (sample, head, heads, first, count), tl.program_id(1) * BLOCK_OUT
+    pair, column, stream, place = block_of(keys, heads, BLOCK_M, BLOCK_OUT)
+    sample, head, _, first, count = place
     limit = count
     for s in tl.static_range(len(k)):
         if lengths[s] is not None:
             limit = tl.where(stream == s, keys_of(lengths, s, keys[s], sample), limit)
-    k_rows = (at_head(choose_view(k, stream), sample, head, WIDTH), first, limit)
-    v_rows = (at_head(choose_view(v, stream), sample, head, WIDTH), first, limit)
+    k_rows = (choose_view(k, stream), sample, head, first, limit)
+    v_rows = (choose_view(v, stream), sample, head, first, limit)
     if WHOLE:
         key = load(k_rows, 0, WIDTH, BLOCK_M, BLOCK_IN)
         value = load(v_rows, 0, WIDTH, BLOCK_M, BLOCK_IN)
@@ -153,12 +152,11 @@ def _attention_bwd_kv_kernel(
     token = tl.arange(0, BLOCK_N)
     for s in tl.static_range(len(q)):
         stop = tl.where(first < limit, queries[s], 0)  # padding alone: nothing to do
-        at_q = at_head(q[s], sample, head, WIDTH)
-        at_o_bar = at_head(o_bar[s], sample, head, WIDTH)
         for start in range(0, stop, BLOCK_N):
             score = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
             p_bar = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
-            q_rows, o_bar_rows = (at_q, start, stop), (at_o_bar, start, stop)
+            q_rows = (q[s], sample, head, start, stop)
+            o_bar_rows = (o_bar[s], sample, head, start, stop)
             if WHOLE:
                 a = load(q_rows, 0, WIDTH, BLOCK_N, BLOCK_IN)
                 score = dot(key, tl.trans(a), score, PRECISION)
