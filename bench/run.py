@@ -28,7 +28,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor as Worker
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             malloc: stack.enter_context(_worker(threads, environ))
             for malloc, environ in (("default", {}), ("raised", RAISED))
         }
-        stamp, ceilings = workers["default"].ask("environment", given.tiny)
+        stamp, ceilings = workers["default"].submit(_measure, given.tiny).result()
         stamp["cores"] = len(os.sched_getaffinity(0))  # a bound thread sees its own only
         text = json.dumps(stamp, indent=2)
         (given.out / "environment.json").write_text(text + "\n")
@@ -272,17 +272,21 @@ Found = list[tuple[str, str, Row, Timing | None]]
 
 
 def _compare(
-    workers: dict[str, _Worker], case: Case, dtype: torch.dtype, mode: str, scale: str, s: float
+    workers: dict[str, Worker], case: Case, dtype: torch.dtype, mode: str, scale: str, s: float
 ) -> Found:
     """Return (provider, malloc, fields, timing or None) of everyone on one case."""
-    about = (case.op, case.name, scale, dtype_name(dtype), mode)
-    good, bad = workers["default"].ask("prepare", *about, None)
+    about = (case.op, case.name, scale, dtype_name(dtype))
+    good, bad = workers["default"].submit(_prepare, about, mode, None).result()
     again = [name for name in IN_RAISED if name in good]
-    workers["raised"].ask("prepare", *about, again)
-    samplers = {(name, "default"): workers["default"].sampler(name) for name in good}
-    samplers |= {(name, "raised"): workers["raised"].sampler(name) for name in again}
+    workers["raised"].submit(_prepare, about, mode, again).result()
+
+    def sampler(name: str, malloc: str) -> Sampler:
+        return lambda: workers[malloc].submit(_sample, name).result()
+
+    who = [(name, "default") for name in good] + [(name, "raised") for name in again]
+    timings = take_turns({key: sampler(*key) for key in who}, s)
     found: Found = [(name, "default", dict(fields), None) for name, fields in bad.items()]
-    for (name, malloc), timing in take_turns(samplers, s).items():
+    for (name, malloc), timing in timings.items():
         found.append((name, malloc, {"status": "ok", "error_of_limit": good[name]}, timing))
     return found
 
@@ -302,34 +306,8 @@ def _line(shared: Row, found: Found) -> str:
     return f"{what} {own:.3f} ms of CPU; {', '.join([*ratios, *failed])}"
 
 
-class _Worker:
-    """A process that prepares calls, and runs one when told to."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-
-    def ask(self, *message: Any) -> Any:
-        """Send a request; wait for the answer.
-
-        Raises:
-            RuntimeError: The process failed.
-        """
-        self.connection.send(message)
-        try:
-            answer = self.connection.recv()
-        except EOFError:
-            raise RuntimeError(f"The benchmark process died at {message}.") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def sampler(self, name: str) -> Sampler:
-        """Return how to take the milliseconds of wall and CPU time of a provider's call."""
-        return functools.partial(self.ask, "call", name)
-
-
 @contextlib.contextmanager
-def _worker(threads: int, malloc: dict[str, str]) -> Iterator[_Worker]:
+def _worker(threads: int, malloc: dict[str, str]) -> Iterator[Worker]:
     """Start a process whose allocator and threads are set from its first moment on."""
     env = {
         "OMP_NUM_THREADS": str(threads),
@@ -340,25 +318,23 @@ def _worker(threads: int, malloc: dict[str, str]) -> Iterator[_Worker]:
         **malloc,
     }
     before = dict(os.environ)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    os.environ.update(env)
-    try:
-        process.start()
-    finally:
-        for name in env:
-            os.environ.pop(name)
-        os.environ.update(before)
-    theirs.close()
-    try:
-        worker = _Worker(ours)
-        worker.ask("started")  # while one imports PyTorch, another's ceilings come out too low
-        yield worker
-    finally:
-        ours.close()
-        process.join(timeout=30)
-        process.kill()
+    with Worker(1, multiprocessing.get_context("spawn")) as process:
+        os.environ.update(env)
+        try:
+            started = process.submit(os.getpid)
+        finally:
+            for name in env:
+                os.environ.pop(name)
+            os.environ.update(before)
+        started.result()  # while one imports PyTorch, another's ceilings come out too low
+        yield process
+
+
+def _measure(tiny: bool) -> tuple[Row, Ceilings]:
+    """Return, in a worker, what the machine is and what it reaches."""
+    stamp = environment(CPU) | {"extension": _native.status()}
+    ceilings = Ceilings.measure(CPU, DTYPES.values(), tiny)
+    return stamp | {"ceilings": vars(ceilings)}, ceilings
 
 
 @functools.lru_cache(maxsize=1)
@@ -368,34 +344,25 @@ def _trial(op: str, name: str, scale: str, dtype: str) -> Trial:
     return Trial(case, DTYPES[dtype], CPU)
 
 
-def _serve(connection: Connection) -> None:
-    """Do what is asked until the owner hangs up."""
-    samplers: dict[str, Sampler] = {}
+_prepared: dict[str, Sampler] = {}
+"""A worker's calls, by their provider."""
 
-    def answer(request: str, *given: Any) -> Any:
-        if request == "call":
-            return samplers[given[0]]()
-        if request == "started":
-            return None
-        samplers.clear()
-        if request == "environment":
-            stamp = environment(CPU) | {"extension": _native.status()}
-            ceilings = Ceilings.measure(CPU, DTYPES.values(), *given)
-            return stamp | {"ceilings": vars(ceilings)}, ceilings
-        *about, mode, only = given
-        trial = _trial(*about)
-        wanted = [p for p in providers(trial.case, CPU, mode) if only is None or p.name in only]
-        truth = trial.truth if only is None else None
-        good, bad = prepare(trial.case, mode, wanted, trial.sets[0], truth)
-        gc.collect()
-        for provider, (call, _) in good.items():
-            samplers[provider] = on_cpu(functools.partial(call, trial.sets[0]))
-        return {provider: error for provider, (_, error) in good.items()}, bad
 
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            message = connection.recv()
-            try:
-                connection.send(answer(*message))
-            except Exception as error:
-                connection.send(RuntimeError(f"{message}: {type(error).__name__}: {error}"))
+def _prepare(
+    about: tuple[str, str, str, str], mode: str, only: Sequence[str] | None
+) -> tuple[dict[str, float | None], dict[str, dict[str, str]]]:
+    """Prepare, in a worker, the calls of a case; verify them, unless they are `only` some."""
+    _prepared.clear()
+    trial = _trial(*about)
+    wanted = [p for p in providers(trial.case, CPU, mode) if only is None or p.name in only]
+    truth = trial.truth if only is None else None
+    good, bad = prepare(trial.case, mode, wanted, trial.sets[0], truth)
+    gc.collect()
+    for name, (call, _) in good.items():
+        _prepared[name] = on_cpu(functools.partial(call, trial.sets[0]))
+    return {name: error for name, (_, error) in good.items()}, bad
+
+
+def _sample(name: str) -> tuple[float, float]:
+    """Time, in a worker, one call."""
+    return _prepared[name]()

@@ -108,13 +108,15 @@ def strided(x: Tensor) -> Tensor:
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a dtype with the very strides of x, over memory that holds NaN elsewhere."""
-    steps = [(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)]
-    memory = x.new_full((1 + sum(steps) if x.numel() else 0,), torch.nan, dtype=dtype)
-    once = tuple(slice(None) if stride else slice(1) for stride in x.stride())
-    y = memory.as_strided(x.shape, x.stride())
-    y[once] = x[once].to(dtype)
-    return y
+    """Return x in a dtype with the very strides of x, over memory that holds NaN elsewhere.
+
+    What is expanded gets memory of its own: forward mode writes tangents of the same strides.
+    """
+    if 0 in x.stride() or not x.numel():
+        return x.to(dtype).contiguous()
+    steps = ((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    memory = x.new_full((1 + sum(steps),), torch.nan, dtype=dtype)
+    return memory.as_strided(x.shape, x.stride()).copy_(x)
 
 
 def draw(
