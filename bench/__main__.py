@@ -22,12 +22,12 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "ops": ("bench.run", "every op on a CPU, against plain PyTorch and torch.compile"),
-    "step": ("bench.model.bench_train_step", "a training step, against flow matching"),
-    "generate": ("bench.model.bench_generate", "one guided step, and from a video to sound"),
-    "tangent": ("bench.model.bench_dual", "what a tangent costs the whole network"),
-    "memory": ("bench.model.bench_memory", "what a training step keeps, counted"),
-    "curves": ("bench.model.bench_curves", "do our ops train as plain PyTorch does?"),
-    "mmaudio": ("bench.model.bench_ends", "MMAudio's encoders and vocoder"),
+    "step": ("bench.networks.step", "a training step, against flow matching"),
+    "generate": ("bench.networks.generate", "one guided step, and from a video to sound"),
+    "tangent": ("bench.networks.tangent", "what a tangent costs the whole network"),
+    "memory": ("bench.networks.memory", "what a training step keeps, counted"),
+    "curves": ("bench.networks.curves", "do our ops train as plain PyTorch does?"),
+    "mmaudio": ("bench.networks.mmaudio", "MMAudio's encoders and vocoder"),
     "store": ("bench.store", "reading and writing of extracted features"),
     "serve": ("bench.serve", "the web server under load and under faults"),
     "aot": ("bench.aot", "Triton kernels compiled for GPUs that are not there"),

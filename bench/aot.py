@@ -4,29 +4,31 @@ The ops are called as a network calls them, value, tangent and gradient, on memo
 touched; instead of a launch each kernel is compiled, with the very configuration that would have
 been launched, and its machine code is read: registers, spills, shared memory, matrix instructions.
 
-    python -m bench.aot                                  all ops and targets: prints a table
-    python -m bench.aot --op swiglu --target sm_90
-    python -m bench.aot --out bench/results/aot          write the table of this Triton
-    python -m bench.aot --quick --compare bench/results/aot   what continuous integration does
-
 The exit status is 1 if nothing was compiled, or a kernel spills, needs more registers or shared
 memory than a block may have, computes a bf16 matrix product without matrix instructions, or (with
---compare) is not as the committed table says. Norms are also compiled for the widest rows that
-they take, which no network has: these must fit their GPUs, may spill, and are in no table.
+--compare) is not as the table of this Triton says; of other Tritons there is none. Norms are also
+compiled for the widest rows that they take, which no network has: these must fit their GPUs, may
+spill, and are in no table.
+
+Examples:
+  python -m bench aot                                    all ops and targets: prints a table
+  python -m bench aot --op swiglu --target sm_90
+  python -m bench aot --out bench/results/aot            write the table of this Triton
+  python -m bench aot --quick --compare bench/results/aot   what continuous integration does
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench import parser
 from mfmjt import kernels
 from mfmjt.files import atomic_path
 from mfmjt.kernels.triton.norm import MAX_WIDTH
+from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
 __all__ = [
     "OPS",
@@ -55,6 +59,8 @@ __all__ = [
     "offline_driver",
     "resources",
 ]
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class _Offline:
 
 @contextlib.contextmanager
 def offline_driver(target: GPUTarget) -> Iterator[None]:
-    """Inside, Triton takes `target` for the current GPU."""
+    """Make Triton take `target` for the current GPU inside."""
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(_Offline(target))
@@ -128,7 +134,7 @@ def offline_driver(target: GPUTarget) -> Iterator[None]:
 
 @contextlib.contextmanager
 def offline(target: GPUTarget) -> Iterator[list[Any]]:
-    """Inside, a launch compiles for `target` and does nothing more; yields the compiled kernels."""
+    """Compile for `target` in place of a launch inside; yield the compiled kernels."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -145,8 +151,8 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
             JITFunction.run = run
 
 
-def resources(kernel: Any) -> dict[str, Any]:
-    """Registers, spilled and shared bytes of a compiled kernel, and its matrix instructions."""
+def resources(kernel: Any) -> Row:
+    """Return registers, spilled and shared bytes of a kernel, and its matrix instructions."""
     asm = kernel.asm
     if "cubin" in asm:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -174,8 +180,8 @@ def resources(kernel: Any) -> dict[str, Any]:
     }
 
 
-def _occupancy(row: dict[str, Any], chip: Chip) -> int:
-    """Warps that fit on one multiprocessor (SIMD on AMD), by registers and shared memory."""
+def _occupancy(row: Row, chip: Chip) -> int:
+    """Return the warps that fit on a multiprocessor (SIMD on AMD), by registers and memory."""
     if chip.target.backend == "hip":
         return min(chip.warps, chip.registers // 64 // max(8, -(-row["registers"] // 8) * 8))
     per_warp = -(-row["registers"] * 32 // 256) * 256
@@ -185,22 +191,13 @@ def _occupancy(row: dict[str, Any], chip: Chip) -> int:
     return min(chip.warps, blocks * row["warps"])
 
 
-def _modes(function: Callable[..., Any], moving: dict[str, Tensor], still: dict[str, Any]) -> None:
-    """Value, gradient, value and tangent, and the gradient under forward mode."""
-    leaves = [t for t in (*moving.values(), *still.values()) if isinstance(t, Tensor)]
-    leaves = [t.requires_grad_() for t in leaves if t.is_floating_point() and t.ndim > 0]
-
-    def call(*xs: Tensor) -> tuple[Tensor, ...]:
-        y = function(**dict(zip(moving, xs, strict=True)), **still)
-        return (y,) if isinstance(y, Tensor) else tuple(y)
-
-    def backward(ys: tuple[Tensor, ...]) -> None:
-        bars = [torch.empty_like(y) for y in ys]
-        torch.autograd.grad(ys, leaves, bars, allow_unused=True)
-
-    xs = tuple(moving.values())
-    backward(call(*xs))
-    backward(torch.func.jvp(call, xs, tuple(torch.empty_like(x) for x in xs))[0])
+def _modes(function: Function, moving: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
+    """Call for value and gradients, then for these and the tangents."""
+    inputs = {name: x.requires_grad_() for name, x in (moving | fixed).items()}
+    tangents = {name: torch.empty_like(x) for name, x in moving.items()}
+    cotangents = tuple(torch.empty_like(y) for y in as_tuple(function(**inputs)))
+    for mode in (BACKWARD, JVP_BACKWARD):
+        runner(function, mode)(Operands(inputs, tangents, cotangents))
 
 
 def _adaln(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -226,9 +223,7 @@ def _qk_norm_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     qkv = torch.empty(batch, length, 3, heads, width // heads, dtype=dtype)
     weights = {f"{n}_weight": torch.empty(width // heads, dtype=dtype) for n in "qk"}
     for rope in (None, torch.empty(length, width // heads // 2, 2)):
-        rotation = None if rope is None else rope.requires_grad_(False)
-        op = lambda rotation=rotation, **given: kernels.qk_norm_rope(**given, rope=rotation)  # noqa: E731
-        _modes(op, {"qkv": qkv}, weights)
+        _modes(functools.partial(kernels.qk_norm_rope, rope=rope), {"qkv": qkv}, weights)
 
 
 def _joint_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -273,7 +268,7 @@ def _snake(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A guided step of inference: its joint blocks, its audio-only ones, and what is around."""
+    """Call what a guided step of inference does: blocks of three and of one stream, both ends."""
     batch, length, tokens, width, heads, hidden = shape
     lengths = (length, 64, tokens - length - 64)
 
@@ -328,20 +323,21 @@ OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
 """All ops with Triton kernels; the products of `linear` are the vendor's."""
 
 
-def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
-    """One row for each different kernel that `op` launches for the networks' shapes."""
+def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[Row]:
+    """Return a row for each different kernel that `op` launches for the networks' shapes."""
     return _compiled(op, target, {name: SHAPES[name] for name in shapes or SHAPES}, DTYPES)
 
 
-def compile_widest(op: str, target: str) -> list[dict[str, Any]]:
+def compile_widest(op: str, target: str) -> list[Row]:
     """Return the same for rows of `MAX_WIDTH`, in float32, which takes most registers."""
     return _compiled(op, target, WIDEST, (torch.float32,)) if op in WIDE_OPS else []
 
 
 def _compiled(
     op: str, target: str, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
-) -> list[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
+) -> list[Row]:
+    """Return a row for each kernel, once where kernels of different code have the same figures."""
+    rows: dict[str, Row] = {}
     for dtype in dtypes:
         for shape, sizes in shapes.items():
             with offline(TARGETS[target].target) as compiled:
@@ -354,11 +350,11 @@ def _compiled(
                     first = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
                     occupancy = _occupancy(found, TARGETS[target])
                     rows[digest] = {"target": target, **first, **found, "occupancy": occupancy}
-    return list(rows.values())
+    return [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in rows.values())]
 
 
-def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled kernel."""
+def faults(row: Row) -> list[str]:
+    """Return what is wrong with a compiled kernel."""
     chip = TARGETS[row["target"]]
     found = []
     if int(row["spills"]) and row.get("shape") not in WIDEST:
@@ -377,11 +373,11 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def _name(row: dict[str, Any]) -> str:
+def _name(row: Row) -> str:
     return " ".join(str(row[key]) for key in ("target", "op", "shape", "dtype", "kernel"))
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[Row]) -> None:
     for row in rows:
         wrong = faults(row)
         facts = [f"{key} {row[key]}" for key in ("warps", "registers", "shared", "occupancy")]
@@ -392,34 +388,48 @@ def _table(folder: str) -> Path:
     return Path(folder) / f"triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
 
 
-def _differences(rows: list[dict[str, Any]], path: Path) -> list[str]:
-    """Rows that the committed table does not have."""
+def _read(path: Path) -> list[Row]:
     if not path.exists():
-        return [f"There is no {path}: write it with `python -m bench.aot --out {path.parent}`."]
+        return []
     with path.open(newline="") as file:
-        known = {tuple(row.values()) for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    """Write rows into a table, in place of those of the same ops and targets."""
+    replaced = {(row["op"], row["target"]) for row in rows}
+    table = [row for row in _read(path) if (row["op"], row["target"]) not in replaced] + rows
+    table.sort(key=lambda row: ([*OPS].index(row["op"]), [*TARGETS].index(row["target"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _differences(rows: list[Row], path: Path) -> list[str]:
+    """Return the rows that the committed table of this Triton does not have."""
+    known = {tuple(row.values()) for row in _read(path)}
+    if not known:
+        print(f"There is no {path}: of this Triton only faults are looked for.")
     return [
         f"{_name(row)} is not as {path} says: " + str({k: row[k] for k in list(row)[5:]})
         for row in rows
-        if tuple(str(value) for value in row.values()) not in known
+        if known and tuple(str(value) for value in row.values()) not in known
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and compile; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.aot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--op", action="append", choices=sorted(OPS), help="[all]")
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="[all]")
-    parser.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
-    parser.add_argument("--out", metavar="DIR", help="write DIR/triton_<version>.csv")
-    parser.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
-    given = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
-    widest: list[dict[str, Any]] = []
+    command = parser("aot", __doc__)
+    command.add_argument("--op", action="append", choices=sorted(OPS), help="[all]")
+    command.add_argument("--target", action="append", choices=list(TARGETS), help="[all]")
+    command.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
+    command.add_argument("--out", metavar="DIR", help="put the rows into DIR/triton_<version>.csv")
+    command.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
+    given = command.parse_args(argv)
+    rows: list[Row] = []
+    widest: list[Row] = []
     for op in given.op or OPS:
         for target in given.target or TARGETS:
             more = compile_op(op, target, tuple(QUICK) if given.quick else None)
@@ -431,12 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")
         return 1
     if given.out:
-        path = _table(given.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        _write(rows, _table(given.out))
     wrong = [f"{_name(row)}: {fault}" for row in rows + widest for fault in faults(row)]
     if given.compare:
         wrong += _differences(rows, _table(given.compare))

@@ -2,7 +2,7 @@
 
 environment the machine, and its ceilings
 check       every op and the network, side by side, against float64 on the CPU
-memcheck    odd shapes under compute-sanitizer, where that is installed
+memcheck    small and whole shapes under compute-sanitizer, where that is installed
 latency     one guided step of generation: ours, and plain PyTorch
 step        training steps as CUDA graphs, against flow matching
 kernels     every op against plain PyTorch and other people's kernels, on its headline shapes
@@ -214,7 +214,7 @@ class Drive:
         return {row["status"] for row in mine} <= {"ok"}
 
     def left(self) -> float:
-        """Seconds that a piece may still take."""
+        """Return the seconds that a piece may still take."""
         return self.end - time.monotonic() - GRACE
 
     def _ahead(self, stage: list[Piece]) -> list[_Process]:

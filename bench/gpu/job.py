@@ -62,18 +62,18 @@ class Job:
 
     @property
     def cuda(self) -> bool:
-        """Whether a GPU computes."""
+        """Return whether a GPU computes."""
         return self.device.startswith("cuda")
 
     @property
     def torch_device(self) -> torch.device:
-        """The device as PyTorch's."""
+        """Return the device as PyTorch's."""
         import torch
 
         return torch.device(self.device)
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def rows(self, of: tuple[str, tuple[str, ...]]) -> Rows:

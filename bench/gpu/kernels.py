@@ -1,4 +1,4 @@
-"""Every op against plain PyTorch, torch.compile and other people's kernels; ours first."""
+"""The piece that times every op, ours first: against PyTorch, the compiler and other people's."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def kernels(job: Job, turn: str, ops: tuple[str, ...]) -> None:
 def _mode(job: Job, trial: Trial, mode: str, fields: Row, compiled: bool) -> bool:
     """Make a row for each provider in a mode; return False if the time is up."""
     rows = job.rows(KERNELS)
-    found = providers(trial.case, trial.device, mode)
-    for provider in sorted(found, key=lambda p: p.name != OURS):
-        mine = {**fields, "threads": torch.get_num_threads(), "provider": provider.name}
-        if provider.compiled != compiled or rows.has(**mine):
+    everyone = providers(trial.case, trial.device, mode)
+    for provider in sorted(everyone, key=lambda p: p.name != OURS):
+        about = {**fields, "threads": torch.get_num_threads(), "provider": provider.name}
+        if provider.compiled != compiled or rows.has(**about):
             continue
         if job.stand_in and provider.name != OURS:
             continue
-        if not job.has_time(rows, mine):
+        if not job.has_time(rows, about):
             return False
-        with job.trying(rows, mine):
+        with job.trying(rows, about):
             if job.stand_in:
                 step(provider, mode)(trial.sets[0])
                 continue
@@ -64,17 +64,17 @@ def _mode(job: Job, trial: Trial, mode: str, fields: Row, compiled: bool) -> boo
             try:
                 row, timing = trial.time(provider, mode, 0.0 if job.smoke else 0.3)
             except DeviceLost as lost:
-                job.note(rows, {**mine, "reason": lost.reason})
+                job.note(rows, {**about, "reason": lost.reason})
                 job.leave(lost.reason)
                 continue
             if timing is not None:
                 row |= {
-                    "of_roofline": round(mine["floor_ms"] / timing.ms_p50, 4),
-                    "tflops": round(mine["flops"] / timing.ms_p50 / 1e9, 2),
-                    "gbps": round(mine["bytes"] / timing.ms_p50 / 1e6, 1),
+                    "of_roofline": round(about["floor_ms"] / timing.ms_p50, 4),
+                    "tflops": round(about["flops"] / timing.ms_p50 / 1e9, 2),
+                    "gbps": round(about["bytes"] / timing.ms_p50 / 1e6, 1),
                     "seconds": round(time.monotonic() - began, 1),
                 }
-            rows.add({**mine, **row}, timing)
+            rows.add({**about, **row}, timing)
             if row.get("timer") == "events":
                 job.note()
                 job.leave("a failed capture; others are not to be trusted")

@@ -42,7 +42,7 @@ def environment(job: Job) -> None:
 
 
 def ceilings(job: Job) -> Ceilings:
-    """Those of environment.json, or measured now where that piece could not."""
+    """Return those of environment.json, or measure them where that piece could not."""
     known = job.ceilings()
     return Ceilings(**known) if known else Ceilings.measure(job.torch_device, TIMED, job.smoke)
 

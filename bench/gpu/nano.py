@@ -1,4 +1,4 @@
-"""Training as users run it: nano, on clips that are made while other pieces are measured."""
+"""Pieces that train as users do: nano, on clips that are made while other pieces are measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from bench.case import TINY
 from bench.gpu.job import Job
 from bench.rows import TRAIN, read
-from mfmjt.codec import NanoCodec
-from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
 from mfmjt.features.procedural import FeatureExtraction, extract_all
 from mfmjt.train.recipe import NetworkTraining, load_config
@@ -22,6 +20,7 @@ from mfmjt.train.tasks.network import train_network
 __all__ = ["clips", "extract", "features", "training"]
 
 PRETRAINED = Path(__file__).parents[2] / "mfmjt" / "pretrained" / "nano"
+ENDS = {name: str(PRETRAINED / f"{name}.safetensors") for name in ("codec", "encoders")}
 CLIP_SECONDS = 0.5
 """CPU seconds that a clip takes to draw and encode, on a core that others use too."""
 SHARD, MOST = 64, 8000
@@ -43,12 +42,11 @@ def features(job: Job) -> None:
 
 def extract(job: Job, clips: int, validation: int, workers: int) -> None:
     """Make clips, and encode them."""
-    ends = _ends(job)
     extract_all(
         FeatureExtraction(
             out=str(job.work / "features"),
-            codec=str(ends / "codec.safetensors"),
-            encoders=str(ends / "encoders.safetensors"),
+            codec=ENDS["codec"],
+            encoders=ENDS["encoders"],
             clips=clips,
             validation=validation,
             workers=workers,
@@ -70,12 +68,10 @@ def training(job: Job, how: str, **changes: int) -> None:
         return
     if not (job.work / "features" / "train" / "index.json").exists():
         raise InputError("There are no clips: the piece `features` has not ended. Give more time.")
-    ends, out = _ends(job), job.work / f"network_{how}"
-    graph = job.cuda and how == "graph"
+    out, graph = job.work / f"network_{how}", job.cuda and how == "graph"
     settings = {
         "store": job.work / "features",
-        "codec": ends / "codec.safetensors",
-        "encoders": ends / "encoders.safetensors",
+        **ENDS,
         "out": out,
         "device": job.device,
         "cuda_graph": json.dumps(graph),
@@ -92,8 +88,7 @@ def training(job: Job, how: str, **changes: int) -> None:
     if job.smoke:
         tiny = {"steps": 3, "flow_steps": 1, "log_every": 1, "batch": 4, "full_batch": 4}
         settings |= {**tiny, "window": 20, "dtype": "float32", "overrides": json.dumps(TINY)}
-    settings |= changes
-    words = [f"{name}={value}" for name, value in settings.items()]
+    words = [f"{name}={value}" for name, value in (settings | changes).items()]
     config = load_config(NetworkTraining, "nano_gpu", "network", words)
     began = time.monotonic()
     with job.trying(rows, about):
@@ -101,7 +96,7 @@ def training(job: Job, how: str, **changes: int) -> None:
         for line in read(out / "log.jsonl"):
             if "step" in line and "loss" in line:
                 rows.add({**about, **line})
-        found = {
+        row = {
             "status": "ok",
             "graph": graph,
             "steps": result.step,
@@ -112,25 +107,5 @@ def training(job: Job, how: str, **changes: int) -> None:
             "steps_per_s": round(result.step / max(1e-9, result.seconds), 2),
         }
         if job.cuda:
-            found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        rows.add({**about, **found})
-
-
-def _ends(job: Job) -> Path:
-    """Return the folder of codec and encoders: those that ship, or untrained for a smoke test."""
-    if not job.smoke:
-        for name in ("codec", "encoders"):
-            if not (PRETRAINED / f"{name}.safetensors").exists():
-                raise InputError(
-                    f"{PRETRAINED} has no {name}.safetensors. Train it with the stage `{name}`, "
-                    "and copy it there."
-                )
-        return PRETRAINED
-    ends = job.work / "ends"
-    ends.mkdir(exist_ok=True)
-    if not (ends / "encoders.safetensors").exists():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            NanoCodec().save(ends / "codec.safetensors")
-            NanoEncoders().save(ends / "encoders.safetensors")
-    return ends
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        rows.add({**about, **row})

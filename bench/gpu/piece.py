@@ -26,8 +26,8 @@ WHERE: dict[str, tuple[str, str]] = {
     "check": ("bench.gpu.check", "check"),
     "memcheck": ("bench.gpu.check", "memcheck"),
     "kernels": ("bench.gpu.kernels", "kernels"),
-    "latency": ("bench.model.bench_generate", "latency"),
-    "step": ("bench.gpu.steps", "steps"),
+    "latency": ("bench.gpu.networks", "latency"),
+    "step": ("bench.gpu.networks", "steps"),
     "features": ("bench.gpu.nano", "features"),
     "train": ("bench.gpu.nano", "training"),
 }
@@ -36,14 +36,14 @@ WHERE: dict[str, tuple[str, str]] = {
 
 def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], None]:
     """Return what a piece does, its module imported."""
-    given: tuple[Any, ...] = (what,) if what else ()
+    arguments: tuple[Any, ...] = (what,) if what else ()
     if part in ("compiled", "rest"):
-        part, given = what, (part,) if what in ("latency", "step") else (part, ops)
+        part, arguments = what, (part,) if what in ("latency", "step") else (part, ops)
     elif part == "kernels":
-        given = ("headline", (what,))
+        arguments = ("headline", (what,))
     module, name = WHERE[part]
-    found: Callable[..., None] = getattr(importlib.import_module(module), name)
-    return lambda job: found(job, *given)
+    work: Callable[..., None] = getattr(importlib.import_module(module), name)
+    return lambda job: work(job, *arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,11 +1,11 @@
 """Compile, without a GPU, every Triton kernel that the GPU's command launches there.
 
 A GPU that is lent for minutes is no place to compile for minutes. The pieces of `python -m bench
-gpu` run here up to each launch (`bench.gpu.stand_in`), so that Triton's cache has for sm_90 what
-they launch: the checks, odd shapes, generation, training steps, the headline cases of ops and the
-training of nano; launchers too. Then it is packed, and the command that takes it is printed. It
-fits one version of Triton and of Python, and kernels as they are at this commit; what does not fit
-is compiled there. Needs gcc, and some twenty minutes of two cores.
+gpu` run here up to each launch, on a driver that launches nothing (tests/support/stand_in.py), so
+that Triton's cache has for sm_90 what they launch: the checks, generation, training steps, the
+headline cases of ops and the training of nano; launchers too. Then it is packed, and the command
+that takes it is printed. It fits one version of Triton and of Python, and kernels as they are at
+this commit; what does not fit is compiled there. Needs gcc, and some twenty minutes of two cores.
 
 Examples:
   python -m bench precompile --out kernels.tar.xz             a venv with the GPU machine's versions
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pieces(parts: Sequence[str], ops: Sequence[str]) -> list[str]:
-    """Names of the pieces of these parts, the long ones first."""
+    """Return the names of the pieces of these parts, the long ones first."""
     found = [piece.name for stage in stages(parts, ops, "cpu") for piece in stage]
     return sorted(
         found, key=lambda name: ("attention" not in name, name not in ("step", "latency"))
@@ -99,7 +99,7 @@ def build_driver(python: str, folder: Path) -> Path:
     done = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
     include = f"{done.stdout.strip()}/backends/nvidia/include"
     folder.mkdir(parents=True, exist_ok=True)
-    source = Path(__file__).with_name("stand_in.c")
+    source = ROOT / "tests" / "support" / "stand_in.c"
     command = ["gcc", "-O2", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
     try:
         subprocess.run(
@@ -157,7 +157,7 @@ def run_pieces(
         log = work / f"{file_name(name)}.{'dry' if dry else 'log'}"
         with log.open("w") as file:
             done = subprocess.run(
-                [python, "-m", "bench.gpu.stand_in", *options, name],
+                [python, "-m", "tests.support.stand_in", *options, name],
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
@@ -177,7 +177,7 @@ def run_pieces(
 
 
 def _python(python: str, versions: dict[str, str], work: Path) -> str:
-    """`python` if it has these versions, or that of a new venv that has.
+    """Return `python` if it has these versions, or that of a new venv that has.
 
     Raises:
         RunError: It cannot be made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,22 @@ from mfmjt.files import atomic_path
 __all__ = ["lines", "write", "wrong"]
 
 Row = dict[str, Any]
+FIGURES = {
+    "generate": (
+        ("what", "network", "batch", "provider"),
+        ("ms_p50", "graph_ms", "cpu_ms_p50", "launches", "reason"),
+    ),
+    "train_step": (
+        ("network", "batch", "ratio", "provider"),
+        ("ms_p50", "over_flow", "eager_ms", "eager_host_ms", "peak_mib", "of_gemm", "reason"),
+    ),
+    "kernels": (
+        ("op", "case", "dtype", "mode", "provider"),
+        ("ms_p50", "of_roofline", "reason"),
+    ),
+    "train": (("run",), ("steps", "steps_per_s", "seconds", "finished", "peak_gib", "reason")),
+}
+"""What a line has of a row of each file: values, and beside the status names with their values."""
 
 
 def write(out: Path) -> None:
@@ -23,84 +40,39 @@ def write(out: Path) -> None:
 def wrong(out: Path) -> int:
     """Return how many results are not right."""
     checks = sum(row.get("ok") is False for row in read(out / "check.jsonl"))
-    files = ("generate", "train_step", "kernels")
-    rows = [row for name in files for row in read(out / f"{name}.jsonl")]
+    rows = [row for name in FIGURES for row in read(out / f"{name}.jsonl")]
     return checks + sum(row.get("status") == "wrong" for row in rows)
 
 
 def lines(out: Path) -> list[str]:
     """Return one line for each figure, and what went wrong at the end."""
-    found = [_environment(out / "environment.json")]
+    path = out / "environment.json"
+    stamp = json.loads(path.read_text()) if path.exists() else {}
+    machine = ("gpu", "cpu", "cores", "clocks", "torch", "triton", "triton_key", "commit")
+    text = [_named(stamp, (*machine, "ceilings")) or "no environment.json"]
     checks = read(out / "check.jsonl")
     for op in dict.fromkeys(row["op"] for row in checks):
         mine = [row for row in checks if row["op"] == op]
         bad = [row for row in mine if not row["ok"]]
-        found.append(f"check {op}: {len(mine) - len(bad)} right, {len(bad)} not")
-        found += [f"    {_about(row, 'case', 'dtype', 'kind')}: {_why(row)}" for row in bad[:4]]
-    for row in read(out / "generate.jsonl"):
-        about = _about(row, "what", "network", "batch", "provider")
-        found.append(f"{about}: {_generated(row)}")
-    for row in read(out / "train_step.jsonl"):
-        about = _about(row, "network", "batch", "ratio", "provider")
-        found.append(f"step {about}: {_stepped(row)}")
-    for row in read(out / "kernels.jsonl"):
-        about = _about(row, "op", "case", "dtype", "mode", "provider")
-        share = f"{100 * row['floor_ms'] / row['ms_p50']:.0f} %" if "ms_p50" in row else ""
-        found.append(
-            f"{about}: {row['ms_p50']} ms, {share} of the roofline"
-            if share
-            else f"{about}: {_why(row)}"
-        )
-    found += [f"train {_numbers(row)}" for row in read(out / "train.jsonl") if "step" not in row]
-    found.append("")
+        text.append(f"check {op}: {len(mine) - len(bad)} right, {len(bad)} not")
+        of, why = ("case", "dtype", "kind"), ("status", "reason", "error", "reference", "scale")
+        text += [f"    {_values(row, of)}: {_named(row, why)}" for row in bad[:4]]
+    for name, (about, figures) in FIGURES.items():
+        for row in (row for row in read(out / f"{name}.jsonl") if "status" in row):
+            text.append(f"{name} {_values(row, about)}: {row['status']} {_named(row, figures)}")
     pieces = read(out / "pieces.jsonl")
     for row in pieces:
-        compiled = f", {row['compiled']} kernels compiled" if row.get("compiled") else ""
-        missing = f", {row['not_reached']} not reached" if row.get("not_reached") else ""
-        took = f" {row['seconds']} s" if "seconds" in row else ""
-        found.append(f"{row['at']:6} s {row['piece']}: {row['status']}{took}{compiled}{missing}")
+        facts = _named(row, ("seconds", "compiled", "not_reached"))
+        text.append(f"{row['at']:6} s {row['piece']}: {row['status']} {facts}")
     for row in (row for row in pieces if "log" in row):
-        found += ["", f"{row['piece']} {row['status']} at {row.get('at_row', '?')}"]
-        found += [f"    {line}" for line in row["log"]]
-    return found
+        text += ["", f"{row['piece']} {row['status']} at {row.get('at_row', '?')}"]
+        text += [f"    {line}" for line in row["log"]]
+    return text
 
 
-def _environment(path: Path) -> str:
-    if not path.exists():
-        return "no environment.json"
-    stamp = json.loads(path.read_text())
-    names = ("gpu", "cpu", "cores", "clocks", "torch", "triton", "triton_key", "commit")
-    return ", ".join(f"{k} {stamp[k]}" for k in (*names, "ceilings") if stamp.get(k))
-
-
-def _about(row: Row, *names: str) -> str:
+def _values(row: Row, names: Sequence[str]) -> str:
     return " ".join(str(row[name]) for name in names if name in row)
 
 
-def _why(row: Row) -> str:
-    if "reason" in row:
-        return f"{row.get('status', '')} {row['reason'][:200]}".strip()
-    return _numbers({k: row[k] for k in ("error", "reference", "scale") if k in row})
-
-
-def _numbers(row: Row) -> str:
-    return " ".join(f"{k}={v}" for k, v in row.items() if k != "commit")
-
-
-def _generated(row: Row) -> str:
-    if "ms_p50" not in row:
-        return _why(row) if "reason" in row else str(row.get("launches", row.get("status")))
-    alone = f", a replay {row['graph_ms']} ms" if row.get("graph_ms") else ""
-    return f"{row['status']} {row['ms_p50']} ms{alone}, host {row['cpu_ms_p50']} ms"
-
-
-def _stepped(row: Row) -> str:
-    if "ms_p50" not in row:
-        return _why(row)
-    eager = ""
-    if "eager_ms" in row:
-        eager = f", eager {row['eager_ms']} ms (host {row['eager_host_ms']})"
-    peak = f", peak {row['peak_mib'] / 1024:.1f} GiB" if row.get("peak_mib") else ""
-    of = f", {100 * row['of_gemm']:.0f} % of a product" if row.get("of_gemm") else ""
-    why = f" {row['reason']}" if "reason" in row else ""
-    return f"{row['status']} {row['ms_p50']} ms, x flow {row['over_flow']}{eager}{peak}{of}{why}"
+def _named(row: Row, names: Sequence[str]) -> str:
+    return " ".join(f"{name}={str(row[name])[:200]}" for name in names if row.get(name))

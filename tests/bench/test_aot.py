@@ -26,7 +26,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_KERNELS])
 def test_kernels_fit_their_gpus_and_are_as_the_table_says(op):
-    done = python("-m", "bench.aot", "--quick", "--op", op, "--compare", "bench/results/aot")
+    done = python("-m", "bench", "aot", "--quick", "--op", op, "--compare", "bench/results/aot")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f" {op} ") >= 4  # one kernel for each target
     assert (" widest " in done.stdout) == (op in WIDE_OPS)
@@ -41,16 +41,16 @@ def test_kernels_are_compiled_on_a_build_for_gpus_too_and_none_is_a_failure():
 
 
 BUILT_FOR_GPUS = """
-import sys, torch
+import torch
 
 torch.version.cuda = "13.0"  # all that the package reads of a build before it has a GPU
 from bench import aot
 from mfmjt import kernels
 
-sys.argv[1:] = ["--quick", "--op", "swiglu", "--target", "sm_90"]
-assert aot.main() == 0
+arguments = ["--quick", "--op", "swiglu", "--target", "sm_90"]
+assert aot.main(arguments) == 0
 with kernels.reference():
-    assert aot.main() == 1
+    assert aot.main(arguments) == 1
 """
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from bench.model import bench_curves
-from bench.model.bench_curves import PROVIDERS, SEEDS, judged
+from bench.networks import curves
+from bench.networks.curves import PROVIDERS, SEEDS, TARGETS, distances
 
 
 def rows(shift: float, step: int = 10) -> list[dict[str, object]]:
@@ -22,31 +21,34 @@ def rows(shift: float, step: int = 10) -> list[dict[str, object]]:
     ]
 
 
+def held(shift: float) -> tuple[list[float], list[bool]]:
+    compared = distances(rows(shift))
+    values, met = zip(*(target.held(compared) for target in TARGETS), strict=True)
+    return list(values), list(met)
+
+
 def test_a_curve_farther_away_than_seeds_are_apart_is_another():
-    same, near, far = judged(rows(0.0)), judged(rows(0.1)), judged(rows(0.3))
-    assert [bar["value"] for bar in same] == [0, 0]
-    assert all(bar["met"] for bar in same + near)
-    assert [bar["value"] for bar in near] == pytest.approx([0.5, 0.5])
-    assert not any(bar["met"] for bar in far)
+    assert held(0.0) == ([0, 0], [True, True])
+    assert held(0.1) == (pytest.approx([0.5, 0.5]), [True, True])
+    assert held(0.3)[1] == [False, False]
 
 
 def test_equal_seeds_allow_nothing():
     alike = [row | {"flow": 1.0, "interval": 1.0} for row in rows(0.0)]
-    assert all(bar["met"] for bar in judged(alike))
+    assert [row["over_spread"] for row in distances(alike)] == [0, 0]
     alike[0] |= {"flow": 1.5}
-    assert [bar["met"] for bar in judged(alike)] == [False, True]
+    assert [row["over_spread"] for row in distances(alike)] == [float("inf"), 0]
 
 
 @pytest.mark.slow
-def test_kernels_learn_what_the_references_learn(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["bench_curves", "--out", str(tmp_path), "--smoke"])
-    assert bench_curves.main() == 0
+def test_kernels_learn_what_the_references_learn(tmp_path):
+    assert curves.main(["--out", str(tmp_path), "--smoke"]) == 0
     lines = (tmp_path / "curves.jsonl").read_text().splitlines()
     stamp, *found = map(json.loads, lines)
     assert stamp["what"] == "environment"
-    curves = {(row["provider"], row["seed"]) for row in found if row["what"] == "curve"}
-    assert curves == {(provider, seed) for provider in PROVIDERS for seed in SEEDS}
-    assert [row["met"] for row in found if row["what"] == "bar"] == [True, True]
+    trained = {(row["provider"], row["seed"]) for row in found if row["what"] == "curve"}
+    assert trained == {(provider, seed) for provider in PROVIDERS for seed in SEEDS}
+    assert [row["over_spread"] <= 1 for row in found if row["what"] == "distance"] == [True, True]
     # Both do learn, and not the very same bits, or nothing was compared.
     values = {p: [r["flow"] for r in found if r.get("provider") == p] for p in PROVIDERS}
     assert values["mfmjt"] != values["reference"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 
-from bench.model import bench_memory
-from bench.model.bench_memory import kept, state
+from bench.networks import memory
+from bench.networks.memory import kept, state
 from mfmjt.model.lora import LoRA
 from tests.support.peers import load_peft
 
@@ -31,11 +30,9 @@ def test_adapters_take_fewer():
     assert state("nano", LoRA(rank=2), **TINY)["trained"] < state("nano", **TINY)["trained"] / 4
 
 
-def test_it_writes_what_it_counts(monkeypatch, tmp_path, capsys):
+def test_it_writes_what_it_counts(tmp_path, capsys):
     load_peft()
-    arguments = ["bench_memory", "--out", str(tmp_path), "--network", "nano"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert bench_memory.main() == 0
+    assert memory.main(["--out", str(tmp_path), "--network", "nano"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
     assert [row["what"] for row in rows] == ["environment", "state", "state", "kept", "kept"]
     assert capsys.readouterr().out.count("nano") == 4

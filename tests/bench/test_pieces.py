@@ -14,9 +14,9 @@ import torch
 
 from bench.case import cases, operands
 from bench.gpu import nano, piece
-from bench.gpu.steps import agreement, plans
-from bench.model import generation
-from bench.model.generation import Plan
+from bench.gpu.networks import agreement, plans
+from bench.networks import generate
+from bench.networks.generate import GenerationPlan
 from bench.rows import KEY, STEP, read
 from bench.run import truth_of
 from mfmjt.testing import MODES, Truth
@@ -141,12 +141,11 @@ def test_a_replay_may_differ_as_two_calls_do():
 
 
 def test_no_time_is_spent_on_compiling_before_ours_and_eager_have_rows():
-    turns = generation.plans(gpu=True)
-    assert [*turns] == ["headline", "compiled", "rest"]
-    assert turns["headline"][0] == Plan(
-        "small_16k", "latents", 1, ("mfmjt", "eager", "mfmjt_eager")
-    )
-    assert all(p.providers == ("compile",) for p in turns["compiled"])
+    first, *_ = generate.plans("cuda", "headline")
+    assert first == GenerationPlan("small_16k", "latents", 1, ("mfmjt", "eager", "mfmjt_eager"))
+    assert {p.providers for p in generate.plans("cuda", "compiled")} == {("compile",)}
+    others = [name for p in generate.plans("cuda", "headline", "rest") for name in p.providers]
+    assert "compile" not in others
 
 
 def test_a_truth_that_does_not_fit_is_freed_before_the_next(monkeypatch):
@@ -180,6 +179,6 @@ def test_clips_are_as_many_as_there_is_time_for():
 
 
 def test_a_vocoder_is_timed_in_the_dtype_that_is_asked_for():
-    codec = generation._codec("small_16k", torch.bfloat16)
+    codec = generate._codec("small_16k", torch.bfloat16)
     parameters = [*codec.vae.decoder.parameters(), *codec.vocoder.parameters()]
     assert {p.dtype for p in parameters} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Kernels for a GPU that is not there, as pieces would launch them: see bench/gpu/stand_in.py."""
+"""Kernels for a GPU that is not there, as pieces would launch them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_block_of_too_many_registers_is_refused(tmp_path):
 
 GREEDY = """
 import os, torch
-from bench.gpu.stand_in import installed
+from tests.support.stand_in import installed
 from mfmjt.kernels._triton import jit, tl
 
 @jit

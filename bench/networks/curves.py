@@ -1,4 +1,4 @@
-"""Whether a network learns the same with our kernels as with plain PyTorch: curves of both.
+"""Compare what a network learns with our kernels and with plain PyTorch, as curves.
 
 nano is trained from each of some seeds, once with our ops and once inside `kernels.reference()`, on
 the same clips, draws and weights. Both errors of every stretch of steps are compared, of rows with
@@ -9,35 +9,32 @@ The procedural clips go through the codec and the encoders that ship, once; --st
 features. DIR/curves.jsonl and DIR/curves.svg are written anew; the exit status is 1 if a curve is
 another. Set OMP_NUM_THREADS.
 
-    python -m bench.model.bench_curves --out /tmp/curves
-    python -m bench.model.bench_curves --out /tmp/curves --smoke
+Examples:
+  python -m bench curves --out /tmp/curves
+  python -m bench curves --out /tmp/curves --smoke
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import math
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.machine import environment
-from bench.rows import Rows
+from bench.networks.given import Row, Target, command_line, hold, start
+from bench.rows import read
 from mfmjt import kernels
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
+from mfmjt.errors import RunError
 from mfmjt.features.procedural import write_store
-from mfmjt.kernels import _native
 from mfmjt.train.recipe import NetworkTraining
 from mfmjt.train.tasks.network import train_network
 
-__all__ = ["ERRORS", "PROVIDERS", "judged", "main"]
+__all__ = ["ERRORS", "PROVIDERS", "SEEDS", "TARGETS", "distances", "main"]
 
 PRETRAINED = Path(kernels.__file__).parents[1] / "pretrained" / "nano"
 PROVIDERS = ("mfmjt", "reference")
@@ -45,13 +42,18 @@ ERRORS = ("flow", "interval")
 SEEDS = (0, 1, 2)
 CLIPS = 48
 TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
-COLOURS = ("#0072B2", "#D55E00", "#009E73")
-
-Row = dict[str, Any]
+COLORS = ("#0072B2", "#D55E00", "#009E73")
+TARGETS = tuple(
+    Target(
+        f"{error} error: distance from the reference over the spread of seeds",
+        *("<=", 1.0, "over_spread", {"error": error}),
+    )
+    for error in ERRORS
+)
 
 
 def recipe(folder: Path, store: Path, seed: int, steps: int, tiny: bool) -> NetworkTraining:
-    """Nano's recipe with a batch for one core."""
+    """Return nano's recipe with a batch for one core."""
     return NetworkTraining(
         out=str(folder),
         store=str(store),
@@ -78,50 +80,43 @@ def recipe(folder: Path, store: Path, seed: int, steps: int, tiny: bool) -> Netw
 
 
 def curve(config: NetworkTraining, provider: str) -> list[Row]:
-    """Train; the log's records of training."""
+    """Train; return the log's records of training.
+
+    Raises:
+        RunError: It was stopped.
+    """
     with kernels.reference() if provider == "reference" else contextlib.nullcontext():
         if not train_network(config).finished:
-            raise SystemExit("Stopped: a curve that ends early is compared with none.")
-    lines = (Path(config.out) / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record.get("kind") == "train"]
+            raise RunError("Stopped: a curve that ends early is compared with none.")
+    return [row for row in read(Path(config.out) / "log.jsonl") if row.get("kind") == "train"]
 
 
-def judged(rows: list[Row]) -> list[Row]:
-    """The largest distance of ours from the reference of its seed, over the range of the seeds.
+def distances(rows: list[Row]) -> list[Row]:
+    """Return the largest distance of ours from the reference of its seed, by error.
+
+    `over_spread` is the largest one over the range of the references of all seeds at that step.
 
     Args:
         rows: Records with `provider`, `seed`, `step` and the errors.
     """
-    at = {(row["provider"], row["seed"], row["step"]): row for row in rows}
-    steps = sorted({row["step"] for row in rows})
-    seeds = sorted({row["seed"] for row in rows})
-    found = []
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    result = []
     for error in ERRORS:
-        shares, distances = [], []
-        for step in steps:
-            reference = [at["reference", seed, step][error] for seed in seeds]
-            spread = max(reference) - min(reference)
-            far = max(
-                abs(at["mfmjt", seed, step][error] - value)
-                for seed, value in zip(seeds, reference, strict=True)
-            )
-            shares.append(far / spread if spread else math.inf if far else 0.0)
-            distances.append(far)
-        found.append(
-            {
-                "what": "bar",
-                "bar": f"{error} error: distance from the reference over the spread of seeds",
-                "limit": "<= 1",
-                "value": max(shares),
-                "largest_distance": max(distances),
-                "met": max(shares) <= 1,
-            }
+        curves = frame.pivot(index=["step", "seed"], columns="provider", values=error)
+        far = (curves["mfmjt"] - curves["reference"]).abs().groupby("step").max()
+        references = curves["reference"].groupby("step")
+        over = (far / (references.max() - references.min())).fillna(0.0)  # nothing over no range
+        about = {"what": "distance", "error": error}
+        result.append(
+            {**about, "over_spread": float(over.max()), "largest_distance": float(far.max())}
         )
-    return found
+    return result
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Both errors over steps: the references as bands of light, ours as lines on them."""
+    """Plot both errors over steps: the references as bands of light, ours as lines on them."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -132,18 +127,15 @@ def plot(rows: list[Row], path: Path) -> None:
         FigureCanvasSVG(figure)
         axes = figure.subplots(1, len(ERRORS), sharey=True)
         for axis, error, title in zip(axes, ERRORS, ("r = t", "r < t"), strict=True):
-            for seed, colour in zip(sorted({row["seed"] for row in rows}), COLOURS, strict=False):
-                for provider in reversed(PROVIDERS):
+            for seed, color in zip(SEEDS, COLORS, strict=True):
+                for provider, name, width, alpha in (
+                    ("reference", "PyTorch", 4, 0.3),
+                    ("mfmjt", "mfmjt", 1, 1.0),
+                ):
                     line = [r for r in rows if (r["provider"], r["seed"]) == (provider, seed)]
-                    wide = provider == "reference"
-                    axis.plot(
-                        [r["step"] for r in line],
-                        [r[error] for r in line],
-                        color=colour,
-                        linewidth=4 if wide else 1,
-                        alpha=0.3 if wide else 1,
-                        label=f"{'PyTorch' if wide else 'mfmjt'}, seed {seed}",
-                    )
+                    steps, values = zip(*((r["step"], r[error]) for r in line), strict=True)
+                    label = f"{name}, seed {seed}"
+                    axis.plot(steps, values, color=color, linewidth=width, alpha=alpha, label=label)
             axis.set(title=f"error of rows with {title}", xlabel="step")
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
@@ -151,26 +143,15 @@ def plot(rows: list[Row], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, compare; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.model.bench_curves",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser = command_line("curves", __doc__)
     parser.add_argument("--store", type=Path, help="folder of features to make or use [temporary]")
     parser.add_argument("--steps", type=int, default=300, help="of each training [300]")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
     options = parser.parse_args(argv)
     steps, clips = (12, 4) if options.smoke else (options.steps, CLIPS)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "curves.jsonl"
-    path.unlink(missing_ok=True)
-    rows = Rows(path)
-    stamp = environment(torch.device("cpu")) | {"extension": _native.status(), "steps": steps}
-    rows.add({"what": "environment", "smoke": options.smoke, **stamp})
-    records: list[Row] = []
+    rows = start(options.out / "curves.jsonl", steps=steps, smoke=options.smoke)
     with tempfile.TemporaryDirectory() as scratch:
         store = options.store or Path(scratch) / "store"
         codec = NanoCodec.load(PRETRAINED / "codec.safetensors")
@@ -180,24 +161,16 @@ def main(argv: list[str] | None = None) -> int:
             for provider in PROVIDERS:
                 began = time.process_time()
                 folder = Path(scratch) / f"{provider}-{seed}"
-                config = recipe(folder, store, seed, steps, options.smoke)
                 about = {"what": "curve", "provider": provider, "seed": seed}
-                found = [
-                    about | {key: record[key] for key in ("step", *ERRORS, "grad_norm")}
-                    for record in curve(config, provider)
-                ]
-                for row in found:
-                    rows.add(row)
-                records += found
+                for row in curve(recipe(folder, store, seed, steps, options.smoke), provider):
+                    rows.add(about | {key: row[key] for key in ("step", *ERRORS, "grad_norm")})
                 spent = time.process_time() - began
                 print(f"{provider}, seed {seed}: {spent:.0f} s of CPU time", flush=True)
-    bars = judged(records)
-    for bar in bars:
-        rows.add(bar)
-        word = "pass" if bar["met"] else "MISS"
-        print(f"{word}  {bar['bar']}: {bar['value']:.3g} ({bar['limit']})")
-    plot(records, options.out / "curves.svg")
-    return int(not all(bar["met"] for bar in bars))
+    curves = rows.rows[1:]
+    for row in distances(curves):
+        rows.add(row)
+    plot(curves, options.out / "curves.svg")
+    return hold(rows.rows, TARGETS)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,36 @@
-"""What MMAudio's real ends cost on a CPU, with random weights of the published sizes.
+"""Measure what MMAudio's codec and encoders cost on a CPU, with random weights of their sizes.
 
-`python -m bench.model.bench_ends --out DIR` appends rows to `DIR/ends.jsonl`, each with the bar it
-is held to:
+Rows are appended to `DIR/ends.jsonl`, each with the target that its `value` is held to:
 
-vocoder  BigVGAN-16k, 8 s of sound: seconds per second of sound (0.5); beside it with convolutions
-         as exact as PyTorch's, in plain PyTorch, how far all three are apart, and the least that
-         its multiplications, done one by one, could take at the rate of a large product here
-         in float32, which the bar is for, and beside it in bfloat16
-text     a prompt to 8 s of sound with small_16k, one guided step, everything counted (0.6), in
-         bfloat16 as MMAudio's demo runs; beside it in float32, and only the network in bfloat16
-video    an 8 s video of 1280x720 through reading, resizing, normalising for both encoders and
-         writing it with sound: CPU seconds beside the encoders (1.5)
-memory   peak of a process that makes sound for 10 minutes of video over that for 1 (1.2), nano
+    vocoder  BigVGAN-16k, 8 s of sound: seconds per second of sound; beside it with convolutions as
+             exact as PyTorch's, in plain PyTorch, how far all three are apart, and the least that
+             its multiplications, done one by one, could take at the rate of a large matmul here;
+             in float32, which the target is for, and beside it in bfloat16
+    text     a prompt to 8 s of sound with small_16k, one guided step, everything counted, in
+             bfloat16 as MMAudio's demo runs; beside it in float32, and only the network in bfloat16
+    video    an 8 s video of 1280x720 through reading, resizing, normalizing for both encoders and
+             writing it with sound: CPU seconds beside the encoders
+    memory   peak of a process that makes sound for 10 minutes of video over that for 1, nano
 
-Set GOMP_SPINCOUNT=100, so that idle threads are not counted as work.
+The exit status is 1 if a target is missed. Set OMP_NUM_THREADS, and GOMP_SPINCOUNT=100 so that idle
+threads are not taken for work.
+
+Examples:
+  python -m bench mmaudio --out /tmp/mmaudio
+  python -m bench mmaudio --out /tmp/mmaudio --part video --smoke
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -37,7 +38,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.machine import environment
+from bench.clock import on_cpu, take_turns
+from bench.machine import Ceilings, environment
+from bench.networks.given import CPU, Row, Target, command_line, hold
+from bench.rows import Rows
 from mfmjt import media
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec
 from mfmjt.encoders import (
@@ -53,103 +57,85 @@ from mfmjt.kernels import reference
 from mfmjt.model import MFMJT
 from mfmjt.pipeline import Audio, Pipeline
 
-__all__ = ["main"]
+__all__ = ["TARGETS", "main"]
 
 SECONDS = 8
-PARTS = ("vocoder", "text", "video", "memory")
-Measured = tuple[float, dict[str, Any]]
-"""What the bar is for, and the rest of the row."""
-BARS = {"vocoder": 0.5, "text": 0.6, "video": 1.5, "memory": 1.2}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one [all]")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch [2]")
-    parser.add_argument("--calls", type=int, default=3, help="of each, after one to warm up [3]")
+def _target(part: str, limit: float) -> Target:
+    return Target(part, "<=", limit, "value", {"part": part})
+
+
+TARGETS = {
+    "vocoder": _target("vocoder", 0.5),
+    "text": _target("text", 0.6),
+    "video": _target("video", 1.5),
+    "memory": _target("memory", 1.2),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and measure; return the exit status."""
+    parser = command_line("mmaudio", __doc__)
+    parser.add_argument("--part", choices=TARGETS, action="append", help="only this one [all]")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    given = parser.parse_args(argv)
-    torch.set_num_threads(given.threads)
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
-    given.out.mkdir(parents=True, exist_ok=True)
-    stamp = environment(torch.device("cpu")) | {"spin": os.environ.get("GOMP_SPINCOUNT")}
+    options.out.mkdir(parents=True, exist_ok=True)
+    stamp = environment(CPU) | {"spin": os.environ.get("GOMP_SPINCOUNT")}
+    about = {"smoke": options.smoke, "environment": stamp}
+    rows = Rows(options.out / "ends.jsonl", ("part",), about)
     measures = {"vocoder": _vocoder, "text": _text, "video": _video, "memory": _memory}
-    for part in given.part or PARTS:
-        value, about = measures[part](given.calls, given.smoke)
-        value = _short(value)
-        row = {"part": part, "value": value, "bar": BARS[part], "met": value <= BARS[part], **about}
-        line = json.dumps(row | {"smoke": given.smoke, "environment": stamp})
-        with (given.out / "ends.jsonl").open("a") as file:
-            file.write(line + "\n")
-        print(json.dumps(row), flush=True)
-    return 0
+    measured = []
+    for part in options.part or TARGETS:
+        row = {"part": part, "bar": TARGETS[part].limit, **measures[part](options.smoke)}
+        measured.append(rows.add(row))
+        print({k: v for k, v in measured[-1].items() if k not in about}, flush=True)
+    return hold(measured, [TARGETS[row["part"]] for row in measured])
 
 
-def _timed(call: Callable[[], object], calls: int) -> dict[str, Any]:
-    """Wall and CPU seconds of a call: the medians and the least, after one that is not counted."""
+def _timed(call: Callable[[], object]) -> Row:
+    """Return quantiles of the milliseconds of a call, after one that is not counted."""
     call()
-    taken = []
-    for _ in range(calls):
-        wall, cpu = time.perf_counter(), time.process_time()
-        call()
-        taken.append((time.perf_counter() - wall, time.process_time() - cpu))
-    walls, cpus = zip(*taken, strict=True)
-    return {
-        "wall_s_p50": _short(statistics.median(walls)),
-        "wall_s_min": _short(min(walls)),
-        "cpu_s_p50": _short(statistics.median(cpus)),
-        "cpu_s_min": _short(min(cpus)),
-        "calls": calls,
-    }
+    return vars(take_turns({"": on_cpu(call)}, 0.0)[""])
 
 
 @torch.inference_mode()
-def _vocoder(calls: int, smoke: bool) -> Measured:
+def _vocoder(smoke: bool) -> Row:
     seconds = 0.1 if smoke else SECONDS
     vocoder = BigVGAN("16k").eval()
     mel = torch.randn(1, 80, round(seconds * 62.5))
-    times = _timed(lambda: vocoder(mel), calls)
-    sound = vocoder(mel)
+    call = functools.partial(vocoder, mel)
+    times, sound = _timed(call), vocoder(mel)
     vocoder.set_fast(False)
-    direct = _timed(lambda: vocoder(mel), calls)
-    exact = vocoder(mel)
-    with reference():
-        plain = _timed(lambda: vocoder(mel), 1)
-        theirs = vocoder(mel)
+    direct, exact = _timed(call), vocoder(mel)
     # Counted on one frame: every layer's work is proportional to the length.
-    with reference(), FlopCounterMode(display=False) as counter:
-        vocoder(mel[..., :1])
+    with reference():
+        plain, theirs = _timed(call), vocoder(mel)
+        with FlopCounterMode(display=False) as counter:
+            vocoder(mel[..., :1])
     flops = counter.get_total_flops() * mel.shape[2]
-    side = 256 if smoke else 2048
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    rate = 2 * side**3 / _timed(lambda: a @ b, 5)["wall_s_min"]
+    rate = 1e12 * Ceilings.measure(CPU, (torch.float32,), smoke).gemm_tflops["float32"]
     vocoder.to(torch.bfloat16)
-    rough = _timed(lambda: vocoder(mel), calls)
+    rough = _timed(call)
     others = {"": sound, "direct_": exact, "bfloat16_": vocoder(mel).float()}
-    apart = {
-        f"{name}relative_difference": _short(float((y - theirs).norm() / theirs.norm()))
-        for name, y in others.items()
-    }
-    return times["wall_s_p50"] / seconds, {
+    row: Row = {
+        "value": times["ms_p50"] / 1e3 / seconds,
         "what": "seconds per second of sound, BigVGAN-16k, float32",
         **times,
-        "direct_value": _short(direct["wall_s_p50"] / seconds),
-        "direct_cpu_s_p50": direct["cpu_s_p50"],
-        "eager_value": _short(plain["wall_s_p50"] / seconds),
-        "eager_cpu_s_p50": plain["cpu_s_p50"],
-        "bfloat16_value": _short(rough["wall_s_p50"] / seconds),
-        **apart,
-        "gflop": _short(flops / 1e9),
-        "matmul_gflop_per_s": _short(rate / 1e9),
-        "floor_at_matmul_rate": _short(flops / rate / seconds),
+        "gflop": flops / 1e9,
+        "matmul_gflop_per_s": rate / 1e9,
+        "floor_at_matmul_rate": flops / rate / seconds,
     }
+    for name, of in (("direct", direct), ("eager", plain), ("bfloat16", rough)):
+        row[f"{name}_value"] = of["ms_p50"] / 1e3 / seconds
+        row[f"{name}_cpu_ms_p50"] = of["cpu_ms_p50"]
+    for name, y in others.items():
+        row[f"{name}relative_difference"] = float((y - theirs).norm() / theirs.norm())
+    return row
 
 
-def _text(calls: int, smoke: bool) -> Measured:
+def _text(smoke: bool) -> Row:
     seconds = 0.5 if smoke else SECONDS
     # The towers that look at pictures are not asked.
     clip = CLIP(CLIPConfig(image_dim=80, image_depth=1, image_heads=1))
@@ -169,27 +155,24 @@ def _text(calls: int, smoke: bool) -> Measured:
         assert isinstance(audio, Audio)
         made.append(audio)
 
-    def stages() -> dict[str, float]:
-        named = ("encode", "generate", "decode")
-        found = {f"{n}_s": statistics.median(a.timings[n] for a in made[1:]) for n in named}
+    def measure(kind: str) -> Row:
+        """Return seconds per second of sound, and those of the stages, named after `kind`."""
         made.clear()
-        return {name: _short(value) for name, value in found.items()}
+        row = {f"{kind}value": _timed(call)["ms_p50"] / 1e3 / seconds}
+        for stage in ("encode", "generate", "decode"):
+            row[f"{kind}{stage}_s"] = statistics.median(a.timings[stage] for a in made[1:])
+        return row
 
-    exact = _timed(call, calls)["wall_s_p50"] / seconds, stages()
+    row = measure("float32_")
     pipe = Pipeline(net, codec, encoders, "cpu", torch.bfloat16, compile=True)
-    mixed = _timed(call, calls)["wall_s_p50"] / seconds, stages()
+    row |= measure("bfloat16_network_")
     codec.cast(torch.bfloat16)
     encoders.cast(torch.bfloat16)
-    about = _timed(call, calls)
-    return about["wall_s_p50"] / seconds, {
+    return {
         "what": "seconds per second of sound, text to waveform, small_16k, one guided step, in "
         "bfloat16 as MMAudio's demo; beside it with only the network in bfloat16, and in float32",
-        **about,
-        **stages(),
-        "bfloat16_network_value": _short(mixed[0]),
-        **{f"bfloat16_network_{name}": value for name, value in mixed[1].items()},
-        "float32_value": _short(exact[0]),
-        **{f"float32_{name}": value for name, value in exact[1].items()},
+        **row,
+        **measure(""),
     }
 
 
@@ -213,7 +196,7 @@ class _Blind(nn.Module):
         return frames.new_zeros(*frames.shape[:2], 8, 768)
 
 
-def _video(calls: int, smoke: bool) -> Measured:
+def _video(smoke: bool) -> Row:
     seconds, size = (1, (72, 128)) if smoke else (SECONDS, (720, 1280))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -233,12 +216,13 @@ def _video(calls: int, smoke: bool) -> Measured:
             encoders.encode_sync(torch.cat(seen[1])[None])
             media.mux(clip, sound, 16_000, folder / "out.mp4")
 
-        times = _timed(call, calls)
+        times = _timed(call)
         megabytes = clip.stat().st_size / 1e6
-    return times["cpu_s_p50"], {
+    return {
+        "value": times["cpu_ms_p50"] / 1e3,
         "what": "CPU seconds: decode, resize, normalise, mux; 8 s, 1280x720, 25 fps, H.264",
         **times,
-        "file_mb": _short(megabytes),
+        "file_mb": megabytes,
     }
 
 
@@ -272,7 +256,7 @@ print(int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text(
 """
 
 
-def _memory(calls: int, smoke: bool) -> Measured:
+def _memory(smoke: bool) -> Row:
     peaks = {}
     with tempfile.TemporaryDirectory() as name:
         for minutes in (1, 10):
@@ -284,14 +268,11 @@ def _memory(calls: int, smoke: bool) -> Measured:
                 command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
             )
             peaks[minutes] = float(done.stdout)
-    return peaks[10] / peaks[1], {
+    return {
+        "value": peaks[10] / peaks[1],
         "what": "peak memory of making sound for 10 minutes of video over that for 1, nano",
-        **{f"peak_mib_{minutes}_min": _short(peak) for minutes, peak in peaks.items()},
+        **{f"peak_mib_{minutes}_min": peak for minutes, peak in peaks.items()},
     }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":
