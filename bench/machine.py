@@ -19,6 +19,7 @@ from bench.case import Case
 from bench.clock import cuda_events, on_cpu
 from bench.rows import dtype_name, short
 from mfmjt.devices import cpu_name
+from mfmjt.kernels import precision
 
 __all__ = ["Ceilings", "commit", "environment", "peak_mib", "row_of"]
 
@@ -29,7 +30,8 @@ class Ceilings:
 
     Attributes:
         copy_gbps: Bytes read and written by a copy of a large tensor, GB/s.
-        gemm_tflops: A large square matrix product, TFLOP/s, by dtype.
+        gemm_tflops: A large square matrix product, TFLOP/s, by dtype; of float32 where a CPU has no
+            instructions for the dtype.
     """
 
     copy_gbps: float
@@ -49,7 +51,8 @@ class Ceilings:
         n = 64 if tiny else 8192 if cuda else 2048
         gemm = {}
         for dtype in dtypes:
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            work = torch.float32 if not cuda and dtype in precision.SLOW else dtype
+            a, b = (torch.randn(n, n, device=device).to(work) for _ in range(2))
             ms = _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
             gemm[dtype_name(dtype)] = short(2 * n**3 / ms / 1e9)
         return cls(short(copy), gemm)
