@@ -131,7 +131,7 @@ def test_kernels_do_not_know_one_another(path: Path) -> None:
         return
     known = {n for n in imported(ast.parse(path.read_text())) if n.startswith("mfmjt.kernels.")}
     stems = {name.split(".")[2] for name in known}
-    assert {stem for stem in stems if not stem.startswith("_")} <= {"cpu", "triton"}
+    assert {stem for stem in stems if not stem.startswith("_")} <= {"cpu", "precision", "triton"}
 
 
 def test_only_kernels_know_triton() -> None:

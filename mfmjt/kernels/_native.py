@@ -2,7 +2,7 @@
 
 They are functions of the same arguments as the library ops, in a namespace of their own
 (`torch.ops.mfmjt_cpu`). `kernel` puts one in front of an op's PyTorch formula; inputs that it does
-not take (float64, float16, no elements, modulations of other shapes) run the formula.
+not take (float64, no elements, modulations of other shapes) run the formula, float16 in copies.
 """
 
 from __future__ import annotations

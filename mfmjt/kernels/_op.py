@@ -148,8 +148,9 @@ class Op:
             used where nothing moves; or NotImplemented.
         passes: Input -> result whose cotangent is the input's too, where bwd returns a tensor of
             another shape than the input's: a library op must not return what it was given.
-        autocasts: The op casts under autocast, as PyTorch's matmuls do; then its floating inputs
-            must be "x and weight of one dtype", in the words given here.
+        autocasts: The op casts under autocast, as PyTorch's matmuls do, and computes in float32
+            where a CPU is slow in its dtype (`precision`); then its floating inputs must be "x and
+            weight of one dtype", in the words given here.
         streams: Whether tuples of streams are taken too.
     """
 

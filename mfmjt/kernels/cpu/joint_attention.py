@@ -143,7 +143,8 @@ def _by_flash(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> tuple[Tensor, Tensor]:
     valid = valid_keys(k, lengths)
-    heads_first = [x.transpose(1, 2) for x in (joined(q), joined(k, valid), joined(v, valid))]
+    operands = joined(q), joined(k, valid), joined(v, valid)
+    heads_first = [x.transpose(1, 2) for x in operands if x is not None]
     o, lse = _flash(*heads_first, attn_mask=_mask(valid, work_dtype(q[0])), scale=scale)
     return o.transpose(1, 2), lse
 
