@@ -51,10 +51,9 @@ class Ceilings:
         n = 64 if tiny else 8192 if cuda else 2048
         gemm = {}
         for dtype in dtypes:
-            work = torch.float32 if not cuda and dtype in precision.SLOW else dtype
-            a, b = (torch.randn(n, n, device=device).to(work) for _ in range(2))
-            ms = _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
-            gemm[dtype_name(dtype)] = short(2 * n**3 / ms / 1e9)
+            slow = not cuda and dtype in precision.SLOW
+            rate = _product(n, torch.float32 if slow else dtype, device)
+            gemm[dtype_name(dtype)] = short(rate / 1e3)
         return cls(short(copy), gemm)
 
     def floor_ms(self, case: Case, dtype: torch.dtype, mode: str) -> float:
@@ -62,6 +61,12 @@ class Ceilings:
         flops, elements = case.flops.of(mode), case.elements.of(mode)
         compute = flops / (1e9 * self.gemm_tflops[dtype_name(dtype)])
         return max(compute, elements * dtype.itemsize / (1e6 * self.copy_gbps))
+
+
+def _product(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the GFLOP/s of a product of two square matrices."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _best(lambda: a @ b, device) / 1e6
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:

@@ -104,7 +104,7 @@ def _ops() -> list[str]:
     import torch
 
     from mfmjt import kernels
-    from mfmjt.kernels import _native, _triton
+    from mfmjt.kernels import _backends, _native
 
     status = _native.status()
     if "missing" in status:
@@ -118,7 +118,7 @@ def _ops() -> list[str]:
     for op in (name for name in kernels.__all__ if name not in NOT_OPS):
         names = [n for n in registered if n.rsplit("_", 1)[0] == f"mfmjt::{op}"]
         triton = any(has_kernel(name, "CUDA") for name in names)
-        cuda = "Triton" if triton else "PyTorch" if _triton.AVAILABLE else "-"
+        cuda = "Triton" if triton else "PyTorch" if _backends.AVAILABLE else "-"
         parts = sorted({name.rsplit("_", 1)[1] for name in names})
         lines.append(f"  {op:<22}{_on_cpu(op, parts, served):<32}{cuda}")
     lines.append("  accelerate_jvp        any network; print its report to see what was taken")

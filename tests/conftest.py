@@ -14,11 +14,11 @@ with warnings.catch_warnings():
     import torch._decomp.decompositions_for_jvp
     import torch.utils.mkldnn
 
-from mfmjt.kernels import _triton
+from mfmjt.kernels import _backends
 
 pytest_plugins = ["tests.support.digests", "tests.support.fixtures"]
 
-if _triton.INTERPRETED:
+if _backends.INTERPRETED:
     np.seterr(
         all="ignore"
     )  # kernels run on NumPy here: infinities are theirs to handle, as on a GPU

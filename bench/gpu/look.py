@@ -12,7 +12,7 @@ import torch
 from bench.gpu.job import Job
 from bench.machine import Ceilings
 from bench.machine import environment as stamp_of
-from mfmjt.kernels import _triton
+from mfmjt.kernels import _backends
 
 __all__ = ["TIMED", "ceilings", "environment"]
 
@@ -24,7 +24,7 @@ def environment(job: Job) -> None:
     """Write environment.json; ceilings stay those of the rows that are there."""
     path = job.out / "environment.json"
     known = job.ceilings()
-    stamp = stamp_of(job.torch_device) | {"triton_available": _triton.AVAILABLE, **_compiler()}
+    stamp = stamp_of(job.torch_device) | {"triton_available": _backends.AVAILABLE, **_compiler()}
     if job.cuda:
         asked = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]

@@ -38,7 +38,6 @@ from mfmjt.kernels._eager import flatten, nest
 
 __all__ = [
     "Op",
-    "autocast",
     "backend",
     "check",
     "check_tensors",
@@ -114,18 +113,6 @@ def per_stream(op: str, **arguments: Any) -> list[dict[str, Any]]:
 def work_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of statistics and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's dtype where it is on, as PyTorch does for its own matmuls.
-
-    Arguments and results are tensors or None.
-    """
-    device = next(t.device.type for t in tensors if t is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 class Op:
@@ -701,11 +688,3 @@ def _guarded(op: str, names: list[str], kernel: Callable[..., Any]) -> Callable[
         return kernel(*args)
 
     return guarded
-
-
-# Until every op is an `Op`
-from mfmjt.kernels import _legacy  # noqa: E402
-
-backward_of, define, dual = _legacy.backward_of, _legacy.define, _legacy.dual
-is_watched, join, split = _legacy.is_watched, _legacy.join, _legacy.split
-refuse_gradient, refuse_tangent = _legacy.refuse_gradient, _legacy.refuse_tangent

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from mfmjt.kernels import _op
+from mfmjt.kernels import _dual
 
 __all__ = ["recompute"]
 
@@ -80,13 +80,13 @@ def recompute(block: Any, *args: Any, preserve_rng_state: bool = True, **kwargs:
 
     with torch.no_grad():
         results, shape = pytree.tree_flatten(block(*args, **kwargs))
-    made = [_op.split(y) for y in results if isinstance(y, Tensor)]
-    values = [_op.split(x)[0] for x in tensors]
+    made = [_dual.split(y) for y in results if isinstance(y, Tensor)]
+    values = [_dual.split(x)[0] for x in tensors]
     params = [p for p in owner.parameters() if p.requires_grad]
     ys = _Recompute.apply(
         again, params, len(made), *(y.detach() for y, _ in made), *values, *params
     )
-    joined = iter([_op.join(y, y_dot) for y, (_, y_dot) in zip(ys, made, strict=True)])
+    joined = iter([_dual.join(y, y_dot) for y, (_, y_dot) in zip(ys, made, strict=True)])
     return pytree.tree_unflatten(
         [next(joined) if isinstance(y, Tensor) else y for y in results], shape
     )

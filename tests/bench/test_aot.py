@@ -65,7 +65,7 @@ def test_the_gate_finds_what_is_wrong(tmp_path):
 
 SPILL = """
 import torch, bench.aot as aot
-from mfmjt.kernels._triton import jit, tl
+from mfmjt.kernels.triton import jit, tl
 
 @jit
 def spilling_kernel(x, N: tl.constexpr):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfmjt import testing
-from mfmjt.kernels import _native, _triton
+from mfmjt.kernels import _backends, _native
 
 # Processes share what they compile, also where inductor is used, which would have its own.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
@@ -17,7 +17,7 @@ NATIVE = {"test_standalone.py", "test_conv1d_toom.py", "test_native.py", "test_f
 
 def pytest_ignore_collect(collection_path, config):
     """Where Triton takes the place of the C++ kernels, their own tests judge nothing."""
-    elsewhere = _triton.INTERPRETED or config.getoption("--device") != "cpu"
+    elsewhere = _backends.INTERPRETED or config.getoption("--device") != "cpu"
     return True if elsewhere and collection_path.name in NATIVE else None
 
 

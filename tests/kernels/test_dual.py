@@ -341,7 +341,7 @@ def test_other_transforms_give_what_they_gave(call, transform, below):
     run, xs, dots, _ = call
     found = outcome(lambda: transform(run, xs, dots))
     if transform not in (without_functorch, tangents_switched_off):
-        assert not any(below)
+        assert not any(below[transform is linearized :])  # which takes the value by itself first
     with through_functorch():
         truth = outcome(lambda: transform(run, xs, dots))
     assert len(found) == len(truth)
