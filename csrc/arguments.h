@@ -148,24 +148,27 @@ template <class T>
 class RowReader {
  public:
   RowReader() = default;
-  // Rows of an argument that goes with x (B, N, C): one for each token or for each sample.
-  RowReader(const char* op, const char* name, const Tensor& t, const Tensor& x) : kept_(t) {
+  // Rows of an argument that goes with x (B, N, C): one for each token or, unless `whole`, for each
+  // sample.
+  RowReader(
+      const char* op, const char* name, const Tensor& t, const Tensor& x, bool whole = false)
+      : kept_(t) {
     check_dtype(op, name, t, x);
     check_rank(op, name, t, 3);
     check_size(op, name, t, 2, x.size(2));
     check_size(op, name, t, 0, x.size(0));
-    if (t.size(1) != 1) check_size(op, name, t, 1, x.size(1));
+    per_token_ = t.size(1) == x.size(1);
+    if (!per_token_ && (whole || t.size(1) != 1)) check_size(op, name, t, 1, x.size(1));
     if (t.stride(2) != 1 && x.size(2) > 1) kept_ = torch::stable::contiguous(t);
     pointer_ = data<T>(*kept_);
     stride_[0] = kept_->size(0) == 1 ? 0 : kept_->stride(0);
     stride_[1] = kept_->size(1) == 1 ? 0 : kept_->stride(1);
-    per_token_ = t.size(1) == x.size(1);
   }
   RowReader(
       const char* op, const char* name, const Maybe& t, const Tensor& x,
-      const std::vector<T>& zeros) {
+      const std::vector<T>& zeros, bool whole = false) {
     if (t) {
-      *this = RowReader(op, name, *t, x);
+      *this = RowReader(op, name, *t, x, whole);
     } else {
       pointer_ = zeros.data();
     }

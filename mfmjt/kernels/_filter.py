@@ -14,7 +14,7 @@ _COUNT = 12
 
 
 def _filter() -> tuple[float, ...]:
-    """Kaiser-windowed sinc low-pass at half the doubled rate's Nyquist frequency, sum one."""
+    """Return the Kaiser-windowed sinc: low-pass at half the doubled rate's Nyquist, of sum one."""
     half_width, cutoff, half = 0.3, 0.25, _COUNT // 2
     attenuation = 2.285 * (half - 1) * math.pi * 4 * half_width + 7.95
     beta = 0.1102 * (attenuation - 8.7)  # Kaiser's formula above 50 dB; this is 51

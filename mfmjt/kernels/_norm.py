@@ -1,9 +1,9 @@
-"""Layer norm and modulation, shared by the ops that end in them.
+"""Formulas of layer norm and modulation, for `adaln` and `gated_residual_adaln`.
 
     n = (x - mean) rstd,    y = n (1 + scale) + shift
 
-The Jacobian of n with respect to x is symmetric, so PyTorch's fused backward kernel serves for the
-tangent too. The PyTorch formulas work in the dtype of x, which callers raise to float32 at least.
+The Jacobian of n with respect to x is symmetric, so PyTorch's fused backward serves for the tangent
+too. The formulas compute in the dtype of x, which callers raise to float32 at least.
 Rows are centred twice, everywhere: what rounding left in the mean goes with the second, so that a
 large offset costs no digits and a constant row is normalised to zeros. In C++ the first centre is
 the mean of a row's first elements, for one sweep to make all sums.
@@ -59,19 +59,23 @@ def add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise over the last axis; returns n, mean and rstd (statistics keep the axis)."""
+    """Normalise over the last axis; return n, mean and rstd, which keep the axis."""
     mean = x.mean(-1, keepdim=True)
     n, rest, rstd = torch.native_layer_norm(x - mean, x.shape[-1:], None, None, eps)
     return n, mean.add_(rest), rstd
 
 
-def _without_mean_and_share(x: Tensor, n: Tensor) -> Tensor:
-    """X - mean(x) - n mean(n x), n normalised: PyTorch's backward of layer norm, at n itself."""
+def _project_out(x: Tensor, n: Tensor) -> Tensor:
+    """Project x off the constant and off n, which is normalised: x - mean(x) - n mean(n x).
+
+    This is layer norm's Jacobian up to rstd. ATen's fused backward computes it when given n with
+    mean 0 and rstd 1.
+    """
     zeros = n.new_zeros((*n.shape[:-1], 1))
-    found, _, _ = _normalise_bar(
+    projected, _, _ = _normalise_bar(
         x, n, n.shape[-1:], zeros, torch.ones_like(zeros), None, None, [True, False, False]
     )
-    return found
+    return projected
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -87,11 +91,11 @@ def modulate_dot(
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
 ) -> Tensor:
-    """The tangent of y; tangents that are None are zero and cost nothing."""
+    """Return the tangent of y; tangents that are None are zero and cost nothing."""
     if x_dot is None:
         y_dot = torch.zeros_like(n) if scale_dot is None else n * scale_dot
     else:
-        y_dot = _without_mean_and_share(x_dot, n).mul_(rstd).mul_(1 + scale)
+        y_dot = _project_out(x_dot, n).mul_(rstd).mul_(1 + scale)
         if scale_dot is not None:
             y_dot.addcmul_(n, scale_dot)
     return y_dot if shift_dot is None else y_dot.add_(shift_dot)
@@ -100,14 +104,14 @@ def modulate_dot(
 def modulate_bar(
     y_bar: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, shift_shape: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of x, shift and scale; that of shift has no elements where it equals y_bar.
+    """Return the cotangents of x, shift and scale; no elements for a shift whose is y_bar.
 
-    A library op must not return its input, and a copy would be a pass over memory: whoever called
-    the op puts y_bar there (`passes` of `Op`).
+    A library op must not return its input, and a copy would be a pass over memory: `Op` puts y_bar
+    there (`passes`).
     """
     n = x - mean
     n = n.sub_(n.mean(-1, keepdim=True)).mul_(rstd)
-    x_bar = _without_mean_and_share(torch.addcmul(y_bar, y_bar, scale), n).mul_(rstd)
+    x_bar = _project_out(torch.addcmul(y_bar, y_bar, scale), n).mul_(rstd)
     scale_bar = n.mul_(y_bar).sum_to_size(scale.shape).contiguous()
     shift_bar = y_bar.new_empty(0) if shift_shape == x.shape else y_bar.sum_to_size(shift_shape)
     return x_bar, shift_bar, scale_bar

@@ -1,8 +1,8 @@
-"""The boundary between two sub-layers: a gated residual add, then adaptive layer norm of the sum.
+"""Gated residual add, then adaptive layer norm of the sum: what lies between two sub-layers.
 
     value      s = x + gate h,  y = adaln(s)
     tangent    s_dot = x_dot + gate_dot h + gate h_dot,  y_dot as in adaln
-    cotangent  x_bar = s_bar + (what adaln sends to s),  h_bar = x_bar gate,
+    cotangent  x_bar = s_bar + (the cotangent of s in adaln),  h_bar = x_bar gate,
                gate_bar = sum(x_bar h) over the axes that were broadcast
 
 x, h (B, N, C); gate, shift, scale (B, 1, C) or (B, N, C). Stored in the dtype of x, computed in
@@ -59,8 +59,7 @@ def _jvp(
     work, dtype = work_dtype(x), x.dtype
     x, h, gate, shift, scale = (t.to(work) for t in (x, h, gate, shift, scale))
     total = _norm.add(x, h, gate).to(dtype)
-    wide = total.to(work)
-    n, mean, rstd = _norm.normalise(wide, eps)
+    n, mean, rstd = _norm.normalise(total.to(work), eps)
 
     total_dot = torch.zeros_like(n) if x_dot is None else x_dot.to(work)
     if h_dot is not None:

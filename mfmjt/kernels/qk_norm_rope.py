@@ -44,48 +44,50 @@ def qk_norm_rope_ref(
     return one(q, q_weight), one(k, k_weight), v
 
 
-def _turns(rope: Tensor | None, work: torch.dtype) -> Tensor | None:
-    """The rotations as complex numbers (N, 1, D/2)."""
+def _rotations(rope: Tensor | None, work: torch.dtype) -> Tensor | None:
+    """Return the rotations as complex numbers (N, 1, D/2)."""
     return None if rope is None else torch.view_as_complex(rope.to(work).contiguous())[:, None]
 
 
-def _rotate_(x: Tensor, turns: Tensor | None) -> Tensor:
+def _rotate_(x: Tensor, rotations: Tensor | None) -> Tensor:
     """Rotate (B, N, H, D) in place."""
-    if turns is not None:
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
+    if rotations is not None:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotations)
     return x
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
-    """X * factor, contiguous whatever x is."""
+    """Return x * factor, contiguous whatever x is."""
     return torch.mul(x, factor, out=x.new_empty(x.shape))
 
 
-def _value(x: Tensor, weight: Tensor, turns: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _value(
+    x: Tensor, weight: Tensor, rotations: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return _rotate_(_times(x, rstd).mul_(weight), turns), rstd
+    return _rotate_(_times(x, rstd).mul_(weight), rotations), rstd
 
 
 def _tangent(
-    x: Tensor, x_dot: Tensor, weight: Tensor, turns: Tensor | None, rstd: Tensor
+    x: Tensor, x_dot: Tensor, weight: Tensor, rotations: Tensor | None, rstd: Tensor
 ) -> Tensor:
-    share = (x * x_dot).mean(-1, keepdim=True).mul_(rstd.square())
-    y_dot = torch.addcmul(x_dot, x, share, value=-1, out=x.new_empty(x.shape))
-    return _rotate_(y_dot.mul_(rstd).mul_(weight), turns)
+    projection = (x * x_dot).mean(-1, keepdim=True).mul_(rstd.square())
+    y_dot = torch.addcmul(x_dot, x, projection, value=-1, out=x.new_empty(x.shape))
+    return _rotate_(y_dot.mul_(rstd).mul_(weight), rotations)
 
 
 def _cotangent_(
-    out: Tensor, y_bar: Tensor, x: Tensor, weight: Tensor, turns: Tensor | None, rstd: Tensor
+    out: Tensor, y_bar: Tensor, x: Tensor, weight: Tensor, rotations: Tensor | None, rstd: Tensor
 ) -> Tensor:
-    """Write the cotangent of x to out; returns that of the weight."""
+    """Write the cotangent of x to out; return that of the weight."""
     g = y_bar.clone(memory_format=torch.contiguous_format)
     # Not conj(): its lazy conjugate is ignored where torch.compile calls the op (torch 2.13).
-    g = _rotate_(g, None if turns is None else turns.conj_physical())
+    g = _rotate_(g, None if rotations is None else rotations.conj_physical())
     n = x * rstd
     product = g * n
     weight_bar = product.flatten(0, -2).sum(0)
-    share = (product @ weight).div_(-x.shape[-1]).unsqueeze(-1)
-    out.copy_(g.mul_(weight).addcmul_(n, share).mul_(rstd))
+    projection = (product @ weight).div_(-x.shape[-1]).unsqueeze(-1)
+    out.copy_(g.mul_(weight).addcmul_(n, projection).mul_(rstd))
     return weight_bar
 
 
@@ -93,9 +95,9 @@ def _fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     work, dtype = work_dtype(qkv), qkv.dtype
-    turns = _turns(rope, work)
-    q, q_rstd = _value(qkv[:, :, 0].to(work), q_weight.to(work), turns, eps)
-    k, k_rstd = _value(qkv[:, :, 1].to(work), k_weight.to(work), turns, eps)
+    rotations = _rotations(rope, work)
+    q, q_rstd = _value(qkv[:, :, 0].to(work), q_weight.to(work), rotations, eps)
+    k, k_rstd = _value(qkv[:, :, 1].to(work), k_weight.to(work), rotations, eps)
     v = qkv[:, :, 2].clone(memory_format=torch.contiguous_format)
     return q.to(dtype), k.to(dtype), v, q_rstd, k_rstd
 
@@ -109,12 +111,12 @@ def _jvp(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     work, dtype = work_dtype(qkv), qkv.dtype
-    turns = _turns(rope, work)
+    rotations = _rotations(rope, work)
 
     def one(part: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, x_dot, weight = qkv[:, :, part].to(work), qkv_dot[:, :, part].to(work), weight.to(work)
-        y, rstd = _value(x, weight, turns, eps)
-        return y.to(dtype), _tangent(x, x_dot, weight, turns, rstd).to(dtype), rstd
+        y, rstd = _value(x, weight, rotations, eps)
+        return y.to(dtype), _tangent(x, x_dot, weight, rotations, rstd).to(dtype), rstd
 
     q, q_dot, q_rstd = one(0, q_weight)
     k, k_dot, k_rstd = one(1, k_weight)
@@ -134,7 +136,7 @@ def _bwd(
     k_rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     work = work_dtype(qkv)
-    turns = _turns(rope, work)
+    rotations = _rotations(rope, work)
     qkv_bar = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     weight_bars = []
     both = (q_bar, q_weight, q_rstd), (k_bar, k_weight, k_rstd)
@@ -144,7 +146,7 @@ def _bwd(
             weight_bars.append(torch.zeros_like(weight))
             continue
         x, w = qkv[:, :, i].to(work), weight.to(work)
-        weight_bar = _cotangent_(qkv_bar[:, :, i], y_bar.to(work), x, w, turns, rstd)
+        weight_bar = _cotangent_(qkv_bar[:, :, i], y_bar.to(work), x, w, rotations, rstd)
         weight_bars.append(weight_bar.to(weight.dtype))
     if v_bar is None:
         qkv_bar[:, :, 2].zero_()

@@ -10,9 +10,8 @@ Kaiser-sinc filters of Alias-Free GAN with edges repeated; the taps are symmetri
 edges U^T is 2 D. Stored in the dtype of x, computed in float32 (float64 for float64). Kept for
 backward: x, alpha, beta.
 
-Away from the fused kernels the filters are products of blocks of the signal with small banded
-matrices: 36 ms against 68 ms for grouped convolutions and 297 ms for single-channel ones, for
-(1, 96, 32000) in float32 on one thread of a Zen 4 server.
+The fused kernels move 2 B C N elements. In the formulas the filters are matmuls of blocks of the
+signal with small banded matrices, about half the time of grouped convolutions (LOG.md).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
 
 __all__ = ["snake", "snake_ref"]
 
-_BLOCK = 16  # tokens of x a row of the banded product makes; 8 and 32 are slower
-_CHUNK = 2**18  # elements of z worked on at a time, so that they stay in a core's cache
+_BLOCK = 16  # samples of y in a row of the banded matmul; 8 and 32 are slower
+_CHUNK = 2**18  # elements of z computed at a time, so that they stay in a core's cache
 
 
 def snake_ref(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def snake_ref(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _bands(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """U for one block, (_BLOCK + 6, 2 _BLOCK), and D, (2 _BLOCK + 10, _BLOCK)."""
+    """Return U for one block, (_BLOCK + 6, 2 _BLOCK), and D, (2 _BLOCK + 10, _BLOCK)."""
     up, down = torch.zeros(_BLOCK + 6, 2 * _BLOCK), torch.zeros(2 * _BLOCK + 10, _BLOCK)
     up, down = up.double(), down.double()
     for n in range(_BLOCK):
@@ -61,13 +60,13 @@ def _bands(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(x: Tensor, count: int, step: int, width: int) -> Tensor:
-    """Overlapping windows of each row as the rows of one matrix; what lies beyond x is zero."""
+    """Return overlapping windows of each row as rows of one matrix, zeros beyond the ends of x."""
     x = F.pad(x, (0, (count - 1) * step + width - x.shape[1]))
     return x.unfold(1, width, step).reshape(-1, width)
 
 
 def _up(x: Tensor) -> Tensor:
-    """Rows of 3 + n + 3 samples to rows of 2 n."""
+    """Filter rows of 3 + n + 3 samples to rows of 2 n."""
     n = x.shape[1] - 6
     count = -(-n // _BLOCK)
     band = _bands(x.dtype, x.device)[0]
@@ -76,7 +75,7 @@ def _up(x: Tensor) -> Tensor:
 
 
 def _down(z: Tensor) -> Tensor:
-    """Rows of 5 + 2 n + 5 samples to rows of n."""
+    """Filter rows of 5 + 2 n + 5 samples to rows of n."""
     n = (z.shape[1] - 10) // 2
     count = -(-n // _BLOCK)
     band = _bands(z.dtype, z.device)[1]
@@ -89,7 +88,7 @@ def _repeat_edges(x: Tensor, width: int) -> Tensor:
 
 
 def _fold_edges(x: Tensor, width: int) -> Tensor:
-    """The adjoint of `_repeat_edges`."""
+    """Apply the adjoint of `_repeat_edges`, in place."""
     inner = x[:, width:-width]
     inner[:, 0] += x[:, :width].sum(1)
     inner[:, -1] += x[:, -width:].sum(1)
@@ -99,7 +98,7 @@ def _fold_edges(x: Tensor, width: int) -> Tensor:
 def _rows(
     x: Tensor, alpha: Tensor, beta: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], list[slice]]:
-    """X as rows, the frequency, height and e^beta of each, and the chunks to work in."""
+    """Return x as rows, the frequency, height and e^beta of each, and the chunks to work in."""
     work = work_dtype(x)
     frequency, grown = alpha.to(work).exp(), beta.to(work).exp()
     height = 1 / (grown + 1e-9)

@@ -154,12 +154,12 @@ def backward(
     x_bars = [x.new_empty(x.shape) for x in xs]
     h_bars = None if hs is None else [h.new_empty(h.shape) for h in hs]
     bars = [[m.new_empty(m.shape) for m in ms] for ms in modulations]
-    if bars_of[1] is None:
-        for bar in (*bars[-2], *bars[-1]):
-            bar.zero_()
-    else:
-        pairs = zip(bars[-2], xs, strict=True)
-        bars[-2] = [bar.new_empty(0) if bar.shape == x.shape else bar for bar, x in pairs]
+    for i, y_bar in enumerate(y_bars):
+        if y_bar is None:  # the kernel may leave them as they are
+            bars[-2][i].zero_()
+            bars[-1][i].zero_()
+        elif shifts[i].shape == xs[i].shape:
+            bars[-2][i] = shifts[i].new_empty(0)
     kinds: dict[tuple[bool, ...], list[int]] = {}
     for i, x in enumerate(xs):
         kinds.setdefault(tuple(ms[i].shape == x.shape for ms in modulations), []).append(i)

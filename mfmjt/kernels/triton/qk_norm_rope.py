@@ -36,7 +36,7 @@ __all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 
 @jit
 def _heads(first, n_rows, n_tokens, n_heads, BLOCK_ROWS: tl.constexpr):
-    """Rows `first` and on, (BLOCK_ROWS, 1): number, whether there is one, sample, token, head."""
+    """Return rows `first` and on, (R, 1): number, which exist, sample, token and head."""
     row = first + tl.arange(0, BLOCK_ROWS)[:, None]
     token = row // n_heads
     sample = token // n_tokens
@@ -58,7 +58,7 @@ def _angles(ropes, rotated, stream, token, col, width, inside, WORK: tl.constexp
     cos, sin = None, None
     if ropes is not None:
         here = inside
-        if rotated is not None:  # by streams: some are turned by no angle
+        if rotated is not None:  # some streams are not
             here = inside & (choose(rotated, stream) == 1)
         rope = tl.load(choose(ropes, stream) + token * width + col, here, 0.0).to(WORK)
         if rotated is not None:
@@ -69,13 +69,13 @@ def _angles(ropes, rotated, stream, token, col, width, inside, WORK: tl.constexp
 
 @jit
 def _pairs(x):
-    """Even and odd elements of (rows, D), each (rows, D/2)."""
+    """Return even and odd elements of (rows, D), each (rows, D/2)."""
     return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @jit
-def _turned(x, cos, sin):
-    """The pairs of x (rows, D), rotated; x itself where there are no angles."""
+def _rotated(x, cos, sin):
+    """Rotate the pairs of x (rows, D); return x itself where there are no angles."""
     if cos is not None:
         even, odd = _pairs(x)
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
@@ -97,16 +97,16 @@ def _normalise(
     width,
     eps,
 ):
-    """Value and tangent of one of q and k."""
+    """Compute value and tangent of one of q and k."""
     x = wide(tl.load(x, inside, 0.0))
     r = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
     n = x * r
     tl.store(rstd, r, exists)
-    tl.store(y, _turned(n * weight, cos, sin), inside)
+    tl.store(y, _rotated(n * weight, cos, sin), inside)
     if x_dot is not None:
         dot = wide(tl.load(x_dot, inside, 0.0))
         dot = r * (dot - n * (tl.sum(n * dot, 1, keep_dims=True) / width))
-        tl.store(y_dot, _turned(dot * weight, cos, sin), inside)
+        tl.store(y_dot, _rotated(dot * weight, cos, sin), inside)
 
 
 @jit
@@ -174,13 +174,13 @@ def _cotangent(
     inside,
     width,
 ):
-    """Store the cotangent of one of q and k; returns `total` with these rows added."""
+    """Store the cotangent of one of q and k; return `total` with these rows added."""
     if y_bar is None:
         tl.store(x_bar, tl.zeros_like(total), inside)
     else:
         g = wide(tl.load(y_bar, inside, 0.0))
         if cos is not None:
-            g = _turned(g, cos, -sin)
+            g = _rotated(g, cos, -sin)
         r = tl.load(rstd, exists, 0.0)
         n = wide(tl.load(x, inside, 0.0)) * r
         total += g * n

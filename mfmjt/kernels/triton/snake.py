@@ -1,7 +1,7 @@
 """Triton kernel of `snake`: the value in one pass over memory.
 
-In the two phases of the doubled rate,
-with f the taps and x, even, odd continued by what their ends are repeated with,
+In the two phases of the doubled rate, with f the taps and with x, even and odd continued beyond
+their ends by the values there,
 
     even[i] = act(2 sum_j f[2j+1] x[i+2-j]),   odd[i] = act(2 sum_j f[2j] x[i+3-j]),     j = 0..5
     y[i]    = sum_j f[2j+1] even[i+j-2] + f[2j] odd[i+j-3].
@@ -11,8 +11,8 @@ outputs in a row from 13 activated samples of each phase (a sample of z is activ
 6), all in registers: no exchange between lanes, which Triton has no cheap form of, and no matrix
 unit, whose rounding of its operands would show in float32. It loads one sample at a time
 (neighbours share cache lines, and no alignment is asked of a row) and joins its outputs, so that
-they are stored together. Tangent and gradient, which making sound does not need, are the PyTorch
-formulas below.
+they are stored together. Tangent and gradient, which making sound does not need, are PyTorch
+formulas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["fwd"]
 
 @jit
 def _sine_squared(turns):
-    """sin(pi turns)^2; in float32 by the minimax polynomial of sin(pi r) / r, to 2e-7 of it."""
+    """Return sin(pi turns)^2; in float32 by the minimax polynomial of sin(pi r) / r, to 2e-7."""
     if turns.dtype == tl.float64:
         s = tl.sin(turns * 3.141592653589793)
         return s * s
@@ -47,7 +47,7 @@ def _sine_squared(turns):
 
 @jit
 def _activated(x, at: tl.constexpr, frequency, height, TAPS: tl.constexpr, PHASE: tl.constexpr):
-    """The activation of an even (PHASE 1) or odd (PHASE 0) sample of z, from x[at : at + 6]."""
+    """Activate an even (PHASE 1) or odd (PHASE 0) sample of z, made of x[at : at + 6]."""
     z = x[at] * (2 * TAPS[10 + PHASE])
     for j in tl.static_range(1, 6):
         z += x[at + j] * (2 * TAPS[10 + PHASE - 2 * j])
@@ -64,7 +64,7 @@ def _filtered(
     TAPS: tl.constexpr,
     EDGE: tl.constexpr,  # whether a lane may reach beyond the row
 ):
-    """8 outputs of each lane, (lanes, 8)."""
+    """Compute 8 outputs of each lane, (lanes, 8)."""
     w = ()  # type: Any  # x from first - 5 on
     for i in tl.static_range(18):
         at = first + (i - 5)
@@ -105,7 +105,7 @@ def _filtered(
 
 @jit
 def _row(x, alpha, beta, row, channels):
-    """Where a row of x begins, and the frequency in half turns and the height of its sine."""
+    """Return where a row of x begins, and the frequency, in half turns, and height of its sine."""
     work: tl.constexpr = tl.float64 if x.pointer.dtype.element_ty == tl.float64 else tl.float32
     channel = row % channels
     at = (row // channels).to(tl.int64) * x.sample + channel.to(tl.int64) * x.token

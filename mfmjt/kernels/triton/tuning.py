@@ -29,15 +29,15 @@ __all__ = [
 
 
 def _warps(threads: int) -> int:
-    """How many warps (wavefronts on AMD) have that many threads."""
+    """Return how many warps (wavefronts on AMD) have that many threads."""
     return threads // (64 if target()[0] == "hip" else 32)
 
 
 def elementwise(rows: int, width: int) -> tuple[int, int, int]:
-    """Block of rows, block of columns and warps of an element-wise kernel over (rows, width).
+    """Return block of rows, block of columns and warps of an element-wise kernel on (rows, width).
 
     A thread has 8 elements of every tensor, 16 bytes of bf16: with 16, five float32 tensors spill
-    on sm_80. Of the column blocks the one that covers the width with the fewest idle lanes.
+    on sm_80. The block of columns is the one that covers the width with the fewest idle lanes.
     """
     widest = min(1024, power_of_2(width))
     blocks = [b for b in (1024, 512, 256, 128) if b <= widest] or [widest]
@@ -145,7 +145,7 @@ def conv1d_weight(
 
 
 def heads(width: int, element_size: int) -> tuple[int, int, int]:
-    """Block of rows, block of columns and warps of a kernel over heads of that width.
+    """Return block of rows, block of columns and warps of a kernel over heads of that width.
 
     A thread has 16 bytes of every tensor, 32 in heads of 256 in float32: what the gradient's
     registers hold without spills on every GPU with every Triton.
@@ -161,12 +161,12 @@ more, and so few rows that adding them up takes no time."""
 
 
 def sum_of_rows(n: int) -> tuple[int, int, int]:
-    """Block of rows, block of columns and warps of a sum over n short rows of partial sums."""
+    """Return block of rows, block of columns and warps of a sum over n short rows of parts."""
     return min(128, max(16, power_of_2(n))), 16, 4
 
 
 def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, int, int, int]:
-    """Blocks and warps of a kernel that holds whole rows in registers.
+    """Return blocks and warps of a kernel that holds whole rows in registers.
 
     A block is (K, R, V): R rows of K segments of V columns. V is what a team of warps reads in one
     go, 16 bytes a thread; a team is as many as 16 elements a thread ask for. Rows up to 512 wide
@@ -174,9 +174,9 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
 
     Args:
         width: Columns.
-        tokens: Rows of a sample.
+        tokens: Rows that a program may take: of a sample, or of all.
         element_size: Bytes of an element.
-        teams: Of a program, with rows of their own: 1 where they have nothing to share.
+        teams: Groups of warps per program, each on its own rows. Use 1 if rows share no data.
 
     Returns:
         K, R, V and warps.
@@ -191,7 +191,7 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
 
 
 def registers(warps: int) -> dict[str, int]:
-    """Most registers of a thread in kernels that hold rows, as an option of their launch.
+    """Return the most registers of a thread in kernels that hold rows, as an option of a launch.
 
     More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
     spills 8 bytes here and there. A program has 65536, which 16 warps would exceed.
@@ -200,24 +200,21 @@ def registers(warps: int) -> dict[str, int]:
 
 
 def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:
-    """Most rows of one program, of all `rows` there are.
+    """Return the most rows of one program, of all `rows` there are.
 
-    Where it sums cotangents of modulations: enough programs to fill a GPU several times over, and
-    no more than 128 rows each, which bounds the rounding. Elsewhere a few blocks, for which it
-    reads and converts once what tokens share.
+    Where it sums cotangents of modulations there are enough programs to fill a GPU several times
+    over, and no more than 128 rows each, which bounds the rounding. Elsewhere a block is enough.
     """
-    if summed:
-        return max(block_rows, min(128, power_of_2(rows // 1024)))
-    return block_rows * min(4, power_of_2(rows // (16384 * block_rows)))
+    return max(block_rows, min(128, power_of_2(rows // 1024))) if summed else block_rows
 
 
 def sums(chunks: int, width: int) -> tuple[int, int, int]:
-    """Block of rows, block of columns and warps of the sum over (chunks, width)."""
+    """Return block of rows, block of columns and warps of the sum over (chunks, width)."""
     return min(power_of_2(chunks), 32), min(64, power_of_2(width)), 4
 
 
 def snake() -> tuple[int, int]:
-    """Lanes, of 8 outputs each, and warps of the anti-aliased activation.
+    """Return lanes, of 8 outputs each, and warps of the anti-aliased activation.
 
     Few, because a program at an end of a row does more work.
     """
