@@ -19,6 +19,7 @@ from bench.case import Case
 from bench.clock import cuda_events, on_cpu
 from bench.rows import dtype_name, short
 from mfmjt.devices import cpu_name
+from mfmjt.kernels import precision
 
 __all__ = ["Ceilings", "commit", "environment", "peak_mib", "row_of"]
 
@@ -29,7 +30,8 @@ class Ceilings:
 
     Attributes:
         copy_gbps: Bytes read and written by a copy of a large tensor, GB/s.
-        gemm_tflops: A large square matrix product, TFLOP/s, by dtype.
+        gemm_tflops: A large square matrix product, TFLOP/s, by dtype; of float32 where a CPU has no
+            instructions for the dtype.
     """
 
     copy_gbps: float
@@ -49,9 +51,8 @@ class Ceilings:
         n = 64 if tiny else 8192 if cuda else 2048
         gemm = {}
         for dtype in dtypes:
-            rate = _product(n // 4, dtype, device)
-            if 2 * n**3 / rate < 2e9:  # a CPU without units for bfloat16 would take minutes
-                rate = _product(n, dtype, device)
+            slow = not cuda and dtype in precision.SLOW
+            rate = _product(n, torch.float32 if slow else dtype, device)
             gemm[dtype_name(dtype)] = short(rate / 1e3)
         return cls(short(copy), gemm)
 

@@ -50,6 +50,7 @@ from bench.machine import Ceilings, environment, peak_mib, row_of
 from bench.ops import named_ops
 from bench.providers import OURS, REFERENCE, Provider, Unsupported, providers, step
 from bench.rows import Rows, dtype_name, line_of
+from mfmjt.devices import parse_dtype
 from mfmjt.errors import RunError
 from mfmjt.kernels import _native
 from mfmjt.testing import JVP_BACKWARD, Operands, Truth
@@ -57,7 +58,7 @@ from mfmjt.testing import JVP_BACKWARD, Operands, Truth
 __all__ = ["DTYPES", "IN_RAISED", "DeviceLost", "Trial", "main", "prepare", "truth_of"]
 
 CPU = torch.device("cpu")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {name: parse_dtype(name) for name in ("float32", "bfloat16", "float16")}
 RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**30)}
 IN_RAISED = (REFERENCE, OURS)
 """Who runs with raised thresholds too; it matters to those who allocate much."""
@@ -217,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("ops", nargs="?", help="only these, separated by commas")
     command.add_argument("--out", type=Path, default=Path("output/ops"), help="[output/ops]")
     command.add_argument("--quick", action="store_true", help="the first case of each op only")
+    command.add_argument("--dtypes", default="float32,bfloat16", help="[float32,bfloat16]")
     command.add_argument("--seconds", type=float, default=0.5, help="for each comparison [0.5]")
     command.add_argument("--minutes", type=float, default=12.0, help="stop after so long [12]")
     command.add_argument("--threads", type=int, help="[all cores this process may use]")
@@ -224,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     given = command.parse_args(argv)
     end = time.monotonic() + 60 * given.minutes
     scale = "tiny" if given.tiny else "cpu"
-    jobs = list(_jobs(named_ops(given.ops), scale, given.quick))
+    dtypes = [parse_dtype(name) for name in given.dtypes.split(",")]
+    jobs = list(_jobs(named_ops(given.ops), scale, given.quick, dtypes))
     given.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out / "kernels.jsonl")
     threads = given.threads or len(os.sched_getaffinity(0))
@@ -257,13 +260,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _jobs(ops: tuple[str, ...], scale: str, quick: bool) -> Iterator[tuple[Case, torch.dtype, str]]:
+def _jobs(
+    ops: tuple[str, ...], scale: str, quick: bool, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[Case, torch.dtype, str]]:
     """Yield what to compare: first what matters most, then what is quickest."""
     found = [case for op in ops for case in cases(op, scale)]
     found.sort(key=lambda c: (not c.compile_too, 0 if c.compile_too else c.flops.of(JVP_BACKWARD)))
     for case in found:
         if case.compile_too or not quick:
-            for dtype in DTYPES.values():
+            for dtype in dtypes:
                 for mode in case.modes:
                     yield case, dtype, mode
 

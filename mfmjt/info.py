@@ -36,6 +36,7 @@ def report() -> str:
         f"Threads     {torch.get_num_threads()} of {os.cpu_count()} cores",
         f"CPU code    {torch.backends.cpu.get_cpu_capability()}, oneDNN "
         f"{'yes' if torch.backends.mkldnn.is_available() else 'no'}",
+        f"Precision   {_precision()}",
         *_gpus(),
         "",
         *_ops(),
@@ -71,6 +72,14 @@ def _cpu() -> str:
     return (
         f"{cpu_name()} ({', '.join(f for f in CPU_FLAGS if f in flags) or 'no vector extensions'})"
     )
+
+
+def _precision() -> str:
+    """Return what matmuls on the CPU are computed in."""
+    from mfmjt.kernels import precision
+
+    slow = sorted(str(dtype).removeprefix("torch.") for dtype in precision.SLOW)
+    return f"{' and '.join(slow)} in float32 on this CPU" if slow else "as asked for"
 
 
 def _gpus() -> list[str]:

@@ -32,12 +32,12 @@ ALLOWED: dict[str, str] = {
     "plotting": "errors files codec",
     "data": "errors files plotting",
     "media": "errors files",
-    "families": "errors cuda_graph checkpoints model meanflow codec encoders",
+    "families": "errors cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
     "families features",
-    "train": "errors files processes progress memory cuda_graph model meanflow codec encoders "
-    "plotting data families features evaluate",
+    "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
+    "encoders plotting data families features evaluate",
     "pipeline": "errors files devices progress checkpoints model meanflow codec encoders media "
     "families",
     "extract": "errors files devices progress encoders media families features",
@@ -131,7 +131,7 @@ def test_kernels_do_not_know_one_another(path: Path) -> None:
         return
     known = {n for n in imported(ast.parse(path.read_text())) if n.startswith("mfmjt.kernels.")}
     stems = {name.split(".")[2] for name in known}
-    assert {stem for stem in stems if not stem.startswith("_")} <= {"cpu", "triton"}
+    assert {stem for stem in stems if not stem.startswith("_")} <= {"cpu", "precision", "triton"}
 
 
 def test_only_kernels_know_triton() -> None:

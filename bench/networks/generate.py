@@ -64,6 +64,7 @@ from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec
 from mfmjt.cuda_graph import Captured
 from mfmjt.errors import InputError, RunError
+from mfmjt.kernels import precision
 from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS
 
@@ -481,13 +482,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "generate.jsonl", KEY)
     networks = options.network or [*CONFIGS]
+    slow = device.type == "cpu" and torch.bfloat16 in precision.SLOW
+    dtype = torch.float32 if slow else torch.bfloat16  # as users of this machine run it
     for plan in plans("tiny" if smoke else device.type):
         if plan.network not in networks or plan.what not in (options.what or [plan.what]):
             continue
         if time.monotonic() > end - 60 and not smoke:
             print("The time is up; the same command goes on from here.")
             break
-        time_plan(rows, plan, device, tiny=smoke, seconds=0.0 if smoke else 6.0)
+        time_plan(rows, plan, device, dtype, tiny=smoke, seconds=0.0 if smoke else 6.0)
     else:
         what = options.what or ([] if smoke else ONCE)
         wanted = [name for name in ONCE if name in what and ONCE[name][0] in networks]

@@ -14,6 +14,7 @@ from mfmjt.codec import Codec
 from mfmjt.cuda_graph import Captured
 from mfmjt.encoders import Encoders, Lengths
 from mfmjt.errors import RunError
+from mfmjt.kernels import precision
 from mfmjt.meanflow import OneStep, Sampling
 from mfmjt.model import MFMJT
 
@@ -43,7 +44,8 @@ class Bundle:
 
     Attributes:
         window: Whole seconds, 2 or more, that the network makes in one go.
-        notes: One line each on what was odd about the files that the parts were read from.
+        notes: One line each on what was odd about the files that the parts were read from, and on a
+            precision that the CPU lacks.
     """
 
     def __init__(
@@ -69,12 +71,31 @@ class Bundle:
         return next(self.encoders.parameters()).device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Bundle:
-        """Move all parts, ready to be used; `dtype` is that of the network alone."""
+        """Move all parts, ready to be used; `dtype` is that of the network alone.
+
+        On a CPU without instructions for their dtype, the network computes in float32 from weights
+        in it, codec and encoders become float32; `notes` say so.
+        """
         if not next(self.network.parameters()).is_meta:
             self.network.to(device, dtype).eval().requires_grad_(False)
         for part in (self.codec, self.encoders):
             part.to(device).eval().requires_grad_(False)
+        if self.device.type == "cpu":
+            self._avoid_slow()
         return self
+
+    def _avoid_slow(self) -> None:
+        notes = list(self.notes)
+        if self.network.dtype in precision.SLOW:
+            notes.append(precision.note(self.network.dtype))
+        for part in (self.codec, self.encoders):
+            for dtype in {p.dtype for p in part.parameters()} & precision.SLOW:
+                part.float()
+                name = str(dtype).removeprefix("torch.")
+                notes.append(
+                    f"This CPU has no instructions for {name}: codec and encoders run in float32."
+                )
+        self.notes = tuple(dict.fromkeys(notes))
 
     def compile(self) -> None:
         """Prepare the network for one step, and both it and the codec for CUDA graphs."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _native
+from mfmjt.kernels import _native, precision
 from mfmjt.kernels._op import work_dtype
 
 __all__ = [
@@ -105,11 +105,7 @@ def parted(x: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
 
 def multiplies_bfloat16(like: Tensor) -> bool:
     """Return True for bfloat16 on a CPU that multiplies it faster than float32."""
-    return (
-        like.dtype == torch.bfloat16
-        and like.device.type == "cpu"
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return like.dtype == torch.bfloat16 and like.is_cpu and torch.bfloat16 not in precision.SLOW
 
 
 class Heads:

@@ -186,9 +186,9 @@ def _compute(
     """Return the results and their tangents, None where nothing moves."""
     device = "cpu" if on_cpu else "cuda"
     if dots is None and op.plain is not None:
-        y = op.plain(*values)
-        if y is not NotImplemented:
-            return (y,), None
+        ys = op.by_pytorch(values)
+        if ys is not None:
+            return ys, None
     if op.autocasts:
         values, dots = op.cast(values, dots)
     if torch.is_autocast_enabled(device):

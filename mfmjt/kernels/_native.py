@@ -1,8 +1,8 @@
 """The C++ kernels for the CPU, where they were built: what they serve, and why not.
 
 They have the arguments of the library ops, in a namespace of their own (`torch.ops.mfmjt_cpu`). An
-op finds them by name; what its `takes` declines (float64, float16, no elements, modulations of
-other shapes) runs the formula.
+op finds them by name; what its `takes` declines (float64, no elements, modulations of other shapes)
+runs the formula. float16 comes in float32 copies (`precision`).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _backends, _dual, _eager, _native
+from mfmjt.kernels import _backends, _dual, _eager, _native, precision
 from mfmjt.kernels._eager import flatten, nest
 
 __all__ = [
@@ -131,12 +131,13 @@ class Op:
         fake: (fwd's arguments) -> results and statistics without data; then bwd must keep all
             inputs that it gives cotangents of. Default: the formulas, which then must not look at
             values.
-        plain: (fwd's arguments) -> the result of a PyTorch function with a gradient of its own,
+        plain: (fwd's arguments) -> the results of a PyTorch function with a gradient of its own,
             used where nothing moves; or NotImplemented.
         passes: Input -> result whose cotangent is the input's too, where bwd returns a tensor of
             another shape than the input's: a library op must not return what it was given.
-        autocasts: The op casts under autocast, as PyTorch's matmuls do; then its floating inputs
-            must be "x and weight of one dtype", in the words given here.
+        autocasts: The op casts under autocast, as PyTorch's matmuls do, and computes in float32
+            where a CPU is slow in its dtype (`precision`); then its floating inputs must be "x and
+            weight of one dtype", in the words given here.
         streams: Whether tuples of streams are taken too.
     """
 
@@ -220,9 +221,9 @@ class Op:
                     values[i], dots[i] = _dual.split(args[i])
                     moves = moves or dots[i] is not None
         if not moves and self.plain is not None:
-            y = self.plain(*values)
-            if y is not NotImplemented:
-                return (y,)
+            ys = self.by_pytorch(values)
+            if ys is not None:
+                return ys
         if self.autocasts:
             values, dots = self.cast(values, dots)
         count = len(self.results)
@@ -238,6 +239,14 @@ class Op:
             else:
                 joined.append(_dual.join(y, y_dot))
         return tuple(joined)
+
+    def by_pytorch(self, values: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Return the results of `plain`; None where it leaves them, or PyTorch is slow."""
+        x = values[0][0] if isinstance(values[0], (list, tuple)) else values[0]
+        if self.plain is None or (self.autocasts and precision.is_slow(x)):
+            return None
+        ys = self.plain(*values)
+        return None if ys is NotImplemented else _tuple(ys)
 
     def moved(self, args: Sequence[Any]) -> Sequence[Any]:
         """Return arguments of jvp with zeros for tangents that some streams lack, but jvp needs."""
@@ -394,7 +403,22 @@ class Part:
         native, takes = self._native, self._takes
         if native is not None and _native.in_use and takes(*self._operands(args)[:-1]):
             return native
+        if self._is_widened(args):
+            return self._in_float32
         return self._on_cpu
+
+    def _is_widened(self, args: Sequence[Any]) -> bool:
+        """Return True for products without instructions, and float16, which C++ does not take."""
+        if _backends.ON_CPU or hasattr(self.op, "single"):  # every stream is asked
+            return False
+        if self.op.autocasts:
+            return precision.dtype_of(args) in precision.SLOW
+        if self._native is None or not _native.in_use:
+            return False
+        return {x.dtype for x in self._operands(args) if x is not None} == {torch.float16}
+
+    def _in_float32(self, *args: Any) -> Any:
+        return precision.in_float32(self.on_cpu, args, self.count)
 
     def on_cpu(self, *args: Any) -> Any:
         """Compute on a CPU."""

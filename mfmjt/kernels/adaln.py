@@ -19,7 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm
+from mfmjt.kernels import _norm, precision
 from mfmjt.kernels._op import Op, per_stream, work_dtype
 
 __all__ = ["adaln", "adaln_ref"]
@@ -71,6 +71,7 @@ _op = Op(
     _bwd,
     reference=adaln_ref,
     takes=_norm.takes,
+    plain=precision.float16_by(adaln_ref),
     passes={"shift": "y"},
     streams=True,
 )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _norm
+from mfmjt.kernels import _norm, precision
 from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
@@ -113,6 +113,7 @@ _op = Op(
     _bwd,
     reference=gated_residual_adaln_ref,
     takes=_norm.takes,
+    plain=precision.float16_by(gated_residual_adaln_ref),
     passes={"shift": "y"},
     streams=True,
 )

@@ -55,7 +55,7 @@ class Packed(NamedTuple):
     Attributes:
         data: (O, K, C), or (2 O, K, C) for a gated unit, first those that go through silu.
         glu: Whether it is a gated unit.
-        blocked: The same once more as oneDNN multiplies it on a CPU, opaque; None elsewhere.
+        blocked: The same once more as this CPU multiplies it fastest, opaque; None elsewhere.
     """
 
     data: Tensor
@@ -172,7 +172,7 @@ def _run(op: Any, formula: Any, instead: str, weights: list[Packed], *args: Any)
             f"Use mfmjt.kernels.{instead} for each stream, or torch.no_grad() where no gradient is "
             "wanted."
         )
-    if all(weight.blocked is not None for weight in weights) and not _is_intercepted():
+    if any(weight.blocked is not None for weight in weights) and not _is_intercepted():
         return formula(xs, weights, *others)
     return op(xs, packed, *others)
 

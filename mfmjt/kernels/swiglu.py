@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _native
+from mfmjt.kernels import _native, precision
 from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
 
 __all__ = ["swiglu", "swiglu_ref"]
@@ -64,7 +64,16 @@ def _bwd(y_bar: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_bar.to(dtype), up_bar.to(dtype)
 
 
-_op = Op("swiglu", _fwd, _jvp, _bwd, reference=swiglu_ref, takes=_native.floats, streams=True)
+_op = Op(
+    "swiglu",
+    _fwd,
+    _jvp,
+    _bwd,
+    reference=swiglu_ref,
+    takes=_native.floats,
+    plain=precision.float16_by(swiglu_ref),
+    streams=True,
+)
 
 
 def swiglu(gate: Any, up: Any) -> Any:

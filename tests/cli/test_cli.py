@@ -105,7 +105,7 @@ def test_preview(here: Path) -> None:
 def test_info() -> None:
     result = run("info")
     assert result.exit_code == 0
-    for told in ("torch", "CPU", "GPU", "adaln", "matplotlib"):
+    for told in ("torch", "CPU", "Precision", "GPU", "adaln", "matplotlib"):
         assert told in result.stdout
 
 

@@ -18,6 +18,7 @@ from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
 from mfmjt.families import PRETRAINED, Bundle, open_bundle
+from mfmjt.kernels import precision
 from mfmjt.meanflow import Sampling
 from mfmjt.model import MFMJT
 from mfmjt.pipeline import Pipeline
@@ -180,3 +181,18 @@ def test_a_folder_of_neither_says_what_to_give(tmp_path: Path) -> None:
         open_bundle(tmp_path, network=False)
     with pytest.raises(InputError, match=r"best_netG\.pt"):
         open_bundle(tmp_path, network=False, codec="16k")
+
+
+def test_a_precision_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network keeps it and computes in float32, the ends leave it; both are said, once."""
+    for slow in (frozenset[torch.dtype](), frozenset({torch.bfloat16})):
+        monkeypatch.setattr(precision, "SLOW", slow)
+        bundle = open_bundle("nano")
+        bundle.encoders.bfloat16()
+        for _ in range(2):
+            bundle.to("cpu", torch.bfloat16)
+        assert len(bundle.notes) == (2 if slow else 0)
+        assert all("has no instructions for bfloat16" in note for note in bundle.notes)
+        assert bundle.network.dtype == torch.bfloat16
+        dtypes = {p.dtype for p in bundle.encoders.parameters()}
+        assert dtypes == {torch.float32 if slow else torch.bfloat16}

@@ -52,9 +52,13 @@ def route(q: Tensor) -> str:
 def fwd(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> Any:
-    """Compute o and lse by rows."""
-    if route(q[0]) != "rows":
+    """Compute o and lse by rows or by flash."""
+    by = route(q[0])
+    if by == "blocks":
         return NotImplemented
+    if by == "flash":
+        o, lse = _by_flash(q, k, v, lengths, scale)
+        return parted(o, q), lse.contiguous()
     o, _, lse = _by_rows(q, k, v, None, None, None, lengths, scale)
     return parted(o, q), lse
 
@@ -131,11 +135,18 @@ def flash(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
 ) -> list[Tensor]:
     """Compute o by PyTorch's flash attention for CPUs, with its own gradient."""
+    o, _ = _by_flash(q, k, v, lengths, scale)
+    return list(o.split([x.shape[1] for x in q], dim=1))
+
+
+def _by_flash(
+    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
+) -> tuple[Tensor, Tensor]:
     valid = valid_keys(k, lengths)
     operands = joined(q), joined(k, valid), joined(v, valid)
     heads_first = [x.transpose(1, 2) for x in operands if x is not None]
-    o = _flash(*heads_first, attn_mask=_mask(valid, work_dtype(q[0])), scale=scale)[0]
-    return list(o.transpose(1, 2).split([x.shape[1] for x in q], dim=1))
+    o, lse = _flash(*heads_first, attn_mask=_mask(valid, work_dtype(q[0])), scale=scale)
+    return o.transpose(1, 2), lse
 
 
 def _mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Products over windows of tokens with what ATen has: weights as oneDNN likes them, on a CPU."""
+"""Products over windows of tokens with what ATen has; on a CPU, of weights as it likes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _backends
+from mfmjt.kernels import _backends, precision
+from mfmjt.kernels.cpu import winograd
 
 __all__ = ["blocked", "product"]
 
@@ -14,16 +15,18 @@ _ROWS = 512  # for which a weight is arranged: tokens of a guided step
 
 
 def blocked(data: Tensor) -> Tensor | None:
-    """Return a weight (O, K, C) as oneDNN multiplies it, opaque; None where it cannot.
+    """Return a weight (O, K, C) as this CPU multiplies it fastest; None if that is as it lies.
 
-    `torch.compile` calls this freezing. The products are 1.2 to 1.7 times as fast in float32 as
-    those of F.linear.
+    With AVX-512 that is oneDNN's own layout, opaque; `torch.compile` calls this freezing, and the
+    products are 1.2 to 1.7 times as fast in float32 as those of F.linear. With AVX2 they are 1.1
+    times as slow, and three taps are for `winograd`.
     """
-    dtypes = [torch.float32]
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtypes.append(torch.bfloat16)
-    plain = type(data) is Tensor and data.device.type == "cpu" and data.numel() > 0
-    if not plain or data.dtype not in dtypes or _backends.ON_CPU:
+    if type(data) is not Tensor or not data.is_cpu or data.numel() == 0 or _backends.ON_CPU:
+        return None
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        fits = data.shape[1] == 3 and data.dtype == torch.float32
+        return winograd.transform(data) if fits else None
+    if data.dtype not in {torch.float32, torch.bfloat16} - precision.SLOW:
         return None
     try:
         return torch.ops.mkldnn._reorder_linear_weight(data.flatten(1), _ROWS)
@@ -40,6 +43,11 @@ def product(x: Tensor, data: Tensor, arranged: Tensor | None, bias: Tensor | Non
         arranged: What `blocked` made of it, or None.
         bias: Added to the product, or None.
     """
+    if precision.is_slow(x):
+        return precision.in_float32(product, (x, data, None, bias), 1)
+    if arranged is not None and not arranged.is_mkldnn:
+        y = winograd.convolve(x, arranged)
+        return y if bias is None else y.add_(bias)
     flat = bias if bias is not None and bias.ndim == 1 and bias.dtype == x.dtype else None
     # Rows of all samples in one matrix: matmul makes a product of each, and copies the weight.
     rows = _windows(x, data.shape[1]).flatten(0, 1)

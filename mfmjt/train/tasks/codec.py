@@ -157,7 +157,7 @@ class CodecTask(ProceduralTask):
             noise: Standard normal, like their latents (B, N, C).
         """
         c = self.recipe
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             with torch.set_grad_enabled(c.train_encoder):
                 mean, logvar = self.codec.encode(target)
             sound = self.codec.decode(mean + (0.5 * logvar).exp() * noise)

@@ -274,7 +274,7 @@ class EncodersTask(ProceduralTask):
             events: 1 where an event sounds (W, T).
         """
         towers = self.towers
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             match = _match_loss(towers, frames, texts, labels)
             sync, event = _sync_loss(towers, moving, mel, events)
         total = match + sync + event

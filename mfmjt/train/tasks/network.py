@@ -21,6 +21,7 @@ from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.families import open_bundle
 from mfmjt.features.store import FeatureStore
+from mfmjt.kernels import precision
 from mfmjt.model import MFMJT, ModelConfig, load_mmaudio
 from mfmjt.model.checkpoint import is_ours
 from mfmjt.model.config import config_for
@@ -82,6 +83,8 @@ class NetworkTask(Task):
         super().__init__(config, config, self.network)
         self.title = f"train {config.model}"
         self.notes = tuple(self.network.notes)
+        if self.device.type == "cpu" and getattr(torch, config.dtype) in precision.SLOW:
+            self.notes += (precision.note(torch.bfloat16),)
         self.model = self._model()
         self.generator, self.next = torch.Generator(self.device), torch.Generator()
         # Of a GPU's random numbers the host would have to wait to know what to read.

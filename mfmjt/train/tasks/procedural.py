@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mfmjt.files import atomic_path
+from mfmjt.kernels import precision
 from mfmjt.train import optim
 from mfmjt.train.recipe import Loop
 from mfmjt.train.trainer import Batch, Pass, Task
@@ -37,7 +38,7 @@ class ProceduralTraining:
         seed: Of the data and of every draw.
         workers: Processes that render; 0 renders in this one.
         threads: Of PyTorch; 0 leaves its default.
-        bf16: Run the networks (not the spectra) in bfloat16.
+        bf16: Run the networks (not the spectra) in bfloat16, if the CPU has instructions for it.
         resume: Continue from the newest state in `out`.
         log_every: Steps between records in the log.
         save_every: Steps between training states and validations.
@@ -84,10 +85,16 @@ class ProceduralTask(Task):
     Args:
         recipe: Its settings.
         net: What is trained.
+
+    Attributes:
+        bf16: Whether the networks run in bfloat16.
     """
 
     def __init__(self, recipe: ProceduralTraining, net: nn.Module) -> None:
         super().__init__(recipe, recipe.loop(), net)
+        self.bf16 = recipe.bf16 and torch.bfloat16 not in precision.SLOW
+        if recipe.bf16 and not self.bf16:
+            self.notes = ("This CPU has no instructions for bfloat16: training in float32.",)
 
     def rate(self, step: int, share: float) -> float:
         """Fall from the end of the warm-up on, to 2 %."""

@@ -1,0 +1,103 @@
+"""Float32 in place of dtypes that this CPU has no instructions for.
+
+PyTorch multiplies matrices in such a dtype one number after the other, 5 to 30 times as slowly as
+in float32. There a matmul, convolution or attention of ours multiplies float32 copies and rounds
+its results once. Weights and activations stay in the dtype, half as large: a weight is copied at
+every call, which takes 3 % of a matmul of 500 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfmjt.kernels import _backends
+
+__all__ = ["SLOW", "dtype_of", "float16_by", "in_float32", "is_slow", "note"]
+
+
+def _slow() -> frozenset[torch.dtype]:
+    """Return the dtypes for which oneDNN, as PyTorch uses it, has no instructions here.
+
+    PyTorch asks the processor alone, so its own limit (ATEN_CPU_CAPABILITY) is asked for as well.
+    """
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    has_onednn = torch.backends.mkldnn.is_available() and not limited
+    supports = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    ask = torch.ops.mkldnn
+    return frozenset(
+        dtype for dtype, name in supports.items() if not (has_onednn and getattr(ask, name)())
+    )
+
+
+SLOW = _slow()
+"""Dtypes whose products a CPU like this one computes in float32."""
+
+
+def dtype_of(args: Sequence[Any]) -> torch.dtype | None:
+    """Return the dtype of the first floating tensor, itself or in a list; None if there is none."""
+    for arg in args:
+        for x in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return x.dtype
+    return None
+
+
+def is_slow(x: Tensor) -> bool:
+    """Return True if products with x, under autocast if that is on, are to be in float32."""
+    if not x.is_cpu or _backends.ON_CPU:
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype in SLOW
+
+
+def float16_by(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op's `plain` that is its reference for float16 on a CPU, and nothing else.
+
+    The C++ kernels take no float16. Copies in float32 take longer than all that PyTorch's own do.
+    """
+
+    def plain(x: Tensor, *others: Any) -> Any:
+        if x.dtype != torch.float16 or not x.is_cpu or _backends.ON_CPU:
+            return NotImplemented
+        return reference(x, *others)
+
+    return plain
+
+
+def note(dtype: torch.dtype) -> str:
+    """Return a line for a user who asked for a dtype of `SLOW`."""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"This CPU has no instructions for {name}: it computes in float32 and keeps results in "
+        f"{name}. float32 takes no longer and is more exact."
+    )
+
+
+def in_float32(function: Callable[..., Any], args: Sequence[Any], rounded: int) -> Any:
+    """Call a function with float32 copies of 16-bit tensors, and round its first results back.
+
+    Args:
+        function: Takes and returns tensors, lists of them, and constants.
+        args: Its arguments; 16-bit tensors are of one dtype.
+        rounded: How many leading results get that dtype again; the others are statistics.
+    """
+    dtype = dtype_of(args)
+    assert dtype is not None
+    found = function(*(_to(x, torch.float32) for x in args))
+    if not isinstance(found, tuple):
+        return _to(found, dtype)
+    return (*(_to(y, dtype) for y in found[:rounded]), *found[rounded:])
+
+
+def _to(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_to(one, dtype) for one in x]
+    casts = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.to(dtype) if casts else x
