@@ -194,9 +194,9 @@ def _compute(
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # inside, the op chooses dtypes
             return _compute(op, values, dots, on_cpu)
-    part, args = (
-        (op.fwd, values) if dots is None else (op.jvp, op.moved(op.order((*values, *dots))))
-    )
+    part, args = (op.fwd, values) if dots is None else (op.jvp, op.order((*values, *dots)))
+    if op.required and dots is not None:
+        args = op.moved(args)
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         outputs: Any = part.pick(on_cpu, args)(*args)
     elif not op.lists:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["floats", "formulas", "in_use", "op", "status"]
+__all__ = ["DTYPES", "floats", "formulas", "in_use", "op", "status"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _load() -> tuple[Any, str]:
@@ -80,8 +80,7 @@ def op(name: str, required: bool = False) -> Callable[..., Any] | None:
 
 def floats(first: Tensor, *others: Tensor | None) -> bool:
     """Return True for tensors of float32 and bfloat16 of which the first has elements."""
-    return (
-        first.dtype in _DTYPES
-        and first.numel() > 0
-        and all(t is None or t.dtype in _DTYPES for t in others)
-    )
+    for t in others:
+        if t is not None and t.dtype not in DTYPES:
+            return False
+    return first.dtype in DTYPES and first.numel() > 0

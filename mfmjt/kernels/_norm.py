@@ -11,6 +11,7 @@ the mean of a row's first elements, for one sweep to make all sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from mfmjt.kernels import _backends, _dual, _native, _op
 
 __all__ = [
     "add",
-    "check_modulation",
     "check_rows",
+    "checked",
     "infer",
     "modulate",
     "modulate_bar",
@@ -34,16 +35,29 @@ __all__ = [
 _normalise_bar = torch.ops.aten.native_layer_norm_backward.default
 
 
-def check_modulation(op: str, x: Tensor, **modulations: Tensor) -> None:
-    """Raise unless every modulation broadcasts to x without growing it."""
-    _op.check_tensors(op, x=x, **modulations)
-    shape, floating = x.shape, x.is_floating_point()
-    if not shape:
-        _op.check(False, op, "x (B, N, C)", x=x)
-    for name, m in modulations.items():
-        fits = floating and m.is_floating_point()
-        if not (fits and (m.shape == shape or _broadcasts(m.shape, shape))):
-            _op.check(False, op, f"{name} that broadcasts to x", x=x, **{name: m})
+def checked(op: str, *names: str) -> Callable[..., None]:
+    """Return the check of an op of x (B, N, C), and of h of its shape and modulations by name."""
+
+    def check(x: Tensor, *others: Any) -> None:
+        for t in (x, *others[: len(names)]):
+            if not isinstance(t, Tensor):
+                _op.check_tensors(op, x=x, **dict(zip(names, others, strict=False)))
+        shape, floating = x.shape, x.is_floating_point()
+        if not shape:
+            _op.check(False, op, "x (B, N, C)", x=x)
+        usual = shape, (*shape[:-2], 1, shape[-1])
+        for name, m in zip(names, others, strict=False):
+            if name == "h":
+                if m.shape != shape:
+                    _op.check(False, op, "h of the shape of x", x=x, h=m)
+            elif not (
+                floating
+                and m.is_floating_point()
+                and (m.shape in usual or _broadcasts(m.shape, shape))
+            ):
+                _op.check(False, op, f"{name} that broadcasts to x", x=x, **{name: m})
+
+    return check
 
 
 def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
@@ -118,28 +132,32 @@ def modulate_bar(
 
 
 def takes(x: Tensor, *others: Tensor) -> bool:
-    """Return True if the C++ kernels serve x (B, N, C) and what has a row per token or sample.
-
-    A single channel is left to PyTorch: its normalised value is zero up to rounding, of which the
-    formula has none.
-    """
-    shapes = (x.shape, (x.shape[0], 1, x.shape[-1]))
-    return (
-        x.ndim == 3
-        and x.shape[2] > 1
-        and _native.floats(x)
-        and all(t.dtype == x.dtype and t.shape in shapes for t in others)
-    )
+    """Return True if the C++ kernels serve x (B, N, C) and what has a row per token or sample."""
+    if x.ndim != 3 or x.dtype not in _native.DTYPES or x.numel() == 0:
+        return False
+    shapes = x.shape, (x.shape[0], 1, x.shape[2])
+    return all(t.dtype == x.dtype and t.shape in shapes for t in others)
 
 
 # --- Rows of modulations to pick
 
 
-def check_rows(op: str, x: Tensor, rows: Tensor | None, **modulations: Tensor) -> None:
-    """Raise unless `rows` (N,) picks of modulations (B or 1, S, C)."""
+def check_rows(op: str, x: Any, rows: Any, h: Any = None, **modulations: Any) -> None:
+    """Raise unless `rows` (N,) picks of modulations (B or 1, S, C); or tuples, of every stream."""
+    if isinstance(x, (tuple, list)):
+        given = {"rows": rows, "h": h, **modulations}
+        for name, ts in given.items():
+            if ts is not None and not (isinstance(ts, (tuple, list)) and len(ts) == len(x)):
+                needs = f"{name} for each of {len(x)} streams"
+                raise ValueError(f"mfmjt.kernels.{op} needs {needs}.")
+        for i, one in enumerate(x):
+            check_rows(op, one, **{n: None if ts is None else ts[i] for n, ts in given.items()})
+        return
+    _op.check_tensors(op, {"rows": rows, "h": h}, x=x, **modulations)
+    if h is not None and h.shape != x.shape:
+        _op.check(False, op, "h of the shape of x", x=x, h=h)
     if rows is None:
         return
-    _op.check_tensors(op, x=x, rows=rows, **modulations)
     fits = x.ndim == 3 and rows.shape == x.shape[1:2] and rows.dtype in (torch.int32, torch.int64)
     for m in modulations.values():
         fits = fits and m.ndim == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2]

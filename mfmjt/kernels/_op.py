@@ -41,7 +41,6 @@ __all__ = [
     "backend",
     "check",
     "check_tensors",
-    "per_stream",
     "reference",
     "register",
     "use_reference",
@@ -92,24 +91,6 @@ def check_tensors(op: str, optional: dict[str, Any] | None = None, /, **tensors:
                 raise TypeError(f"mfmjt.kernels.{op} needs {name} to be a tensor; got {what}.")
 
 
-def per_stream(op: str, **arguments: Any) -> list[dict[str, Any]]:
-    """Return the arguments of each stream by name; of the only one where the first is no tuple.
-
-    Raises:
-        ValueError: There are not as many streams of one argument as of the first.
-    """
-    first = next(iter(arguments.values()))
-    if not isinstance(first, (list, tuple)):
-        return [arguments]
-    count = len(first)
-    for name, value in arguments.items():
-        if value is not None and not (isinstance(value, (list, tuple)) and len(value) == count):
-            got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
-            needs = f"{name} for each of {count} streams"
-            raise ValueError(f"mfmjt.kernels.{op} needs {needs}; got {got}.")
-    return [{n: v if v is None else v[i] for n, v in arguments.items()} for i in range(count)]
-
-
 def work_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of statistics and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -125,6 +106,7 @@ class Op:
         jvp: Formula of value and tangent. Tangents that are None are zero.
         bwd: Formula of the gradient. If it has a parameter `needs: list[bool]`, that says which of
             fwd's tensors want a cotangent; an empty tensor stands for the others.
+        check: (fwd's arguments, of one stream) -> None, or raises; called first.
         reference: Plain PyTorch function of fwd's arguments that `reference()` puts in its place.
         takes: (tensors) -> whether the C++ kernels serve them; None if there are none. Given are
             those of fwd's tensors and results that a part has, in its order.
@@ -151,6 +133,7 @@ class Op:
         jvp: Callable[..., Any],
         bwd: Callable[..., Any],
         *,
+        check: Callable[..., None] | None = None,
         reference: Callable[..., Any] | None = None,
         takes: Callable[..., bool] | None = None,
         fake: Callable[..., Any] | None = None,
@@ -159,7 +142,8 @@ class Op:
         autocasts: str = "",
         streams: bool = False,
     ) -> None:
-        self.name, self.reference, self.plain, self.autocasts = name, reference, plain, autocasts
+        self.name, self.check, self.reference, self.plain = name, check, reference, plain
+        self.autocasts = autocasts
         self.takes, self.fake, self.passes = takes, fake, passes or {}
         kinds = {n: str(p.annotation) for n, p in inspect.signature(fwd).parameters.items()}
         self.inputs = list(kinds)
@@ -197,6 +181,8 @@ class Op:
         """Compute the results of fwd's arguments, dual where an input is; of streams for tuples."""
         if self.over_streams is not None and isinstance(args[0], (tuple, list)):
             return self.over_streams.of(args)
+        if self.check is not None:
+            self.check(*args)
         if _forced_reference and self.reference is not None:
             return self.reference(*args)
         results = None if torch.compiler.is_compiling() else _eager.run(self, args)
@@ -332,13 +318,17 @@ class _Streams(Op):
                 gaps = len({x is None for x in arg}) > 1
                 apart = apart or (gaps and n in self.tensors[: self.bwd.count])
             lists.append(list(arg) if n in self.tensors else arg)
+        tensors = [n in self.tensors for n in self.inputs]
+        streams = [
+            [arg[i] if of else arg for arg, of in zip(lists, tensors, strict=True)]
+            for i in range(count)
+        ]
         if apart:
-            places = [n in self.tensors for n in self.inputs]
-            results = [
-                self.single(*(arg[i] if of else arg for arg, of in zip(lists, places, strict=True)))
-                for i in range(count)
-            ]
+            results = [self.single(*stream) for stream in streams]
             return tuple(results) if len(self.results) == 1 else tuple(zip(*results, strict=True))
+        if self.single.check is not None:
+            for stream in streams:
+                self.single.check(*stream)
         results = self(*lists)
         if len(self.results) == 1:
             return tuple(results)

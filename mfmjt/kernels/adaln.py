@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
-from mfmjt.kernels._op import Op, per_stream, work_dtype
+from mfmjt.kernels._op import Op, work_dtype
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -69,6 +69,7 @@ _op = Op(
     _fwd,
     _jvp,
     _bwd,
+    check=_norm.checked("adaln", "shift", "scale"),
     reference=adaln_ref,
     takes=_norm.takes,
     plain=precision.float16_by(adaln_ref),
@@ -96,12 +97,9 @@ def adaln(x: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None) -
         ValueError: shift or scale does not broadcast to x.
     """
     if rows is not None:
-        for stream in per_stream("adaln", x=x, rows=rows, shift=shift, scale=scale):
-            _norm.check_rows("adaln", **stream)
+        _norm.check_rows("adaln", x, rows, shift=shift, scale=scale)
         picked = _norm.infer(x, None, shift, scale, rows, eps)
         if picked is not None:
             return picked[1]
         shift, scale = _norm.pick(x, rows, shift, scale)
-    for stream in per_stream("adaln", x=x, shift=shift, scale=scale):
-        _norm.check_modulation("adaln", **stream)
     return _op(x, shift, scale, eps)

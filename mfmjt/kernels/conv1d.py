@@ -143,11 +143,23 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Ten
     return _convolve(x, weight, bias, dilation)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+    _op.check_tensors("conv1d", {"bias": bias}, x=x, weight=weight)
+    fits = x.ndim == 3 and weight.ndim == 3 and x.shape[2] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    # PyTorch's own does not notice another device: it gives whatever is in memory
+    fits = fits and x.device == weight.device == (x if bias is None else bias).device
+    if not (fits and weight.shape[2] % 2 == 1 and dilation >= 1):
+        needs = f"x (B, N, C), bias (O,), dilation {dilation} >= 1, weight (O, C, K) with K odd"
+        _op.check(False, "conv1d", needs, x=x, weight=weight, bias=bias)
+
+
 _conv1d = _op.Op(
     "conv1d",
     _fwd,
     _jvp,
     _bwd,
+    check=_check,
     reference=conv1d_ref,
     plain=_plain,
     autocasts="x, weight and bias of one floating dtype",
@@ -183,18 +195,7 @@ def conv1d(
         ValueError: The shapes do not fit, K is even, the dilation is below 1, or dtypes differ.
         NotImplementedError: weight or bias carries a tangent.
     """
-    for stream in _op.per_stream("conv1d", x=x, weight=weight, bias=bias):
-        _check(**stream, dilation=dilation)
-    fast = fast and isinstance(x, Tensor) and _cpu.pays(x, weight, bias, dilation)
+    if fast and isinstance(x, Tensor):
+        _check(x, weight, bias, dilation)
+        fast = _cpu.pays(x, weight, bias, dilation)
     return _jvp_rows.product(_cpu.fast if fast else _conv1d, x, weight, bias, dilation)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
-    _op.check_tensors("conv1d", {"bias": bias}, x=x, weight=weight)
-    fits = x.ndim == 3 and weight.ndim == 3 and x.shape[2] == weight.shape[1]
-    fits = fits and (bias is None or bias.shape == weight.shape[:1])
-    # PyTorch's own does not notice another device: it gives whatever is in memory
-    fits = fits and x.device == weight.device == (x if bias is None else bias).device
-    if not (fits and weight.shape[2] % 2 == 1 and dilation >= 1):
-        needs = f"x (B, N, C), bias (O,), dilation {dilation} >= 1, weight (O, C, K) with K odd"
-        _op.check(False, "conv1d", needs, x=x, weight=weight, bias=bias)

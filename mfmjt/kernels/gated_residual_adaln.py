@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
-from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
+from mfmjt.kernels._op import Op, work_dtype
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
@@ -111,6 +111,7 @@ _op = Op(
     _fwd,
     _jvp,
     _bwd,
+    check=_norm.checked("gated_residual_adaln", "h", "gate", "shift", "scale"),
     reference=gated_residual_adaln_ref,
     takes=_norm.takes,
     plain=precision.float16_by(gated_residual_adaln_ref),
@@ -142,19 +143,12 @@ def gated_residual_adaln(
     Raises:
         ValueError: The shapes do not fit.
     """
-    name = "gated_residual_adaln"
-    for s in per_stream(name, x=x, h=h):
-        check_tensors(name, **s)
-        if s["h"].shape != s["x"].shape:
-            check(False, name, "h of the shape of x", **s)
     if rows is not None:
-        for s in per_stream(name, x=x, rows=rows, gate=gate, shift=shift, scale=scale):
-            _norm.check_rows(name, **s)
+        modulations = {"gate": gate, "shift": shift, "scale": scale}
+        _norm.check_rows("gated_residual_adaln", x, rows, h, **modulations)
         picked = _norm.infer(x, (h, gate), shift, scale, rows, eps)
         if picked is not None:
             return picked
         gate, shift, scale = _norm.pick(x, rows, gate, shift, scale)
-    for s in per_stream(name, x=x, gate=gate, shift=shift, scale=scale):
-        _norm.check_modulation(name, **s)
     total, y = _op(x, h, gate, shift, scale, eps)
     return total, y

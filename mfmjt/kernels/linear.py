@@ -58,12 +58,24 @@ def _bwd(
     return x_bar, weight_bar, bias_bar
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _op.check_tensors("linear", {"bias": bias}, x=x, weight=weight)
+    fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    # What PyTorch's own product does not notice: it gives whatever is in memory
+    fits = fits and x.device == weight.device == (x if bias is None else bias).device
+    if not fits:
+        needs = "x (..., C), weight (O, C), bias (O,), all on one device"
+        _op.check(False, "linear", needs, x=x, weight=weight, bias=bias)
+
+
 # A value is PyTorch's own, with its own gradient
 _linear = _op.Op(
     "linear",
     _fwd,
     _jvp,
     _bwd,
+    check=_check,
     reference=linear_ref,
     plain=linear_ref,
     autocasts="x, weight and bias of one dtype",
@@ -86,14 +98,6 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         NotImplementedError: weight or bias carries a tangent.
     """
     if isinstance(x, tuple):
-        streams = _op.per_stream("linear", x=x, weight=weight, bias=bias)
-        return tuple([linear(**stream) for stream in streams])
-    _op.check_tensors("linear", {"bias": bias}, x=x, weight=weight)
-    fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
-    fits = fits and (bias is None or bias.shape == weight.shape[:1])
-    # What PyTorch's own product does not notice: it gives whatever is in memory
-    fits = fits and x.device == weight.device == (x if bias is None else bias).device
-    if not fits:
-        needs = "x (..., C), weight (O, C), bias (O,), all on one device"
-        _op.check(False, "linear", needs, x=x, weight=weight, bias=bias)
+        biases = [None] * len(x) if bias is None else bias
+        return tuple([linear(*stream) for stream in zip(x, weight, biases, strict=True)])
     return _jvp_rows.product(_linear, x, weight, bias)

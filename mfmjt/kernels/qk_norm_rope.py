@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.kernels import _native
-from mfmjt.kernels._op import Op, check, check_tensors, per_stream, use_reference, work_dtype
+from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_ref"]
 
@@ -160,7 +160,33 @@ def _takes(qkv: Tensor, *others: Tensor | None) -> bool:
     return _native.floats(qkv, *others) and qkv.shape[4] % 2 == 0
 
 
-_op = Op("qk_norm_rope", _fwd, _jvp, _bwd, reference=qk_norm_rope_ref, takes=_takes, streams=True)
+def _check(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, eps: float
+) -> None:
+    check_tensors("qk_norm_rope", {"rope": rope}, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.is_floating_point()
+    fits = fits and q_weight.shape == k_weight.shape == qkv.shape[4:]
+    if rope is not None:
+        fits = fits and rope.shape == (qkv.shape[1], qkv.shape[4] // 2, 2)
+        fits = fits and qkv.shape[4] % 2 == 0
+        if rope.requires_grad:
+            raise NotImplementedError("mfmjt.kernels.qk_norm_rope keeps no gradient of its rope.")
+    if not fits:
+        needs = "qkv (B, N, 3, H, D), weights (D,) and rope (N, D/2, 2) or None"
+        given = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "rope": rope}
+        check(False, "qk_norm_rope", needs, **given)
+
+
+_op = Op(
+    "qk_norm_rope",
+    _fwd,
+    _jvp,
+    _bwd,
+    check=_check,
+    reference=qk_norm_rope_ref,
+    takes=_takes,
+    streams=True,
+)
 
 
 def qk_norm_rope(
@@ -183,26 +209,5 @@ def qk_norm_rope(
         ValueError: The shapes do not fit.
         NotImplementedError: A weight or rope carries a tangent, or rope requires gradients.
     """
-    for stream in per_stream(
-        "qk_norm_rope", qkv=qkv, q_weight=q_weight, k_weight=k_weight, rope=rope
-    ):
-        _check(**stream)
     q, k, v = _op(qkv, q_weight, k_weight, rope, eps)
     return q, k, v
-
-
-def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None) -> None:
-    if use_reference():
-        return
-    check_tensors("qk_norm_rope", {"rope": rope}, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
-    fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.is_floating_point()
-    fits = fits and q_weight.shape == k_weight.shape == qkv.shape[4:]
-    if rope is not None:
-        fits = fits and rope.shape == (qkv.shape[1], qkv.shape[4] // 2, 2)
-        fits = fits and qkv.shape[4] % 2 == 0
-        if rope.requires_grad:
-            raise NotImplementedError("mfmjt.kernels.qk_norm_rope keeps no gradient of its rope.")
-    if not fits:
-        needs = "qkv (B, N, 3, H, D), weights (D,) and rope (N, D/2, 2) or None"
-        given = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "rope": rope}
-        check(False, "qk_norm_rope", needs, **given)

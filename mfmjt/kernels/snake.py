@@ -166,11 +166,20 @@ def _bwd(y_bar: Tensor, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor,
     )
 
 
+def _check(x: Tensor, alpha: Tensor, beta: Tensor) -> None:
+    check_tensors("snake", x=x, alpha=alpha, beta=beta)
+    fits = x.ndim == 3 and x.shape[2] > 0 and alpha.shape == beta.shape == x.shape[1:2]
+    if not (fits and x.is_floating_point()):
+        needs = "x (B, C, N) with N > 0, alpha and beta (C,)"
+        check(False, "snake", needs, x=x, alpha=alpha, beta=beta)
+
+
 _op = Op(
     "snake",
     _fwd,
     _jvp,
     _bwd,
+    check=_check,
     reference=snake_ref,
     takes=_native.floats,
     fake=lambda x, *_: x.new_empty(x.shape),
@@ -192,9 +201,4 @@ def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Any:
         ValueError: The shapes do not fit.
         NotImplementedError: alpha or beta carries a tangent.
     """
-    check_tensors("snake", x=x, alpha=alpha, beta=beta)
-    fits = x.ndim == 3 and x.shape[2] > 0 and alpha.shape == beta.shape == x.shape[1:2]
-    if not (fits and x.is_floating_point()):
-        needs = "x (B, C, N) with N > 0, alpha and beta (C,)"
-        check(False, "snake", needs, x=x, alpha=alpha, beta=beta)
     return _op(x, alpha, beta)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _native, precision
-from mfmjt.kernels._op import Op, check, check_tensors, per_stream, work_dtype
+from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
 
 __all__ = ["swiglu", "swiglu_ref"]
 
@@ -64,11 +64,18 @@ def _bwd(y_bar: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_bar.to(dtype), up_bar.to(dtype)
 
 
+def _check(gate: Tensor, up: Tensor) -> None:
+    check_tensors("swiglu", gate=gate, up=up)
+    if not (gate.shape == up.shape and gate.dtype == up.dtype and gate.is_floating_point()):
+        check(False, "swiglu", "gate and up of one shape and floating dtype", gate=gate, up=up)
+
+
 _op = Op(
     "swiglu",
     _fwd,
     _jvp,
     _bwd,
+    check=_check,
     reference=swiglu_ref,
     takes=_native.floats,
     plain=precision.float16_by(swiglu_ref),
@@ -89,9 +96,4 @@ def swiglu(gate: Any, up: Any) -> Any:
     Raises:
         ValueError: Shapes or dtypes differ.
     """
-    for stream in per_stream("swiglu", gate=gate, up=up):
-        check_tensors("swiglu", **stream)
-        a, b = stream.values()
-        if not (a.shape == b.shape and a.dtype == b.dtype and a.is_floating_point()):
-            check(False, "swiglu", "gate and up of one shape and floating dtype", **stream)
     return _op(gate, up)
