@@ -94,14 +94,26 @@ def choose(values, stream):
 
 
 @jit
+def _stride(here, stride, other):
+    """Return one of two strides, each None where it is zero."""
+    if stride is None:
+        if other is None:
+            return None
+        return tl.where(here, 0, other)
+    if other is None:
+        return tl.where(here, stride, 0)
+    return tl.where(here, stride, other)
+
+
+@jit
 def choose_view(views, stream):
     """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise."""
     pointer, sample, token, head = views[0]
     for s in tl.static_range(1, len(views)):
         pointer = tl.where(stream == s, views[s].pointer, pointer)
-        sample = tl.where(stream == s, views[s].sample, sample)
-        token = tl.where(stream == s, views[s].token, token)
-        head = tl.where(stream == s, views[s].head, head)
+        sample = _stride(stream == s, views[s].sample, sample)
+        token = _stride(stream == s, views[s].token, token)
+        head = _stride(stream == s, views[s].head, head)
     return pointer, sample, token, head
 
 
