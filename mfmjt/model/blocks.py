@@ -90,14 +90,19 @@ def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, .
     """Apply a layer to each stream, all convolutions at once and all linear layers at once."""
     ys: dict[int, Tensor] = {}
     for kind, op in ((Conv1d, conv1d), (Linear, linear)):
-        # By their exact type: a layer with an adapter is called as the module it is.
-        alike = {i: m for i, m in enumerate(modules) if type(m) is kind}
+        # A layer with an adapter or with someone's hooks is called as the module it is.
+        alike = {i: m for i, m in enumerate(modules) if type(m) is kind and not _hooked(m)}
         if alike:
             weights = tuple([m.weight for m in alike.values()])
             biases = tuple([m.bias for m in alike.values()])
             given = tuple([xs[i] for i in alike])
             ys |= zip(alike, op(given, weights, biases), strict=True)
     return tuple(ys[i] if i in ys else m(xs[i]) for i, m in enumerate(modules))
+
+
+def _hooked(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 class SwiGLU(nn.Module):
