@@ -1,7 +1,7 @@
 """Compile, without a GPU, every Triton kernel that the GPU's command launches there.
 
 A GPU that is lent for minutes is no place to compile for minutes. The pieces of `python -m bench
-gpu` run here up to each launch, on a driver that launches nothing (tests/support/stand_in.py), so
+gpu` run here up to each launch, on a driver that launches nothing (bench/gpu/stand_in.py), so
 that Triton's cache has for sm_90 what they launch: the checks, generation, training steps, the
 headline cases of ops and the training of nano; launchers too. Then it is packed, and the command
 that takes it is printed. It fits one version of Triton and of Python, and kernels as they are at
@@ -99,7 +99,7 @@ def build_driver(python: str, folder: Path) -> Path:
     done = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
     include = f"{done.stdout.strip()}/backends/nvidia/include"
     folder.mkdir(parents=True, exist_ok=True)
-    source = ROOT / "tests" / "support" / "stand_in.c"
+    source = ROOT / "bench" / "gpu" / "stand_in.c"
     command = ["gcc", "-O2", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
     try:
         subprocess.run(
@@ -157,7 +157,7 @@ def run_pieces(
         log = work / f"{file_name(name)}.{'dry' if dry else 'log'}"
         with log.open("w") as file:
             done = subprocess.run(
-                [python, "-m", "tests.support.stand_in", *options, name],
+                [python, "-m", "bench.gpu.stand_in", *options, name],
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,

@@ -90,7 +90,7 @@ def test_a_block_of_too_many_registers_is_refused(tmp_path):
 
 GREEDY = """
 import os, torch
-from tests.support.stand_in import installed
+from bench.gpu.stand_in import installed
 from mfmjt.kernels.triton import jit, tl
 
 @jit

@@ -1,4 +1,4 @@
-"""Kernels launched as on an H200, by a driver that launches nothing: tests/support/stand_in.py.
+"""Kernels launched as on an H200, by a driver that launches nothing: bench/gpu/stand_in.py.
 
 All of Triton's way is real: arguments specialized and parsed, ptxas, registers and shared memory
 against a block's, grids against the driver's limits. Nothing is computed.
@@ -51,7 +51,7 @@ def launched(driver: Path, code: str, *arguments: str) -> int:
 
 BEGIN = """
 import json, os, sys
-from tests.support.stand_in import installed  # before the kernels are imported
+from bench.gpu.stand_in import installed  # before the kernels are imported
 import torch
 from mfmjt import kernels
 stand_in = installed(os.environ["TRITON_LIBCUDA_PATH"])

@@ -5,7 +5,7 @@ driver that launches nothing (stand_in.c). PyTorch's operations on what is large
 either: shapes and memory are real, numbers are not. So every kernel that a piece would launch lands
 in Triton's cache, in the time that compiling takes. Prints a line of JSON for each piece.
 
-    TRITON_LIBCUDA_PATH=FOLDER python -m tests.support.stand_in --ops swiglu "check swiglu" latency
+    TRITON_LIBCUDA_PATH=FOLDER python -m bench.gpu.stand_in --ops swiglu "check swiglu" latency
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def run(piece: str, job: Job, ops: tuple[str, ...]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.support.stand_in",
+        prog="python -m bench.gpu.stand_in",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
