@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPS = [path.stem for path in sorted((ROOT / "mfmjt" / "kernels").glob("[a-z]*.py"))]
-WITHOUT_KERNELS = {"linear"}  # the vendor's product serves
+WITHOUT_KERNELS = {"linear", "precision"}  # the vendor's matmul serves; no op
 WIDE_OPS = {"adaln", "gated_residual_adaln"}  # also compiled for the widest rows they take
 
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,7 @@ def test_it_runs_tiny_and_does_nothing_twice(tmp_path, capsys):
     found = rows(tmp_path / "generate.jsonl")
     assert {row["provider"] for row in found} == {"mfmjt", "eager", "mfmjt_eager", "eager_25"}
     assert {row["status"] for row in found} == {"ok"}
-    assert all(row["relative_error"] > 0 for row in found if row["provider"] != "eager_25")
+    assert all(row["relative_error"] > 0 for row in found if "mfmjt" in row["provider"])
     assert generate.main(command) == 0
     assert rows(tmp_path / "generate.jsonl") == found
 
