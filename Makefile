@@ -27,7 +27,7 @@ docs: $(BIN)/.installed-dev
 	@echo "Open build/site/index.html"
 
 # The ops' tests run on the Triton kernels (interpreted) and on what this CPU uses, and a part of
-# them once more as on a CPU with AVX2 only. All checks run even if the first fails, so that one run
+# them once more as on a CPU with AVX2 only, and without the shortcut of eager calls. All checks run even if the first fails, so that one run
 # shows everything.
 test: $(BIN)/.installed-dev
 	@status=0; \
@@ -38,6 +38,7 @@ test: $(BIN)/.installed-dev
 	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) tests/kernels || status=1; \
 	$(AVX2_ENV) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --avx2 tests/kernels \
 	  -k 'native or toom or all_modes or reference or without_any_key or huge' || status=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --library tests/kernels -k all_modes || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) || status=1; \
 	exit $$status
 

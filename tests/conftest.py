@@ -29,6 +29,9 @@ def pytest_addoption(parser):
         "--device", default="cpu", help="where tests/kernels run their ops, such as cuda [cpu]"
     )
     parser.addoption(
+        "--library", action="store_true", help="call the library ops: no shortcut for eager calls"
+    )
+    parser.addoption(
         "--avx2",
         action="store_true",
         help="use nothing beyond AVX2, as on most processors; end at once where there is nothing",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfmjt import testing
-from mfmjt.kernels import _backends, _native
+from mfmjt.kernels import _backends, _eager, _native
 
 # Processes share what they compile, also where inductor is used, which would have its own.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
@@ -38,6 +38,7 @@ AVX2 = {
 
 
 def pytest_configure(config):
+    _eager.ENABLED = _eager.ENABLED and not config.getoption("--library")
     if not config.getoption("--avx2"):
         return
     if missing := [f"{name}={value}" for name, value in AVX2.items() if os.getenv(name) != value]:
