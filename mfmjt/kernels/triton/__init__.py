@@ -94,26 +94,27 @@ def choose(values, stream):
 
 
 @jit
-def _stride(here, stride, other):
-    """Return one of two strides, each None where it is zero."""
-    if stride is None:
-        if other is None:
-            return None
-        return tl.where(here, 0, other)
-    if other is None:
-        return tl.where(here, stride, 0)
-    return tl.where(here, stride, other)
-
-
-@jit
 def choose_view(views, stream):
-    """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise."""
+    """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise.
+
+    A stride stays None where it is for all of them, and counts as 0 where it is for some.
+    """
     pointer, sample, token, head = views[0]
     for s in tl.static_range(1, len(views)):
-        pointer = tl.where(stream == s, views[s].pointer, pointer)
-        sample = _stride(stream == s, views[s].sample, sample)
-        token = _stride(stream == s, views[s].token, token)
-        head = _stride(stream == s, views[s].head, head)
+        here = stream == s
+        pointer = tl.where(here, views[s].pointer, pointer)
+        if views[s].sample is not None:
+            sample = tl.where(here, views[s].sample, 0 if sample is None else sample)
+        elif sample is not None:
+            sample = tl.where(here, 0, sample)
+        if views[s].token is not None:
+            token = tl.where(here, views[s].token, 0 if token is None else token)
+        elif token is not None:
+            token = tl.where(here, 0, token)
+        if views[s].head is not None:
+            head = tl.where(here, views[s].head, 0 if head is None else head)
+        elif head is not None:
+            head = tl.where(here, 0, head)
     return pointer, sample, token, head
 
 
