@@ -45,6 +45,7 @@ from bench import parser
 from mfmjt import kernels
 from mfmjt.files import atomic_path
 from mfmjt.kernels.triton.norm import MAX_WIDTH
+from mfmjt.model.blocks import FrameCondition, JointBlock, Pending
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
 __all__ = [
@@ -310,10 +311,35 @@ def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         kernels.streams.project(xs, [weight(20, 7, width)], [empty(20)])
 
 
+def _joint_block(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Train a joint block: its three streams share launches, in value, tangent and gradient."""
+    batch, length, tokens, width, heads, hidden = shape
+    if (shape, dtype) != (SHAPES["small_16k"], torch.bfloat16):  # it takes minutes for each target
+        return
+    lengths = (length, 64, tokens - length - 64)
+    block = JointBlock(width, heads, hidden, last=False).to(dtype)
+    ropes = [torch.empty(n, width // heads // 2, 2) for n in lengths[:2]]
+    rows = (
+        torch.empty(batch, length, width, dtype=dtype),
+        *[torch.empty(batch, 1, width, dtype=dtype)] * 2,
+    )
+
+    def run(**given: Tensor) -> tuple[Tensor, ...]:
+        conditions = [FrameCondition(row + given["shared"]) for row in rows]
+        streams = tuple(Pending(given[f"x{i}"]) for i in range(3))
+        for _ in range(2):  # the second has a sum to add up first
+            streams = block(streams, conditions, [*ropes, None])
+        return tuple(stream.h for stream in streams if stream.h is not None)
+
+    given = {f"x{i}": torch.empty(batch, n, width, dtype=dtype) for i, n in enumerate(lengths)}
+    _modes(run, given | {"shared": torch.empty(batch, 1, width, dtype=dtype)}, {})
+
+
 OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
     "adaln": _adaln,
     "conv1d": _conv1d,
     "gated_residual_adaln": _gated_residual_adaln,
+    "joint_block": _joint_block,
     "joint_attention": _joint_attention,
     "qk_norm_rope": _qk_norm_rope,
     "snake": _snake,
