@@ -156,12 +156,13 @@ def check_rows(op: str, x: Any, rows: Any, h: Any = None, **modulations: Any) ->
     _op.check_tensors(op, {"rows": rows, "h": h}, x=x, **modulations)
     if h is not None and h.shape != x.shape:
         _op.check(False, op, "h of the shape of x", x=x, h=h)
-    if rows is None:
-        return
-    fits = x.ndim == 3 and rows.shape == x.shape[1:2] and rows.dtype in (torch.int32, torch.int64)
+    fits = x.ndim == 3
+    if rows is not None:
+        fits = fits and rows.shape == x.shape[1:2] and rows.dtype in (torch.int32, torch.int64)
     for m in modulations.values():
         fits = fits and m.ndim == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2]
-    needs = "rows (N,) of integers and modulations (B or 1, S, C)"
+        fits = fits and (rows is not None or m.shape[1] in (1, x.shape[1]))
+    needs = "rows (N,) of integers, or S of 1 or N, and modulations (B or 1, S, C)"
     _op.check(fits, op, needs, x=x, rows=rows, **modulations)
 
 
