@@ -241,9 +241,11 @@ class Generation:
 
     @functools.cached_property
     def truth(self) -> Tensor:
-        """Latents of plain PyTorch by the same weights in float32."""
-        cond = {name: value.float() for name, value in self.cond.items()}
-        return Generation(copy.deepcopy(self.net).float(), None, self.z, cond).call("eager")()
+        """Latents of plain PyTorch by the same weights in float32, or float64 for float32."""
+        exact = torch.float64 if self.net.dtype == torch.float32 else torch.float32
+        cond = {name: value.to(exact) for name, value in self.cond.items()}
+        net = copy.deepcopy(self.net).to(exact)
+        return Generation(net, None, self.z.to(exact), cond).call("eager")()
 
     @functools.cached_property
     def limit(self) -> float:
@@ -252,7 +254,7 @@ class Generation:
 
     def error(self, latents: Tensor) -> float:
         """Return the relative error of latents."""
-        return float((latents.float() - self.truth).norm() / self.truth.norm())
+        return float((latents.to(self.truth) - self.truth).norm() / self.truth.norm())
 
 
 def _codec(name: str, dtype: torch.dtype) -> NanoCodec | MMAudioCodec:
