@@ -518,10 +518,6 @@ def _flat(x: Any) -> Sequence[Any]:
     return x if isinstance(x, (list, tuple)) else (x,)
 
 
-def _holds_tensors(x: Any) -> bool:
-    return x is None or all(t is None or isinstance(t, Tensor) for t in _flat(x))
-
-
 def _labelled(name: str, value: Any) -> dict[str, Any]:
     """Return a tensor by its name, or those of a list by their places."""
     if isinstance(value, (list, tuple)):
