@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,7 +61,10 @@ def there(folder: str | os.PathLike[str], file: PublishedFile) -> Path | None:
 
 
 def find_all(
-    folder: str | os.PathLike[str], files: Iterable[PublishedFile], check: Check = "size"
+    folder: str | os.PathLike[str],
+    files: Iterable[PublishedFile],
+    check: Check = "size",
+    absent: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Paths of published files in `folder` or in the folders inside it.
 
@@ -71,6 +74,7 @@ def find_all(
         check: "name" takes any file so called; "size" compares its size with the published one;
             "md5" the digest as well, which reads the whole file. Files under another publisher's
             name are only asked whether they can be weights.
+        absent: What else is known to be missing, by the address of its publisher.
 
     Raises:
         InputError: Files are missing, none of weights, or of another size or digest than the
@@ -79,7 +83,7 @@ def find_all(
     if check not in get_args(Check):
         raise InputError(f"No check {check!r}: choose one of {', '.join(get_args(Check))}.")
     paths: list[Path] = []
-    problems: dict[str, list[str]] = {}
+    problems = {publisher: [what] for publisher, what in (absent or {}).items()}
     for file in files:
         path = there(folder, file)
         if path is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfmjt.checkpoints import fingerprint
 from mfmjt.errors import InputError, some
-from mfmjt.model import ModelConfig
+from mfmjt.model import CONFIGS, ModelConfig
 
 __all__ = ["FRAMES_AT_ONCE", "Encoders", "FrameSpec", "Lengths", "SelfAttention", "stream_options"]
 
@@ -74,8 +74,13 @@ class Encoders(nn.Module):
         frames_are_independent: `encode_frames` looks at single frames, which may be encoded as
             they arrive.
         period: Clips for training last a multiple of so many seconds; 0 takes any duration.
+        takes_video: Whether there is anything but text to encode.
+        null_prompt: The text that stands for none where guidance compares with it; None where the
+            network has its own null tokens.
     """
 
+    takes_video = True
+    null_prompt: str | None = None
     frame_size: int | tuple[int, int]
     video_fps: int
     sync_fps: int
@@ -102,6 +107,22 @@ class Encoders(nn.Module):
     @abstractmethod
     def encode_text(self, texts: list[str]) -> Tensor:
         """Give features `(len(texts), tokens, dim)`."""
+
+    def text_features(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return what the network takes of texts, by its name there, a row for each."""
+        return {"text": self.encode_text(texts)}
+
+    def refuse_video(self) -> NoReturn:
+        """Raise InputError, for a network that takes text alone.
+
+        Raises:
+            InputError: Always; it says which networks take video.
+        """
+        others = ", ".join(name for name, config in CONFIGS.items() if config.takes_video)
+        raise InputError(
+            "This network makes sound of text alone, and a video was given. Leave the video out, "
+            f"or take a network of video: {others}."
+        )
 
     @abstractmethod
     def unread(self, text: str) -> str:

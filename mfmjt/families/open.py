@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from mfmjt.errors import InputError, reason, some
+from mfmjt.checkpoints import hub
+from mfmjt.errors import InputError, some
 from mfmjt.families import mmaudio, nano
 from mfmjt.families.bundle import Bundle
 from mfmjt.model.checkpoint import NETWORK_FILES
@@ -18,7 +18,6 @@ __all__ = ["FAMILIES", "PRETRAINED", "Family", "open_bundle"]
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """Holds a folder for each model that ships."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DOWNLOADED = ["*.safetensors", "*.pth", "*.pt", "*.bin", "*.txt", "*.txt.gz"]
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -96,37 +95,12 @@ def _located(name: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     shipped = sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir())
     if str(name) in shipped:
         return PRETRAINED / name, None
-    if _HUB_ID.fullmatch(str(name)):
-        return _downloaded(str(name)), None
+    if hub.is_repository(name):
+        return hub.download(str(name), _DOWNLOADED), None
     raise InputError(
         f"There is no model {name}: it is neither a file, nor a folder, nor one that ships "
         f"({', '.join(shipped)}). Give one of these."
     )
-
-
-def _downloaded(repository: str) -> Path:
-    """Return the folder of a repository of the hub, in the cache that others share."""
-    begin = f"There is no folder {repository}, and "
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-    except ImportError:
-        raise InputError(
-            f"{begin}a repository of Hugging Face's hub needs huggingface_hub. Run "
-            "`pip install 'mfmjt[hub]'`, or give a folder."
-        ) from None
-    try:
-        return Path(snapshot_download(repository, allow_patterns=_DOWNLOADED))
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{begin}Hugging Face's hub has no repository of that name that can be read. Check "
-            "the name; for a private one, set HF_TOKEN."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(
-            f"{begin}Hugging Face's hub cannot be reached ({reason(error)}). Connect to the "
-            "network once, or give a folder."
-        ) from error
 
 
 def _no_network(folder: Path) -> InputError:
