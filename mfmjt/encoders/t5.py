@@ -86,8 +86,9 @@ class T5(nn.Module):
                 first are named.
         """
         state = dict(state_dict)
-        if _SHARED in state or _TIED in state:
-            state[_SHARED] = state[_TIED] = state.get(_SHARED, state.get(_TIED))
+        for name, other in ((_SHARED, _TIED), (_TIED, _SHARED)):
+            if other in state:  # files hold one of them, or both
+                state.setdefault(name, state[other])
         with torch.device("meta"):
             encoder = import_transformers().T5EncoderModel(config)
         load_published(encoder, state, "the encoder of a T5", _of_the_decoder)

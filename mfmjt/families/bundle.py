@@ -25,12 +25,13 @@ def default_sampling(network: MFMJT) -> Sampling:
     """Return how a network is meant to be sampled: in one step, or in 25 of flow matching.
 
     A network ignores the end of its interval, as one imported from MMAudio does until it is trained
-    further, where the embedding of t - r ends in zeros.
+    further, where its second embedding ends in zeros. MeanAudio learned to follow the guided
+    velocity, and so takes no guidance.
     """
     last = network.r_embed.mlp[2].parameters()
-    if any(p.is_meta or bool(p.any()) for p in last):
-        return Sampling()
-    return Sampling(steps=25, guidance=4.5, mode="cfg", instantaneous=True)
+    if not any(p.is_meta or bool(p.any()) for p in last):
+        return Sampling(steps=25, guidance=4.5, mode="cfg", instantaneous=True)
+    return Sampling() if network.config.takes_video else Sampling(guidance=1.0, mode="cfg")
 
 
 class Bundle:
@@ -43,6 +44,8 @@ class Bundle:
         sampling: How the network is meant to be sampled; None finds it out.
 
     Attributes:
+        duration: Seconds of sound for a prompt alone, unless asked otherwise: the length of the
+            clips that the network was trained on, in whole seconds.
         window: Whole seconds, 2 or more, that the network makes in one go.
         notes: One line each on what was odd about the files that the parts were read from, and on a
             precision that the CPU lacks.
@@ -54,7 +57,8 @@ class Bundle:
         self.network, self.codec, self.encoders = network, codec, encoders
         self.sampling = sampling or default_sampling(network)
         config = network.config
-        self.window = max(2, round(config.latent_length / config.latent_rate))
+        self.duration = max(2, round(config.latent_length / config.latent_rate))
+        self.window = self.duration
         self.notes: tuple[str, ...] = tuple(
             note
             for part in (network, codec, encoders)

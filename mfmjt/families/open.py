@@ -10,7 +10,7 @@ import torch
 
 from mfmjt.checkpoints import hub
 from mfmjt.errors import InputError, some
-from mfmjt.families import mmaudio, nano
+from mfmjt.families import meanaudio, mmaudio, nano
 from mfmjt.families.bundle import Bundle
 from mfmjt.model.published import NETWORK_FILES
 
@@ -40,7 +40,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: list[Family] = [mmaudio, nano]
+FAMILIES: list[Family] = [meanaudio, mmaudio, nano]
 """Asked in this order whether a folder is theirs."""
 
 

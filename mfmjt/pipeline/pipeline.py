@@ -209,7 +209,7 @@ class Pipeline:
                 flow matching), or "none", which takes half the time.
             seed: Sound number i is made from seed + i; the same seed gives the same sound.
             duration: Seconds of sound, from the video's start; None takes the whole video, or
-                8 s where there is none.
+                as long as the training's clips where there is none: 8 s, or 10 for MeanAudio.
             count: Number of different sounds to make, all at once.
             progress: Called as (stage, fraction done) at the beginning and end of each stage and
                 after each step; where there are several windows, after each step of them.

@@ -9,12 +9,10 @@ from mfmjt.errors import InputError
 from mfmjt.meanflow import Sampling
 from mfmjt.meanflow.guidance import GuidanceMode
 
-__all__ = ["MAX_DURATION", "TEXT_DURATION", "Request"]
+__all__ = ["MAX_DURATION", "Request"]
 
 MAX_DURATION = 86_400.0
 """Longest sound of one call, in seconds: a day, beyond which a number is a mistake."""
-TEXT_DURATION = 8.0
-"""Seconds of sound for a prompt alone, unless asked otherwise: the length of training clips."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from mfmjt.meanflow import Sampling
 from mfmjt.media import Pictures, Video, as_source
 from mfmjt.pipeline.audio import STAGES, Audio
 from mfmjt.pipeline.cache import entry
-from mfmjt.pipeline.request import MAX_DURATION, TEXT_DURATION, Request
+from mfmjt.pipeline.request import MAX_DURATION, Request
 from mfmjt.pipeline.stream import VideoFeatures
 from mfmjt.pipeline.windows import OVERLAP, Joiner, Noise, Window, expected, plan
 from mfmjt.progress import Progress
@@ -65,7 +65,8 @@ class _Unit:
     def key(self) -> tuple[object, ...]:
         """Return what units of one batch have in common."""
         parts, layout = pytree.tree_flatten(self.conditions)
-        return self.length, self.sampling, str(layout), tuple(part.shape for part in parts)
+        shapes = tuple(getattr(part, "shape", None) for part in parts)
+        return self.length, self.sampling, str(layout), shapes
 
 
 @torch.inference_mode()
@@ -180,6 +181,8 @@ def _begin(
 
 def _source(bundle: Bundle, request: Request) -> VideoFeatures:
     """Return the features of a request's video, which will be read, or found in its cache."""
+    if not bundle.encoders.takes_video:
+        bundle.encoders.refuse_video()
     source: Path | Pictures | Video = request.video
     if not isinstance(source, Video) or request.fps is not None:
         source = as_source(source, request.fps)
@@ -191,10 +194,10 @@ def _source(bundle: Bundle, request: Request) -> VideoFeatures:
 
 
 def _text(bundle: Bundle, prompt: str | None) -> dict[str, Tensor]:
-    """Return features `(1, tokens, dim)` of the prompt, where there is one."""
+    """Return features of the prompt, one row each, where there is one."""
     if not (prompt and prompt.strip()):
         return {}
-    return {"text": bundle.encoders.encode_text([prompt])}
+    return bundle.encoders.text_features([prompt])
 
 
 def _windows(
@@ -203,7 +206,7 @@ def _windows(
     """Give each window with the features of video and text."""
     given: Windows
     if source is None:
-        whole = TEXT_DURATION if request.duration is None else request.duration
+        whole = bundle.duration if request.duration is None else request.duration
         given = ((w, {}) for w in plan(bundle.window, lambda s: whole if whole <= s else None))
     else:
         given = source.windows(clock.stage)
@@ -298,9 +301,10 @@ def _generate(
             [Noise(u.request.seed, u.request.count, channels)(0, u.length) for u in batch]
         ).to(bundle.device)
 
-        def rows(*parts: Tensor) -> Tensor:
+        def rows(*parts: Tensor | None) -> Tensor | None:
             own = zip(parts, counts, strict=True)
-            return torch.cat([part.expand(count, *part.shape[1:]) for part, count in own])
+            found = [x.expand(n, *x.shape[1:]) for x, n in own if x is not None]
+            return torch.cat(found) if found else None  # what the network lacks
 
         conditions = pytree.tree_map(rows, *(unit.conditions for unit in batch))
         latents = bundle.latents(noise, conditions, batch[0].sampling, stepped)
