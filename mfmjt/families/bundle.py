@@ -18,7 +18,10 @@ from mfmjt.kernels import precision
 from mfmjt.meanflow import OneStep, Sampling
 from mfmjt.model import MFMJT
 
-__all__ = ["Bundle", "default_sampling"]
+__all__ = ["NEGATIVE", "Bundle", "default_sampling"]
+
+NEGATIVE = "negative_"
+"""Begins the names of features of a negative prompt, which stands for the null text in guidance."""
 
 
 def default_sampling(network: MFMJT) -> Sampling:
@@ -124,6 +127,7 @@ class Bundle:
         Args:
             features: Of `encoders`, under "video", "sync" and "text", `(B, tokens, dim)`; those
                 left out are null. "video_mask" and "text_mask" `(B,)` bool may say of which rows.
+                With "negative_" before its name, that of a text which guidance leads away from.
             length: Latents that will be made.
             sampling: What the result is for.
 
@@ -132,12 +136,19 @@ class Bundle:
         """
         if self._one_step is not None and sampling.steps == 1:
             return (dict(sorted(features.items())),)  # a prepared step computes its own
-        null = {name: value[:1] for name, value in features.items()}
+        given = {name: value for name, value in features.items() if not name.startswith(NEGATIVE)}
+        null = {name: value[:1] for name, value in given.items()}
         null["video_mask"] = null["text_mask"] = torch.zeros(
             1, dtype=torch.bool, device=self.device
         )
+        if negative := {
+            name.removeprefix(NEGATIVE): value
+            for name, value in features.items()
+            if name.startswith(NEGATIVE)
+        }:
+            null = {**null, **negative, "text_mask": null["text_mask"].logical_not()}
         return (
-            self.network.conditions(**features, latent_length=length),
+            self.network.conditions(**given, latent_length=length),
             self.network.conditions(**null, latent_length=length),
         )
 

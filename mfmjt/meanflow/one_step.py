@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfmjt.cuda_graph import Captured
 from mfmjt.meanflow._network import Network
-from mfmjt.meanflow.guidance import GuidanceMode, check_mode
+from mfmjt.meanflow.guidance import GuidanceMode, check_mode, check_negative
 from mfmjt.meanflow.sampling import sample
 
 __all__ = ["OneStep"]
@@ -61,6 +61,7 @@ class OneStep:
         text: Tensor | None = None,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        negative_text: Tensor | None = None,
         guidance: float | Tensor | None = None,
         mode: Any = None,  # or `**features`, a dictionary of tensors, would fail type checks
     ) -> Tensor:
@@ -73,6 +74,8 @@ class OneStep:
             text: Text features (B, N_text, C_text), or None.
             video_mask: (B,) bool; samples that are False have no video.
             text_mask: (B,) bool; samples that are False have no text.
+            negative_text: Features (B or 1, N_text, C_text) of what guidance leads away from; None
+                for the network's null text.
             guidance: Scale w, a number or a tensor of one element; None for that of the
                 construction.
             mode: See `guide`; None for that of the construction.
@@ -81,17 +84,20 @@ class OneStep:
             Data, in the shape and dtype of z.
 
         Raises:
-            InputError: Unknown mode.
+            InputError: Unknown mode, or a negative text without guidance.
         """
         guidance = self.guidance if guidance is None else guidance
         mode = self.mode if mode is None else mode
         check_mode(mode)
+        if negative_text is not None:
+            check_negative(guidance, mode)
         features: dict[str, Any] = {
             "video": video,
             "sync": sync,
             "text": text,
             "video_mask": video_mask,
             "text_mask": text_mask,
+            "negative_text": negative_text,
         }
         given = {name: value for name, value in features.items() if value is not None}
         return self._step(z, **given, guidance=guidance, mode=mode)
@@ -104,6 +110,7 @@ class OneStep:
         mode: GuidanceMode,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        negative_text: Tensor | None = None,
         **features: Tensor,
     ) -> Tensor:
         keep = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
@@ -111,12 +118,15 @@ class OneStep:
             "video_mask": keep if video_mask is None else video_mask,
             "text_mask": keep if text_mask is None else text_mask,
         }
-        null = {"video_mask": ~keep, "text_mask": ~keep}
+        null = {**features, "video_mask": ~keep, "text_mask": ~keep}
+        if negative_text is not None:
+            text = negative_text.expand(z.shape[0], -1, -1)
+            null |= {"text": text, "text_mask": keep}
         return sample(
             self.net,
             z,
             cond={**features, **cond},
-            null={**features, **null},
+            null=null,
             guidance=guidance,
             mode=mode,
         )

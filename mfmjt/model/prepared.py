@@ -207,6 +207,7 @@ class PreparedStep:
         *,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        negative_text: Tensor | None = None,
         null: bool = True,
     ) -> Tensor:
         """Average velocities of z.
@@ -218,6 +219,8 @@ class PreparedStep:
             text: Features (B or 1, N_text, text_dim), or None.
             video_mask: (B,) bool; where False, video and synchronization are null.
             text_mask: (B,) bool; where False, the text is null.
+            negative_text: Features (B or 1, N_text, text_dim) in place of the null text in the
+                evaluation without conditions, as many tokens as the text has.
             null: Also evaluate without conditions.
 
         Returns:
@@ -242,6 +245,8 @@ class PreparedStep:
         sync = tokens.get(2, uncond.sync)
         text = tokens.get(3, uncond.text)
         by_frame, by_clip = self._modulated(video, sync, text, length)
+        if null and negative_text is not None:
+            uncond = self._against(uncond, negative_text, length)
 
         def both(cond: Tensor, uncond: Tensor) -> Tensor:
             cond = cond.expand(batch, -1, -1)
@@ -296,6 +301,19 @@ class PreparedStep:
         frames = frame_condition(shared, sync, length)
         by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
         return frames.of_tokens(by_frame), by_clip
+
+    def _against(self, null: _Null, text: Tensor, length: int) -> _Null:
+        """Return the pass without conditions with another text (B or 1, N_text, text_dim)."""
+        *_, text = self._net.features(text=text, latent_length=length)
+        if text.shape[1] != null.text.shape[1]:
+            raise InputError(
+                f"negative_text has {text.shape[1]} tokens, and the text {null.text.shape[1]}. "
+                "Encode both alike."
+            )
+        xs = self._first.only([3])([text], [self._acts[3]])
+        (encoded,) = self._down.only([3])(self._up.only([3])(xs))
+        modulations = self._modulated(null.video, null.sync, encoded, length)
+        return _Null(null.position, null.video, encoded, null.sync, *modulations)
 
     def _null(self, length: int, lengths: tuple[int, ...]) -> _Null:
         key = (length, *lengths)

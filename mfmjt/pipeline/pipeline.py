@@ -192,6 +192,7 @@ class Pipeline:
         progress: Progress | None = None,
         cache: str | os.PathLike[str] | None = None,
         fps: Any = None,
+        negative_prompt: str | None = None,
     ) -> Audio | list[Audio]:
         """Make sound for a video, a prompt, or both, of any duration.
 
@@ -216,6 +217,8 @@ class Pipeline:
             cache: Folder in which a video's features are kept, and looked for next time.
             fps: Pictures per second of a folder, a pattern or an array, which have no times of
                 their own. Folders and patterns are taken at 25 where it is not given.
+            negative_prompt: What is not to be heard, in words: it takes the place of no text in
+                the evaluation that guidance leads away from. It needs a guidance above 1.
 
         Returns:
             An `Audio`, or a list of `count` of them if `count` is above 1.
@@ -226,7 +229,19 @@ class Pipeline:
             RunError: The network's output is not finite, or the cache cannot be written.
         """
         modes = () if mode is None else (mode,)
-        request = Request(video, prompt, steps, guidance, modes, seed, duration, count, cache, fps)
+        request = Request(
+            video,
+            prompt,
+            steps,
+            guidance,
+            modes,
+            seed,
+            duration,
+            count,
+            cache,
+            fps,
+            negative_prompt,
+        )
         (made,) = generate(self.bundle, [request], progress)
         if isinstance(made, MfmjtError):
             raise made

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mfmjt.errors import MfmjtError
 from mfmjt.families import Bundle
+from mfmjt.families.bundle import NEGATIVE
 from mfmjt.meanflow import Sampling
 from mfmjt.media import Pictures, Video, as_source
 from mfmjt.pipeline.audio import STAGES, Audio
@@ -161,6 +162,7 @@ def _begin(
     clock = _Clock(bundle.device, report)
     source = None if request.video is None else _source(bundle, request)
     notes = bundle.encoders.prompt_notes(request.prompt)
+    notes += bundle.encoders.prompt_notes(request.negative_prompt, "negative prompt")
     with closing(_windows(bundle, request, source, clock)) as windows:  # and the thread it reads in
         window, features = next(windows)
         if not window.last:
@@ -212,6 +214,8 @@ def _windows(
         if text is None:
             with clock.stage("encode"):
                 text = _text(bundle, request.prompt)
+                negative = _text(bundle, request.negative_prompt)
+                text |= {NEGATIVE + name: value for name, value in negative.items()}
         yield window, features | text
 
 
