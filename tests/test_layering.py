@@ -38,7 +38,7 @@ ALLOWED: dict[str, str] = {
     "families features",
     "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
     "encoders plotting data families features evaluate",
-    "pipeline": "errors files devices progress checkpoints model meanflow codec encoders media "
+    "pipeline": "errors files devices progress checkpoints kernels model meanflow codec encoders media "
     "families",
     "extract": "errors files devices progress encoders media families features",
     "serve": "errors encoders data media evaluate pipeline",

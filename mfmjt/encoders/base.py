@@ -115,7 +115,9 @@ class Encoders(nn.Module):
         """Return one line on a prompt that is cut off, and one on words that training had not."""
         prompt, notes = prompt or "", []
         if unread := self.unread(prompt):
-            notes.append(f"The {called} is too long: its end, from {unread[:30]!r} on, is not read.")
+            notes.append(
+                f"The {called} is too long: its end, from {unread[:30]!r} on, is not read."
+            )
         known, unknown = self.understood(prompt)
         words = some(map(repr, unknown))
         if unknown and known:
