@@ -61,9 +61,9 @@ def check_negative(w: float | Tensor, mode: str) -> None:
     """Raise InputError unless the sound is guided, so that a negative prompt has an effect."""
     if mode == "none" or (not isinstance(w, Tensor) and w <= 1):
         raise InputError(
-            f"A negative prompt is what guidance leads away from, and there is none with mode "
-            f"{mode} and guidance {float(w):g}. Give the mode cfg or cfg_scaled and a guidance above "
-            "1, or leave the negative prompt out."
+            "A negative prompt is what guidance leads away from, and there is none with mode "
+            f"{mode} and guidance {float(w):g}. Give mode cfg or cfg_scaled and a guidance above 1, "
+            "or leave the negative prompt out."
         )
 
 
