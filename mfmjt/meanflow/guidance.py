@@ -62,7 +62,7 @@ def check_negative(w: float | Tensor, mode: str) -> None:
     if mode == "none" or (not isinstance(w, Tensor) and w <= 1):
         raise InputError(
             "A negative prompt is what guidance leads away from, and there is none with mode "
-            f"{mode} and guidance {float(w):g}. Give mode cfg or cfg_scaled and a guidance above 1, "
+            f"{mode} and guidance {float(w):g}. Give mode cfg or cfg_scaled and guidance above 1, "
             "or leave the negative prompt out."
         )
 
