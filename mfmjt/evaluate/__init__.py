@@ -1,5 +1,5 @@
 """How good generated sound is: examples with a known truth, metrics, judges and reports."""
 
-from mfmjt.evaluate import statistics
+from mfmjt.evaluate import networks, statistics
 
-__all__ = ["statistics"]
+__all__ = ["networks", "statistics"]
