@@ -161,7 +161,9 @@ class Bundle:
             `(B, N, C)` in the codec's space.
         """
         rows = len(noise)
-        conditions = pytree.tree_map(lambda x: x.expand(rows, *x.shape[1:]), conditions)
+        conditions = pytree.tree_map_only(
+            Tensor, lambda x: x.expand(rows, *x.shape[1:]), conditions
+        )
         if len(conditions) == 1:
             assert self._one_step is not None
             made = self._one_step(

@@ -17,7 +17,8 @@ from mfmjt.errors import InputError, some
 from mfmjt.families.bundle import Bundle
 from mfmjt.families.nano import CODEC, NETWORK
 from mfmjt.model import MFMJT, config_for, load_mmaudio
-from mfmjt.model.checkpoint import MARK, NETWORK_FILES, is_ours
+from mfmjt.model.checkpoint import is_ours
+from mfmjt.model.published import MARK, NETWORK_FILES
 
 __all__ = ["Sizes", "holds", "open_folder", "open_published"]
 

@@ -12,7 +12,7 @@ import torch
 from mfmjt.errors import InputError, reason, some
 from mfmjt.families import mmaudio, nano
 from mfmjt.families.bundle import Bundle
-from mfmjt.model.checkpoint import NETWORK_FILES
+from mfmjt.model.published import NETWORK_FILES
 
 __all__ = ["FAMILIES", "PRETRAINED", "Family", "open_bundle"]
 

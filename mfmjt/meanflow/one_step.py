@@ -25,7 +25,7 @@ class OneStep:
     combination of shapes.
 
     Args:
-        net: net(z, r, t, video=, sync=, text=, video_mask=, text_mask=) -> u.
+        net: net(z, r, t, video=, sync=, text=, pooled=, video_mask=, text_mask=) -> u.
         guidance: Scale w; 1 needs no second pass. A call may give another.
         mode: See `guide`. A call may give another.
         compile: False calls the network itself, neither prepared nor as a graph.
@@ -63,6 +63,7 @@ class OneStep:
         text_mask: Tensor | None = None,
         guidance: float | Tensor | None = None,
         mode: Any = None,  # or `**features`, a dictionary of tensors, would fail type checks
+        pooled: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into data.
 
@@ -76,6 +77,7 @@ class OneStep:
             guidance: Scale w, a number or a tensor of one element; None for that of the
                 construction.
             mode: See `guide`; None for that of the construction.
+            pooled: Features of the whole text (B, C_pooled), for networks that take them, or None.
 
         Returns:
             Data, in the shape and dtype of z.
@@ -90,6 +92,7 @@ class OneStep:
             "video": video,
             "sync": sync,
             "text": text,
+            "pooled": pooled,
             "video_mask": video_mask,
             "text_mask": text_mask,
         }
