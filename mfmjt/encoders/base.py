@@ -75,12 +75,9 @@ class Encoders(nn.Module):
             they arrive.
         period: Clips for training last a multiple of so many seconds; 0 takes any duration.
         takes_video: Whether there is anything but text to encode.
-        null_prompt: The text that stands for none where guidance compares with it; None where the
-            network has its own null tokens.
     """
 
     takes_video = True
-    null_prompt: str | None = None
     frame_size: int | tuple[int, int]
     video_fps: int
     sync_fps: int

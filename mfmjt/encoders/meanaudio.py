@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from mfmjt.encoders.text_model import folders_of
 from mfmjt.errors import InputError
 from mfmjt.model import ModelConfig
 
-__all__ = ["MeanAudioEncoders"]
+__all__ = ["MeanAudioEncoders", "find_encoders"]
 
 _ROUNDING = 1e-6  # of durations in seconds, which are quotients
 
@@ -37,7 +38,6 @@ class MeanAudioEncoders(Encoders):
     """
 
     takes_video = False
-    null_prompt = ""
     frame_size = 0
     video_fps = 0
     sync_fps = 0
@@ -57,7 +57,6 @@ class MeanAudioEncoders(Encoders):
         *,
         clap: bool = True,
         text_dim: int = 1024,
-        also: Iterable[PublishedFile] = (),
     ) -> MeanAudioEncoders:
         """Load the published files from where the user keeps them.
 
@@ -65,33 +64,23 @@ class MeanAudioEncoders(Encoders):
             folder: Holds the folders of Flan-T5-large and, for CLAP, of RoBERTa-base, as
                 Hugging Face's hub has them and under any name, and CLAP's file, itself or in
                 folders inside it. Folders in the hub's cache are found as well.
-            check: What is compared with the published files: "name", "size" or "md5".
+            check: What is compared with the published file: "name", "size" or "md5".
             clap: Whether CLAP gives the vector of a whole text.
             text_dim: Channels of a token; of several T5s in the folder, one of this width is taken.
-            also: Further files that must be there.
 
         Raises:
-            InputError: A file is missing, damaged or another one, those of `also` included; the
-                message names all of them and says where their publishers keep them. Or
-                transformers is not installed.
+            InputError: A file is missing, damaged or another one; the message names all of them and
+                says where their publishers keep them. Or transformers is not installed.
         """
-        t5s = folders_of(FLAN_T5, folder, d_model=text_dim)
-        robertas = folders_of(ROBERTA, folder) if clap else []
-        absent = [FLAN_T5] * (not t5s) + [ROBERTA] * (clap and not robertas)
-        find_all(
-            folder,
-            [*also, *([CLAP_FILE] if clap else [])],
-            check,
-            {model.publisher: f"no folder of {model.name}" for model in absent},
-        )
-        text = CLAPText.from_files(find_all(folder, [CLAP_FILE])[0], robertas[0]) if clap else None
-        t5 = T5.from_pretrained(t5s[0])
+        files = find_encoders(folder, check, clap=clap, text_dim=text_dim)
+        of_text = CLAPText.from_files(*files[1:]) if clap else None
+        t5 = T5.from_pretrained(files[0])
         if t5.dim != text_dim:
             raise InputError(
-                f"{t5s[0]} is a T5 of width {t5.dim}, and the network takes {text_dim}. Give the "
+                f"{files[0]} is a T5 of width {t5.dim}, and the network takes {text_dim}. Give the "
                 f"folder of {FLAN_T5.name} ({FLAN_T5.publisher})."
             )
-        return cls(t5, text).eval()
+        return cls(t5, of_text).eval()
 
     def cast(self, dtype: torch.dtype) -> MeanAudioEncoders:
         """Make T5 and CLAP calculate in `dtype`; features come as float32 all the same."""
@@ -157,3 +146,32 @@ class MeanAudioEncoders(Encoders):
         words = dict.fromkeys(text.split())
         known = {word: self.t5.tokens.knows(word) for word in words}
         return [w for w in words if known[w]], [w for w in words if not known[w]]
+
+
+def find_encoders(
+    folder: str | os.PathLike[str],
+    check: Check = "size",
+    *,
+    clap: bool = True,
+    text_dim: int = 1024,
+    also: Sequence[PublishedFile] = (),
+) -> list[Path]:
+    """Return the folder of T5 and, for CLAP, its file and the folder of RoBERTa.
+
+    Args:
+        folder: As for `MeanAudioEncoders.from_folder`.
+        check: As there.
+        clap: As there.
+        text_dim: As there.
+        also: Further files that must be there.
+
+    Raises:
+        InputError: Something is missing, those of `also` included, or is not what was published;
+            all of it is named at once.
+    """
+    t5s = folders_of(FLAN_T5, folder, d_model=text_dim)
+    robertas = folders_of(ROBERTA, folder) if clap else []
+    absent = [FLAN_T5] * (not t5s) + [ROBERTA] * (clap and not robertas)
+    told = {model.publisher: f"no folder of {model.name}" for model in absent}
+    files = find_all(folder, [*([CLAP_FILE] if clap else []), *also], check, told)
+    return [t5s[0], files[0], robertas[0]] if clap else [t5s[0]]

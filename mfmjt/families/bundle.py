@@ -51,6 +51,8 @@ class Bundle:
         sampling: How the network is meant to be sampled; None finds it out.
 
     Attributes:
+        null_prompt: What guidance leads away from where there is no negative prompt: the empty
+            text for MeanAudio and its relatives, None for the network's own null tokens.
         duration: Seconds of sound for a prompt alone, unless asked otherwise: the length of the
             clips that the network was trained on, in whole seconds.
         window: Whole seconds, 2 or more, that the network makes in one go.
@@ -64,6 +66,7 @@ class Bundle:
         self.network, self.codec, self.encoders = network, codec, encoders
         self.sampling = sampling or default_sampling(network)
         config = network.config
+        self.null_prompt = None if config.takes_video else ""
         self.duration = max(2, round(config.latent_length / config.latent_rate))
         self.window = self.duration
         self.notes: tuple[str, ...] = tuple(
@@ -179,6 +182,15 @@ class Bundle:
         if not self.sampling.instantaneous:
             self._one_step = OneStep(self.network)
 
+    def guidance(self, sampling: Sampling) -> float:
+        """Return the strength of guidance: 1, which needs no second evaluation, if there is none.
+
+        MeanAudio and its relatives count all that is below 1 for none.
+        """
+        if sampling.mode == "none" or (self.null_prompt is not None and sampling.guidance < 1):
+            return 1.0
+        return sampling.guidance
+
     def lengths(self, seconds: float) -> Lengths:
         """Give the latents and frames of so many seconds."""
         return self.encoders.lengths(seconds, self.network.config)
@@ -256,9 +268,10 @@ class Bundle:
         )
         if len(conditions) == 1:
             assert self._one_step is not None
-            made = self._one_step(
-                noise, **conditions[0], guidance=sampling.guidance, mode=sampling.mode
-            )
+            features, guidance = conditions[0], self.guidance(sampling)
+            if guidance == 1:  # modes of one request share features, and not all are guided
+                features = {k: v for k, v in features.items() if not k.startswith(NEGATIVE)}
+            made = self._one_step(noise, **features, guidance=guidance, mode=sampling.mode)
             stepped()
             return self.network.unnormalize(made)
 
@@ -274,7 +287,7 @@ class Bundle:
             sampling.steps,
             cond,
             null,
-            sampling.guidance,
+            self.guidance(sampling),
             sampling.mode,
             sampling.instantaneous,
         )

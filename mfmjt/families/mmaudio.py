@@ -20,7 +20,7 @@ from mfmjt.families.bundle import Bundle
 from mfmjt.families.nano import CODEC, NETWORK
 from mfmjt.model import MFMJT, config_for, load_mmaudio
 from mfmjt.model.checkpoint import is_ours
-from mfmjt.model.published import MARK, NETWORK_FILES
+from mfmjt.model.published import MARK, NETWORK_FILES, family_of
 
 __all__ = ["Sizes", "holds", "open_folder", "open_published"]
 
@@ -158,6 +158,7 @@ def _codec_for(network: Path) -> str:
     content = read_content(network)
     with about(network, NETWORK_FILES["small_16k"]):
         state, _ = weights_in(content, MARK, "an MMAudio network")
+        family_of(state)  # what is of none is told before the files that MMAudio's need
     return "16k" if state[MARK].shape[1:2] == (20,) else "44k"
 
 

@@ -60,13 +60,13 @@ def open_bundle(
 
     Args:
         name: "nano", which ships; a folder with `network.safetensors`, `codec.safetensors` and
-            `encoders.safetensors`, or with MMAudio's published files (docs/mmaudio.md) and either a
-            published network or a `network.safetensors` of ours; the file of a network in such a
-            folder, published or ours, under any name; or such a repository of Hugging Face's hub,
-            as owner/name.
+            `encoders.safetensors`, or with the published files of MMAudio (docs/mmaudio.md) or of
+            MeanAudio and its relatives (docs/meanaudio.md) and either a published network or a
+            `network.safetensors` of ours; the file of a network in such a folder, published or
+            ours, under any name; or such a repository of Hugging Face's hub, as owner/name.
         network: Another network for the same codec and encoders; False opens these alone.
         codec: Of MMAudio's codecs, "16k" or "44k", where both are there and no network decides.
-        dtype: Precision of MMAudio's codec and encoders.
+        dtype: Precision of MMAudio's codec and encoders, or of MeanAudio's.
         low_memory: As for `mfmjt.Pipeline`.
 
     Raises:
@@ -106,7 +106,10 @@ def _located(name: str | os.PathLike[str]) -> tuple[Path, Path | None]:
     if str(name) in shipped:
         return PRETRAINED / name, None
     if hub.is_repository(name):
-        return hub.download(str(name), _DOWNLOADED), None
+        folder = hub.download(str(name), _DOWNLOADED)
+        for model in meanaudio.kept_elsewhere(folder):
+            hub.download(model.name, model.files)  # into the cache, where it is looked for
+        return folder, None
     raise InputError(
         f"There is no model {name}: it is neither a file, nor a folder, nor one that ships "
         f"({', '.join(shipped)}). Give one of these."
@@ -117,7 +120,7 @@ def _no_network(folder: Path) -> InputError:
     """Say that a folder holds no network under a known name, and which files might be one."""
     others = sorted(path.name for path in folder.glob("*") if path.suffix in _WEIGHTS)
     return InputError(
-        f"{folder} holds no network: neither network.safetensors nor one of MMAudio's, such as "
-        f"{NETWORK_FILES['small_16k'].name}. Give the file of a network itself"
+        f"{folder} holds no network: neither network.safetensors nor one of MMAudio's or "
+        f"MeanAudio's, such as {NETWORK_FILES['small_16k'].name}. Give the file of a network itself"
         + (f"; there are {some(others)}." if others else ".")
     )

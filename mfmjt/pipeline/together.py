@@ -210,11 +210,21 @@ def _source(bundle: Bundle, request: Request) -> VideoFeatures:
     return VideoFeatures(source, request.duration, MAX_DURATION, bundle, cached)
 
 
-def _text(bundle: Bundle, prompt: str | None) -> dict[str, Tensor]:
-    """Return features of the prompt, one row each, where there is one."""
-    if not (prompt and prompt.strip()):
-        return {}
-    return bundle.encoders.text_features([prompt])
+def _text(bundle: Bundle, request: Request) -> dict[str, Tensor]:
+    """Return features of the prompts, and of no words where guidance needs it, one row each."""
+    prompt, negative = (
+        text if text and text.strip() else None
+        for text in (request.prompt, request.negative_prompt)
+    )
+    guided = any(bundle.guidance(s) != 1 for s in request.samplings(bundle.sampling))
+    if negative is None and guided:
+        negative = bundle.null_prompt
+    bundle.need("encoders")
+    found = {} if prompt is None else bundle.encoders.text_features([prompt])
+    if negative is not None:
+        against = bundle.encoders.text_features([negative])
+        found |= {NEGATIVE + name: value for name, value in against.items()}
+    return found
 
 
 def _windows(
@@ -231,10 +241,7 @@ def _windows(
     for window, features in given:
         if text is None:
             with clock.stage("encode"):
-                bundle.need("encoders")
-                text = _text(bundle, request.prompt)
-                negative = _text(bundle, request.negative_prompt)
-                text |= {NEGATIVE + name: value for name, value in negative.items()}
+                text = _text(bundle, request)
         yield window, features | text
 
 

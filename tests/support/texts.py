@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mfmjt.encoders.clap import CLAP_FILE
+from mfmjt.model import MFMJT, config_for
 from tests.support.peers import load_torchvision
+from tests.support.published import VAES, VOCODERS, vae_shapes, vocoder_shapes
 from tests.support.weights import draw_all
 
 SENTENCES = [
@@ -29,6 +31,7 @@ ROBERTA_SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 90, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
 }  # fmt: skip
+NETWORK = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "text_dim": 48}
 
 
 def needs_transformers() -> None:
@@ -159,3 +162,35 @@ def part_weights(folder: Path) -> None:
     where = {name: file for file, held in parts.items() for name in held}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / "model.safetensors").unlink()
+
+
+def meanaudio_state(name: str, **changes: object) -> dict[str, Tensor]:
+    """Random weights of a small network of MeanAudio's family, in the published layout."""
+    changes = {**NETWORK, **({"pooled_dim": 48} if name == "resonate" else {}), **changes}
+    with torch.device("meta"):
+        net = MFMJT(config_for(name, **changes))
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    if net.config.second_time != "r":
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("r_embed.")}
+    return draw_all(shapes)
+
+
+def write_meanaudio(folder: Path, network: str, name: str = "meanaudio_s") -> Path:
+    """Save a network of a configuration in a file, and all that goes with it, as people have it.
+
+    T5, RoBERTa and CLAP lie where the publisher's own code downloads them to.
+    """
+    weights = folder / "weights"
+    weights.mkdir(parents=True)
+    torch.save(meanaudio_state(name), weights / network)
+    codec, vae, vocoder = (
+        ("44k", "v1-44.pth", "bigvgan_generator.pt")
+        if name == "resonate"
+        else ("16k", "v1-16.pth", "best_netG.pt")
+    )
+    torch.save(draw_all(vae_shapes(VAES[codec])), weights / vae)
+    torch.save({"generator": draw_all(vocoder_shapes(VOCODERS[codec]))}, weights / vocoder)
+    write_t5(folder / "google" / "flan-t5-large")
+    if name != "resonate":
+        write_clap(weights, write_roberta(folder / "roberta-base"))
+    return folder
