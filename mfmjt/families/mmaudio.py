@@ -1,4 +1,7 @@
-"""MMAudio's published files, under its own names or ComfyUI's, and networks trained from them."""
+"""MMAudio's published files, under its own names or ComfyUI's, and networks trained from them.
+
+SelVA's and FoleyDash's networks go with MMAudio's codec and encoders, too; they are given by file.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from mfmjt.encoders.mmaudio import ENCODER_FILES
 from mfmjt.errors import InputError, some
 from mfmjt.families.bundle import Bundle
 from mfmjt.families.nano import CODEC, NETWORK
-from mfmjt.model import MFMJT, config_for, load_mmaudio
+from mfmjt.meanflow import Sampling
+from mfmjt.model import MFMJT, config_for, load_network
 from mfmjt.model.checkpoint import is_ours
-from mfmjt.model.published import MARK, NETWORK_FILES
+from mfmjt.model.published import MARK, NETWORK_FILES, family_of
 
 __all__ = ["Sizes", "holds", "open_folder", "open_published"]
 
@@ -33,6 +37,7 @@ class Sizes(NamedTuple):
 
 
 PUBLISHED = Sizes()
+_SELVA = "generator_small_16k_sup_5.pth"
 
 
 def holds(folder: Path, network: Path | bool) -> bool:
@@ -95,7 +100,7 @@ def open_published(
             raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
         model = next(iter(found), "small_16k")
     # All that is missing is said at once, before the first gigabyte is read.
-    config = None
+    config, sampling = None, None
     if model in NETWORK_FILES:
         codec = "16k" if str(model).endswith("16k") else "44k"
         needed = [NETWORK_FILES[str(model)], *codec_files(codec), *ENCODER_FILES]
@@ -103,14 +108,22 @@ def open_published(
         if check != "name" and sizes == PUBLISHED:
             config = str(model)
     elif os.path.isfile(network := Path(model)):
-        codec = _codec_for(network)
+        codec, family = _codec_for(network)
+        if family == "FoleyDash":  # guidance is in its weights
+            sampling = Sampling(guidance=1.0)
         find_all(folder, [*codec_files(codec), *ENCODER_FILES], check)
     else:
         raise InputError(
             f"MMAudio has no network {str(model)!r}: there are {', '.join(NETWORK_FILES)}. "
             "Choose one, or give a file."
         )
-    return _bundle(load_mmaudio(network, config), folder, codec, "name", dtype, sizes)
+    net = load_network(network, config)
+    if network.name == _SELVA:
+        net.notes += (
+            "SelVA's generator is made for synchronization features that its own encoder selects "
+            "by the text, and for no others: these are MMAudio's, of all that is seen.",
+        )
+    return _bundle(net, folder, codec, "name", dtype, sizes, sampling)
 
 
 def _bundle(
@@ -120,11 +133,13 @@ def _bundle(
     check: Check = "size",
     dtype: torch.dtype = torch.float32,
     sizes: Sizes = PUBLISHED,
+    sampling: Sampling | None = None,
 ) -> Bundle:
     return Bundle(
         network,
         MMAudioCodec.from_folder(folder, codec, check, sizes.vae, sizes.vocoder).cast(dtype),
         MMAudioEncoders.from_folder(folder, check, sizes.clip, sizes.synchformer).cast(dtype),
+        sampling,
     )
 
 
@@ -136,16 +151,17 @@ def _codec(folder: Path) -> str | None:
     return None
 
 
-def _codec_for(network: Path) -> str:
-    """Return the codec of the network in a file of any name, by the channels of its latents.
+def _codec_for(network: Path) -> tuple[str, str]:
+    """Return the codec of the network in a file of any name, by its latents, and whose it is.
 
     Raises:
         InputError: The file cannot be read, or is no network of MMAudio's.
     """
     content = read_content(network)
     with about(network, NETWORK_FILES["small_16k"]):
-        state, _ = weights_in(content, MARK, "an MMAudio network")
-    return "16k" if state[MARK].shape[1:2] == (20,) else "44k"
+        state, _ = weights_in(content, MARK, "a network of MMAudio's")
+        family = family_of(state)
+    return "16k" if state[MARK].shape[1:2] == (20,) else "44k", family
 
 
 def _networks(folder: Path) -> dict[str, Path]:
