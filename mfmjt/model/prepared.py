@@ -227,6 +227,8 @@ class PreparedStep:
         *,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        negative_text: Tensor | None = None,
+        negative_pooled: Tensor | None = None,
         null: bool = True,
     ) -> Tensor:
         """Average velocities of z.
@@ -239,6 +241,9 @@ class PreparedStep:
             pooled: Features of the whole text (B or 1, pooled_dim), or None.
             video_mask: (B,) bool; where False, video and synchronization are null.
             text_mask: (B,) bool; where False, the text is null.
+            negative_text: Features (B or 1, N_text, text_dim) in place of the null text in the
+                evaluation without conditions, as many tokens as the text has.
+            negative_pooled: The same of the whole text (B or 1, pooled_dim).
             null: Also evaluate without conditions.
 
         Returns:
@@ -265,6 +270,8 @@ class PreparedStep:
         tokens = uncond.tokens | dict(zip([self._names[i] for i in encoded], xs, strict=True))
         latent = tokens.pop("latent")
         by_frame, by_clip = self._modulated(tokens, features.pooled, length)
+        if null and negative_text is not None:
+            uncond = self._against(uncond, negative_text, negative_pooled, length)
 
         def both(cond: Tensor, uncond: Tensor) -> Tensor:
             cond = cond.expand(batch, -1, -1)
@@ -330,6 +337,19 @@ class PreparedStep:
         frames = frame_condition(shared, tokens["sync"], length)
         by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
         return frames.of_tokens(by_frame), by_clip
+
+    def _against(self, null: _Null, text: Tensor, pooled: Tensor | None, length: int) -> _Null:
+        """Return the pass without conditions with this text in place of the null text."""
+        features = self._net.features(text=text, pooled=pooled, latent_length=length)
+        if features.text.shape[1] != null.tokens["text"].shape[1]:
+            raise InputError(
+                f"negative_text has {features.text.shape[1]} tokens, and the text "
+                f"{null.tokens['text'].shape[1]}. Encode both alike."
+            )
+        at = self._names.index("text")
+        xs = self._up.only([at])(self._first.only([at])([features.text], [self._acts[at]]))
+        tokens = {**null.tokens, "text": self._down.only([at])(xs)[0]}
+        return _Null(tokens, null.position, *self._modulated(tokens, features.pooled, length))
 
     def _null(self, length: int, features: Features) -> _Null:
         net = self._net

@@ -88,8 +88,8 @@ class NetworkTask(Task):
                 "Feature stores hold no vector of a whole text, which this network reads: it is "
                 "trained with the null one.",
             )
-        if self.device.type == "cpu" and getattr(torch, config.dtype) in precision.SLOW:
-            self.notes += (precision.note(torch.bfloat16),)
+        if cost := precision.cost(getattr(torch, config.dtype), self.device):
+            self.notes += (cost,)
         self.model = self._model()
         self.generator, self.next = torch.Generator(self.device), torch.Generator()
         # Of a GPU's random numbers the host would have to wait to know what to read.
