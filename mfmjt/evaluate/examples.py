@@ -224,8 +224,11 @@ def stored(
     latents = features.pop("latent") * store.latent_std + store.latent_mean
     with timed(seconds, "encode"):
         if not store.has_text and any(captions):
-            parts = [captions[i : i + batch] for i in range(0, len(captions), batch)]
-            features["text"] = torch.cat([bundle.encoders.encode_text(part) for part in parts])
+            parts = [
+                bundle.encoders.text_features(captions[i : i + batch])
+                for i in range(0, len(captions), batch)
+            ]
+            features |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     waves: list[Tensor] = []
     for rows in latents.split(batch):
         with timed(seconds, "read"):

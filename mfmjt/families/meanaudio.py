@@ -51,10 +51,10 @@ def open_folder(
     """
     if not isinstance(network, Path):
         return open_published(folder, dtype=dtype, low_memory=low_memory)
-    # The publishers' own code keeps networks in `weights`, and text models beside that.
-    roots = (folder, folder.parent)
-    root = next((path for path in roots if folders_of(FLAN_T5, path)), folder)
-    return open_published(root, network, dtype=dtype, low_memory=low_memory)
+    # The publishers' own code keeps networks in `weights`; text models may lie beside that.
+    if folder.name == "weights" and not folders_of(FLAN_T5, folder):
+        folder = folder.parent
+    return open_published(folder, network, dtype=dtype, low_memory=low_memory)
 
 
 def open_published(

@@ -48,7 +48,7 @@ class Service:
             settings.workers,
             settings.read_seconds,
             settings.memory,
-            pipeline.encoders.frame_specs,
+            pipeline.encoders.frame_specs if pipeline.encoders.takes_video else (),
         )
         self.worker = Worker(pipeline, settings.batch, asyncio.get_running_loop(), self._count)
         self.model = Model(
@@ -64,6 +64,7 @@ class Service:
             max_steps=MAX_STEPS,
         )
         self._own = pipeline.sampling
+        self._encoders = pipeline.encoders
         self._pace = 1.0  # seconds a job takes, lately
 
     async def start(self) -> None:
@@ -96,6 +97,8 @@ class Service:
             asked, has_video = await read_request(request, folder, self.settings)
             received = time.perf_counter()
             try:
+                if has_video and not self._encoders.takes_video:
+                    self._encoders.refuse_video()
                 replace(asked_for(asked.model_dump()), video=has_video or None).samplings(self._own)
             except InputError as error:
                 raise HTTPException(422, str(error)) from error

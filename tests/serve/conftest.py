@@ -60,9 +60,10 @@ def start(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Start:
     @contextlib.contextmanager
     def started(**options: Any) -> Iterator[Client]:
         options.setdefault("folder", tmp_path_factory.mktemp("run"))
+        pipeline = options.pop("pipeline", pipe)
         settings = Settings(port=0, **options)
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            app = create_app(pipe, "random", settings)
+            app = create_app(pipeline, "random", settings)
             server = uvicorn.Server(
                 uvicorn.Config(
                     app, log_level="error", http="h11", ws="none", timeout_graceful_shutdown=1
