@@ -78,6 +78,8 @@ def generate(
     - `mfmjt generate clip.mp4 --negative-prompt "music, speech" --guidance 3`
 
     - `mfmjt generate clip.mp4 --model weights/mmaudio_small_16k.pth --steps 25 --low-memory`
+
+    - `mfmjt generate --prompt "a dog barks twice" --model weights/meanaudio_s_full.pth`
     """
     began = time.perf_counter()
     with _common.defer_interrupts():

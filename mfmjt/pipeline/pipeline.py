@@ -137,10 +137,11 @@ class Pipeline:
 
         Args:
             name: "nano", or a folder with `network.safetensors`, `codec.safetensors` and
-                `encoders.safetensors`, or one with MMAudio's published files (see `from_mmaudio`)
-                and either a published network or a `network.safetensors` of ours, or the file of a
-                network in such a folder, published or ours, under any name; or such a repository of
-                Hugging Face's hub, as owner/name.
+                `encoders.safetensors`, or one with the published files of MMAudio (see
+                `from_mmaudio`) or of MeanAudio and its relatives (docs/meanaudio.md) and either a
+                published network or a `network.safetensors` of ours, or the file of a network in
+                such a folder, published or ours, under any name; or such a repository of Hugging
+                Face's hub, as owner/name.
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
             compile: As for `Pipeline`.
@@ -227,9 +228,10 @@ class Pipeline:
             prompt: What is to be heard, in words.
             steps: Evaluations of the network; by default 1, or 25 for one of flow matching.
             guidance: Strength of guidance; 1 follows the conditions as they are. By default 1.5,
-                or 4.5 for a network of flow matching.
-            mode: "cfg_scaled" (the paper's, and the default), "cfg" (the default for a network of
-                flow matching), or "none", which takes half the time.
+                4.5 for a network of flow matching, and 1 for MeanAudio, which takes all that is
+                below for 1, too.
+            mode: "cfg_scaled" (the paper's, and the default), "cfg" (the default for networks of
+                flow matching and MeanAudio), or "none", which takes half the time.
             seed: Sound number i is made from seed + i; the same seed gives the same sound.
             duration: Seconds of sound, from the video's start; None takes the whole video, or
                 as long as the training's clips where there is none: 8 s, or 10 for MeanAudio.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mfmjt.encoders import T5
 from mfmjt.errors import InputError
 from mfmjt.families import Bundle, meanaudio, open_bundle
 from mfmjt.meanflow import Sampling
@@ -397,10 +399,23 @@ def test_a_repository_of_the_hub_with_t5_and_roberta_in_the_cache(
         (known / "refs" / "main").write_text(revision)
         shutil.copytree(files, known / "snapshots" / revision)
     assert torch.equal(sound("somebody/sounds"), expected)
+    assert T5.from_pretrained("google/flan-t5-large").dim == 48
     shutil.rmtree(hub / "models--google--flan-t5-large")
     with pytest.raises(InputError, match="no folder google/flan-t5-large, and Hugging Face's hub"):
         sound("somebody/sounds")
     shutil.rmtree(hub / "models--FacebookAI--roberta-base")
+
+
+def test_no_network_is_asked_where_the_files_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, expected: Tensor
+) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("it asked the network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert torch.equal(sound(folder), expected)
 
 
 # --- command line ------------------------------------------------------------------------------
