@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _backends
 
-__all__ = ["SLOW", "dtype_of", "float16_by", "in_float32", "is_slow", "note"]
+__all__ = ["SLOW", "dtype_of", "float16_by", "in_float32", "is_slow", "note", "to"]
 
 
 def _slow() -> frozenset[torch.dtype]:
@@ -90,14 +90,15 @@ def in_float32(function: Callable[..., Any], args: Sequence[Any], rounded: int) 
     """
     dtype = dtype_of(args)
     assert dtype is not None
-    found = function(*(_to(x, torch.float32) for x in args))
+    found = function(*to(args, torch.float32))
     if not isinstance(found, tuple):
-        return _to(found, dtype)
-    return (*(_to(y, dtype) for y in found[:rounded]), *found[rounded:])
+        return to(found, dtype)
+    return (*to(found[:rounded], dtype), *found[rounded:])
 
 
-def _to(x: Any, dtype: torch.dtype) -> Any:
+def to(x: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor, or nested lists of tensors, in a dtype; float64 and others stay."""
     if isinstance(x, (list, tuple)):
-        return [_to(one, dtype) for one in x]
+        return [to(one, dtype) for one in x]
     casts = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return x.to(dtype) if casts else x
