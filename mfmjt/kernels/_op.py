@@ -28,16 +28,19 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mfmjt.kernels import _backends, _dual, _eager, _native, precision
 from mfmjt.kernels._eager import flatten, nest
 
 __all__ = [
+    "MaybeTensors",
     "Op",
+    "Tensors",
     "backend",
     "check",
     "check_tensors",
@@ -46,6 +49,10 @@ __all__ = [
     "use_reference",
     "work_dtype",
 ]
+
+Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
+"""What an op takes and returns: tensors, or tuples of those of several streams."""
+MaybeTensors = Tensor | Sequence[Tensor | None] | None
 
 _library = torch.library.Library("mfmjt", "FRAGMENT")
 _forced_reference = False
@@ -181,7 +188,12 @@ class Op:
             self.check(*args)
         if _forced_reference and self.reference is not None:
             return self.reference(*args)
-        results = None if torch.compiler.is_compiling() else _eager.run(self, args)
+        results = None
+        if not torch.compiler.is_compiling():
+            if self.plain is not None and forward_ad._current_level < 0:  # nothing moves
+                results = self.by_pytorch(args)
+            if results is None:
+                results = _eager.run(self, args)
         if results is None:
             results = self._dispatched(args)
         return results[0] if len(results) == 1 else results

@@ -14,13 +14,11 @@ backward, besides the modulations; x may have any rank, and modulations any shap
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
-from mfmjt.kernels._op import Op, work_dtype
+from mfmjt.kernels._op import MaybeTensors, Op, Tensors, work_dtype
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -72,13 +70,15 @@ _op = Op(
     check=_norm.checked("adaln", "shift", "scale"),
     reference=adaln_ref,
     takes=_norm.takes,
-    plain=precision.float16_by(adaln_ref),
+    plain=precision.float16_by(adaln_ref, _norm.normalised_and_modulated),
     passes={"shift": "y"},
     streams=True,
 )
 
 
-def adaln(x: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None) -> Any:
+def adaln(
+    x: Tensors, shift: Tensors, scale: Tensors, eps: float = 1e-6, rows: MaybeTensors = None
+) -> Tensors:
     """Adaptive layer norm: LN(x) (1 + scale) + shift, differentiable in both modes.
 
     Args:

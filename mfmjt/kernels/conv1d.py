@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _backends, _jvp_rows, _op
+from mfmjt.kernels._op import MaybeTensors, Tensors
 from mfmjt.kernels.cpu import conv1d as _cpu
 
 __all__ = ["conv1d", "conv1d_ref"]
@@ -143,7 +144,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Ten
     return _convolve(x, weight, bias, dilation)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Any, dilation: int) -> None:
     _op.check_tensors("conv1d", {"bias": bias}, x=x, weight=weight)
     fits = x.ndim == 3 and weight.ndim == 3 and x.shape[2] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
@@ -168,13 +169,13 @@ _conv1d = _op.Op(
 
 
 def conv1d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: Tensors,
+    weight: Tensors,
+    bias: MaybeTensors = None,
     dilation: int = 1,
     *,
     fast: bool = False,
-) -> Any:
+) -> Tensors:
     """Convolution along the tokens, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:

@@ -13,14 +13,12 @@ the modulations; x may have any rank, and modulations any shape that broadcasts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
-from mfmjt.kernels._op import Op, work_dtype
+from mfmjt.kernels._op import MaybeTensors, Op, Tensors, work_dtype
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
@@ -106,6 +104,13 @@ def _bwd(
     )
 
 
+def _in_float16(
+    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = torch.addcmul(x, gate, h).to(x.dtype)
+    return total, _norm.normalised_and_modulated(total, shift, scale, eps)
+
+
 _op = Op(
     "gated_residual_adaln",
     _fwd,
@@ -114,15 +119,21 @@ _op = Op(
     check=_norm.checked("gated_residual_adaln", "h", "gate", "shift", "scale"),
     reference=gated_residual_adaln_ref,
     takes=_norm.takes,
-    plain=precision.float16_by(gated_residual_adaln_ref),
+    plain=precision.float16_by(gated_residual_adaln_ref, _in_float16),
     passes={"shift": "y"},
     streams=True,
 )
 
 
 def gated_residual_adaln(
-    x: Any, h: Any, gate: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None
-) -> tuple[Any, Any]:
+    x: Tensors,
+    h: Tensors,
+    gate: Tensors,
+    shift: Tensors,
+    scale: Tensors,
+    eps: float = 1e-6,
+    rows: MaybeTensors = None,
+) -> tuple[Tensors, Tensors]:
     """Gated residual add and adaptive layer norm of the sum, differentiable in both modes.
 
     Args:

@@ -17,13 +17,12 @@ several tensors by a weight each.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _jvp_rows, _op
+from mfmjt.kernels._op import Tensors
 
 __all__ = ["linear", "linear_ref"]
 
@@ -82,7 +81,7 @@ _linear = _op.Op(
 )
 
 
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+def linear(x: Tensors, weight: Tensors, bias: _op.MaybeTensors = None) -> Tensors:
     """Linear layer x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:

@@ -57,16 +57,24 @@ def is_slow(x: Tensor) -> bool:
     return dtype in SLOW
 
 
-def float16_by(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an op's `plain` that is its reference for float16 on a CPU, and nothing else.
+def float16_by(
+    reference: Callable[..., Any], value: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Return an op's `plain` that is for float16 on a CPU, and nothing else.
 
-    The C++ kernels take no float16. Copies in float32 take longer than all that PyTorch's own do.
+    The C++ kernels take no float16, and copies in float32 often take longer than all that PyTorch
+    does in it.
+
+    Args:
+        reference: Computes where gradients may be wanted.
+        value: Computes where none are; the reference by default.
     """
 
     def plain(x: Tensor, *others: Any) -> Any:
         if x.dtype != torch.float16 or not x.is_cpu or _backends.ON_CPU:
             return NotImplemented
-        return reference(x, *others)
+        by = reference if value is None or torch.is_grad_enabled() else value
+        return by(x, *others)
 
     return plain
 

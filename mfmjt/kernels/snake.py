@@ -17,7 +17,6 @@ signal with small banded matrices, about half the time of grouped convolutions (
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +185,7 @@ _op = Op(
 )
 
 
-def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Any:
+def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Anti-aliased SnakeBeta activation of BigVGAN, differentiable in both modes.
 
     Args:

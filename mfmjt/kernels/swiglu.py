@@ -10,14 +10,12 @@ kept for backward: gate and up. A fused kernel moves 3 elements per element, 6 w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _native, precision
-from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
+from mfmjt.kernels._op import Op, Tensors, check, check_tensors, work_dtype
 
 __all__ = ["swiglu", "swiglu_ref"]
 
@@ -83,7 +81,7 @@ _op = Op(
 )
 
 
-def swiglu(gate: Any, up: Any) -> Any:
+def swiglu(gate: Tensors, up: Tensors) -> Tensors:
     """Gated activation silu(gate) up, differentiable in both modes.
 
     Args:
