@@ -260,7 +260,7 @@ def call(part: Any, *args: Any) -> Any:
     That also refuses a second derivative, and switches autocast off.
     """
     if not torch.compiler.is_compiling() and ENABLED and maybe_current_level() is None:
-        flat, _ = flatten(args)
+        flat = flatten(args)[0] if part.op.lists else args
         plain = None if is_intercepted() else _plain(flat, None)
         taped = torch.is_grad_enabled() and _any_requires_grad(*flat)
         if plain is not None and plain[1] is None and not taped:

@@ -300,6 +300,9 @@ class Part:
         self.names, name = list(inspect.signature(formula).parameters), f"{op.name}_{part}"
         pairs = [n for r in op.results for n in (r, f"{r}_dot")]
         self.outputs = (*(pairs if part == "jvp" else op.results), *op.statistics)
+        both = (*self.names, *self.outputs)
+        self._saved = [both.index(n) for n in op.saved if part != "bwd"]
+        self._constants = [both.index(n) for n in op.constants if part != "bwd"]
         operands = [i for i, n in enumerate(self.names) if n in (*op.tensors, *op.results)]
         self._operands = operator.itemgetter(*operands, operands[-1])  # a tuple, of one too
         self._native = None
@@ -381,12 +384,13 @@ class Part:
 
     def keep(self, ctx: Any, args: Sequence[Any], outputs: tuple[Any, ...]) -> None:
         """Keep for `backward` what the parameters of bwd name."""
-        by_name = dict(zip((*self.names, *self.outputs), (*args, *outputs), strict=True))
-        kept: Sequence[Any] = [by_name[n] for n in self.op.saved]
-        ctx.constants = {n: by_name[n] for n in self.op.constants}
+        both = (*args, *outputs)
+        kept: Sequence[Any] = [both[i] for i in self._saved]
+        ctx.constants = [both[i] for i in self._constants]
         ctx.set_materialize_grads(False)
         if self.op.lists:
             kept, ctx.sizes_kept = flatten(kept)
+            by_name = dict(zip(self.outputs, outputs, strict=True))
             ctx.likes = {
                 n: [(y.shape, y.dtype, y.device) for y in by_name[n]] for n in self.op.results
             }
@@ -406,21 +410,23 @@ class Part:
         """Return the cotangents of all arguments from those of all results."""
         op, saved = self.op, ctx.saved_tensors  # once: checkpointing gives them once
         saved = nest(saved, ctx.sizes_kept) if op.lists else saved
-        given = dict(zip(op.saved, saved, strict=True)) | ctx.constants
+        given = dict(zip((*op.saved, *op.constants), (*saved, *ctx.constants), strict=True))
         step = 2 if self.part == "jvp" else 1
         for i, y in enumerate(op.results):
             pair = bars[step * i : step * (i + 1)]
             own = self._bars_of(y, ctx.likes[y], pair) if op.lists else _dual.refuse_gradient(*pair)
             given[f"{y}_bar"] = own
-        needs = {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False)}
-        given["needs"] = [needs[n] for n in op.tensors]
+        if "needs" in op.bwd.names:
+            needs = {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False)}
+            given["needs"] = [needs[n] for n in op.tensors]
         found = list(_tuple(_eager.call(op.bwd, *(given[n] for n in op.bwd.names))))
         for x, y in op.passes.items():
             i = op.tensors.index(x)
             found[i] = _passed(found[i], given[f"{y}_bar"], given[x])
         by_name = dict(zip(op.tensors, found, strict=False))
         if not op.lists:
-            return tuple([by_name.get(n) if needs.get(n) else None for n in self.names])
+            pairs = zip(self.names, wanted, strict=False)
+            return tuple([by_name.get(n) if wants else None for n, wants in pairs])
         # No cotangent of what was None for every stream, such as a bias
         return tuple(
             [

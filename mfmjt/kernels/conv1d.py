@@ -35,6 +35,7 @@ from torch import Tensor
 from mfmjt.kernels import _backends, _jvp_rows, _op
 from mfmjt.kernels._op import MaybeTensors, Tensors
 from mfmjt.kernels.cpu import conv1d as _cpu
+from mfmjt.kernels.cpu.product import windows
 
 __all__ = ["conv1d", "conv1d_ref"]
 
@@ -122,19 +123,10 @@ def _weight_bar(y_bar: Tensor, x: Tensor, taps: int, dilation: int) -> Tensor:
     """Return a product of one tensor and the windows of the other, that of fewer channels."""
     outs, channels = y_bar.shape[2], x.shape[2]
     if channels <= outs:
-        product = y_bar.reshape(-1, outs).t() @ _windows(x, taps, dilation)
+        product = y_bar.reshape(-1, outs).t() @ windows(x, taps, dilation).flatten(0, 1)
         return product.view(outs, taps, channels).transpose(1, 2).contiguous()
-    product = _windows(y_bar, taps, dilation).t() @ x.reshape(-1, channels)
+    product = windows(y_bar, taps, dilation).flatten(0, 1).t() @ x.reshape(-1, channels)
     return product.view(taps, outs, channels).flip(0).permute(1, 2, 0).contiguous()
-
-
-def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
-    """Return each token's K neighbours in a row, (B N, K C); zeros beyond the ends."""
-    (samples, tokens, channels), reach = x.shape, dilation * (taps // 2)
-    x = F.pad(x, (0, 0, reach, reach)).contiguous()
-    strides = (x.stride(0), channels, dilation * channels, 1)
-    windows = x.as_strided((samples, tokens, taps, channels), strides)
-    return windows.reshape(samples * tokens, taps * channels)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
