@@ -161,7 +161,7 @@ class Op:
         self.fixed = [n for n in self.tensors if f"{n}_dot" not in names]
         bars = {n: p for n, p in inspect.signature(bwd).parameters.items() if n != "needs"}
         self.results = [n[:-4] for n in bars if n[-4:] == "_bar"]
-        self.optional = {n[:-4] for n in bars if "None" in str(bars[n].annotation)}
+        self.optional = [y for y in self.results if "None" in str(bars[f"{y}_bar"].annotation)]
         kept = [n for n in bars if n[-4:] != "_bar"]
         self.saved = [n for n in kept if n in self.tensors or n not in self.inputs]
         self.constants = [n for n in kept if n not in self.saved]
@@ -292,6 +292,7 @@ class Part:
 
     Attributes:
         library: The library op.
+        on_gpu: Computes on a GPU.
         count: How many of its leading results are differentiable; of bwd, how many there are.
     """
 
@@ -308,19 +309,19 @@ class Part:
         self._native = None
         schema = torch.library.infer_schema(formula, mutates_args=())
         if op.single is None:
-            self._on_gpu = backend("triton", op.name, part, formula)
+            self.on_gpu = backend("triton", op.name, part, formula)
             self._on_cpu = backend("cpu", op.name, part, formula)
             if op.takes is not None:
                 self._native = _native.op(name, required=part == "fwd")
         else:
             of_one = getattr(op.single, part)
             one_by_one = _each(of_one.on_gpu, formula)
-            self._on_gpu = backend("triton", op.single.name, f"{part}_streams", one_by_one)
+            self.on_gpu = backend("triton", op.single.name, f"{part}_streams", one_by_one)
             self._on_cpu = _each(of_one.on_cpu, formula)
             schema = re.sub(r"Tensor(\??)", r"Tensor\1[]", schema)
             schema = re.sub(r"Tensor\[\] (\w+_dot\b)", r"Tensor?[] \1", schema)
         if _backends.ON_CPU:
-            self._on_cpu, self._native = self._on_gpu, None
+            self._on_cpu, self._native = self.on_gpu, None
         self.library = register(name + schema, formula, self._fake(), self.on_cpu, self.on_gpu)
         returns = len(self.library._schema.returns)
         self.count = returns if part == "bwd" else returns - len(op.statistics)
@@ -335,7 +336,7 @@ class Part:
     def pick(self, on_cpu: bool, args: Sequence[Any]) -> Callable[..., Any]:
         """Return what computes this part of these arguments on their device."""
         if not on_cpu:
-            return self._on_gpu
+            return self.on_gpu
         native, takes = self._native, self.op.takes
         if native is not None and _native.in_use and takes(*self._operands(args)[:-1]):  # type: ignore[misc]
             return native
@@ -349,9 +350,8 @@ class Part:
             return False
         if self.op.autocasts:
             return precision.dtype_of(args) in precision.SLOW
-        if self._native is None or not _native.in_use:
-            return False
-        return {x.dtype for x in self._operands(args) if x is not None} == {torch.float16}
+        dtypes = {x.dtype for x in self._operands(args) if x is not None}
+        return self._native is not None and _native.in_use and dtypes == {torch.float16}
 
     def _in_float32(self, *args: Any) -> Any:
         return precision.in_float32(self.on_cpu, args, self.count)
@@ -359,10 +359,6 @@ class Part:
     def on_cpu(self, *args: Any) -> Any:
         """Compute on a CPU."""
         return self.pick(True, args)(*args)
-
-    def on_gpu(self, *args: Any) -> Any:
-        """Compute on a GPU."""
-        return self._on_gpu(*args)
 
     def _fake(self) -> Callable[..., Any]:
         fake, op = self.op.fake, self.op

@@ -24,7 +24,7 @@ __all__ = ["adaln", "adaln_ref"]
 
 
 def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Plain PyTorch `adaln`; the definition of correct."""
+    """Compute `adaln` in plain PyTorch; the definition of correct."""
     y = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
     return y.to(x.dtype)
 
@@ -79,7 +79,7 @@ _op = Op(
 def adaln(
     x: Tensors, shift: Tensors, scale: Tensors, eps: float = 1e-6, rows: MaybeTensors = None
 ) -> Tensors:
-    """Adaptive layer norm: LN(x) (1 + scale) + shift, differentiable in both modes.
+    """Apply adaptive layer norm, LN(x) (1 + scale) + shift; differentiable in both modes.
 
     Args:
         x: Activations `(B, N, C)`, any floating dtype; statistics are taken in float32 at least.

@@ -41,7 +41,7 @@ __all__ = ["conv1d", "conv1d_ref"]
 
 
 def conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """Plain PyTorch `conv1d`; the definition of correct."""
+    """Compute `conv1d` in plain PyTorch; the definition of correct."""
     padding = dilation * (weight.shape[-1] // 2)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=padding, dilation=dilation)
     return y.transpose(1, 2)
@@ -168,7 +168,7 @@ def conv1d(
     *,
     fast: bool = False,
 ) -> Tensors:
-    """Convolution along the tokens, differentiable in both modes; autocasts as PyTorch's does.
+    """Convolve along the tokens, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:
         x: `(B, N, C)`. Or a tuple of streams, and so are weight and bias; sizes may differ.

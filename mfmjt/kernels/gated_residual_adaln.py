@@ -26,7 +26,7 @@ __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 def gated_residual_adaln_ref(
     x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch `gated_residual_adaln`; the definition of correct."""
+    """Compute `gated_residual_adaln` in plain PyTorch; the definition of correct."""
     total = (x + gate * h).to(x.dtype)
     y = F.layer_norm(total, x.shape[-1:], eps=eps) * (1 + scale) + shift
     return total, y.to(x.dtype)
@@ -134,7 +134,7 @@ def gated_residual_adaln(
     eps: float = 1e-6,
     rows: MaybeTensors = None,
 ) -> tuple[Tensors, Tensors]:
-    """Gated residual add and adaptive layer norm of the sum, differentiable in both modes.
+    """Add a gated residual and apply adaptive layer norm; differentiable in both modes.
 
     Args:
         x: Residual stream `(B, N, C)`, any floating dtype; or a tuple of streams, and so are the

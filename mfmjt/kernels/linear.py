@@ -28,7 +28,7 @@ __all__ = ["linear", "linear_ref"]
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Plain PyTorch `linear`; the definition of correct."""
+    """Compute `linear` in plain PyTorch; the definition of correct."""
     return F.linear(x, weight, bias)
 
 
@@ -82,7 +82,7 @@ _linear = _op.Op(
 
 
 def linear(x: Tensors, weight: Tensors, bias: _op.MaybeTensors = None) -> Tensors:
-    """Linear layer x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
+    """Return x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:
         x: `(..., C)`. Or a tuple of streams, and so are weight and bias; sizes may differ.

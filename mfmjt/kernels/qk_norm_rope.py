@@ -30,7 +30,7 @@ def _rotate_ref(x: Tensor, rope: Tensor) -> Tensor:
 def qk_norm_rope_ref(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None = None, eps: float = 2**-23
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch `qk_norm_rope`; the definition of correct."""
+    """Compute `qk_norm_rope` in plain PyTorch; the definition of correct."""
     work = torch.promote_types(qkv.dtype, torch.float32)
 
     def one(x: Tensor, weight: Tensor) -> Tensor:

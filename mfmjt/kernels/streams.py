@@ -64,7 +64,7 @@ class Packed(NamedTuple):
 
     @property
     def out(self) -> int:
-        """Channels of the result."""
+        """Return the channels of the result."""
         return self.data.shape[0] // (2 if self.glu else 1)
 
 

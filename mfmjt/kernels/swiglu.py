@@ -23,7 +23,7 @@ _silu_bar = torch.ops.aten.silu_backward
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
-    """Plain PyTorch `swiglu`; the definition of correct."""
+    """Compute `swiglu` in plain PyTorch; the definition of correct."""
     return F.silu(gate) * up
 
 
@@ -82,7 +82,7 @@ _op = Op(
 
 
 def swiglu(gate: Tensors, up: Tensors) -> Tensors:
-    """Gated activation silu(gate) up, differentiable in both modes.
+    """Return the gated activation silu(gate) up, differentiable in both modes.
 
     Args:
         gate: Any shape and floating dtype; or a tuple of streams.
