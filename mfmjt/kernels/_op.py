@@ -149,8 +149,7 @@ class Op:
         single: Op | None = None,
     ) -> None:
         self.name, self.check, self.reference, self.plain = name, check, reference, plain
-        self.takes, self.fake, self.passes = takes, fake, passes or {}
-        self.autocasts, self.single = autocasts, single
+        self.takes, self.fake, self.autocasts, self.single = takes, fake, autocasts, single
         kinds = {n: str(p.annotation) for n, p in inspect.signature(fwd).parameters.items()}
         self.inputs = list(kinds)
         self.tensors = [n for n, kind in kinds.items() if "Tensor" in kind]
@@ -165,6 +164,13 @@ class Op:
         kept = [n for n in bars if n[-4:] != "_bar"]
         self.saved = [n for n in kept if n in self.tensors or n not in self.inputs]
         self.constants = [n for n in kept if n not in self.saved]
+        own = [f"{y}_bar" for y in self.results]
+        of_bwd = (*own, *self.saved, *self.constants, "needs")
+        self.bwd_order = [of_bwd.index(n) for n in inspect.signature(bwd).parameters]
+        self.passing = [
+            (self.tensors.index(x), self.results.index(y), of_bwd.index(x))
+            for x, y in (passes or {}).items()
+        ]
         self.statistics = [n for n in self.saved if n not in (*self.inputs, *self.results)]
         self.fwd, self.jvp, self.bwd = (
             Part(self, *part) for part in (("fwd", fwd), ("jvp", jvp), ("bwd", bwd))
@@ -302,8 +308,12 @@ class Part:
         pairs = [n for r in op.results for n in (r, f"{r}_dot")]
         self.outputs = (*(pairs if part == "jvp" else op.results), *op.statistics)
         both = (*self.names, *self.outputs)
-        self._saved = [both.index(n) for n in op.saved if part != "bwd"]
-        self._constants = [both.index(n) for n in op.constants if part != "bwd"]
+        if part != "bwd":
+            self._saved, self._constants = (
+                [both.index(n) for n in kept] for kept in (op.saved, op.constants)
+            )
+            places = {n: i for i, n in enumerate(op.tensors)}
+            self._places = [places.get(n, -1) for n in self.names]
         operands = [i for i, n in enumerate(self.names) if n in (*op.tensors, *op.results)]
         self._operands = operator.itemgetter(*operands, operands[-1])  # a tuple, of one too
         self._native = None
@@ -386,10 +396,8 @@ class Part:
         ctx.set_materialize_grads(False)
         if self.op.lists:
             kept, ctx.sizes_kept = flatten(kept)
-            by_name = dict(zip(self.outputs, outputs, strict=True))
-            ctx.likes = {
-                n: [(y.shape, y.dtype, y.device) for y in by_name[n]] for n in self.op.results
-            }
+            results = outputs[: self.count : 1 if self.part == "fwd" else 2]
+            ctx.likes = [[(y.shape, y.dtype, y.device) for y in ys] for ys in results]
             # PyTorch wants a None for each tensor of a list, and one for a list with gaps
             ctx.nothing = [
                 [None] * len(x) if isinstance(x, list) and all(t is not None for t in x) else None
@@ -406,32 +414,33 @@ class Part:
         """Return the cotangents of all arguments from those of all results."""
         op, saved = self.op, ctx.saved_tensors  # once: checkpointing gives them once
         saved = nest(saved, ctx.sizes_kept) if op.lists else saved
-        given = dict(zip((*op.saved, *op.constants), (*saved, *ctx.constants), strict=True))
-        step = 2 if self.part == "jvp" else 1
-        for i, y in enumerate(op.results):
-            pair = bars[step * i : step * (i + 1)]
-            own = self._bars_of(y, ctx.likes[y], pair) if op.lists else _dual.refuse_gradient(*pair)
-            given[f"{y}_bar"] = own
+        own = list(bars[: self.count])
+        step = 1 if self.part == "fwd" else 2
+        columns = [own[i::step] for i in range(step)]  # of values, and of their tangents
+        if op.lists:
+            own = list(map(self._bars_of, op.results, ctx.likes, *columns))
+        elif step == 2:
+            own = list(map(_dual.refuse_gradient, *columns))
+        args = [*own, *saved, *ctx.constants]
         if "needs" in op.bwd.names:
             needs = {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False)}
-            given["needs"] = [needs[n] for n in op.tensors]
-        found = list(_tuple(_eager.call(op.bwd, *(given[n] for n in op.bwd.names))))
-        for x, y in op.passes.items():
-            i = op.tensors.index(x)
-            found[i] = _passed(found[i], given[f"{y}_bar"], given[x])
-        by_name = dict(zip(op.tensors, found, strict=False))
+            args.append([needs[n] for n in op.tensors])
+        found = list(_tuple(_eager.call(op.bwd, *[args[i] for i in op.bwd_order])))
+        for i, y_bar, x in op.passing:
+            found[i] = _passed(found[i], args[y_bar], args[x])
+        found += [None] * (len(self.names) - len(found))  # the last one for what is no tensor
         if not op.lists:
-            pairs = zip(self.names, wanted, strict=False)
-            return tuple([by_name.get(n) if wants else None for n, wants in pairs])
+            pairs = zip(self._places, wanted, strict=False)
+            return tuple([found[i] if wants else None for i, wants in pairs])
         # No cotangent of what was None for every stream, such as a bias
         return tuple(
             [
-                nothing if nothing is None or by_name.get(n) is None else by_name[n]
-                for n, nothing in zip(self.names, ctx.nothing, strict=True)
+                nothing if nothing is None or found[i] is None else found[i]
+                for i, nothing in zip(self._places, ctx.nothing, strict=True)
             ]
         )
 
-    def _bars_of(self, result: str, likes: list[Any], bars: Sequence[Any]) -> list[Any]:
+    def _bars_of(self, result: str, likes: list[Any], *bars: Any) -> list[Any]:
         """Return the cotangents of a result's streams, zeros for None where bwd takes no None."""
         columns = ([None] * len(likes) if bar is None else bar for bar in bars)
         own = [_dual.refuse_gradient(*each) for each in zip(*columns, strict=True)]
