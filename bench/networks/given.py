@@ -62,10 +62,13 @@ def network(name: str, length: int | None = None, tiny: bool = False, **override
 
 
 def features(config: ModelConfig, batch: int) -> dict[str, Tensor]:
-    """Draw the features of video, synchronization and text, `(batch, tokens, channels)` each."""
-    names = ("video", "sync", "text")
+    """Draw the features that a network takes, `(batch, tokens, channels)` each, or pooled."""
+    names = ("video", "sync", "text") if config.takes_video else ("text",)
     sizes = ((getattr(config, f"{n}_length"), getattr(config, f"{n}_dim")) for n in names)
-    return {name: torch.randn(batch, *size) for name, size in zip(names, sizes, strict=True)}
+    drawn = {name: torch.randn(batch, *size) for name, size in zip(names, sizes, strict=True)}
+    if config.pooled_dim is not None:
+        drawn["pooled"] = torch.randn(batch, config.pooled_dim)
+    return drawn
 
 
 @dataclass(frozen=True)
