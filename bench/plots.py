@@ -8,19 +8,12 @@ from typing import Any
 import torch
 
 from bench.providers import OURS, REFERENCE
+from bench.rows import Row, name_of
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
 from mfmjt.testing import MODES
 
-__all__ = ["name_of", "plot_generation", "plot_ops"]
-
-Row = dict[str, Any]
-
-
-def name_of(row: Row) -> str:
-    """Return a provider's name in a table, with its allocator where that is not the default."""
-    raised = ", raised malloc" if row["malloc"] == "raised" else ""
-    return f"{row['provider']}{raised}"
+__all__ = ["plot_generation", "plot_ops"]
 
 
 def plot_ops(folder: Path, rows: list[Row]) -> list[Path]:

@@ -23,22 +23,19 @@ from typing import Any
 import pandas
 from pandas import DataFrame, MultiIndex
 
-from bench import parser
-from bench.plots import name_of, plot_generation, plot_ops
+from bench import ROOT, parser
+from bench.plots import plot_generation, plot_ops
 from bench.providers import OURS
-from bench.rows import read
+from bench.rows import Row, name_of, read
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.errors import InputError
 from mfmjt.testing import VALUE
 
 __all__ = ["CASE", "frame", "generation", "load", "main", "write_tables"]
 
-ROOT = Path(__file__).parent.parent
 CASE = ["op", "case", "dtype", "mode"]
 ACTIVATIONS = 18
 """Of each stage of BigVGAN: three residual blocks of six. One more follows the last stage."""
-
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from bench.case import Case, Cost, Input, cases, operands
 from bench.gpu.job import Job
-from bench.networks.given import Row, network
+from bench.networks.given import network
 from bench.providers import OURS, Provider, step
-from bench.rows import CHECK, dtype_name
+from bench.rows import CHECK, Row, Rows, dtype_name
 from mfmjt import kernels
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, MODES, VALUE, Truth
 
-__all__ = ["CHECKED", "check", "checks", "memcheck"]
+__all__ = ["check", "checks", "memcheck"]
 
 CHECKED = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 """What networks run in first."""
@@ -33,30 +34,26 @@ def check(job: Job, op: str) -> None:
     """
     rows = job.rows(CHECK)
     for case, dtype in checks(op, job.smoke, job.torch_device):
-        truth: Truth | None = None
-        for mode in _modes(case):
+        modes = _modes(case)
+        given = operands(case, dtype, CPU).to(dtype, job.torch_device)
+        truth = functools.cache(
+            lambda c=case, g=given: Truth(c.reference, g, c.terms, modes[-1], CPU)
+        )
+        for mode in modes:
             where = " under jvp" if mode == JVP_BACKWARD else ""
-            about: Row = {
-                "op": case.op,
-                "case": case.name,
-                "dtype": dtype_name(dtype),
-                "mode": mode,
-            }
-            about |= {"kind": "all" + where, "ok": False}
+            about = _about(case.op, case.name, dtype_name(dtype), mode, "all" + where)
             if rows.has(**about) or not job.has_time(rows, about):
                 continue
             with job.trying(rows, about):
-                inputs = operands(case, dtype, CPU).to(dtype, job.torch_device)
                 call = step(Provider(OURS, case.function), mode)
                 if job.stand_in:
-                    call(inputs)
+                    call(given)
                     continue
-                last = _modes(case)[-1]
-                truth = truth or Truth(case.reference, inputs, case.terms, last, CPU)
+                right = truth()
                 _poison(job)
-                results = call(inputs)
+                results = call(given)
                 job.synchronize()
-                for kind, error in truth.judge(results).errors.items():
+                for kind, error in right.judge(results).errors.items():
                     rows.add({**about, "kind": kind + where, **error})
 
 
@@ -68,6 +65,10 @@ def checks(op: str, smoke: bool, device: torch.device) -> Iterator[tuple[Case, t
     for dtype in CHECKED:
         for case in cases(op, "tiny" if smoke else "check"):
             yield case if case.inference else replace(case, modes=MODES), dtype
+
+
+def _about(op: str, case: str, dtype: str, mode: str, kind: str) -> Row:
+    return {"op": op, "case": case, "dtype": dtype, "mode": mode, "kind": kind, "ok": False}
 
 
 def _modes(case: Case) -> tuple[str, ...]:
@@ -126,23 +127,22 @@ def _network_case(smoke: bool, device: torch.device) -> Case:
     )
 
 
-def memcheck(job: Job, op: str) -> None:
+def memcheck(job: Job, op: str) -> tuple[Rows, Row] | None:
     """Run an op once on small and on whole shapes, for compute-sanitizer to watch.
 
     The small ones fill no block, the networks' no last one. Whether the sanitizer saw something it
-    says by the exit status.
+    says by the exit status, which decides upon the row that is returned.
     """
     rows = job.rows(CHECK)
-    verdict: Row = {"op": op, "case": "all", "dtype": "bfloat16 float32", "mode": "memcheck"}
-    verdict |= {"kind": "memcheck", "ok": True}
+    verdict = _about(op, "all", "bfloat16 float32", "memcheck", "memcheck") | {"ok": True}
     if rows.has(**verdict):
-        return
+        return None
     for case in (c for scale in ("tiny", "check")[: 2 - job.smoke] for c in cases(op, scale)):
         for dtype in CHECKED[:2]:
             about = {**verdict, "case": case.name, "dtype": dtype_name(dtype), "ok": False}
             if not rows.has(**about) and job.has_time(rows, about):
                 with job.trying(rows, about):
                     for mode in _modes(case):
-                        inputs = operands(case, dtype, job.torch_device)
-                        step(Provider(OURS, case.function), mode)(inputs)
-    job.verdict = rows, verdict
+                        given = operands(case, dtype, job.torch_device)
+                        step(Provider(OURS, case.function), mode)(given)
+    return rows, verdict

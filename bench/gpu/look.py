@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-from typing import Any
 
 import torch
 
 from bench.gpu.job import Job
 from bench.machine import Ceilings
 from bench.machine import environment as stamp_of
+from bench.rows import Row, output_of
 from mfmjt.kernels import _backends
 
 __all__ = ["TIMED", "ceilings", "environment"]
@@ -22,32 +21,30 @@ TIMED = (torch.bfloat16, torch.float32)
 
 def environment(job: Job) -> None:
     """Write environment.json; ceilings stay those of the rows that are there."""
-    path = job.out / "environment.json"
-    known = job.ceilings()
+    path, known = job.out / "environment.json", _known(job)
     stamp = stamp_of(job.torch_device) | {"triton_available": _backends.AVAILABLE, **_compiler()}
     if job.cuda:
         asked = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            stamp["clocks"] = done.stdout.strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
-            stamp["clocks"] = str(error)
+        stamp["clocks"] = output_of("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
     stamp["ceilings"] = known
     path.write_text(json.dumps(stamp, indent=2) + "\n")  # a GPU that fails next leaves this behind
-    if known is None:
-        stamp["ceilings"] = vars(Ceilings.measure(job.torch_device, TIMED, job.smoke))
-        path.write_text(json.dumps(stamp, indent=2) + "\n")
+    stamp["ceilings"] = vars(ceilings(job))
+    path.write_text(json.dumps(stamp, indent=2) + "\n")
     print(json.dumps(stamp, indent=2))
 
 
 def ceilings(job: Job) -> Ceilings:
     """Return those of environment.json, or measure them where that piece could not."""
-    known = job.ceilings()
+    known = _known(job)
     return Ceilings(**known) if known else Ceilings.measure(job.torch_device, TIMED, job.smoke)
 
 
-def _compiler() -> dict[str, Any]:
+def _known(job: Job) -> Row | None:
+    path = job.out / "environment.json"
+    return json.loads(path.read_text()).get("ceilings") if path.exists() else None
+
+
+def _compiler() -> Row:
     """Return what kernels in a cache are known by: they fit where these agree."""
     try:
         from triton import knobs

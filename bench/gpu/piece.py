@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.job import Job
+from bench.rows import Row
 
-__all__ = ["main"]
+__all__ = ["function", "listen", "main"]
 
 RESERVE = 2.0
 """Seconds to end in."""
@@ -34,7 +35,7 @@ WHERE: dict[str, tuple[str, str]] = {
 """Module and function of each part; "compiled" and "rest" are turns of three of them."""
 
 
-def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], None]:
+def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], Any]:
     """Return what a piece does, its module imported."""
     arguments: tuple[Any, ...] = (what,) if what else ()
     if part in ("compiled", "rest"):
@@ -42,7 +43,7 @@ def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Jo
     elif part == "kernels":
         arguments = ("headline", (what,))
     module, name = WHERE[part]
-    work: Callable[..., None] = getattr(importlib.import_module(module), name)
+    work = getattr(importlib.import_module(module), name)
     return lambda job: work(job, *arguments)
 
 
@@ -72,31 +73,29 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False
     if job.cuda:
         torch.cuda.set_device(job.device)
-    _count_compiled(job.facts)
+    listen(job.facts)
     began = time.monotonic()
-    run(job)
+    verdict = run(job)  # a row that the exit status decides upon, and where it belongs
     job.facts["worked"] = round(time.monotonic() - began, 1)
-    job.close()
+    job.note(*verdict or ())
     faulthandler.cancel_dump_traceback_later()
     return 0
 
 
-def _count_compiled(facts: dict[str, Any]) -> None:
-    """Keep in `facts` how many Triton kernels were compiled, and in what time."""
+def listen(facts: Row) -> None:
+    """Keep in `facts` how many Triton kernels were compiled, and in how many seconds."""
     try:
         from triton import knobs
     except ImportError:
         return
     facts |= {"compiled": 0, "compile_s": 0.0, "from_cache": 0}
 
-    def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
-        if cache_hit:
-            facts["from_cache"] += 1
-        else:
-            facts["compiled"] += 1
+    def on_compilation(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        facts["from_cache" if cache_hit else "compiled"] += 1
+        if not cache_hit:
             facts["compile_s"] = round(facts["compile_s"] + times.total / 1e6, 2)
 
-    knobs.compilation.listener = listen
+    knobs.compilation.listener = on_compilation
 
 
 if __name__ == "__main__":

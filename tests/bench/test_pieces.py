@@ -14,9 +14,10 @@ import torch
 
 from bench.case import cases, operands
 from bench.gpu import nano, piece
-from bench.gpu.networks import agreement, plans
+from bench.gpu.networks import plans
 from bench.networks import generate
 from bench.networks.generate import GenerationPlan
+from bench.networks.step import agreement
 from bench.rows import KEY, STEP, read
 from bench.run import truth_of
 from mfmjt.testing import MODES, Truth
