@@ -30,9 +30,8 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if out is not None:
-        default = f" [{out}]" if out else ""
-        folder = {"type": Path, "default": out or None, "required": not out}
-        usage.add_argument("--out", **folder, help=f"folder of the results{default}")
+        about = f"folder of the results{f' [{out}]' if out else ''}"
+        usage.add_argument("--out", type=Path, default=out or None, required=not out, help=about)
     if smoke:
         usage.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
     return usage

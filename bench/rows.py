@@ -55,10 +55,10 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
 
 
-def output_of(*command: str) -> str | None:
-    """Return what a command prints, run in the source tree; None where it fails."""
+def output_of(*command: str, seconds: float = 20.0) -> str | None:
+    """Return what a command prints, run in the source tree; None where it fails or takes longer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -35,8 +35,16 @@ import torch
 
 from bench import parser
 from bench.case import Case, cases, operands
-from bench.clock import CaptureFailed, Sampler, Timing, cuda_events, l2_bytes, on_cpu
-from bench.clock import replayed, take_turns
+from bench.clock import (
+    CaptureFailed,
+    Sampler,
+    Timing,
+    cuda_events,
+    l2_bytes,
+    on_cpu,
+    replayed,
+    take_turns,
+)
 from bench.machine import Ceilings, environment, peak_mib, row_of
 from bench.ops import named_ops
 from bench.providers import OURS, REFERENCE, Provider, Unsupported, providers, step

@@ -45,8 +45,16 @@ from torch import Tensor
 from bench import ROOT, parser
 from bench.clock import Sampler, cuda_events, of_graph, on_cpu, recorded, take_turns
 from bench.machine import environment, peak_mib
-from bench.networks.given import Guard, Target, compare, features, hold, network
-from bench.networks.given import printed_by_python, refused
+from bench.networks.given import (
+    Guard,
+    Target,
+    compare,
+    features,
+    hold,
+    network,
+    printed_by_python,
+    refused,
+)
 from bench.providers import OURS
 from bench.rows import GENERATE, Row, Rows, dtype_name
 from mfmjt import kernels, meanflow

@@ -207,8 +207,8 @@ def refused(rows: Rows, about: Row) -> Iterator[None]:
         _show(rows.add({**about, **unsupported(error)}))
 
 
-SHOWN = ("what", "network", "batch", "ratio", "provider", "status", "ms_p50", "cpu_ms_p50")
-SHOWN += ("over_flow", "over_mfmjt", "of_gemm", "flops_over_flow", "saved_over_flow", "reason")
+SHOWN = ["what", "network", "batch", "ratio", "provider", "status", "ms_p50", "cpu_ms_p50"]
+SHOWN += ["over_flow", "over_mfmjt", "of_gemm", "flops_over_flow", "saved_over_flow", "reason"]
 
 
 def _show(row: Row) -> None:

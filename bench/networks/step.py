@@ -390,7 +390,11 @@ def time_plan(
         tflops = row["flops"] / row["ms_p50"] / 1e9
         return {"tflops": tflops, "of_gemm": round(tflops / gemm_tflops, 4)}
 
-    about = {"what": "timed", "device": device.type, "network": "tiny" if tiny else plan.network}
+    about: Row = {
+        "what": "timed",
+        "device": device.type,
+        "network": "tiny" if tiny else plan.network,
+    }
     about |= {"batch": plan.batch, "length": plan.length, "dtype": dtype_name(dtype)}
     work = ("what", "network", "batch", "length")
     for ratio in plan.ratios:
@@ -446,7 +450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for plan in chosen:
         print(f"Timing {plan.network}, batch {plan.batch}, {plan.length} latents", flush=True)
         names = tuple(n for n in plan.providers if options.compile or not METHODS[n].compiled)
-        seconds = {"has_time": has_time, "seconds": 0.0 if options.smoke else 5.0}
-        plan = plan._replace(providers=names)
-        time_plan(rows, plan, CPU, torch.float32, gemm, options.smoke, **seconds)
+        time_plan(
+            *(rows, plan._replace(providers=names), CPU, torch.float32, gemm, options.smoke),
+            has_time=has_time,
+            seconds=0.0 if options.smoke else 5.0,
+        )
     return hold(rows.rows, TARGETS.values())
