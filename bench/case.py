@@ -135,6 +135,14 @@ class Shape(NamedTuple):
     streams: tuple[int, int, int]
     compile_too: bool = False
 
+    @classmethod
+    def of(cls, model: str, batch: int, compile_too: bool = False) -> Shape:
+        """Return the shape of a network's configuration at a batch."""
+        c = CONFIGS[model]
+        streams = (c.latent_length, c.video_length, c.text_length)
+        sizes = (c.latent_length, c.hidden_dim, c.num_heads, c.mlp_hidden)
+        return cls(model, batch, *sizes, streams, compile_too)
+
     @property
     def name(self) -> str:
         """The name of a case of this shape."""
@@ -158,25 +166,18 @@ class Shape(NamedTuple):
         return Case(op=op, model=self.model, batch=self.batch, inputs=drawn, **about)
 
 
-def _shape(model: str, batch: int, compile_too: bool = False) -> Shape:
-    c = CONFIGS[model]
-    streams = (c.latent_length, c.video_length, c.text_length)
-    sizes = (c.latent_length, c.hidden_dim, c.num_heads, c.mlp_hidden)
-    return Shape(model, batch, *sizes, streams, compile_too)
-
-
 def shapes(scale: str) -> list[Shape]:
     """Return the networks' shapes of one of `SCALES`, those that matter most first."""
     if scale == "gpu":
-        big = [_shape("small_16k", batch, compile_too=True) for batch in (256, 2)]
-        big += [_shape("small_16k", batch) for batch in (26, 1, 64)]
+        big = [Shape.of("small_16k", batch, compile_too=True) for batch in (256, 2)]
+        big += [Shape.of("small_16k", batch) for batch in (26, 1, 64)]
         others = ("small_44k", "medium_44k")
-        return big + [_shape(model, b) for model in others for b in (256, 2, 26, 1, 64)]
+        return big + [Shape.of(model, b) for model in others for b in (256, 2, 26, 1, 64)]
     if scale == "cpu":
         rest = (("small_16k", 8), ("medium_44k", 2), ("nano", 16))
-        return [_shape("small_16k", 2, compile_too=True), *(_shape(*pair) for pair in rest)]
+        return [Shape.of("small_16k", 2, compile_too=True), *(Shape.of(*pair) for pair in rest)]
     if scale == "check":
-        return [_shape("nano", 16), _shape("small_16k", 4)]
+        return [Shape.of("nano", 16), Shape.of("small_16k", 4)]
     return [Shape("tiny", 1, 6, 8, 1, 12, (6, 2, 1))]
 
 

@@ -80,8 +80,8 @@ def take_turns(samplers: Mapping[Name, Sampler], seconds: float = 1.0) -> dict[N
 
 
 def _timing(samples: list[tuple[float, float]]) -> Timing:
-    quantiles: list[Any] = np.quantile(samples, (0.2, 0.5, 0.8), axis=0).T.flatten().tolist()
-    return Timing(*quantiles, len(samples))
+    (a, b, c), (d, e, f) = np.quantile(samples, (0.2, 0.5, 0.8), axis=0).T.tolist()
+    return Timing(a, b, c, d, e, f, n=len(samples))
 
 
 def on_cpu(call: Callable[[], object]) -> Sampler:
