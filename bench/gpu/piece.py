@@ -22,17 +22,6 @@ __all__ = ["function", "listen", "main"]
 
 RESERVE = 2.0
 """Seconds to end in."""
-WHERE: dict[str, tuple[str, str]] = {
-    "environment": ("bench.gpu.look", "environment"),
-    "check": ("bench.gpu.check", "check"),
-    "memcheck": ("bench.gpu.check", "memcheck"),
-    "kernels": ("bench.gpu.kernels", "kernels"),
-    "latency": ("bench.gpu.networks", "latency"),
-    "step": ("bench.gpu.networks", "steps"),
-    "features": ("bench.gpu.nano", "features"),
-    "train": ("bench.gpu.nano", "training"),
-}
-"""Module and function of each part; "compiled" and "rest" are turns of three of them."""
 
 
 def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], Any]:
@@ -42,8 +31,9 @@ def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Jo
         part, arguments = what, (part,) if what in ("latency", "step") else (part, ops)
     elif part == "kernels":
         arguments = ("headline", (what,))
-    module, name = WHERE[part]
-    work = getattr(importlib.import_module(module), name)
+    names = {"features": ("nano", "features"), "train": ("nano", "training")}
+    module, name = names.get(part, ("pieces", part))
+    work = getattr(importlib.import_module(f"bench.gpu.{module}"), name)
     return lambda job: work(job, *arguments)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.case import cases, operands
 from bench.gpu import nano, piece
-from bench.gpu.networks import plans
+from bench.gpu.pieces import step_plans
 from bench.networks import generate
 from bench.networks.generate import GenerationPlan
 from bench.networks.step import agreement
@@ -122,12 +122,15 @@ def test_what_is_not_reached_is_said(run, tmp_path):
 
 
 def test_the_first_steps_are_those_with_a_bar():
-    first, *_ = plans("headline", smoke=False)
+    first, *_ = step_plans("headline", smoke=False)
     assert (first.network, first.batch, first.ratios) == ("small_16k", 256, (0.1,))
     assert first.providers[:2] == ("flow", "mfmjt")
-    compiled = [name for plan in plans("compiled", smoke=False) for name in plan.providers]
+    compiled = [name for plan in step_plans("compiled", smoke=False) for name in plan.providers]
     rest = [
-        name for which in ("headline", "rest") for p in plans(which, False) for name in p.providers
+        name
+        for which in ("headline", "rest")
+        for p in step_plans(which, False)
+        for name in p.providers
     ]
     assert any(name.endswith("compiled") for name in compiled)
     assert not any(name.endswith("compiled") for name in rest)
