@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import ROOT
+from mfmjt.files import atomic_path
 
 if TYPE_CHECKING:
     from bench.clock import Timing
 
 __all__ = ["CHECK", "GENERATE", "KERNELS", "KEY", "STEP", "TRAIN", "Row", "Rows", "commit"]
-__all__ += ["dtype_name", "failure", "name_of", "output_of", "read", "short"]
+__all__ += ["dtype_name", "failure", "name_of", "output_of", "read", "short", "write_json"]
 
 Row = dict[str, Any]
 
@@ -67,6 +68,15 @@ def output_of(*command: str, seconds: float = 20.0) -> str | None:
 def commit() -> str | None:
     """Return COMMIT of the environment, for where there is no .git, or git's answer."""
     return os.environ.get("COMMIT") or output_of("git", "rev-parse", "HEAD")
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Print figures, and write them as a file."""
+    text = json.dumps(figures, indent=1)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part:
+        part.write_text(text + "\n")
 
 
 def read(path: Path) -> list[Row]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -48,7 +47,7 @@ from bench.clock import (
 from bench.machine import Ceilings, environment, peak_mib, row_of
 from bench.ops import named_ops
 from bench.providers import OURS, REFERENCE, Provider, Unsupported, providers, step
-from bench.rows import Row, Rows, dtype_name, failure, name_of
+from bench.rows import Row, Rows, dtype_name, failure, name_of, write_json
 from mfmjt.devices import parse_dtype
 from mfmjt.testing import JVP_BACKWARD, Operands, Truth
 
@@ -197,9 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         stamp, ceilings = workers["default"].submit(_measure, given.tiny).result()
         stamp["cores"] = cores  # a bound thread sees its own only
-        text = json.dumps(stamp, indent=2)
-        (given.out / "environment.json").write_text(text + "\n")
-        print(text)
+        write_json(given.out / "environment.json", stamp)
         for number, (case, dtype, mode) in enumerate(jobs, 1):
             shared = {**row_of(case, dtype, mode, ceilings), "threads": threads}
             names = [p.name for p in providers(case, CPU, mode)]

@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -34,7 +33,7 @@ import torch
 
 from bench import ROOT, parser
 from bench.machine import environment
-from mfmjt.files import atomic_path
+from bench.rows import Row, write_json
 from tests.serve.client import Answer, Client
 from tests.serve.hostile import crafted, mutated
 
@@ -299,14 +298,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle(values), "largest": round(max(values), 3)}
 
 
-def write(path: Path, figures: dict[str, Any]) -> None:
+def write(path: Path, figures: Row) -> None:
     """Print figures and write them with where they were taken."""
     where = environment(torch.device("cpu")) | {"load_at_the_end": round(os.getloadavg()[0], 1)}
-    text = json.dumps({"machine": where, **figures}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n")
-    print(text)
+    write_json(path, {"machine": where, **figures})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from bench.networks.given import CPU, network
 from bench.networks.step import FLOW, OURS, TrainingPlan
 from bench.providers import Provider, providers
 from bench.providers import step as runner_of
-from bench.rows import CHECK, GENERATE, KERNELS, STEP, Row, Rows, dtype_name, output_of
+from bench.rows import CHECK, GENERATE, KERNELS, STEP, Row, Rows, dtype_name, output_of, write_json
 from bench.run import Trial
 from mfmjt import kernels as ops_of_ours
 from mfmjt.kernels import _backends
@@ -45,10 +45,8 @@ def environment(job: Job) -> None:
         asked = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
         stamp["clocks"] = output_of("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
     stamp["ceilings"] = known
-    path.write_text(json.dumps(stamp, indent=2) + "\n")  # a GPU that fails next leaves this behind
-    stamp["ceilings"] = vars(ceilings(job))
-    path.write_text(json.dumps(stamp, indent=2) + "\n")
-    print(json.dumps(stamp, indent=2))
+    write_json(path, stamp)  # a GPU that fails next leaves this behind
+    write_json(path, stamp | {"ceilings": vars(ceilings(job))})
 
 
 def ceilings(job: Job) -> Ceilings:
