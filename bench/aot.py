@@ -30,6 +30,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -95,32 +96,20 @@ NAMES = ("gate", "shift", "scale")
 MATRIX_OPS = ("joint_attention", "conv1d")
 
 
-class _Offline:
-    """A driver for a GPU that is not there."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}{self.target.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def offline_driver(target: GPUTarget) -> Iterator[None]:
     """Make Triton take `target` for the current GPU inside."""
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_Offline(target))
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"{target.backend}{target.arch}",
+        get_current_stream=lambda device: 0,
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
     try:
         yield
     finally:
-        driver._active = before
+        triton.runtime.driver._active = before
 
 
 @contextlib.contextmanager

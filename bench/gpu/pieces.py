@@ -20,17 +20,15 @@ from bench.machine import Ceilings
 from bench.networks import generate
 from bench.networks import step as training_steps
 from bench.networks.given import CPU, network
-from bench.networks.step import FLOW, OURS, TrainingPlan
-from bench.providers import Provider, providers
+from bench.providers import OURS, Provider, providers
 from bench.providers import step as runner_of
 from bench.rows import CHECK, GENERATE, KERNELS, STEP, Row, Rows, dtype_name, output_of, write_json
 from bench.run import Trial
 from mfmjt import kernels as ops_of_ours
 from mfmjt.kernels import _backends
-from mfmjt.model.config import CONFIGS
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, MODES, VALUE, Truth, poisoned
 
-__all__ = ["check", "checks", "environment", "kernels", "latency", "memcheck", "step", "step_plans"]
+__all__ = ["check", "checks", "environment", "kernels", "latency", "memcheck", "step"]
 
 TIMED = (torch.bfloat16, torch.float32)
 """Dtypes in which ops are timed, the one that matters most first."""
@@ -243,12 +241,16 @@ def _time(job: Job, rows: Rows, trial: Trial, provider: Provider, about: Row) ->
             job.leave("a failed capture; others are not to be trusted")
 
 
+def _device(job: Job) -> str:
+    """Return the device of a table of plans."""
+    return "tiny" if job.smoke else "cuda" if job.stand_in else job.torch_device.type
+
+
 def latency(job: Job, turn: str = "headline") -> None:
     """Time generation: the plans of a turn, "headline", "compiled" or "rest"."""
     rows = job.rows(GENERATE)
     torch.backends.cudnn.benchmark = True  # plain PyTorch shall have its best convolutions
-    device = "tiny" if job.smoke else "cuda" if job.stand_in else job.torch_device.type
-    for plan in generate.plans(device, turn):
+    for plan in generate.plans(_device(job), turn):
         generate.time_plan(
             *(rows, plan, job.torch_device, torch.bfloat16, job.smoke, job.stand_in),
             guard=job.trying,
@@ -259,35 +261,11 @@ def latency(job: Job, turn: str = "headline") -> None:
         generate.once(rows, job.torch_device, guard=job.trying)
 
 
-def step_plans(turn: str, smoke: bool) -> list[TrainingPlan]:
-    """Return the training steps of a turn, what has a target first."""
-
-    def plan(name: str, batch: int, ratio: float, *names: str) -> TrainingPlan:
-        length = 16 if smoke else CONFIGS[name].latent_length
-        return TrainingPlan(name, batch, length, (ratio,), names)
-
-    name, batches = ("nano", (10,)) if smoke else ("small_16k", (256, 64))
-    if turn == "headline":
-        found = []
-        for batch in batches:
-            found += [plan(name, batch, 0.1, FLOW, OURS, "mfmjt_rows", "flow_pytorch")]
-            found += [plan(name, batch, 1.0, OURS)]
-            found += [] if smoke else [plan(name, batch, 0.1, "jvp_no_grad")]
-        return found
-    if smoke:
-        return []
-    if turn == "compiled":
-        return [plan(name, 64, 0.1, FLOW, "mfmjt_compiled", "jvp_compiled")]
-    found = [plan("medium_44k", 64, 0.1, FLOW, OURS), plan("nano", 64, 0.1, FLOW, OURS)]
-    found += [plan(name, 64, ratio, OURS, "jvp") for ratio in (1.0, 0.25, 0.75)]
-    return [*found, plan(name, 64, 0.1, "jvp", "finite_difference", "improved", "alpha_flow")]
-
-
 def step(job: Job, turn: str = "headline") -> None:
-    """Make a row for each provider of each plan of a turn; see `step_plans`."""
+    """Make a row for each provider of each plan of a turn; see `training_steps.plans`."""
     rows, dtype = job.rows(STEP), torch.float32 if job.smoke else torch.bfloat16
     gemm = ceilings(job).gemm_tflops[dtype_name(dtype)]
-    for plan in step_plans(turn, job.smoke):
+    for plan in training_steps.plans(_device(job), turn):
         training_steps.time_plan(
             *(rows, plan, job.torch_device, dtype, gemm, job.smoke, job.stand_in),
             guard=job.trying,

@@ -52,6 +52,7 @@ from bench.networks.given import (
     features,
     hold,
     network,
+    planned,
     printed_by_python,
     refused,
 )
@@ -142,11 +143,9 @@ tiny  rest      nano          latents   2         eager_25
 def plans(device: str, *turns: str) -> list[GenerationPlan]:
     """Return what is timed on a device, "cpu", "cuda" or "tiny", in some turns or in all."""
     found = []
-    for line in PLANS.strip().splitlines():
-        on, turn, name, what, batches, *providers = line.split()
-        if on == device and turn in (turns or [turn]):
-            sizes = map(int, batches.split(","))
-            found += [GenerationPlan(name, what, batch, tuple(providers)) for batch in sizes]
+    for name, what, batches, *providers in planned(PLANS, device, *turns):
+        sizes = map(int, batches.split(","))
+        found += [GenerationPlan(name, what, batch, tuple(providers)) for batch in sizes]
     return found
 
 
@@ -289,14 +288,8 @@ def time_plan(
 ) -> None:
     """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
 
-    Args:
-        rows: Identified by `GENERATE`.
-        plan: What.
-        device: Where.
-        dtype: Of network and features.
-        tiny: Nothing of real size.
-        stand_in: Only call what is ours: nothing is computed.
-        **options: Of `compare`.
+    Network and features are of `dtype`. A `stand_in` only calls what is ours, and computes nothing;
+    `options` are those of `compare`.
     """
     make = functools.lru_cache(Generation.make)
 

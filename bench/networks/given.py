@@ -27,7 +27,7 @@ from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS, ModelConfig
 
 __all__ = ["CPU", "Guard", "Target", "Workload", "compare", "count", "features", "hold", "network"]
-__all__ += ["printed_by_python", "refused", "start", "unsupported"]
+__all__ += ["planned", "printed_by_python", "refused", "start", "unsupported"]
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,14 @@ def count(work: Workload, call: Callable[[], object]) -> dict[str, int]:
         call()
     saved = sum(storage.nbytes() for storage in kept.values())
     return {"flops": counter.get_total_flops(), "saved_bytes": saved}
+
+
+def planned(table: str, device: str, *turns: str) -> Iterator[list[str]]:
+    """Yield the words behind device and turn of a table's lines, of some turns or of all."""
+    for line in table.strip().splitlines():
+        on, turn, *words = line.split()
+        if on == device and turn in (turns or [turn]):
+            yield words
 
 
 class Target(NamedTuple):

@@ -52,7 +52,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import parser
 from bench.clock import Sampler, cuda_events, of_graph, on_cpu, recorded, take_turns
 from bench.machine import Ceilings, peak_mib
-from bench.networks.given import CPU, Target, Workload, compare, count, hold, start, unsupported
+from bench.networks.given import (
+    CPU,
+    Target,
+    Workload,
+    compare,
+    count,
+    hold,
+    planned,
+    start,
+    unsupported,
+)
 from bench.rows import STEP, Row, Rows, dtype_name
 from mfmjt import kernels, meanflow
 from mfmjt.meanflow import tangent, targets
@@ -110,7 +120,6 @@ METHODS = {
 }
 """By the name of the provider."""
 FLOW, OURS, TRUTH = "flow", "mfmjt", "jvp"
-FEW = (FLOW, OURS)
 OF_PYTORCH = (FLOW, OURS, "jvp", "jvp_no_grad")
 ON_CPU = tuple(name for name, method in METHODS.items() if not method.at_once)
 """A CPU takes all rows at once by itself."""
@@ -152,35 +161,58 @@ class TrainingPlan(NamedTuple):
         batch: Rows.
         length: Latents.
         ratios: Fractions of the rows with r < t.
-        providers: Names of `METHODS`; those that are compiled only where that is asked for.
+        providers: Names of `METHODS`.
     """
 
     network: str
     batch: int
     length: int
     ratios: tuple[float, ...]
-    providers: tuple[str, ...] = ON_CPU
+    providers: tuple[str, ...]
 
 
-def plans(smoke: bool) -> list[TrainingPlan]:
-    """Return what is timed on a CPU, what has a target first."""
-    if smoke:
-        return [TrainingPlan("nano", 10, 16, (0.1, 1.0))]
-    compiled = ("jvp_compiled", "mfmjt_compiled")
-    return [
-        TrainingPlan(HELD, LEAST_BATCH, FULL, (0.1,), FEW),
-        TrainingPlan(HELD, LEAST_BATCH, SHORT, (1.0,), OF_PYTORCH + compiled),
-        TrainingPlan(HELD, LEAST_BATCH, FULL, (1.0,), OF_PYTORCH),
-        TrainingPlan("nano", 10, 250, (0.1, 1.0, 0.25, 0.75, 0.0)),
-        TrainingPlan("nano", 40, 250, (0.1, 1.0), FEW),
-    ]
+PLANS = """
+cpu   headline small_16k  10  250 0.1     flow mfmjt
+cpu   headline small_16k  10  63  1.0     flow mfmjt jvp jvp_no_grad jvp_compiled mfmjt_compiled
+cpu   headline small_16k  10  250 1.0     flow mfmjt jvp jvp_no_grad
+cpu   headline nano       10  250 0.1,1.0,0.25,0.75,0.0 all
+cpu   headline nano       40  250 0.1,1.0 flow mfmjt
+cuda  headline small_16k  256 250 0.1     flow mfmjt mfmjt_rows flow_pytorch
+cuda  headline small_16k  256 250 1.0     mfmjt
+cuda  headline small_16k  256 250 0.1     jvp_no_grad
+cuda  headline small_16k  64  250 0.1     flow mfmjt mfmjt_rows flow_pytorch
+cuda  headline small_16k  64  250 1.0     mfmjt
+cuda  headline small_16k  64  250 0.1     jvp_no_grad
+cuda  compiled small_16k  64  250 0.1     flow mfmjt_compiled jvp_compiled
+cuda  rest     medium_44k 64  345 0.1     flow mfmjt
+cuda  rest     nano       64  250 0.1     flow mfmjt
+cuda  rest     small_16k  64  250 1.0,0.25,0.75 mfmjt jvp
+cuda  rest     small_16k  64  250 0.1     jvp finite_difference improved alpha_flow
+smoke headline nano       10  16  0.1,1.0 all
+tiny  headline nano       10  16  0.1     flow mfmjt mfmjt_rows flow_pytorch
+tiny  headline nano       10  16  1.0     mfmjt
+"""
+"""Device, turn, network, batch, latents, ratios and providers; what has a target comes first.
+
+"smoke" is a CPU's and "tiny" a GPU's, to see that they run; "all" is all that a CPU can tell apart.
+"""
+
+
+def plans(device: str, turn: str = "headline") -> list[TrainingPlan]:
+    """Return what is timed on a device in a turn."""
+    found = []
+    for name, batch, length, ratios, *providers in planned(PLANS, device, turn):
+        names = ON_CPU if providers == ["all"] else tuple(providers)
+        fractions = tuple(map(float, ratios.split(",")))
+        found.append(TrainingPlan(name, int(batch), int(length), fractions, names))
+    return found
 
 
 class Training:
     """A network, its data, and the steps on them.
 
     Args:
-        plan: Sizes: a network, a batch and a length.
+        sizes: A network, a batch and a length.
         device: Where.
         dtype: float32, or what autocast casts to.
         tiny: Two blocks of 16 channels.
@@ -285,12 +317,7 @@ class Training:
         return row
 
     def count(self, ratio: float, name: str) -> Row:
-        """Run a step and return its `flops` and `saved_bytes`; see `given.count`.
-
-        Args:
-            ratio: Fraction of the rows with r < t.
-            name: A provider that is not compiled: nothing inside of what is can be counted.
-        """
+        """Run a step and return its `flops` and `saved_bytes`; nothing compiled can be counted."""
         return count(self.work, self.step(METHODS[name], ratio))
 
     def prepare(self, ratio: float, name: str) -> tuple[Row, Sampler | None]:
@@ -305,7 +332,7 @@ class Training:
             return row, None
         step, cuda = self.step(method, ratio), self.device.type == "cuda"
         began = time.monotonic()
-        if method.compiled or (cuda and name not in FEW):
+        if method.compiled or (cuda and name not in (FLOW, OURS)):
             step()
         else:
             row = row | count(self.work, step)
@@ -332,13 +359,9 @@ def distance(value: Tensor, truth: Tensor) -> float:
 
 
 def agreement(loss: float, replayed: float, again: float, gradient: float) -> Row:
-    """Return whether a replay gives what a call gives, up to what two calls differ by.
+    """Return whether a replay gives a call's loss and gradient, up to what two calls differ by.
 
-    Args:
-        loss: Of a call.
-        replayed: Of a replay.
-        again: Relative distance of the gradients of two calls.
-        gradient: That of a replay's and a call's.
+    `again` is the relative distance of the gradients of two calls, `gradient` of a replay and one.
     """
     allowed = 4 * again + torch.finfo(torch.float32).eps ** 0.5
     row: Row = {"graph_gradient_error": gradient, "eager_gradient_error": again}
@@ -364,15 +387,8 @@ def time_plan(
 ) -> None:
     """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
 
-    Args:
-        rows: Identified by `STEP`.
-        plan: What.
-        device: Where.
-        dtype: float32, or what autocast casts to.
-        gemm_tflops: What a large matmul reaches there.
-        tiny: Nothing of real size.
-        stand_in: Only call what is ours: nothing is computed.
-        **options: Of `compare`.
+    Autocast casts to `dtype`, unless that is float32. A large matmul reaches `gemm_tflops`. A
+    `stand_in` only calls what is ours, and computes nothing; `options` are those of `compare`.
     """
 
     def prepare(ratio: float, name: str) -> tuple[Row, Sampler | None]:
@@ -425,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage.add_argument("--network", action="append", help="only this one of those timed [all]")
     usage.add_argument("--compile", action="store_true", help="also the compiled providers")
     options = usage.parse_args(argv)
-    every = plans(options.smoke)
+    every = plans("smoke" if options.smoke else "cpu")
     known = sorted({plan.network for plan in every})
     if not set(options.network or ()) <= set(known):
         usage.error(f"--network {' '.join(options.network)}: of {', '.join(known)}")

@@ -14,10 +14,8 @@ import torch
 
 from bench.case import cases, operands
 from bench.gpu import nano, piece
-from bench.gpu.pieces import step_plans
-from bench.networks import generate
+from bench.networks import generate, step
 from bench.networks.generate import GenerationPlan
-from bench.networks.step import agreement
 from bench.rows import KEY, STEP, read
 from bench.run import truth_of
 from mfmjt.testing import MODES, Truth
@@ -122,26 +120,21 @@ def test_what_is_not_reached_is_said(run, tmp_path):
 
 
 def test_the_first_steps_are_those_with_a_bar():
-    first, *_ = step_plans("headline", smoke=False)
+    first, *others = step.plans("cuda")
     assert (first.network, first.batch, first.ratios) == ("small_16k", 256, (0.1,))
     assert first.providers[:2] == ("flow", "mfmjt")
-    compiled = [name for plan in step_plans("compiled", smoke=False) for name in plan.providers]
-    rest = [
-        name
-        for which in ("headline", "rest")
-        for p in step_plans(which, False)
-        for name in p.providers
-    ]
+    compiled = [name for plan in step.plans("cuda", "compiled") for name in plan.providers]
+    rest = [name for p in (*others, *step.plans("cuda", "rest")) for name in p.providers]
     assert any(name.endswith("compiled") for name in compiled)
     assert not any(name.endswith("compiled") for name in rest)
 
 
 def test_a_replay_may_differ_as_two_calls_do():
-    assert "status" not in agreement(1.0, 1.0, 0.0, 1e-5)
-    assert "status" not in agreement(1.0, 1.001, 1e-3, 3e-3)
-    assert agreement(1.0, 1.0, 1e-3, 1e-2)["status"] == "wrong"
-    assert "loss is 1.1" in agreement(1.0, 1.1, 0.0, 0.0)["reason"]
-    assert agreement(1.0, float("nan"), 0.0, 0.0)["status"] == "wrong"
+    assert "status" not in step.agreement(1.0, 1.0, 0.0, 1e-5)
+    assert "status" not in step.agreement(1.0, 1.001, 1e-3, 3e-3)
+    assert step.agreement(1.0, 1.0, 1e-3, 1e-2)["status"] == "wrong"
+    assert "loss is 1.1" in step.agreement(1.0, 1.1, 0.0, 0.0)["reason"]
+    assert step.agreement(1.0, float("nan"), 0.0, 0.0)["status"] == "wrong"
 
 
 def test_no_time_is_spent_on_compiling_before_ours_and_eager_have_rows():
