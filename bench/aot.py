@@ -43,12 +43,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import bench.ops
 from bench import parser
-from bench.case import Shape
+from bench.case import Case, Shape, cases, shapes
 from bench.rows import Row, dtype_name
 from mfmjt import kernels
 from mfmjt.files import atomic_path
-from mfmjt.kernels.triton.norm import MAX_WIDTH
 from mfmjt.model.blocks import FrameCondition, JointBlock, Pending
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
@@ -82,17 +82,9 @@ TARGETS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 512 * 64, 8, ("v_mfma",)),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = {
-    "small_16k": Shape.of("small_16k", 64),
-    "small_16k_one": Shape.of("small_16k", 2),
-    "large_44k_v2": Shape.of("large_44k_v2", 8),
-    "nano": Shape.of("nano", 16),
-}
-QUICK = ("small_16k",)
-WIDEST = {"widest": Shape("widest", 2, 64, MAX_WIDTH, 1, MAX_WIDTH, (64, 0, 0))}
+QUICK, WIDEST = "small_16k", "widest"
 WIDE_OPS = ("adaln", "gated_residual_adaln")
 TENSOR_MEMORY = 512  # columns, on sm_100
-NAMES = ("gate", "shift", "scale")
 MATRIX_OPS = ("joint_attention", "conv1d")
 
 
@@ -166,94 +158,27 @@ def _occupancy(row: Row, chip: Chip) -> int:
     return min(chip.warps, blocks * row["warps"])
 
 
-Inputs = dict[str, Tensor]
-Calls = Iterator[tuple[Function, Inputs, Inputs]]
-"""A function, its inputs that carry tangents, and its weights."""
+def _call(function: Function, moving: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
+    """Call for value and gradients, then for these and the tangents."""
+    inputs = {name: x.requires_grad_() for name, x in (moving | fixed).items()}
+    tangents = {name: torch.empty_like(x) for name, x in moving.items()}
+    cotangents = tuple(torch.empty_like(y) for y in as_tuple(function(**inputs)))
+    for mode in (BACKWARD, JVP_BACKWARD):
+        runner(function, mode)(Operands(inputs, tangents, cotangents))
 
 
-def _differentiated(calls: Callable[[Shape, torch.dtype], Calls]) -> Callable[..., None]:
-    """Return what makes calls, for value and gradients, then for these and the tangents."""
-
-    def run(s: Shape, dtype: torch.dtype) -> None:
-        for function, moving, fixed in calls(s, dtype):
-            inputs = {n: x.detach().requires_grad_() for n, x in (moving | fixed).items()}
-            tangents = {name: torch.empty_like(x) for name, x in moving.items()}
-            cotangents = tuple(torch.empty_like(y) for y in as_tuple(function(**inputs)))
-            for mode in (BACKWARD, JVP_BACKWARD):
-                runner(function, mode)(Operands(inputs, tangents, cotangents))
-
-    return run
-
-
-def _modulated(s: Shape, dtype: torch.dtype) -> Iterator[tuple[Tensor, Inputs]]:
-    """Yield x and its modulations: per sample, and per token, as chunks of one tensor."""
-    for tokens in (1, s.length):
-        chunks = torch.empty(s.batch, tokens, 3 * s.dim, dtype=dtype).chunk(3, dim=-1)
-        yield torch.empty(s.rows, dtype=dtype), dict(zip(NAMES, chunks, strict=True))
-
-
-@_differentiated
-def _adaln(s: Shape, dtype: torch.dtype) -> Calls:
-    for x, of in _modulated(s, dtype):
-        yield kernels.adaln, {"x": x, "shift": of["gate"], "scale": of["shift"]}, {}
-
-
-@_differentiated
-def _gated_residual_adaln(s: Shape, dtype: torch.dtype) -> Calls:
-    for x, of in _modulated(s, dtype):
-        yield kernels.gated_residual_adaln, {"x": x, "h": torch.empty_like(x), **of}, {}
-
-
-@_differentiated
-def _qk_norm_rope(s: Shape, dtype: torch.dtype) -> Calls:
-    width = s.dim // s.heads
-    qkv = torch.empty(s.batch, s.length, 3, s.heads, width, dtype=dtype)
-    weights = {f"{n}_weight": torch.empty(width, dtype=dtype) for n in "qk"}
-    for rope in (None, torch.empty(s.length, width // 2, 2)):
-        yield functools.partial(kernels.qk_norm_rope, rope=rope), {"qkv": qkv}, weights
-
-
-def _attend(**given: Tensor) -> tuple[Tensor, ...]:
-    q, k, v = ([x for name, x in given.items() if name[0] == kind] for kind in "qkv")
-    out: tuple[Tensor, ...] = kernels.joint_attention(q, k, v)
-    return out
-
-
-@_differentiated
-def _joint_attention(s: Shape, dtype: torch.dtype) -> Calls:
-    two = (s.length, sum(s.streams) - s.length)
-    network = (s.batch, s.heads, s.dim // s.heads)
-    for (batch, heads, width), lengths in (
-        (network, two),
-        (network, two[:1]),
-        ((2, 12, 128), (512,)),
-    ):
-        given = {
-            f"{kind}{i}": torch.empty(batch, n, heads, width, dtype=dtype)
-            for i, n in enumerate(lengths)
-            for kind in "qkv"
-        }
-        yield _attend, given, {}
-
-
-@_differentiated
-def _swiglu(s: Shape, dtype: torch.dtype) -> Calls:
-    gate, up = torch.empty(s.batch, s.length, 2 * s.hidden, dtype=dtype).chunk(2, dim=-1)
-    yield kernels.swiglu, {"gate": gate, "up": up}, {}
-
-
-@_differentiated
-def _conv1d(s: Shape, dtype: torch.dtype) -> Calls:
-    for channels, outs in ((s.dim, 2 * s.hidden), (s.hidden, s.dim)):
-        x = torch.empty(s.batch, s.length, channels, dtype=dtype)
-        weights = {"weight": torch.empty(outs, channels, 3, dtype=dtype)}
-        yield kernels.conv1d, {"x": x}, weights | {"bias": torch.empty(outs, dtype=dtype)}
-
-
-def _snake(s: Shape, dtype: torch.dtype) -> None:
-    x = torch.empty(1, s.dim, 8 * s.length, dtype=dtype)
-    with torch.no_grad():  # the vocoder's only: its tangent and gradient are PyTorch formulas
-        kernels.snake(x, *(torch.empty(s.dim, dtype=dtype) for _ in range(2)))
+def _run(case: Case, dtype: torch.dtype) -> None:
+    """Call an op in the modes that are compiled, on memory that is never touched."""
+    given = case.inputs.items()
+    constants = {name: i.constant() for name, i in given if i.constant is not None}
+    function = functools.partial(case.function, **constants)
+    drawn = {n: torch.empty(i.shape, dtype=dtype) for n, i in given if n not in constants}
+    if BACKWARD in case.modes:
+        moving = {name: drawn.pop(name) for name in case.moving}
+        _call(function, moving, drawn)
+    else:
+        with torch.no_grad():
+            function(**drawn)
 
 
 @torch.no_grad()
@@ -295,10 +220,9 @@ def _streams(s: Shape, dtype: torch.dtype) -> None:
     project(xs, [weight(20, 7, width)], [empty(20)])
 
 
-@_differentiated
-def _joint_block(s: Shape, dtype: torch.dtype) -> Calls:
-    """Yield a joint block of which three streams share launches, in training."""
-    if (s, dtype) != (SHAPES["small_16k"], torch.bfloat16):  # it takes minutes for each target
+def _joint_block(s: Shape, dtype: torch.dtype) -> None:
+    """Train a joint block: its three streams share launches, in value, tangent and gradient."""
+    if (s.model, dtype) != ("small_16k", torch.bfloat16):  # it takes minutes for each target
         return
     block = JointBlock(s.dim, s.heads, s.hidden, last=False).to(dtype)
     ropes = [torch.empty(n, s.dim // s.heads // 2, 2) for n in s.streams[:2]]
@@ -313,38 +237,38 @@ def _joint_block(s: Shape, dtype: torch.dtype) -> Calls:
         return tuple(stream.h for stream in streams if stream.h is not None)
 
     given = {f"x{i}": torch.empty(s.batch, n, s.dim, dtype=dtype) for i, n in enumerate(s.streams)}
-    yield run, given | {"shared": shared}, {}
+    _call(run, given | {"shared": shared}, {})
 
 
-OPS: dict[str, Callable[[Shape, torch.dtype], None]] = {
-    "adaln": _adaln,
-    "conv1d": _conv1d,
-    "gated_residual_adaln": _gated_residual_adaln,
-    "joint_block": _joint_block,
-    "joint_attention": _joint_attention,
-    "qk_norm_rope": _qk_norm_rope,
-    "snake": _snake,
-    "streams": _streams,
-    "swiglu": _swiglu,
-}
+NETWORKS = {"joint_block": _joint_block, "streams": _streams}
+"""What is called as networks call it, and not case by case."""
+OPS = sorted(NETWORKS | dict.fromkeys(op for op in bench.ops.OPS if op != "linear"))
 """All ops with Triton kernels; the products of `linear` are the vendor's."""
 
 
-def compile_op(op: str, target: str, shapes: Sequence[str]) -> list[Row]:
+def compile_op(op: str, target: str, quick: bool) -> list[Row]:
     """Return a row for each kernel that an op launches, once where the figures are the same.
 
     Args:
         op: One of `OPS`.
         target: One of `TARGETS`.
-        shapes: Of `SHAPES`; those of `WIDEST` are compiled in float32, which takes most registers.
+        quick: The first shape only, and the widest, in float32, which takes most registers.
     """
+    calls: list[tuple[str, Callable[[torch.dtype], None]]]
+    if op in NETWORKS:
+        calls = [(s.model, functools.partial(NETWORKS[op], s)) for s in shapes("aot")]
+    else:
+        every = [*cases(op, "aot"), *(cases(op, "widest") if op in WIDE_OPS else ())]
+        calls = [(case.model, functools.partial(_run, case)) for case in every]
     rows: dict[str, Row] = {}
     for dtype in DTYPES:
-        for shape in shapes:
-            if shape in WIDEST and dtype != torch.float32:
+        for shape, call in calls:
+            if shape == WIDEST and dtype != torch.float32:
+                continue
+            if quick and shape not in (QUICK, WIDEST):
                 continue
             with offline(TARGETS[target].target) as compiled:
-                OPS[op]((SHAPES | WIDEST)[shape], dtype)
+                call(dtype)
             for kernel in compiled:
                 code = kernel.asm.get("cubin") or kernel.asm["amdgcn"].encode()
                 digest = hashlib.sha256(code).hexdigest()
@@ -359,7 +283,7 @@ def faults(row: Row) -> list[str]:
     """Return what is wrong with a compiled kernel."""
     chip = TARGETS[row["target"]]
     found = []
-    if int(row["spills"]) and row.get("shape") not in WIDEST:
+    if int(row["spills"]) and row.get("shape") != WIDEST:
         found.append(f"spills {row['spills']}")
     needed = 32 * int(row["warps"]) * int(row["registers"])
     if chip.target.backend == "cuda" and needed > chip.registers:
@@ -413,8 +337,8 @@ def _differences(rows: list[Row], path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and compile; return the exit status."""
     command = parser("aot", __doc__)
-    command.add_argument("--op", action="append", choices=sorted(OPS), help="[all]")
-    command.add_argument("--target", action="append", choices=list(TARGETS), help="[all]")
+    command.add_argument("--op", action="append", choices=OPS, help="[all]")
+    command.add_argument("--target", action="append", choices=[*TARGETS], help="[all]")
     command.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
     command.add_argument("--out", metavar="DIR", help="put the rows into DIR/triton_<version>.csv")
     command.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
@@ -422,14 +346,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     wrong: list[str] = []
     for op in given.op or OPS:
-        shapes = (*(QUICK if given.quick else SHAPES), *(WIDEST if op in WIDE_OPS else ()))
         for target in given.target or TARGETS:
-            for row in compile_op(op, target, shapes):
+            for row in compile_op(op, target, given.quick):
                 bad = faults(row)
                 facts = (f"{k} {row[k]}" for k in ("warps", "registers", "shared", "occupancy"))
                 line = f"{_name(row):80} {'  '.join(facts)}  {row['matrix']}  {'; '.join(bad)}"
                 print(line.rstrip(), flush=True)
-                rows += [row] if row["shape"] in SHAPES else []
+                rows += [row] if row["shape"] != WIDEST else []
                 wrong += [f"{_name(row)}: {fault}" for fault in bad]
     if not rows:
         sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")

@@ -23,10 +23,11 @@ from mfmjt.model.config import CONFIGS
 from mfmjt.testing import JVP, MODES, Function, Operands, as_tuple
 
 __all__ = ["SCALES", "TINY", "Case", "Cost", "Input", "Shape", "cases", "module", "operands"]
-__all__ += ["rotation", "shapes", "vocoder_stages"]
+__all__ += ["modulations", "rotation", "shapes", "vocoder_stages"]
 
-SCALES = ("gpu", "cpu", "check", "tiny")
-"""What is timed on a GPU and on a CPU, what is checked on any device, and what tests run."""
+SCALES = ("gpu", "cpu", "check", "aot", "tiny")
+"""What is timed on a GPU and on a CPU, checked on any device, compiled for GPUs that are not there,
+and run by tests."""
 
 TINY = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1}
 """A network in place of a real one, to see that something runs."""
@@ -176,9 +177,30 @@ def shapes(scale: str) -> list[Shape]:
     if scale == "cpu":
         rest = (("small_16k", 8), ("medium_44k", 2), ("nano", 16))
         return [Shape.of("small_16k", 2, compile_too=True), *(Shape.of(*pair) for pair in rest)]
+    if scale == "aot":
+        networks = (("small_16k", 64), ("large_44k_v2", 8), ("nano", 16))
+        one = Shape.of("small_16k", 2)._replace(model="small_16k_one")
+        return [*(Shape.of(*network) for network in networks), one]
+    if scale == "widest":  # rows that norms take
+        from mfmjt.kernels.triton.norm import MAX_WIDTH
+
+        return [Shape("widest", 2, 64, MAX_WIDTH, 1, MAX_WIDTH, (64, 0, 0))]
     if scale == "check":
         return [Shape.of("nano", 16), Shape.of("small_16k", 4)]
     return [Shape("tiny", 1, 6, 8, 1, 12, (6, 2, 1))]
+
+
+def modulations(s: Shape, scale: str) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Return a name, and the sizes of shift (and gate) and of scale that a norm is modulated by.
+
+    They are per token; where ops are checked, a sample's tokens share one shift, and where they are
+    compiled, one of each as well.
+    """
+    one, rows = (s.batch, 1, s.dim), s.rows
+    if scale == "check":
+        return [(s.name, one, rows)]
+    per_sample = [(f"{s.name} per sample", one, one)] if scale in ("aot", "widest") else []
+    return [(s.name, rows, rows), *per_sample]
 
 
 VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}
@@ -187,6 +209,8 @@ VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}
 
 def vocoder_stages(scale: str) -> list[tuple[str, int, int]]:
     """Return (model, channels, samples) of every stage of a scale's vocoders, the last first."""
+    if scale == "aot":  # channels of a network, to have few kernels
+        return [(s.model, s.dim, 8 * s.length) for s in shapes(scale)]
     found: list[tuple[str, int, int]] = []
     for name, frames in VOCODERS.get(scale, {}).items():
         config = BIGVGAN_CONFIGS[name]

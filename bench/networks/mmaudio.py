@@ -50,6 +50,7 @@ from mfmjt.pipeline import Audio, Pipeline
 __all__ = ["TARGETS", "main"]
 
 SECONDS = 8
+STEP: Row = {"steps": 1, "guidance": 1.5, "mode": "cfg_scaled"}
 
 
 LIMITS = {"vocoder": 0.5, "text": 0.6, "video": 1.5, "memory": 1.2}
@@ -132,9 +133,7 @@ def _text(smoke: bool) -> Row:
     made: list[Audio] = []
 
     def call() -> None:
-        audio = pipe(
-            prompt="a dog barks", steps=1, guidance=1.5, mode="cfg_scaled", duration=seconds
-        )
+        audio = pipe(prompt="a dog barks", duration=seconds, **STEP)
         assert isinstance(audio, Audio)
         made.append(audio)
 
@@ -160,14 +159,14 @@ def _text(smoke: bool) -> Row:
 
 
 def _merges(folder: Path) -> Path:
-    """A list of merges of the published length, for how long a text takes does not depend on it."""
+    """Write merges, as many as published: how long a text takes does not depend on which."""
     path = folder / "merges.txt"
     path.write_text("\n".join(["#version", *(f"x{i} y{i}" for i in range(48894))]))
     return path
 
 
 class _Blind(nn.Module):
-    """In place of an encoder: takes what it is given and looks at none of it."""
+    """Stands in for an encoder: takes what it is given and looks at none of it."""
 
     class config:
         frames = 16
@@ -210,7 +209,7 @@ def _video(smoke: bool) -> Row:
 
 
 def _write_video(path: Path, frames: int, size: tuple[int, int], preset: str = "fast") -> Path:
-    """H.264 of coarse noise that moves over a slope: motion, texture and some detail."""
+    """Write H.264 of coarse noise that moves over a slope: motion, texture and some detail."""
     height, width = size
     noise = np.random.default_rng(0).integers(0, 120, (height // 8, width // 8 + 40, 3), np.uint8)
     slope = np.linspace(0, 120, width, dtype=np.uint8)[None, :, None]

@@ -219,7 +219,11 @@ class Training:
     """
 
     def __init__(
-        self, sizes: tuple[str, int, int], device: torch.device, dtype: torch.dtype, tiny: bool
+        self,
+        sizes: tuple[str, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        tiny: bool = False,
     ) -> None:
         network, self.batch, length = sizes
         with torch.device(device):
@@ -419,10 +423,10 @@ def time_plan(
         compare(rows, abouts, functools.partial(prepare, ratio), bases, finish, **options)
 
 
-def count_held(rows: Rows, smoke: bool) -> None:
+def count_held(rows: Rows) -> None:
     """Make rows of what steps of small_16k compute and keep, on tensors without memory."""
     with FakeTensorMode():
-        training = Training((HELD, LEAST_BATCH, FULL), CPU, torch.float32, smoke)
+        training = Training((HELD, LEAST_BATCH, FULL), CPU, torch.float32)
         for ratio in (0.1, 1.0):
             flow = training.count(ratio, FLOW)
             for name in OF_PYTORCH:
@@ -430,8 +434,8 @@ def count_held(rows: Rows, smoke: bool) -> None:
                 over = {"flops_over_flow": "flops", "saved_over_flow": "saved_bytes"}
                 row |= {column: round(row[of] / flow[of], 4) for column, of in over.items()}
                 about = {"what": "counted", "device": "cpu", "ratio": ratio, "provider": name}
-                about |= {"network": "tiny" if smoke else HELD, "batch": LEAST_BATCH}
-                rows.add({**about, "length": FULL, "dtype": "float32", **row})
+                about |= {"network": HELD, "batch": LEAST_BATCH, "length": FULL}
+                rows.add({**about, "dtype": "float32", **row})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -460,9 +464,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return False
 
     chosen = [plan for plan in every if plan.network in (options.network or known)]
-    if options.smoke or any(plan.network == HELD for plan in chosen):
+    if any(plan.network == HELD for plan in chosen):
         print(f"Counting {HELD}", flush=True)
-        count_held(rows, options.smoke)
+        count_held(rows)
     for plan in chosen:
         print(f"Timing {plan.network}, batch {plan.batch}, {plan.length} latents", flush=True)
         names = tuple(n for n in plan.providers if options.compile or not METHODS[n].compiled)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench.case import Case, Cost, shapes
+from bench.case import Case, Cost, modulations, shapes
 from bench.providers import Provider, liger
 from mfmjt.kernels.adaln import adaln, adaln_ref
 
@@ -19,21 +19,19 @@ __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Return the cases of a scale; where ops are checked, a sample's tokens share one shift."""
+    """Return the cases of a scale."""
     return [
         s.case(
             "adaln",
-            {
-                "x": s.rows,
-                "shift": (s.batch, 1, s.dim) if scale == "check" else s.rows,
-                "scale": s.rows,
-            },
+            {"x": s.rows, "shift": first, "scale": second},
+            name=name,
             function=adaln,
             reference=adaln_ref,
             elements=Cost(4, 4, 6).times(math.prod(s.rows)),
             terms=max(s.length, s.dim),
         )
         for s in shapes(scale)
+        for name, first, second in modulations(s, scale)
     ]
 
 

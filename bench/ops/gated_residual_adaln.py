@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench.case import Case, Cost, shapes
+from bench.case import Case, Cost, modulations, shapes
 from bench.providers import Provider, liger
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln, gated_residual_adaln_ref
 
@@ -15,21 +15,20 @@ __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Return the cases of a scale; where ops are checked, tokens share one gate and shift."""
-    found = []
-    for s in shapes(scale):
-        one = (s.batch, 1, s.dim) if scale == "check" else s.rows
-        found.append(
-            s.case(
-                "gated_residual_adaln",
-                {"x": s.rows, "h": s.rows, "gate": one, "shift": one, "scale": s.rows},
-                function=gated_residual_adaln,
-                reference=gated_residual_adaln_ref,
-                elements=Cost(7, 7, 11).times(math.prod(s.rows)),
-                terms=max(s.length, s.dim),
-            )
+    """Return the cases of a scale."""
+    return [
+        s.case(
+            "gated_residual_adaln",
+            {"x": s.rows, "h": s.rows, "gate": first, "shift": first, "scale": second},
+            name=name,
+            function=gated_residual_adaln,
+            reference=gated_residual_adaln_ref,
+            elements=Cost(7, 7, 11).times(math.prod(s.rows)),
+            terms=max(s.length, s.dim),
         )
-    return found
+        for s in shapes(scale)
+        for name, first, second in modulations(s, scale)
+    ]
 
 
 def providers(case: Case) -> list[Provider]:

@@ -92,8 +92,12 @@ def cases(scale: str) -> list[Case]:
     """Return the cases of a scale."""
     found = []
     for s in shapes(scale):
-        found.append(_network(s, s.streams, "joint", s.compile_too))
+        joint = (s.length, sum(s.streams[1:])) if scale == "aot" else s.streams
+        found.append(_network(s, joint, "joint", s.compile_too))
         found.append(_network(s, (s.length,), "self", s.compile_too and scale == "gpu"))
+    if scale == "aot":
+        wide = _case("heads of 128", shapes(scale)[0].model, (2, 12, 128), (512,), False)
+        found.insert(2, wide)
     if scale == "gpu":
         peers = [
             _case(f"B={b} H={h} d={d} N={n}", "peers", (b, h, d), (n,), n == 512, heads_first=True)

@@ -52,7 +52,12 @@ def test_cases_are_told_apart_and_of_known_networks(op):
         found = cases(op, scale)
         assert len({case.name for case in found}) == len(found)
         for case in found:
-            known = case.model in CONFIGS or case.model in ("tiny", "peers")
+            known = case.model in CONFIGS or case.model in (
+                "tiny",
+                "peers",
+                "small_16k_one",
+                "widest",
+            )
             assert known or case.model.startswith("bigvgan_")
     assert {case.batch for case in cases(op, "gpu")} >= ({1} if op == "snake" else {1, 2, 26, 64})
 

@@ -27,7 +27,7 @@ def tiny() -> Training:
 def test_counts_of_small_16k_are_within_their_bars():
     """A tangent in every tenth row, and in each, at the network's own lengths."""
     with FakeTensorMode():
-        training = Training(("small_16k", 10, 250), CPU, torch.float32, tiny=False)
+        training = Training(("small_16k", 10, 250), CPU, torch.float32)
         flow = training.count(0.1, "flow")
         some, all_rows = (
             {name: value / flow[name] for name, value in training.count(ratio, "mfmjt").items()}
@@ -108,8 +108,6 @@ def test_everything_runs_tiny(tmp_path, capsys):
     environment, *rows = map(json.loads, lines)
     assert environment["what"] == "environment"
     assert environment["gemm_tflops"] > 0
-    counted = {(row["provider"], row["ratio"]) for row in rows if row["what"] == "counted"}
-    assert counted == {(p, r) for p in step.OF_PYTORCH for r in (0.1, 1)}
     eager = {name for name in ON_CPU if not METHODS[name].compiled}
     timed = [found for found in rows if found["what"] == "timed"]
     assert {(t["provider"], t["ratio"]) for t in timed} == {(p, r) for p in eager for r in (0.1, 1)}
