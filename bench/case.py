@@ -178,9 +178,9 @@ def shapes(scale: str) -> list[Shape]:
         rest = (("small_16k", 8), ("medium_44k", 2), ("nano", 16))
         return [Shape.of("small_16k", 2, compile_too=True), *(Shape.of(*pair) for pair in rest)]
     if scale == "aot":
-        networks = (("small_16k", 64), ("large_44k_v2", 8), ("nano", 16))
-        one = Shape.of("small_16k", 2)._replace(model="small_16k_one")
-        return [*(Shape.of(*network) for network in networks), one]
+        networks = (("small_16k", 64), ("small_16k", 2), ("large_44k_v2", 8), ("nano", 16))
+        small, one, *others = (Shape.of(*network) for network in networks)
+        return [small, one._replace(model="small_16k_one"), *others]
     if scale == "widest":  # rows that norms take
         from mfmjt.kernels.triton.norm import MAX_WIDTH
 
@@ -200,7 +200,7 @@ def modulations(s: Shape, scale: str) -> list[tuple[str, tuple[int, ...], tuple[
     if scale == "check":
         return [(s.name, one, rows)]
     per_sample = [(f"{s.name} per sample", one, one)] if scale in ("aot", "widest") else []
-    return [(s.name, rows, rows), *per_sample]
+    return [*per_sample, (s.name, rows, rows)]
 
 
 VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}

@@ -63,7 +63,7 @@ class Timing:
 
 
 def take_turns(samplers: Mapping[Name, Sampler], seconds: float = 1.0) -> dict[Name, Timing]:
-    """Sample all, alternating, for about `seconds` in all.
+    """Take samples of all, alternating, for about `seconds` in all.
 
     Args:
         samplers: What to compare; each does the same work and has been warmed up.

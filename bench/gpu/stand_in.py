@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.driver import driver
 
 from bench.gpu.job import Job
-from bench.gpu.piece import function
+from bench.gpu.piece import function, listen
 from bench.rows import read
 from mfmjt import cuda_graph
 from mfmjt.meanflow import tangent
@@ -47,7 +46,7 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class Hollow(TorchDispatchMode):
-    """Operations on large tensors give memory of the right shape, which nobody writes to."""
+    """Gives memory of the right shape for operations on large tensors; nobody writes to it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,7 +81,7 @@ def _on(device: str) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def installed(folder: str) -> Iterator[ctypes.CDLL]:
-    """Inside, Triton's GPU is an H200 behind the stand-in; yields the library.
+    """Make Triton's GPU an H200 behind the stand-in inside; yield the library.
 
     Args:
         folder: Where its libcuda.so.1 is; TRITON_LIBCUDA_PATH says the same to Triton's linker.
@@ -135,29 +134,20 @@ def main(argv: list[str] | None = None) -> int:
     # The ways that the package goes on a GPU only, without graphs
     tangent.one_call_is_cheaper = lambda *_: False
     cuda_graph.Captured.__call__ = _captured  # type: ignore[method-assign]
-    kernels: set[tuple[str, Any]] = set()
-    compiled: list[float] = []
-
-    def listen(*, src: Any, metadata: Any, times: Any, cache_hit: bool, **_: Any) -> None:
-        kernels.add((src.name, metadata["hash"]))
-        if not cache_hit:
-            compiled.append(times.total / 1e6)
-
-    knobs.compilation.listener = listen
     began, piece = time.monotonic(), " ".join(given.name)
     place = os.environ["TRITON_LIBCUDA_PATH"]
     with tempfile.TemporaryDirectory() as name, installed(place) as library:
         folder = Path(name)
         job = Job(piece, folder, folder, "cpu", given.smoke, float("inf"), stand_in=True)
+        listen(job.facts)
         run(piece, job, tuple(given.ops.split(",")))
         # That results are wrong is no news where nothing was computed.
         rows = [row for path in folder.glob("*.jsonl") for row in read(path)]
         failed = [row["reason"] for row in rows if row.get("status") == "failed"]
         found = {
             "piece": piece,
-            "kernels": len(kernels),
-            "compiled": len(compiled),
-            "compile_s": round(sum(compiled), 1),
+            "kernels": job.facts["compiled"] + job.facts["from_cache"],
+            **job.facts,
             "launches": library.stand_in_launches(),
             "refused": library.stand_in_refused(),
             "failed": failed[:4],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -251,15 +252,16 @@ def compare(
     """
 
     def add(row: Row, timing: Timing | None) -> None:
-        row |= asdict(timing) if timing else {}
-        for base, same in bases.items() if timing else ():
-            for other in (row, *reversed(rows.rows)):
-                alike = other.get("status") == "ok" and all(other.get(k) == row[k] for k in same)
-                if alike and other["provider"] == base:
+        if timing:
+            row |= asdict(timing)
+            for base, same in bases.items():
+                wanted = {"provider": base, "status": "ok", **{k: row[k] for k in same}}.items()
+                others = (r for r in (row, *reversed(rows.rows)) if wanted <= r.items())
+                if other := next(others, None):
                     row[f"over_{base}"] = row["ms_p50"] / other["ms_p50"]
                     row[f"cpu_over_{base}"] = row["cpu_ms_p50"] / other["cpu_ms_p50"]
-                    break
-        _show(rows.add({**row, **(finish(row) if timing else {})}))
+            row |= finish(row)
+        _show(rows.add(row))
 
     if any("compile" in about["provider"] for about in abouts):
         torch.compiler.reset()  # what was compiled for other comparisons counts against a limit
@@ -272,6 +274,8 @@ def compare(
             row = {**about, **fields}
             if sampler is None or about["device"] == "cuda":
                 add(row, take_turns({"": sampler}, 0.3)[""] if sampler else None)
+                del sampler  # and the memory of its graph
+                gc.collect()
             else:
                 ready[about["provider"]] = row, sampler
     for name, timing in take_turns({k: s for k, (_, s) in ready.items()}, seconds).items():

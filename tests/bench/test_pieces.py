@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a piece in this process, in the time that it is given."""
+    """Run a piece in this process, in the time that it is given."""
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
     places = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--device", "cpu"]

@@ -112,7 +112,7 @@ def test_compare_finds_what_became_slower(tmp_path, monkeypatch, capsys):
 
 
 def made(provider: str, ms: float, **more: Any) -> dict[str, Any]:
-    """A row of generation."""
+    """Return a row of generation."""
     about = {"what": "latents", "network": "nano", "device": "cpu", "clips_per_s": 1e3 / ms}
     return row(provider, ms, **about | {"dtype": "bfloat16", "batch": 1} | more)
 

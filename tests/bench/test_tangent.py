@@ -12,7 +12,7 @@ from bench.networks.tangent import TARGETS
 
 @pytest.fixture(scope="module")
 def counted():
-    """Rows of small_16k at its own lengths, by (what, provider)."""
+    """Return rows of small_16k at its own lengths, by (what, provider)."""
     return {(row["what"], row["provider"]): row for row in tangent.counted("small_16k")}
 
 
