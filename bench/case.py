@@ -175,12 +175,12 @@ def shapes(scale: str) -> list[Shape]:
         others = ("small_44k", "medium_44k")
         return big + [Shape.of(model, b) for model in others for b in (256, 2, 26, 1, 64)]
     if scale == "cpu":
-        rest = (("small_16k", 8), ("medium_44k", 2), ("nano", 16))
-        return [Shape.of("small_16k", 2, compile_too=True), *(Shape.of(*pair) for pair in rest)]
+        small = Shape.of("small_16k", 2, compile_too=True)
+        return [small, *(Shape.of(*n) for n in (("small_16k", 8), ("medium_44k", 2), ("nano", 16)))]
     if scale == "aot":
         networks = (("small_16k", 64), ("small_16k", 2), ("large_44k_v2", 8), ("nano", 16))
-        small, one, *others = (Shape.of(*network) for network in networks)
-        return [small, one._replace(model="small_16k_one"), *others]
+        first, one, *rest = (Shape.of(*network) for network in networks)
+        return [first, one._replace(model="small_16k_one"), *rest]
     if scale == "widest":  # rows that norms take
         from mfmjt.kernels.triton.norm import MAX_WIDTH
 
