@@ -22,7 +22,7 @@ from bench import ROOT
 from bench.case import TINY
 from bench.clock import Sampler, Timing, take_turns
 from bench.machine import environment
-from bench.rows import Row, Rows, failure
+from bench.rows import KEY, Row, Rows, failure
 from mfmjt.errors import RunError
 from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS, ModelConfig
@@ -176,11 +176,11 @@ def hold(rows: Sequence[Row], targets: Iterable[Target]) -> int:
     return status
 
 
-def start(path: Path, **about: Any) -> Rows:
+def start(path: Path, key: tuple[str, ...] = KEY, **about: Any) -> Rows:
     """Begin a file of rows anew with what the measurement depends on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    rows = Rows(path)
+    rows = Rows(path, key)
     rows.add({"what": "environment", **about, **environment(CPU)})
     return rows
 

@@ -428,14 +428,13 @@ def count_held(rows: Rows) -> None:
     with FakeTensorMode():
         training = Training((HELD, LEAST_BATCH, FULL), CPU, torch.float32)
         for ratio in (0.1, 1.0):
-            flow = training.count(ratio, FLOW)
-            for name in OF_PYTORCH:
-                row = training.count(ratio, name)
+            counts = {name: training.count(ratio, name) for name in OF_PYTORCH}
+            for name, row in counts.items():
                 over = {"flops_over_flow": "flops", "saved_over_flow": "saved_bytes"}
-                row |= {column: round(row[of] / flow[of], 4) for column, of in over.items()}
+                flow = {column: round(row[k] / counts[FLOW][k], 4) for column, k in over.items()}
                 about = {"what": "counted", "device": "cpu", "ratio": ratio, "provider": name}
                 about |= {"network": HELD, "batch": LEAST_BATCH, "length": FULL}
-                rows.add({**about, "dtype": "float32", **row})
+                rows.add({**about, "dtype": "float32", **row, **flow})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -453,8 +452,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_memory()  # as training does
     end = time.monotonic() + 60 * options.minutes
     gemm = Ceilings.measure(CPU, (torch.float32,), options.smoke).gemm_tflops["float32"]
-    rows = start(options.out / "train_step.jsonl", smoke=options.smoke, gemm_tflops=gemm)
-    rows.key = STEP[1]
+    path = options.out / "train_step.jsonl"
+    rows = start(path, STEP[1], smoke=options.smoke, gemm_tflops=gemm)
 
     def has_time(about: Row) -> bool:
         if time.monotonic() < end:
