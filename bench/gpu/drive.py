@@ -45,8 +45,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import ROOT, parser
-from bench.gpu import summary
-from bench.gpu.job import LOST, file_name
+from bench.gpu import LOST, file_name, summary
 from bench.ops import named, named_ops
 from bench.rows import Rows, commit, read
 from mfmjt.errors import InputError, RunError

@@ -2,7 +2,7 @@
 
 A piece may end in ways that it cannot report: the interpreter crashes, a kernel never returns, the
 GPU's context is lost. So it leaves a note of what it is at before it tries it, and its parent makes
-a row of the note. PyTorch is imported where a GPU is asked about only.
+a row of the note.
 """
 
 from __future__ import annotations
@@ -16,23 +16,14 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from bench.gpu import LOST, file_name
 from bench.rows import Row, Rows, commit, failure
 from mfmjt.files import atomic_path
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["LOST", "Job", "file_name"]
-
-LOST = 42
-"""Exit status of a piece whose process is of no use any more, though the next one's may be."""
-
-
-def file_name(piece: str) -> str:
-    """Return a piece's name as a file's."""
-    return piece.replace(" ", "_")
+__all__ = ["Job"]
 
 
 @dataclass
@@ -67,8 +58,6 @@ class Job:
     @property
     def torch_device(self) -> torch.device:
         """Return the device as PyTorch's."""
-        import torch
-
         return torch.device(self.device)
 
     def left(self) -> float:
@@ -130,16 +119,12 @@ class Job:
             RuntimeError: It failed at something.
         """
         if self.cuda:
-            import torch
-
             torch.cuda.synchronize()
 
     def free(self) -> None:
         """Hand back the memory of what is over."""
         gc.collect()
         if self.cuda:
-            import torch
-
             torch.cuda.empty_cache()
 
     def leave(self, reason: str) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.gpu.job import Job
 from bench.rows import Row
 
@@ -47,8 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", required=True, help="of a piece that has several")
     parser.add_argument("--smoke", action="store_true")
     given = parser.parse_args(arguments)
-    import torch
-
     run = function(*given.name, ops=tuple(given.ops.split(",")))
     line = sys.stdin.readline()
     if not line:

@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench import ROOT, parser
+from bench.gpu import file_name
 from bench.gpu.drive import CACHE, stages
-from bench.gpu.job import file_name
 from bench.ops import named, named_ops
 from bench.rows import Row, commit, output_of
 from mfmjt.errors import RunError
