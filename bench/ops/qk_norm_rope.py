@@ -23,7 +23,7 @@ def cases(scale: str) -> list[Case]:
         width = s.dim // s.heads
         ropes = {s.name: {"rope": rotation(s.length, width)}}
         if scale == "aot":
-            ropes[f"{s.name} text"] = {}
+            ropes = {f"{s.name} text": {}, **ropes}
         for name, rope in ropes.items():
             found.append(
                 s.case(
