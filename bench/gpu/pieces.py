@@ -212,8 +212,9 @@ def kernels(job: Job, turn: str, ops: tuple[str, ...]) -> None:
                 for provider in sorted(providers(case, device, mode), key=lambda p: p.name != OURS):
                     if provider.compiled == (turn == "compiled"):
                         _time(job, rows, trial, provider, {**about, "provider": provider.name})
-            del trial
-            job.free()
+            if "sets" in vars(trial):  # it was made, for there was time
+                del trial
+                job.free()
 
 
 def _time(job: Job, rows: Rows, trial: Trial, provider: Provider, about: Row) -> None:
@@ -272,4 +273,3 @@ def step(job: Job, turn: str = "headline") -> None:
             has_time=functools.partial(job.has_time, rows, seconds=15.0),
             seconds=0.0,
         )
-        job.free()

@@ -274,8 +274,9 @@ def compare(
             row = {**about, **fields}
             if sampler is None or about["device"] == "cuda":
                 add(row, take_turns({"": sampler}, 0.3)[""] if sampler else None)
-                del sampler  # and the memory of its graph
+                del sampler
                 gc.collect()
+                torch.cuda.empty_cache()  # of its graph, too
             else:
                 ready[about["provider"]] = row, sampler
     for name, timing in take_turns({k: s for k, (_, s) in ready.items()}, seconds).items():
