@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -23,7 +24,7 @@ from mfmjt.model.config import CONFIGS
 from mfmjt.testing import JVP, MODES, Function, Operands, as_tuple
 
 __all__ = ["SCALES", "TINY", "Case", "Cost", "Input", "Shape", "cases", "module", "operands"]
-__all__ += ["modulations", "rotation", "shapes", "vocoder_stages"]
+__all__ += ["norm_cases", "rotation", "shapes", "vocoder_stages"]
 
 SCALES = ("gpu", "cpu", "check", "aot", "tiny")
 """What is timed on a GPU and on a CPU, checked on any device, compiled for GPUs that are not there,
@@ -190,17 +191,35 @@ def shapes(scale: str) -> list[Shape]:
     return [Shape("tiny", 1, 6, 8, 1, 12, (6, 2, 1))]
 
 
-def modulations(s: Shape, scale: str) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Return a name, and the sizes of shift (and gate) and of scale that a norm is modulated by.
+def norm_cases(
+    op: str, scale: str, function: Function, reference: Function, moved: Cost, *rows: str
+) -> list[Case]:
+    """Return the cases of a modulated norm.
 
-    They are per token; where ops are checked, a sample's tokens share one shift, and where they are
-    compiled, one of each as well.
+    Modulation is per token; where ops are checked, a sample's tokens share all but `scale`, and
+    where they are compiled, `scale` too.
+
+    Args:
+        op: Its name.
+        scale: One of `SCALES`, or "widest".
+        function: The op.
+        reference: Its twin.
+        moved: What is read and written for each element of x.
+        rows: Names of the inputs that have a row for each token, whatever the scale.
     """
-    one, rows = (s.batch, 1, s.dim), s.rows
-    if scale == "check":
-        return [(s.name, one, rows)]
-    per_sample = [(f"{s.name} per sample", one, one)] if scale in ("aot", "widest") else []
-    return [*per_sample, (s.name, rows, rows)]
+    found = []
+    for s in shapes(scale):
+        one = (s.batch, 1, s.dim)
+        sizes = {s.name: (one if scale == "check" else s.rows, s.rows)}
+        if scale in ("aot", "widest"):
+            sizes = {f"{s.name} per sample": (one, one), **sizes}
+        for name, (first, second) in sizes.items():
+            inputs = dict.fromkeys(rows, s.rows)
+            inputs |= dict.fromkeys(("gate", "shift") if "h" in rows else ("shift",), first)
+            costs = {"elements": moved.times(math.prod(s.rows)), "terms": max(s.length, s.dim)}
+            about = {"name": name, "function": function, "reference": reference, **costs}
+            found.append(s.case(op, inputs | {"scale": second}, **about))
+    return found
 
 
 VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}

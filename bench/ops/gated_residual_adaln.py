@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from bench.case import Case, Cost, modulations, shapes
+from bench.case import Case, Cost, norm_cases
 from bench.providers import Provider, liger
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln, gated_residual_adaln_ref
 
@@ -16,19 +14,8 @@ __all__ = ["cases", "providers"]
 
 def cases(scale: str) -> list[Case]:
     """Return the cases of a scale."""
-    return [
-        s.case(
-            "gated_residual_adaln",
-            {"x": s.rows, "h": s.rows, "gate": first, "shift": first, "scale": second},
-            name=name,
-            function=gated_residual_adaln,
-            reference=gated_residual_adaln_ref,
-            elements=Cost(7, 7, 11).times(math.prod(s.rows)),
-            terms=max(s.length, s.dim),
-        )
-        for s in shapes(scale)
-        for name, first, second in modulations(s, scale)
-    ]
+    op, reference = gated_residual_adaln, gated_residual_adaln_ref
+    return norm_cases("gated_residual_adaln", scale, op, reference, Cost(7, 7, 11), "x", "h")
 
 
 def providers(case: Case) -> list[Provider]:
