@@ -2,7 +2,7 @@
 
 A piece may end in ways that it cannot report: the interpreter crashes, a kernel never returns, the
 GPU's context is lost. So it leaves a note of what it is at before it tries it, and its parent makes
-a row of the note.
+a row of the note. PyTorch is imported where a GPU is asked about only.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from bench.gpu import LOST, file_name
 from bench.rows import Row, Rows, commit, failure
 from mfmjt.files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Job"]
 
@@ -58,6 +60,8 @@ class Job:
     @property
     def torch_device(self) -> torch.device:
         """Return the device as PyTorch's."""
+        import torch
+
         return torch.device(self.device)
 
     def left(self) -> float:
@@ -119,12 +123,16 @@ class Job:
             RuntimeError: It failed at something.
         """
         if self.cuda:
+            import torch
+
             torch.cuda.synchronize()
 
     def free(self) -> None:
         """Hand back the memory of what is over."""
         gc.collect()
         if self.cuda:
+            import torch
+
             torch.cuda.empty_cache()
 
     def leave(self, reason: str) -> None:
