@@ -33,8 +33,8 @@ PEERS = (
 """(B, H, D, N)."""
 
 
-def _streams(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
-    return [x for key, x in tensors.items() if key[0] == name]
+def _streams(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    return tuple(x for key, x in tensors.items() if key[0] == name)
 
 
 def _apply(op: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
