@@ -22,9 +22,11 @@ __all__ = ["CLAP_FILE", "ROBERTA", "CLAPText"]
 CLAP_FILE = PublishedFile(
     "music_speech_audioset_epoch_15_esc_89.98.pt",
     "https://huggingface.co/lukewys/laion_clap",
-    md5="d0dce80705ee4f79da5a1ff56ccde6f9",
+    "2243.5M",
+    sha256="51c68f12f9d7ea25fdaaccf741ec7f81e93ee594455410f3bca4f47f88d8e006",
+    license="CC0-1.0",
 )
-"""The CLAP that MeanAudio was trained with: HTSAT-base, without fusion."""
+"""The CLAP that MeanAudio was trained with, and is judged with: HTSAT-base, without fusion."""
 ROBERTA = TextModel("roberta", "RobertaConfig", "FacebookAI/roberta-base", ("*.json",))
 """Sizes and tokenizer of its text half: 12 layers of width 768."""
 _MARK = "text_branch.embeddings.word_embeddings.weight"

@@ -14,21 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfmjt.checkpoints import PublishedFile, load_published, weights_in
+from mfmjt.checkpoints import load_published, weights_in
+from mfmjt.encoders.clap import CLAP_FILE
 from mfmjt.evaluate.networks._frontend import StoredLogMel, check_waveform, resized
 from mfmjt.evaluate.networks._layers import MLP, Attention, BatchNorm
 
 __all__ = ["CLAP", "CLAP_FILES"]
 
-CLAP_FILES = (
-    PublishedFile(
-        "music_speech_audioset_epoch_15_esc_89.98.pt",
-        "https://huggingface.co/lukewys/laion_clap",
-        "2243.5M",
-        sha256="51c68f12f9d7ea25fdaaccf741ec7f81e93ee594455410f3bca4f47f88d8e006",
-        license="CC0-1.0",
-    ),
-)
+CLAP_FILES = (CLAP_FILE,)
 """The published weights."""
 
 _SAMPLES = 480_000
