@@ -37,6 +37,8 @@ def holds(folder: Path, network: Path | bool) -> bool:
     """Return whether the folder, and the network where one is named, are of this family."""
     if isinstance(network, Path):
         return network.name in [file.name for file in MEANAUDIO_FILES.values()] or _of_text(network)
+    if network and (ours := folder / NETWORK).exists():
+        return _of_text(ours)
     return network and bool(_networks(folder))
 
 

@@ -23,6 +23,7 @@ from mfmjt.model import load_meanaudio
 from mfmjt.model.published import MEANAUDIO_FILES
 from mfmjt.pipeline import Audio, Pipeline, Request, generate_together
 from tests.oracle import allowance, error
+from tests.support.bundles import write_model
 from tests.support.commands import refused, run
 from tests.support.published import VAES, VOCODERS
 from tests.support.texts import meanaudio_state, needs_transformers, write_meanaudio
@@ -348,6 +349,9 @@ def test_of_several_the_first_is_taken_with_a_note(copy: Path, expected: Tensor)
     (note,) = pipe.notes
     assert note.endswith("meanaudio_s_full.pth was taken, not meanaudio_s_ac.pth.")
     assert Pipeline.from_pretrained(copy / "meanaudio_s_ac.pth", "cpu").notes == ()
+    write_model(copy)  # ours, of another family, goes before published ones
+    assert not meanaudio.holds(copy, True)
+    (copy / "network.safetensors").unlink()
     (copy / "mmaudio_small_16k.pth").touch()
     with pytest.raises(InputError, match=r"of MeanAudio's and of MMAudio's: .*mmaudio_small_16k"):
         Pipeline.from_pretrained(copy)
