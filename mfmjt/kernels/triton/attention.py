@@ -85,16 +85,16 @@ def load(rows, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.con
 
 
 @jit
-def store(pointer, tile, place, column, WIDTH: tl.constexpr):
+def store(pointer, tile, place, column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Write a tile, from a column on, into a dense (B, count, H, WIDTH) result.
 
     `place` is (sample, head, H, first token, count).
     """
     sample, head, heads, start, count = place
     token = tl.arange(0, tile.shape[0])[:, None]
-    column += tl.arange(0, tile.shape[1])[None, :]
+    column += tl.arange(0, COLUMNS)[None, :]
     inside = token < count - start
-    if WIDTH % tile.shape[1] != 0:
+    if WIDTH % COLUMNS != 0:
         inside = inside & (column < WIDTH)
     pointer += ((sample * count + start) * heads + head) * WIDTH
     tl.store(pointer + (token * (heads * WIDTH) + column), tile, inside)
@@ -256,10 +256,10 @@ def attention_fwd_kernel(
     nothing = total == 0
     inverse = tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, total_rounded))[:, None]
     out *= inverse
-    store(choose(o, stream), out, place, column, WIDTH)
+    store(choose(o, stream), out, place, column, WIDTH, BLOCK_OUT)
     if o_dot is not None:
         out_dot = (out_dot - total_w[:, None] * out) * inverse
-        store(choose(o_dot, stream), out_dot, place, column, WIDTH)
+        store(choose(o_dot, stream), out_dot, place, column, WIDTH, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
     sums = top * sizes.scale_2 + tl.log2(tl.where(nothing, 1.0, total))
     row = choose(lse, stream) + pair * sizes.all_queries + first
@@ -323,7 +323,7 @@ def attention_bwd_q_kernel(
             a = load(k_rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
             query_bar = dot(score_bar, a, query_bar, PRECISION)
     query_bar *= sizes.scale
-    store(choose(q_bar, stream), query_bar, place, column, WIDTH)
+    store(choose(q_bar, stream), query_bar, place, column, WIDTH, BLOCK_OUT)
 
 
 @jit
@@ -380,5 +380,5 @@ def attention_bwd_kv_kernel(
     counts = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
     key_bar = tl.where(counts, key_bar * sizes.scale, 0.0)
     value_bar = tl.where(counts, value_bar, 0.0)
-    store(choose(k_bar, stream), key_bar, place, column, WIDTH)
-    store(choose(v_bar, stream), value_bar, place, column, WIDTH)
+    store(choose(k_bar, stream), key_bar, place, column, WIDTH, BLOCK_OUT)
+    store(choose(v_bar, stream), value_bar, place, column, WIDTH, BLOCK_OUT)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
-from mfmjt.kernels.triton.launching import dense, launch, of_one
-from mfmjt.kernels.triton.product import precision, project, strides, takes, window, windows
+from mfmjt.kernels.triton.launching import dense, launch, of_one, strides
+from mfmjt.kernels.triton.product import precision, project, takes, window, windows
 
 __all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 

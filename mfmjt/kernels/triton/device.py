@@ -12,7 +12,7 @@ _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
 
 @jit
 def wide(x):
-    """The same numbers in the dtype of sums: float32, or float64 for float64."""
+    """Return x in the dtype of sums: float32, or float64 for float64."""
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
 
 

@@ -11,20 +11,21 @@ from torch import Tensor
 
 from mfmjt.kernels._backends import INTERPRETED
 from mfmjt.kernels._op import check, work_dtype
-from mfmjt.kernels.triton import attention, cdiv, launching, target, tuning
-from mfmjt.kernels.triton.launching import View, empty
+from mfmjt.kernels.triton import cdiv, target, tuning
+from mfmjt.kernels.triton.attention import (
+    Sizes,
+    attention_bwd_kv_kernel,
+    attention_bwd_q_kernel,
+    attention_fwd_kernel,
+)
+from mfmjt.kernels.triton.launching import View, empty, launch, strides
 
 __all__ = ["bwd", "fwd", "jvp"]
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Return the strides of samples, tokens and heads; 0 where there is only one."""
-    return [d if n > 1 else 0 for d, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-
-
 def _view(x: Tensor) -> View:
     unit = 8 if x.shape[3] % 8 == 0 else 1
-    return View(x, *(d // unit for d in _strides(x)))
+    return View(x, *(d // unit for d in strides(x)))
 
 
 def _fits(x: Tensor, *others: Tensor | None) -> bool:
@@ -33,7 +34,7 @@ def _fits(x: Tensor, *others: Tensor | None) -> bool:
     Heads are dense, 32 bits reach every element of a tile, and strides are whole units.
     """
     same = all(y is None or y.stride() == x.stride() for y in others)
-    whole = x.shape[3] % 8 != 0 or all(d % 8 == 0 for d in _strides(x))
+    whole = x.shape[3] % 8 != 0 or all(d % 8 == 0 for d in strides(x))
     return same and whole and x.stride(3) == 1 and x.stride(1) < 2**22
 
 
@@ -88,14 +89,12 @@ def _launch(
     block = options["BLOCK_M" if part == "bwd_kv" else "BLOCK_N"]
     grid = batch * heads * sum(cdiv(n, block) for n in tokens), cdiv(width, options["BLOCK_OUT"])
     counts = tuple([None if n is None else n.contiguous() for n in lengths])
-    launching.launch(
+    launch(
         kernel,
         grid,
         *([_view(x) for x in group] for group in streams),
         *(None if group is None else list(group) for group in pointers),
-        attention.Sizes(
-            queries, keys, counts, lse.shape[2], heads, scale, scale * math.log2(math.e)
-        ),
+        Sizes(queries, keys, counts, lse.shape[2], heads, scale, scale * math.log2(math.e)),
         WIDTH=width,
         PRECISION="tf32x3" if first.dtype.itemsize == 4 and target()[0] == "cuda" else "ieee",
         **options,
@@ -129,7 +128,7 @@ def fwd(
     streams = [_packed(x)[0] for x in (q, k, v)]
     none = [None] * len(k)
     pointers = (None, none, none, o, None, _by_streams(lse, q))
-    _launch(attention.attention_fwd_kernel, "value", streams, pointers, lengths, lse, scale)
+    _launch(attention_fwd_kernel, "value", streams, pointers, lengths, lse, scale)
     return o, lse
 
 
@@ -160,13 +159,10 @@ def jvp(
         moves = queries_move or keys_move
         for zero in () if moves else out_dot:
             zero.zero_()
-        pointers = (
-            own_dot if queries_move else None, k_dot, v_dot, out, out_dot if moves else None, sums
-        )  # fmt: skip
+        dots = (own_dot if queries_move else None, k_dot, v_dot)
+        pointers = (*dots, out, out_dot if moves else None, sums)
         part = "tangent" if moves else "value"
-        _launch(
-            attention.attention_fwd_kernel, part, (own, keys, values), pointers, lengths, lse, scale
-        )
+        _launch(attention_fwd_kernel, part, (own, keys, values), pointers, lengths, lse, scale)
     return o, o_dot, lse
 
 
@@ -187,7 +183,7 @@ def bwd(
     streams = [_packed(x)[0] for x in (q, k, v, o_bar, o)]
     sums, delta = _by_streams(lse, q), _by_streams(torch.empty_like(lse), q)
     pointers: tuple[Any, ...] = (q_bar, delta, sums)
-    _launch(attention.attention_bwd_q_kernel, "bwd_q", streams, pointers, lengths, lse, scale)
+    _launch(attention_bwd_q_kernel, "bwd_q", streams, pointers, lengths, lse, scale)
     pointers = (k_bar, v_bar, delta, sums)
-    _launch(attention.attention_bwd_kv_kernel, "bwd_kv", streams[:4], pointers, lengths, lse, scale)
+    _launch(attention_bwd_kv_kernel, "bwd_kv", streams[:4], pointers, lengths, lse, scale)
     return q_bar, k_bar, v_bar

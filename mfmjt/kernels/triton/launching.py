@@ -9,27 +9,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["View", "alike", "dense", "empty", "filled", "launch", "of_one", "present", "views"]
+__all__ = [
+    "View",
+    "alike",
+    "dense",
+    "empty",
+    "filled",
+    "launch",
+    "of_one",
+    "present",
+    "strides",
+    "views",
+]
 
 
 class View(NamedTuple):
     """A strided tensor as a kernel reads it, channels dense.
 
     Attributes:
-        pointer: The tensor, or None where there is none.
+        pointer: The tensor.
         sample: Elements from one sample to the next; None where all samples share what is there.
         token: Elements from one token (or row) to the next; None likewise.
         head: Elements from one head to the next; None likewise.
     """
 
-    pointer: Tensor | None
+    pointer: Tensor
     sample: int | None = None
     token: int | None = None
     head: int | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel; lists of tensors, numbers and lists become tuples, which Triton takes."""
+    """Run a kernel; lists, and lists in them, become the tuples that Triton takes."""
     kernel[grid](*map(_tuples, args), **options)
 
 
@@ -38,7 +49,7 @@ def _tuples(x: Any) -> Any:
 
 
 def of_one(*launchers: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Return launchers of one stream, made of those of lists of streams."""
+    """Return launchers of one stream, from those of lists of streams."""
     return [functools.partial(_one_stream, launcher) for launcher in launchers]
 
 
@@ -92,6 +103,11 @@ def dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def strides(x: Tensor) -> list[int]:
+    """Return those of all axes but the last; 0 where there is only one, which counts as aligned."""
+    return [d if n > 1 else 0 for d, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
+
+
 def views(tensors: Sequence[Tensor] | None) -> list[View] | None:
     """Return (N, C), (B, N, C) or (B, N, H, C) of each stream as kernels read them."""
     return None if tensors is None else list(map(_view, tensors))
@@ -99,5 +115,5 @@ def views(tensors: Sequence[Tensor] | None) -> list[View] | None:
 
 def _view(x: Tensor) -> View:
     x = dense(x)
-    steps = [d * (n > 1) or None for d, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
+    steps = [d or None for d in strides(x)]
     return View(x, *steps) if x.ndim > 2 else View(x, None, *steps)

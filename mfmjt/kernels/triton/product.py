@@ -20,10 +20,10 @@ from torch import Tensor
 from mfmjt.kernels._backends import INTERPRETED
 from mfmjt.kernels.triton import cdiv, jit, target, tl, tuning
 from mfmjt.kernels.triton.device import choose, locate, put
-from mfmjt.kernels.triton.launching import dense, launch, present
+from mfmjt.kernels.triton.launching import dense, launch, present, strides
 from mfmjt.kernels.triton.qk_norm_rope import angles, rotated
 
-__all__ = ["precision", "project", "project_qkv", "strides", "takes", "window", "windows"]
+__all__ = ["precision", "project", "project_qkv", "takes", "window", "windows"]
 
 MAX_HEAD = 128  # width of a head that fits into registers, beside the products that make it
 
@@ -222,13 +222,6 @@ def precision() -> str:
     return "ieee" if target()[0] == "hip" else "tf32x3"
 
 
-def strides(x: Tensor, taps: int = 1) -> tuple[int, int]:
-    """Return those of samples and tokens; 0 where there is only one, which counts as aligned."""
-    sample, token = (d if n > 1 else 0 for n, d in zip(x.shape[:2], x.stride()[:2], strict=True))
-    # A window of one token only may begin before it, by the tokens that are not there
-    return sample, x.shape[2] if taps > 1 else token
-
-
 def windows(
     xs: list[Tensor], taps: list[int], *sizes: int, beside: list[Tensor]
 ) -> tuple[Windows, int]:
@@ -247,7 +240,11 @@ def windows(
         x if k == 1 or x.shape[1] <= 1 or x.stride(1) == x.shape[2] else x.contiguous()
         for x, k in zip(map(dense, xs), taps, strict=True)
     ]
-    steps = [strides(x, k) for x, k in zip(packed, taps, strict=True)]
+    # A window of one token only may begin before it, by the tokens that are not there
+    steps = [
+        (strides(x)[0], x.shape[2] if k > 1 else strides(x)[1])
+        for x, k in zip(packed, taps, strict=True)
+    ]
     starts = [x.data_ptr() // x.element_size() for x in (*packed, *beside)]
     channels = [x.shape[2] for x in packed]
     unit = math.gcd(

@@ -234,27 +234,14 @@ def _forward(
     return (*results, *rstds)
 
 
-def fwd_streams(
-    qkvs: list[Tensor],
-    q_weights: list[Tensor],
-    k_weights: list[Tensor],
-    ropes: list[Tensor | None],
-    eps: float,
-) -> Any:
+def fwd_streams(qkvs: list[Tensor], *others: Any) -> Any:
     """Compute results and statistics of all streams."""
-    return _forward(qkvs, None, q_weights, k_weights, ropes, eps)
+    return _forward(qkvs, None, *others)
 
 
-def jvp_streams(
-    qkvs: list[Tensor],
-    qkv_dots: list[Tensor | None],
-    q_weights: list[Tensor],
-    k_weights: list[Tensor],
-    ropes: list[Tensor | None],
-    eps: float,
-) -> Any:
+def jvp_streams(qkvs: list[Tensor], qkv_dots: list[Tensor | None], *others: Any) -> Any:
     """Compute results, tangents and statistics of all streams."""
-    return _forward(qkvs, filled(qkv_dots, qkvs), q_weights, k_weights, ropes, eps)
+    return _forward(qkvs, filled(qkv_dots, qkvs), *others)
 
 
 def bwd_streams(
