@@ -15,9 +15,9 @@ import numpy as np
 
 from mfmjt.errors import InputError, reason
 from mfmjt.evaluate.examples import Examples
-from mfmjt.evaluate.frechet import frechet_distance
 from mfmjt.evaluate.onsets import OnsetScore, count_onsets, onset_f1
 from mfmjt.evaluate.sounds import AGAIN, Made, Sounds
+from mfmjt.evaluate.statistics import frechet
 
 __all__ = ["METRICS", "Figure", "Metric", "Score", "bootstrap", "derangement", "load_metric"]
 
@@ -201,9 +201,9 @@ def _frechet(made: Made, real: Sounds, examples: Examples) -> Score | None:
     `frechet_real` is the distance between these real sounds and as many others: what perfect sound
     would get. There are no intervals, because resampling biases the distance.
     """
-    figures = {"frechet": frechet_distance(made.embedding, real.embedding)}
+    figures = {"frechet": frechet(made.embedding, real.embedding)}
     if made.others is not None:
-        figures["frechet_real"] = frechet_distance(made.others.embedding, real.embedding)
+        figures["frechet_real"] = frechet(made.others.embedding, real.embedding)
     return Score(figures)
 
 
@@ -229,7 +229,7 @@ def _text_only(made: Made, real: Sounds, examples: Examples) -> Score | None:
     score = Score({})
     if examples.labels is not None:
         score = _accuracy("text_class_accuracy", sounds, examples, made.rng)
-    score.figures["text_frechet"] = frechet_distance(sounds.embedding, real.embedding)
+    score.figures["text_frechet"] = frechet(sounds.embedding, real.embedding)
     return score
 
 
@@ -249,7 +249,7 @@ def _codec(made: Made, real: Sounds, examples: Examples) -> Score | None:
             "codec_onset_f1_20ms": _total(counts).f1,
             "codec_class_kept": kept.share_of(real.predicted),
             "codec_class_accuracy": kept.share_of(examples.labels.numpy()),
-            "frechet_codec": frechet_distance(kept.embedding, real.embedding),
+            "frechet_codec": frechet(kept.embedding, real.embedding),
         },
         {"codec_onset_f1_20ms": bootstrap(counts, _f1, made.rng)},
     )
