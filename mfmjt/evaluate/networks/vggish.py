@@ -88,8 +88,12 @@ class VGGish(nn.Module):
         with torch.device("meta"):
             network = cls()
         load_published(network, state, "VGGish", lambda name: name.startswith(("pproc.", "pca_")))
+        for layer in network.features:
+            if isinstance(layer, nn.Conv2d):  # in the layout with which CPUs are a quarter faster
+                weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+                layer.weight = nn.Parameter(weight)
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Log-mel magnitudes of pieces that follow one another; what is left at the end is cut off.
