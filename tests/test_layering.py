@@ -32,7 +32,7 @@ ALLOWED: dict[str, str] = {
     "plotting": "errors files codec",
     "data": "errors files plotting",
     "media": "errors files",
-    "families": "errors cuda_graph checkpoints kernels model meanflow codec encoders",
+    "families": "errors memory cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
     "families features",
