@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mfmjt.checkpoints import PublishedFile, load_published, weights_in
 from mfmjt.errors import InputError
 from mfmjt.evaluate.networks._frontend import StoredLogMel, check_waveform
+from mfmjt.evaluate.networks._layers import BatchNorm
 
 __all__ = ["CNN14_FILES", "Cnn14", "Tagged"]
 
@@ -57,27 +58,6 @@ class Tagged(NamedTuple):
     logits: Tensor
 
 
-class _BatchNorm(nn.Module):
-    """The running statistics of a batch norm and what is done with them."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    @property
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each `(width,)`, by which it is `x * scale + shift`."""
-        mean, variance = self.running_mean, self.running_var
-        scale = self.weight.double() * (variance.double() + 1e-5).rsqrt()
-        return scale.float(), (self.bias - mean * scale).float()
-
-
 class _Block(nn.Module):
     """Two 3 x 3 convolutions, each with norm and rectifier."""
 
@@ -85,8 +65,8 @@ class _Block(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(before, width, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = _BatchNorm(width)
-        self.bn2 = _BatchNorm(width)
+        self.bn1 = BatchNorm(width)
+        self.bn2 = BatchNorm(width)
 
     def fold(self) -> None:
         """Put the norms into the convolutions, and lay out the weights as CPUs are fastest with."""
@@ -98,7 +78,17 @@ class _Block(nn.Module):
         del self.bn1, self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x).relu_()).relu_()
+        return _convolved(_convolved(x, self.conv1).relu_(), self.conv2).relu_()
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolve 3 x 3; as one matmul where maps are narrow, which is 2 to 3 times faster on CPUs."""
+    if x.shape[3] > 2:
+        return conv(x)
+    patches = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)
+    patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)  # (B, rows, columns, 9 channels)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # no copy: the layout is channels last
+    return F.linear(patches, weight, conv.bias).permute(0, 3, 1, 2)
 
 
 class Cnn14(nn.Module):
@@ -125,7 +115,7 @@ class Cnn14(nn.Module):
             50.0,
             _HIGH[sample_rate],
         )
-        self.bn0 = _BatchNorm(_BANDS)
+        self.bn0 = BatchNorm(_BANDS)
         for i, (before, width) in enumerate(itertools.pairwise((1, *_WIDTHS)), 1):
             self.add_module(f"conv_block{i}", _Block(before, width))
         self.fc1 = nn.Linear(_WIDTHS[-1], _WIDTHS[-1])
