@@ -18,7 +18,7 @@ from mfmjt.errors import InputError, short, some
 __all__ = ["Weights", "about", "load_published", "weights_in"]
 
 _DEPTH = 4  # of dictionaries in each other
-_SMALL = 2**14
+_SMALL = 2**14  # numbers, of which a copy costs nothing
 _PART = re.compile(r"-\d{5}-of-\d{5}\.")
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What compiling, sharding and recomputing put into names, between any two modules."""
