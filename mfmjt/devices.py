@@ -10,7 +10,7 @@ import torch
 
 from mfmjt.errors import InputError, reason
 
-__all__ = ["choose_device", "cpu_info", "cpu_name", "parse_dtype"]
+__all__ = ["choose_device", "cpu_info", "cpu_name", "parse_dtype", "parse_dtype_or_auto"]
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -50,6 +50,16 @@ def parse_dtype(
         raise InputError(f"There is no dtype {name!r}. Choose one of {', '.join(choices)}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def parse_dtype_or_auto(name: str) -> torch.dtype | None:
+    """Return the dtype of a name, None for "auto", which leaves the choice to `Pipeline`.
+
+    Raises:
+        InputError: The name is neither "auto" nor a dtype.
+    """
+    choices = ("auto", "float32", "bfloat16", "float16")
+    return None if name == "auto" else parse_dtype(name, choices)
 
 
 def cpu_info() -> dict[str, str]:

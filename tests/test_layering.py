@@ -38,8 +38,8 @@ ALLOWED: dict[str, str] = {
     "families features",
     "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
     "encoders plotting data families features evaluate",
-    "pipeline": "errors files devices progress checkpoints model meanflow codec encoders media "
-    "families",
+    "pipeline": "errors files devices progress checkpoints kernels model meanflow codec encoders "
+    "media families",
     "extract": "errors files devices progress encoders media families features",
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",

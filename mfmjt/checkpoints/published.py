@@ -35,6 +35,8 @@ class PublishedFile:
         md5: Hexadecimal digest; "" where not stated.
         also: Names, without suffix, under which others have published the same tensors as
             safetensors, such as ComfyUI's; `_fp16`, `_bf16` or `_fp32` may follow.
+        sha256: Hexadecimal digest or its first digits; "" where not stated.
+        license: Of the weights; "" where it is told elsewhere.
     """
 
     name: str
@@ -42,6 +44,13 @@ class PublishedFile:
     size: str = ""
     md5: str = ""
     also: tuple[str, ...] = ()
+    sha256: str = ""
+    license: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where the file is, and under which license."""
+        return f"{self.publisher}, license {self.license}" if self.license else self.publisher
 
     @property
     def names(self) -> list[str]:
@@ -69,8 +78,8 @@ def find_all(
         folder: Where the user keeps the downloads.
         files: What to look for.
         check: "name" takes any file so called; "size" compares its size with the published one;
-            "md5" the digest as well, which reads the whole file. Files under another publisher's
-            name are only asked whether they can be weights.
+            "md5" the digest as well (MD5 or SHA-256), which reads the whole file. Files under
+            another publisher's name are only asked whether they can be weights.
 
     Raises:
         InputError: Files are missing, none of weights, or of another size or digest than the
@@ -83,12 +92,12 @@ def find_all(
     for file in files:
         path = there(folder, file)
         if path is None:
-            problems.setdefault(file.publisher, []).append(f"no file {file.name}")
+            problems.setdefault(file.source, []).append(f"no file {file.name}")
         else:
             paths.append(path)
             if wrong := "" if check == "name" else _difference(path, file, check):
                 name = short(path.relative_to(folder), 60)
-                problems.setdefault(file.publisher, []).append(f"{name} {wrong}")
+                problems.setdefault(file.source, []).append(f"{name} {wrong}")
     if problems:
         told = "; ".join(f"{', '.join(of)} (get it from {at})" for at, of in problems.items())
         raise InputError(f"In {short(folder, 120)} and the folders inside it: {told}.")
@@ -107,11 +116,12 @@ def _difference(path: Path, file: PublishedFile, check: Check) -> str:
         size = math.ceil(path.stat().st_size / unit * 10**digits) / 10**digits
         if size != float(file.size[:-1]):
             return f"has {size:g}{file.size[-1]} bytes, not {file.size}: cut short?"
-    if file.md5 and check == "md5":
-        with path.open("rb") as stream:
-            md5 = hashlib.md5(usedforsecurity=False)
-            while block := stream.read(2**24):
-                md5.update(block)
-        if md5.hexdigest() != file.md5:
-            return f"has the MD5 {md5.hexdigest()}, not {file.md5}"
+    for name, stated in (("MD5", file.md5), ("SHA-256", file.sha256)):
+        if stated and check == "md5":
+            with path.open("rb") as stream:
+                digest = hashlib.new(name.replace("-", ""), usedforsecurity=False)
+                while block := stream.read(2**24):
+                    digest.update(block)
+            if not (found := digest.hexdigest()).startswith(stated):
+                return f"has the {name} {found}, not {stated}"
     return ""

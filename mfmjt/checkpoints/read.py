@@ -35,7 +35,7 @@ _OTHERS = (
 
 
 class _Ignored:
-    """Stands for a NumPy scalar, such as a best loss, beside weights.
+    """Stands for a NumPy scalar or array beside weights, such as a best loss or a sampler's state.
 
     Nobody needs its value, and so nothing of NumPy's is run with what a file says.
     """
@@ -47,9 +47,16 @@ class _Ignored:
         pass
 
 
-_NUMPY_SCALARS: list[Any] = [
-    (_Ignored, name)
-    for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+_NUMPY: list[Any] = [
+    (_Ignored, f"numpy.{name}")
+    for name in (
+        "core.multiarray.scalar",
+        "_core.multiarray.scalar",
+        "core.multiarray._reconstruct",
+        "_core.multiarray._reconstruct",
+        "dtype",
+        "ndarray",
+    )
 ]
 
 
@@ -176,7 +183,7 @@ def _read_pickle(path: Path) -> Any:
     # Files in PyTorch's format before 1.6 cannot be mapped; and PyTorch believes a suffix.
     archive = zipfile.is_zipfile(path)
     mapped = archive and path.suffix != ".safetensors"
-    with path.open("rb") as stream, torch.serialization.safe_globals(_NUMPY_SCALARS):
+    with path.open("rb") as stream, torch.serialization.safe_globals(_NUMPY):
         if not archive and stream.read(1) != b"\x80":
             raise ValueError("it is in no format of weights")
         stream.seek(0)

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Debug", "Device", "Fps", "defer_interrupts"]
+__all__ = [
+    "Debug",
+    "Device",
+    "Dtype",
+    "Fps",
+    "Guidance",
+    "LowMemory",
+    "Mode",
+    "Model",
+    "Steps",
+    "defer_interrupts",
+]
 
 
 def _remember(ctx: typer.Context, debug: bool) -> bool:
@@ -24,6 +35,38 @@ Debug = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Precision of the network: float32, bfloat16 or float16; auto is bfloat16 where the "
+        "device has instructions for it, else float32."
+    ),
+]
+LowMemory = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory", help="Read each part of the model when it is needed, and free it after."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A model that ships, a folder with one or with MMAudio's files, the file of a "
+        "network in such a folder, or owner/name on Hugging Face's hub."
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Evaluations of the network. Default: 1; 25 for one of flow matching."),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Strength of guidance; 1 is none. Default: 1.5; 4.5 for flow matching."),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(help="cfg_scaled, cfg or none. Default: cfg_scaled; cfg for flow matching."),
 ]
 Fps = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mfmjt.cli._common import Debug, Device, defer_interrupts
+from mfmjt.cli import _common
 from mfmjt.errors import InputError
 
 __all__ = ["evaluate"]
@@ -20,15 +20,9 @@ def evaluate(
     ] = "nano",
     clips: Annotated[int, typer.Option(help="How many held-out clips.")] = 200,
     seed: Annotated[int, typer.Option(help="Decides which clips, and the noise.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Evaluations of the network. Default: as it was trained; 1.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Strength of guidance; 1 is none. Default: 1.5.")
-    ] = None,
-    guidance_mode: Annotated[
-        str | None, typer.Option(help="cfg_scaled, cfg or none. Default: cfg_scaled.")
-    ] = None,
+    steps: _common.Steps = None,
+    guidance: _common.Guidance = None,
+    guidance_mode: _common.Mode = None,
     conditions: Annotated[str, typer.Option(help="both, video or text.")] = "both",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     data: Annotated[
@@ -43,7 +37,7 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="Flow-matching network of its size, for --suite's table.")
     ] = None,
-    device: Device = None,
+    device: _common.Device = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")
     ] = None,
@@ -53,7 +47,7 @@ def evaluate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
-    debug: Debug = False,
+    debug: _common.Debug = False,
 ) -> None:
     """Make sound for held-out clips and judge it.
 
@@ -73,7 +67,7 @@ def evaluate(
         raise InputError("--against is for the table of --suite. Give --suite FOLDER too.")
     if suite is not None and (steps is not None or output is not None or as_json):
         raise InputError("--suite chooses steps and writes files: leave out --steps, -o, --json.")
-    with defer_interrupts():
+    with _common.defer_interrupts():
         from mfmjt.devices import choose_device
         from mfmjt.evaluate import examples as given
         from mfmjt.evaluate import plots, report, run

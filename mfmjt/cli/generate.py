@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from mfmjt.cli import _outputs
-from mfmjt.cli._common import Debug, Device, Fps, defer_interrupts
+from mfmjt.cli import _common, _outputs
 from mfmjt.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +26,9 @@ def generate(
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What is to be heard, in words.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What is not to be heard, in words. Needs guidance.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -36,42 +38,26 @@ def generate(
             "a folder. Default: VIDEO.mfmjt.mp4 or sound.wav, in the working directory.",
         ),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Evaluations of the network. Default: 1; 25 for one of flow matching."),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Strength of guidance; 1 is none. Default: 1.5; 4.5 for flow matching."),
-    ] = None,
-    guidance_mode: Annotated[
-        str | None,
-        typer.Option(help="cfg_scaled, cfg or none. Default: cfg_scaled; cfg for flow matching."),
-    ] = None,
+    steps: _common.Steps = None,
+    guidance: _common.Guidance = None,
+    guidance_mode: _common.Mode = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same sound.")] = 0,
     count: Annotated[int, typer.Option(help="How many different sounds to make.")] = 1,
     duration: Annotated[
         float | None,
         typer.Option(help="Seconds from the start. Default: the whole video; 8 for text alone."),
     ] = None,
-    fps: Fps = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A model that ships, a folder with one or with MMAudio's files, the file of a "
-            "network in such a folder, or owner/name on Hugging Face's hub."
-        ),
-    ] = "nano",
+    fps: _common.Fps = None,
+    model: _common.Model = "nano",
     cache: Annotated[Path | None, typer.Option(help="Folder for cached video features.")] = None,
-    device: Device = None,
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the network: float32, bfloat16 or float16.")
-    ] = "float32",
+    device: _common.Device = None,
+    dtype: _common.Dtype = "auto",
+    low_memory: _common.LowMemory = False,
     plot: Annotated[
         bool,
         typer.Option("--plot", help="Also save an image: frames, waveform, spectrum, onsets."),
     ] = False,
-    debug: Debug = False,
+    debug: _common.Debug = False,
 ) -> None:
     """Make sound for a video, a text, or both.
 
@@ -89,10 +75,12 @@ def generate(
 
     - `mfmjt generate frames/%04d.png --fps 24 -o out.mp4`
 
-    - `mfmjt generate clip.mp4 --model weights/mmaudio_small_16k.pth --steps 25 --guidance 4.5`
+    - `mfmjt generate clip.mp4 --negative-prompt "music, speech" --guidance 3`
+
+    - `mfmjt generate clip.mp4 --model weights/mmaudio_small_16k.pth --steps 25 --low-memory`
     """
     began = time.perf_counter()
-    with defer_interrupts():
+    with _common.defer_interrupts():
         from mfmjt import media
         from mfmjt.progress import stage_bar
     if video is None and fps is not None:
@@ -102,13 +90,17 @@ def generate(
     with stage_bar(_outputs.STAGE_TITLES) as report:
         report("load", 0.0)
         _outputs.check_outputs(source, paths, plot)
-        with defer_interrupts():
-            from mfmjt.devices import parse_dtype
+        with _common.defer_interrupts():
+            from mfmjt.devices import parse_dtype_or_auto
             from mfmjt.pipeline import Pipeline
-        pipeline = Pipeline.from_pretrained(model, device, parse_dtype(dtype))
+        precision = parse_dtype_or_auto(dtype)
+        pipeline = Pipeline.from_pretrained(model, device, precision, low_memory=low_memory)
         timings = {"load": time.perf_counter() - began}
         mode = cast("GuidanceMode | None", guidance_mode)  # the pipeline checks it
-        made = pipeline(source, prompt, steps, guidance, mode, seed, duration, count, report, cache)
+        made = pipeline(
+            source, prompt, steps, guidance, mode, seed, duration, count, report, cache,
+            negative_prompt=negative_prompt,
+        )  # fmt: skip
         sounds = made if isinstance(made, list) else [made]
         timings |= sounds[0].timings
         began = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mfmjt.cli._common import Debug, Device
+from mfmjt.cli._common import Debug, Device, Dtype, LowMemory, Model
 from mfmjt.errors import InputError
 from mfmjt.serve.settings import Settings
 
@@ -22,8 +22,10 @@ def serve(
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
-    model: Annotated[str, typer.Option(help="As for `mfmjt generate`.")] = "nano",
+    model: Model = "nano",
     device: Device = None,
+    dtype: Dtype = "auto",
+    low_memory: LowMemory = False,
     max_duration: Annotated[float, typer.Option(help="Longest sound, in seconds.")] = 30.0,
     max_upload: Annotated[int, typer.Option(help="Largest upload, in MB.")] = 100,
     workers: Annotated[int, typer.Option(help="Uploads that are read at the same time.")] = 2,
@@ -64,6 +66,7 @@ def serve(
         root_path=root_path,
     )
     try:
+        from mfmjt.devices import parse_dtype_or_auto
         from mfmjt.serve.guard import is_local
         from mfmjt.serve.server import serve as run
     except ModuleNotFoundError as error:
@@ -77,4 +80,11 @@ def serve(
             f"Warning: whoever reaches {host} can use this server. Set {TOKEN} to ask for a token.",
             err=True,
         )
-    run(settings, model, device, lambda address: typer.echo(f"Serving {model} at {address}"))
+    run(
+        settings,
+        model,
+        lambda address: typer.echo(f"Serving {model} at {address}"),
+        device=device,
+        dtype=parse_dtype_or_auto(dtype),
+        low_memory=low_memory,
+    )

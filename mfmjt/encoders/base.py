@@ -111,21 +111,23 @@ class Encoders(nn.Module):
         """Return words of a text that training had, and had not; none where that is not known."""
         return [], []
 
-    def prompt_notes(self, prompt: str | None) -> tuple[str, ...]:
+    def prompt_notes(self, prompt: str | None, called: str = "prompt") -> tuple[str, ...]:
         """Return one line on a prompt that is cut off, and one on words that training had not."""
         prompt, notes = prompt or "", []
         if unread := self.unread(prompt):
-            notes.append(f"The prompt is too long: its end, from {unread[:30]!r} on, is not read.")
+            notes.append(
+                f"The {called} is too long: its end, from {unread[:30]!r} on, is not read."
+            )
         known, unknown = self.understood(prompt)
         words = some(map(repr, unknown))
         if unknown and known:
             notes.append(
-                f"The text encoder was not trained on these words of the prompt: {words}. What is "
-                "heard depends on the others."
+                f"The text encoder was not trained on these words of the {called}: {words}. What "
+                "is heard depends on the others."
             )
         elif unknown:
             notes.append(
-                f"The text encoder was trained on none of the prompt's words: {words}. What is "
+                f"The text encoder was trained on none of the {called}'s words: {words}. What is "
                 "heard does not follow them."
             )
         return tuple(notes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfmjt import meanflow
@@ -14,11 +14,18 @@ from mfmjt.codec import Codec
 from mfmjt.cuda_graph import Captured
 from mfmjt.encoders import Encoders, Lengths
 from mfmjt.errors import RunError
+from mfmjt.families.on_demand import OnDemand
 from mfmjt.kernels import precision
 from mfmjt.meanflow import OneStep, Sampling
 from mfmjt.model import MFMJT
 
-__all__ = ["Bundle", "default_sampling"]
+__all__ = ["NEGATIVE", "Bundle", "default_sampling"]
+
+NEGATIVE = "negative_"
+"""Begins the names of features of a negative prompt, which stands for the null text in guidance."""
+Part = Literal["network", "codec", "encoders"]
+"""What a bundle is made of, by the names of its attributes."""
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def default_sampling(network: MFMJT) -> Sampling:
@@ -64,11 +71,49 @@ class Bundle:
         self._one_step: OneStep | None = None
         self._captured: Captured | None = None
         self._encoders_identity = ""
+        at = next(encoders.parameters()).device
+        self._device, self._dtype = torch.device("cpu") if at.type == "meta" else at, network.dtype
+        self._on_demand: dict[Part, OnDemand] = {}
+
+    @classmethod
+    def opened(
+        cls,
+        network: Callable[[], MFMJT],
+        codec: Callable[[], Codec],
+        encoders: Callable[[], Encoders],
+        sampling: Sampling | None = None,
+        low_memory: bool = False,
+    ) -> Bundle:
+        """Open parts that belong together.
+
+        Args:
+            network: Opens the network.
+            codec: Opens the codec.
+            encoders: Opens the encoders.
+            sampling: As for `Bundle`.
+            low_memory: Open one after the other, only to see that they are as they should be.
+                `need` opens each again.
+        """
+        net = network()
+        sampling = sampling or default_sampling(net)
+        if not low_memory:
+            return cls(net, codec(), encoders(), sampling)
+        kept: dict[Part, OnDemand] = {"network": OnDemand(net, network)}
+        kept["codec"] = OnDemand(made := codec(), codec)  # the network's weights have gone by now
+        kept["encoders"] = OnDemand(read := encoders(), encoders)
+        bundle = cls(net, made, read, sampling)
+        bundle._on_demand = kept
+        return bundle
 
     @property
     def device(self) -> torch.device:
-        """Return the device of codec and encoders."""
-        return next(self.encoders.parameters()).device
+        """Return the device that the parts are on, or come to when they are needed."""
+        return self._device
+
+    @property
+    def low_memory(self) -> bool:
+        """Return whether the weights of one part at a time are on the device."""
+        return bool(self._on_demand)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Bundle:
         """Move all parts, ready to be used; `dtype` is that of the network alone.
@@ -76,25 +121,52 @@ class Bundle:
         On a CPU without instructions for their dtype, the network computes in float32 from weights
         in it, codec and encoders become float32; `notes` say so.
         """
-        if not next(self.network.parameters()).is_meta:
-            self.network.to(device, dtype).eval().requires_grad_(False)
-        for part in (self.codec, self.encoders):
-            part.to(device).eval().requires_grad_(False)
-        if self.device.type == "cpu":
-            self._avoid_slow()
+        self._device, self._dtype = torch.device(device), dtype or self.network.dtype
+        self._note_precision()
+        for part in PARTS:
+            self._settle(part)
         return self
 
-    def _avoid_slow(self) -> None:
+    def save_memory(self) -> None:
+        """Have parts that came without files on the CPU, and on the device when they are needed."""
+        self._on_demand = self._on_demand or {p: OnDemand(getattr(self, p)) for p in PARTS}
+
+    def need(self, part: Part | None) -> None:
+        """Have the weights of a part on the device and, to save memory, of no other."""
+        for other, weights in self._on_demand.items():
+            if other != part:
+                weights.drop()
+        if part in self._on_demand:
+            self._on_demand[part].load()
+            self._settle(part)
+
+    def _settle(self, part: Part) -> None:
+        """Put the weights of a part, if it has them, where and into what they are to be."""
+        module: nn.Module = getattr(self, part)
+        device = None if next(module.parameters()).is_meta else self._device
+        if part == "network":
+            module.to(device, self._dtype)
+        else:
+            module.to(device)
+            if self._too_slow(module):
+                module.float()
+        module.eval().requires_grad_(False)
+
+    def _too_slow(self, module: nn.Module) -> set[torch.dtype]:
+        """Return dtypes of codec or encoders that the CPU has no instructions for."""
+        if self._device.type != "cpu":
+            return set()
+        return {parameter.dtype for parameter in module.parameters()} & precision.SLOW
+
+    def _note_precision(self) -> None:
         notes = list(self.notes)
-        if self.network.dtype in precision.SLOW:
-            notes.append(precision.note(self.network.dtype))
-        for part in (self.codec, self.encoders):
-            for dtype in {p.dtype for p in part.parameters()} & precision.SLOW:
-                part.float()
-                name = str(dtype).removeprefix("torch.")
-                notes.append(
-                    f"This CPU has no instructions for {name}: codec and encoders run in float32."
-                )
+        if note := precision.cost(self._dtype, self._device):
+            notes.append(note)
+        for dtype in self._too_slow(self.codec) | self._too_slow(self.encoders):
+            name = str(dtype).removeprefix("torch.")
+            notes.append(
+                f"This CPU has no instructions for {name}: codec and encoders run in float32."
+            )
         self.notes = tuple(dict.fromkeys(notes))
 
     def compile(self) -> None:
@@ -109,11 +181,15 @@ class Bundle:
 
     def identity(self) -> str:
         """Return a digest of codec and encoders: of all that decides on features, but the clips."""
-        return self.codec.identity()[:16] + self.encoders_identity()[:16]
+        self.need("codec")
+        codec = self.codec.identity()
+        return codec[:16] + self.encoders_identity()[:16]
 
     def encoders_identity(self) -> str:
         """Return a digest of the encoders, computed once."""
-        self._encoders_identity = self._encoders_identity or self.encoders.identity()
+        if not self._encoders_identity:
+            self.need("encoders")
+            self._encoders_identity = self.encoders.identity()
         return self._encoders_identity
 
     def conditions(
@@ -124,6 +200,7 @@ class Bundle:
         Args:
             features: Of `encoders`, under "video", "sync" and "text", `(B, tokens, dim)`; those
                 left out are null. "video_mask" and "text_mask" `(B,)` bool may say of which rows.
+                With "negative_" before its name, that of a text which guidance leads away from.
             length: Latents that will be made.
             sampling: What the result is for.
 
@@ -132,12 +209,20 @@ class Bundle:
         """
         if self._one_step is not None and sampling.steps == 1:
             return (dict(sorted(features.items())),)  # a prepared step computes its own
-        null = {name: value[:1] for name, value in features.items()}
+        self.need("network")
+        given = {name: value for name, value in features.items() if not name.startswith(NEGATIVE)}
+        null = {name: value[:1] for name, value in given.items()}
         null["video_mask"] = null["text_mask"] = torch.zeros(
             1, dtype=torch.bool, device=self.device
         )
+        if negative := {
+            name.removeprefix(NEGATIVE): value
+            for name, value in features.items()
+            if name.startswith(NEGATIVE)
+        }:
+            null = {**null, **negative, "text_mask": null["text_mask"].logical_not()}
         return (
-            self.network.conditions(**features, latent_length=length),
+            self.network.conditions(**given, latent_length=length),
             self.network.conditions(**null, latent_length=length),
         )
 
@@ -160,8 +245,11 @@ class Bundle:
         Returns:
             `(B, N, C)` in the codec's space.
         """
+        self.need("network")
         rows = len(noise)
-        conditions = pytree.tree_map(lambda x: x.expand(rows, *x.shape[1:]), conditions)
+        conditions = pytree.tree_map_only(
+            Tensor, lambda x: x.expand(rows, *x.shape[1:]), conditions
+        )
         if len(conditions) == 1:
             assert self._one_step is not None
             made = self._one_step(
@@ -194,6 +282,7 @@ class Bundle:
         Raises:
             RunError: They are not finite.
         """
+        self.need("codec")
         waveforms = (self._captured or self.codec.decode)(latents).float().cpu()
         if not bool(torch.isfinite(waveforms).all()):
             raise RunError(

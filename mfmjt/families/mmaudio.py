@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,8 @@ from mfmjt.errors import InputError, some
 from mfmjt.families.bundle import Bundle
 from mfmjt.families.nano import CODEC, NETWORK
 from mfmjt.model import MFMJT, config_for, load_mmaudio
-from mfmjt.model.checkpoint import MARK, NETWORK_FILES, is_ours
+from mfmjt.model.checkpoint import is_ours
+from mfmjt.model.published import MARK, NETWORK_FILES
 
 __all__ = ["Sizes", "holds", "open_folder", "open_published"]
 
@@ -48,7 +51,7 @@ def holds(folder: Path, network: Path | bool) -> bool:
 
 
 def open_folder(
-    folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype
+    folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype, low_memory: bool
 ) -> Bundle:
     """Open network, codec and encoders; see `open_bundle`.
 
@@ -59,19 +62,24 @@ def open_folder(
     codec = codec or _codec(folder)
     if network is False:
         assert codec is not None
-        with torch.device("meta"):
-            net = MFMJT(config_for(f"small_{codec}"))
-        return _bundle(net, folder, codec, dtype=dtype)
+        config = config_for(f"small_{codec}")
+
+        def empty() -> MFMJT:
+            with torch.device("meta"):
+                return MFMJT(config)
+
+        return _bundle(empty, folder, codec, dtype=dtype, low_memory=low_memory)
     if network is True and (folder / NETWORK).exists():
         network = folder / NETWORK
     if isinstance(network, Path) and is_ours(network):
         assert codec is not None
         find_all(folder, [*codec_files(codec), *ENCODER_FILES])
-        return _bundle(MFMJT.load(network), folder, codec, dtype=dtype)
+        load = partial(MFMJT.load, network)
+        return _bundle(load, folder, codec, dtype=dtype, low_memory=low_memory)
     if network is True:
-        return open_published(folder, dtype=dtype)
+        return open_published(folder, dtype=dtype, low_memory=low_memory)
     known = next((name for name, path in _networks(folder).items() if path == network), None)
-    return open_published(folder, known or network, dtype=dtype)
+    return open_published(folder, known or network, dtype=dtype, low_memory=low_memory)
 
 
 def open_published(
@@ -80,6 +88,7 @@ def open_published(
     check: Check = "size",
     dtype: torch.dtype = torch.float32,
     sizes: Sizes = PUBLISHED,
+    low_memory: bool = False,
 ) -> Bundle:
     """Open what MMAudio's publishers keep; `Pipeline.from_mmaudio` says what the arguments are.
 
@@ -109,22 +118,27 @@ def open_published(
             f"MMAudio has no network {str(model)!r}: there are {', '.join(NETWORK_FILES)}. "
             "Choose one, or give a file."
         )
-    return _bundle(load_mmaudio(network, config), folder, codec, "name", dtype, sizes)
+    load = partial(load_mmaudio, network, config)
+    return _bundle(load, folder, codec, "name", dtype, sizes, low_memory)
 
 
 def _bundle(
-    network: MFMJT,
+    network: Callable[[], MFMJT],
     folder: str | os.PathLike[str],
     codec: str,
     check: Check = "size",
     dtype: torch.dtype = torch.float32,
     sizes: Sizes = PUBLISHED,
+    low_memory: bool = False,
 ) -> Bundle:
-    return Bundle(
-        network,
-        MMAudioCodec.from_folder(folder, codec, check, sizes.vae, sizes.vocoder).cast(dtype),
-        MMAudioEncoders.from_folder(folder, check, sizes.clip, sizes.synchformer).cast(dtype),
-    )
+    def ends() -> MMAudioCodec:
+        return MMAudioCodec.from_folder(folder, codec, check, sizes.vae, sizes.vocoder).cast(dtype)
+
+    def encoders() -> MMAudioEncoders:
+        found = MMAudioEncoders.from_folder(folder, check, sizes.clip, sizes.synchformer)
+        return found.cast(dtype)
+
+    return Bundle.opened(network, ends, encoders, low_memory=low_memory)
 
 
 def _codec(folder: Path) -> str | None:

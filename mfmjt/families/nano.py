@@ -28,7 +28,7 @@ def holds(folder: Path, network: Path | bool) -> bool:
 
 
 def open_folder(
-    folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype
+    folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype, low_memory: bool
 ) -> Bundle:
     """Open network, codec and encoders; see `open_bundle`.
 
@@ -39,9 +39,16 @@ def open_folder(
         raise InputError(
             f"{folder} has no codec of MMAudio's: leave out the codec and the precision."
         )
-    if network is False:
-        with torch.device("meta"):
-            net = MFMJT(config_for("nano"))
-    else:
-        net = MFMJT.load(folder / NETWORK if network is True else network)
-    return Bundle(net, NanoCodec.load(folder / CODEC), NanoEncoders.load(folder / ENCODERS))
+
+    def opened() -> MFMJT:
+        if network is False:
+            with torch.device("meta"):
+                return MFMJT(config_for("nano"))
+        return MFMJT.load(folder / NETWORK if network is True else network)
+
+    return Bundle.opened(
+        opened,
+        lambda: NanoCodec.load(folder / CODEC),
+        lambda: NanoEncoders.load(folder / ENCODERS),
+        low_memory=low_memory,
+    )

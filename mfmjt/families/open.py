@@ -12,7 +12,7 @@ import torch
 from mfmjt.errors import InputError, reason, some
 from mfmjt.families import mmaudio, nano
 from mfmjt.families.bundle import Bundle
-from mfmjt.model.checkpoint import NETWORK_FILES
+from mfmjt.model.published import NETWORK_FILES
 
 __all__ = ["FAMILIES", "PRETRAINED", "Family", "open_bundle"]
 
@@ -35,7 +35,12 @@ class Family(Protocol):
         ...
 
     def open_folder(
-        self, folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype
+        self,
+        folder: Path,
+        network: Path | bool,
+        codec: str | None,
+        dtype: torch.dtype,
+        low_memory: bool,
     ) -> Bundle:
         """Open them."""
         ...
@@ -50,6 +55,7 @@ def open_bundle(
     network: str | os.PathLike[str] | bool = True,
     codec: str | None = None,
     dtype: torch.dtype = torch.float32,
+    low_memory: bool = False,
 ) -> Bundle:
     """Open a network, a codec and encoders that belong together, on the CPU.
 
@@ -62,6 +68,7 @@ def open_bundle(
         network: Another network for the same codec and encoders; False opens these alone.
         codec: Of MMAudio's codecs, "16k" or "44k", where both are there and no network decides.
         dtype: Precision of MMAudio's codec and encoders.
+        low_memory: As for `mfmjt.Pipeline`.
 
     Raises:
         InputError: There is no such model, or its files are not what they should be.
@@ -71,9 +78,12 @@ def open_bundle(
     wanted = wanted if isinstance(wanted, bool) else Path(wanted)
     for family in FAMILIES:
         if family.holds(folder, wanted):
-            return family.open_folder(folder, wanted, codec, dtype)
+            bundle = family.open_folder(folder, wanted, codec, dtype, low_memory)
+            if low_memory:
+                bundle.save_memory()  # of a family that opens all parts all the same
+            return bundle
     if codec is not None:  # MMAudio's, of which all files that are missing are named
-        return mmaudio.open_folder(folder, wanted, codec, dtype)
+        return mmaudio.open_folder(folder, wanted, codec, dtype, low_memory)
     if wanted is not False:
         raise _no_network(folder)
     raise InputError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _backends
 
-__all__ = ["SLOW", "dtype_of", "float16_by", "in_float32", "is_slow", "note"]
+__all__ = ["SLOW", "cost", "dtype_of", "fast_dtype", "float16_by", "in_float32", "is_slow"]
 
 
 def _slow() -> frozenset[torch.dtype]:
@@ -71,13 +71,36 @@ def float16_by(reference: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def note(dtype: torch.dtype) -> str:
-    """Return a line for a user who asked for a dtype of `SLOW`."""
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return what a network of 16-bit or 32-bit weights is fastest in on a device, without harm.
+
+    bfloat16 where there are instructions for it, else float32. float16 is never chosen: activations
+    of networks that were trained in bfloat16 or float32 may be beyond its range.
+    """
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or torch.bfloat16 in SLOW:
+        return False
+    # With AVX-512 alone oneDNN converts to float32 and back, in a product that is no faster.
+    x86 = torch.cpu._is_avx2_supported()
+    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def cost(dtype: torch.dtype, device: torch.device) -> str:
+    """Return a line for a user who asked for a dtype that a device is slow in; else nothing."""
     name = str(dtype).removeprefix("torch.")
-    return (
-        f"This CPU has no instructions for {name}: it computes in float32 and keeps results in "
-        f"{name}. float32 takes no longer and is more exact."
-    )
+    if device.type == "cpu" and dtype in SLOW:
+        return (
+            f"This CPU has no instructions for {name}: it computes in float32 and rounds results "
+            f"to {name}. float32 takes no longer and is more exact, but needs more memory."
+        )
+    if device.type == "cuda" and dtype == torch.bfloat16 and not _has_bfloat16(device):
+        return "This GPU has no instructions for bfloat16, which is slow there. Use float32."
+    return ""
 
 
 def in_float32(function: Callable[..., Any], args: Sequence[Any], rounded: int) -> Any:

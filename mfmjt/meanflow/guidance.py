@@ -57,6 +57,16 @@ def guide(u_c: Tensor, u_0: Tensor, w: float | Tensor, mode: GuidanceMode = "cfg
     return (w * c + (1 - w) * null).to(u_c.dtype)
 
 
+def check_negative(w: float | Tensor, mode: str) -> None:
+    """Raise InputError unless the sound is guided, so that a negative prompt has an effect."""
+    if mode == "none" or (not isinstance(w, Tensor) and w <= 1):
+        raise InputError(
+            "A negative prompt is what guidance leads away from, and there is none with mode "
+            f"{mode} and guidance {float(w):g}. Give mode cfg or cfg_scaled and guidance above 1, "
+            "or leave the negative prompt out."
+        )
+
+
 def check_mode(mode: str) -> None:
     """Raise InputError unless `mode` is one of `GuidanceMode`."""
     if mode not in get_args(GuidanceMode):

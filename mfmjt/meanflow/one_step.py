@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfmjt.cuda_graph import Captured
 from mfmjt.meanflow._network import Network
-from mfmjt.meanflow.guidance import GuidanceMode, check_mode
+from mfmjt.meanflow.guidance import GuidanceMode, check_mode, check_negative
 from mfmjt.meanflow.sampling import sample
 
 __all__ = ["OneStep"]
@@ -25,7 +25,7 @@ class OneStep:
     combination of shapes.
 
     Args:
-        net: net(z, r, t, video=, sync=, text=, video_mask=, text_mask=) -> u.
+        net: net(z, r, t, video=, sync=, text=, pooled=, video_mask=, text_mask=) -> u.
         guidance: Scale w; 1 needs no second pass. A call may give another.
         mode: See `guide`. A call may give another.
         compile: False calls the network itself, neither prepared nor as a graph.
@@ -63,6 +63,9 @@ class OneStep:
         text_mask: Tensor | None = None,
         guidance: float | Tensor | None = None,
         mode: Any = None,  # or `**features`, a dictionary of tensors, would fail type checks
+        pooled: Tensor | None = None,
+        negative_text: Tensor | None = None,
+        negative_pooled: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into data.
 
@@ -76,22 +79,31 @@ class OneStep:
             guidance: Scale w, a number or a tensor of one element; None for that of the
                 construction.
             mode: See `guide`; None for that of the construction.
+            pooled: Features of the whole text (B, C_pooled), for networks that take them, or None.
+            negative_text: Features (B, N_text, C_text) of what guidance leads away from; None
+                for the network's null text.
+            negative_pooled: Features (B, C_pooled) of the whole of it, likewise.
 
         Returns:
             Data, in the shape and dtype of z.
 
         Raises:
-            InputError: Unknown mode.
+            InputError: Unknown mode, or a negative text without guidance.
         """
         guidance = self.guidance if guidance is None else guidance
         mode = self.mode if mode is None else mode
         check_mode(mode)
+        if negative_text is not None:
+            check_negative(guidance, mode)
         features: dict[str, Any] = {
             "video": video,
             "sync": sync,
             "text": text,
+            "pooled": pooled,
             "video_mask": video_mask,
             "text_mask": text_mask,
+            "negative_text": negative_text,
+            "negative_pooled": negative_pooled,
         }
         given = {name: value for name, value in features.items() if value is not None}
         return self._step(z, **given, guidance=guidance, mode=mode)
@@ -104,6 +116,8 @@ class OneStep:
         mode: GuidanceMode,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        negative_text: Tensor | None = None,
+        negative_pooled: Tensor | None = None,
         **features: Tensor,
     ) -> Tensor:
         keep = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
@@ -111,12 +125,16 @@ class OneStep:
             "video_mask": keep if video_mask is None else video_mask,
             "text_mask": keep if text_mask is None else text_mask,
         }
-        null = {"video_mask": ~keep, "text_mask": ~keep}
+        null: dict[str, Any] = {**features, "video_mask": ~keep, "text_mask": ~keep}
+        if negative_text is not None:
+            null |= {"text": negative_text, "text_mask": keep}
+            if "pooled" in features or negative_pooled is not None:
+                null["pooled"] = negative_pooled
         return sample(
             self.net,
             z,
             cond={**features, **cond},
-            null={**features, **null},
+            null=null,
             guidance=guidance,
             mode=mode,
         )

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from mfmjt.model.checkpoint import load, load_mmaudio, save, to_mmaudio_state_dict
+from mfmjt.model.checkpoint import load, save
 from mfmjt.model.conditioning import Conditions
 from mfmjt.model.config import CONFIGS, ModelConfig, config_for
+from mfmjt.model.published import (
+    load_foleydash,
+    load_meanaudio,
+    load_mmaudio,
+    load_network,
+    to_meanaudio_state_dict,
+    to_mmaudio_state_dict,
+)
 from mfmjt.model.transformer import MFMJT
 
 __all__ = [
@@ -14,7 +22,11 @@ __all__ = [
     "ModelConfig",
     "config_for",
     "load",
+    "load_foleydash",
+    "load_meanaudio",
     "load_mmaudio",
+    "load_network",
     "save",
+    "to_meanaudio_state_dict",
     "to_mmaudio_state_dict",
 ]

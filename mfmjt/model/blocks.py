@@ -5,7 +5,8 @@ the next normalization, so that gate, add, norm and modulation are one pass at e
 between blocks included.
 
 Streams that attend to one another go through each sub-layer together, in one launch if they can:
-latent, video and text in a joint block, the latent alone in a later one. `Blocks` is either.
+latent, video and text in a joint block, or latent and text where there is no video; the latent
+alone in a later one. `Blocks` is either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mfmjt.kernels import (
@@ -24,6 +26,7 @@ from mfmjt.kernels import (
     qk_norm_rope,
     swiglu,
 )
+from mfmjt.model.config import VideoMode
 from mfmjt.model.recompute import recomputable
 
 __all__ = [
@@ -223,7 +226,17 @@ class Block(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Latent, video and text attend to all three; in the last one only the latent goes on.
+    """Latent, video and text attend to all of them; in the last one only the latent goes on.
+
+    With `video="gated"` all attend to latent and text as if there were no video, and add what they
+    find among the video tokens alone, by a gate g for each head, zero at first:
+
+        o = softmax(q [k_latent, k_text]ᵀ) [v_latent, v_text] + g·softmax(q k_videoᵀ) v_video
+
+    (arXiv 2308.06721, gated as in 2204.14198). So a network of text alone that is given video goes
+    on as the function it was, and g, whose gradient is not zero, lets the video in. One softmax
+    over all tokens cannot start so: a token has its share whatever its value, and a bias that
+    made the share vanish would make its gradient vanish, too.
 
     Attributes:
         recompute: Keep only the inputs for the backward pass; see `mfmjt.model.recompute`.
@@ -231,19 +244,25 @@ class JointBlock(nn.Module):
 
     recompute = False
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, last: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, hidden: int, last: bool, video: VideoMode = "joint"
+    ) -> None:
         super().__init__()
         self.latent_block = Block(dim, num_heads, hidden, kernel_size=3)
-        self.clip_block = Block(dim, num_heads, hidden, kernel_size=3, pre_only=last)
+        self.clip_block = (
+            None if video == "none" else Block(dim, num_heads, hidden, kernel_size=3, pre_only=last)
+        )
         self.text_block = Block(dim, num_heads, hidden, kernel_size=1, pre_only=last)
+        self.video_gate = nn.Parameter(torch.zeros(num_heads)) if video == "gated" else None
 
     def together(self) -> Blocks:
-        """Return the blocks of latent, video and text as what runs them."""
-        return Blocks(self.latent_block, self.clip_block, self.text_block)
+        """Return the blocks of all streams as what runs them."""
+        streams = (self.latent_block, self.clip_block, self.text_block)
+        return Blocks(*(block for block in streams if block is not None), gate=self.video_gate)
 
     @recomputable
     def forward(self, *args: Any) -> tuple[Pending, ...]:
-        """Run attention over all three; arguments and results are those of `Blocks`."""
+        """Run attention over all streams; arguments and results are those of `Blocks`."""
         return self.together()(*args)
 
 
@@ -255,10 +274,12 @@ class Blocks:
 
     Args:
         blocks: Those whose streams go on first, then `pre_only` ones.
+        gate: (heads,), what weighs attention to the second stream alone, see `JointBlock`; None
+            where it is among the others.
     """
 
-    def __init__(self, *blocks: Block) -> None:
-        self.blocks = blocks
+    def __init__(self, *blocks: Block, gate: Tensor | None = None) -> None:
+        self.blocks, self.gate = blocks, gate
         self.ongoing = [block for block in blocks if block.parts == 6]
 
     def __call__(
@@ -281,7 +302,7 @@ class Blocks:
         xs, ys = normalize(streams, modulations)
         q, k, v = self.project(ys, ropes)
         count = len(self.ongoing)
-        attended = joint_attention(tuple(q[:count]), tuple(k), tuple(v))
+        attended = self.attend(tuple(q[:count]), tuple(k), tuple(v))
         hs = self.out([heads.flatten(2) for heads in attended])
         gates = [parts[2] for parts in modulations[:count]]
         streams = [Pending(*stream) for stream in zip(xs[:count], hs, gates, strict=True)]
@@ -314,6 +335,17 @@ class Blocks:
             tuple([attn.k_norm.weight for attn in attns]),
             tuple(ropes),
         )
+
+    def attend(
+        self, q: tuple[Tensor, ...], k: tuple[Tensor, ...], v: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Return what the queries of the streams that go on find; (B, N, heads, head_dim) each."""
+        if self.gate is None:
+            return joint_attention(q, k, v)
+        found = joint_attention(q, (k[0], *k[2:]), (v[0], *v[2:]))
+        of_video = joint_attention(q, k[1:2], v[1:2])
+        gate = self.gate.to(of_video[0].dtype)[:, None]
+        return tuple(x + gate * y for x, y in zip(found, of_video, strict=True))
 
     def out(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Apply the output layers of attention, (B, N, D) to (B, N, D)."""

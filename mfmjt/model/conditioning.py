@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from mfmjt.errors import InputError
 from mfmjt.kernels import linear
 from mfmjt.model.blocks import FrameCondition, Linear
-from mfmjt.model.config import MAX_TOKENS, SYNC_SEGMENT, ModelConfig
+from mfmjt.model.config import CONFIGS, MAX_TOKENS, SYNC_SEGMENT, ModelConfig
 
 __all__ = [
     "Conditions",
+    "Features",
     "TimeEmbedding",
     "check_batch",
     "check_features",
@@ -27,6 +28,7 @@ __all__ = [
     "rope_table",
     "stream_ropes",
     "tables",
+    "time_frequencies",
     "times",
 ]
 
@@ -84,11 +86,17 @@ def rope_table(length: int, head_dim: int, scaling: float, device: torch.device)
 
 
 def stream_ropes(
-    length: int, video_length: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return rotary tables of N latent tokens and of N_video video tokens of the same time."""
-    latent = rope_table(length, head_dim, 1.0, device)
-    return latent, rope_table(video_length, head_dim, length / video_length, device)
+    config: ModelConfig, length: int, video: Tensor | None, text: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return rotary tables of N latent tokens, of video tokens of the same time, and of text."""
+
+    def table(tokens: int, scaling: float) -> Tensor:
+        return rope_table(tokens, config.head_dim, scaling, text.device)
+
+    ropes: list[Tensor | None] = [table(length, 1.0)]
+    if video is not None:
+        ropes.append(table(video.shape[1], length / video.shape[1]))
+    return (*ropes, table(text.shape[1], 1.0) if config.text_rope else None)
 
 
 def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
@@ -104,10 +112,23 @@ def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
     return _cached(("nearest", rows, length, device), make)
 
 
+def time_frequencies(
+    features: int, max_period: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return (10000 / max_period)·10000^(−2i/F) of F features, (F/2,), for time in [0, 1]."""
+
+    def make() -> Tensor:
+        # In the published order of float32 operations: at 10,000 rad one rounding shows.
+        i = torch.arange(0, features, 2, dtype=dtype, device=device)
+        return 10_000.0 / max_period / 10_000.0 ** (i / features)
+
+    return _cached(("frequencies", features, max_period, dtype, device), make)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoids of a time, cosines first, through a two-layer perceptron.
 
-    Frequencies are (10000 / max_period)·10000^(−2i/F) for time in [0, 1]. All arithmetic is at
+    Frequencies are those of `time_frequencies`. All arithmetic is at
     least float32, whatever the parameters' dtype: with `max_period` 1 the fastest angle is 10,000
     rad, and rounding t to bfloat16 would make a third of the features wrong.
     """
@@ -123,27 +144,20 @@ class TimeEmbedding(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
-    def _frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        def make() -> Tensor:
-            # In the published order of float32 operations: at 10,000 rad one rounding shows.
-            i = torch.arange(0, self.frequency_dim, 2, dtype=dtype, device=device)
-            return 10_000.0 / self.max_period / 10_000.0 ** (i / self.frequency_dim)
-
-        return _cached(("frequencies", self.frequency_dim, self.max_period, dtype, device), make)
-
     def forward(self, t: Tensor) -> Tensor:
         """(B,) to (B, D), float32 or the wider of the dtypes involved."""
         weight_1, bias_1, weight_2, bias_2 = self.mlp.parameters()
         work = torch.promote_types(weight_1.dtype, torch.float32)
         with torch.autocast(t.device.type, enabled=False):
-            angle = t.to(work)[:, None] * self._frequencies(work, t.device)
+            frequencies = time_frequencies(self.frequency_dim, self.max_period, work, t.device)
+            angle = t.to(work)[:, None] * frequencies
             x = torch.cat((angle.cos(), angle.sin()), dim=-1)
             x = F.silu(linear(x, weight_1.to(work), bias_1.to(work)))
             return linear(x, weight_2.to(work), bias_2.to(work))
 
 
 def r_embedding(dim: int) -> TimeEmbedding:
-    """Make the embedding of t − r, which starts at zero, so that u(z, r, t) starts as u(z, t, t).
+    """Make the second embedding, which starts at zero, so that u(z, r, t) starts as u(z, t, t).
 
     Never with v2's frequencies: a tangent of 10,000 rad per unit of time drowns du/dt.
     """
@@ -155,7 +169,8 @@ def r_embedding(dim: int) -> TimeEmbedding:
 class Conditions(NamedTuple):
     """Encoded conditions, which do not depend on the latent or the time.
 
-    The first dimension is the batch, or 1 where a condition is null for all samples.
+    The first dimension is the batch, or 1 where a condition is null for all samples. A network
+    without video has None in its place.
 
     Attributes:
         video: Projected video tokens (B, N_video, D).
@@ -164,10 +179,26 @@ class Conditions(NamedTuple):
         pooled: Global condition (B, D).
     """
 
-    video: Tensor
-    sync: Tensor
+    video: Tensor | None
+    sync: Tensor | None
     text: Tensor
     pooled: Tensor
+
+
+class Features(NamedTuple):
+    """What the encoders give, null where missing or masked; None for what the network lacks.
+
+    Attributes:
+        video: (B, N_video, video_dim).
+        sync: (B, N_sync, sync_dim).
+        text: (B, N_text, text_dim).
+        pooled: (B, 1, pooled_dim).
+    """
+
+    video: Tensor | None
+    sync: Tensor | None
+    text: Tensor
+    pooled: Tensor | None
 
 
 def fill_nulls(
@@ -246,33 +277,48 @@ def check_features(
     video: Tensor | None,
     sync: Tensor | None,
     text: Tensor | None,
+    pooled: Tensor | None,
     video_mask: Tensor | None,
     text_mask: Tensor | None,
 ) -> None:
     """Raise InputError unless features and masks fit the network and one another.
 
-    Features are (B or 1, tokens, channels), sync in whole segments; masks are (B,) bool.
+    Features are (B or 1, tokens, channels), sync in whole segments, and pooled (B or 1, channels);
+    masks are (B,) bool.
     """
+    if not config.takes_video and not (video is None and sync is None):
+        takes = ", ".join(name for name, known in CONFIGS.items() if known.takes_video)
+        raise InputError(
+            f"{config.name} is a network of text alone, and video comes with it. Leave the video "
+            f"out, or take a network of video: {takes}, or this one trained further with video."
+        )
+    if config.pooled_dim is None and pooled is not None:
+        raise InputError(
+            f"pooled comes with {config.name}, which pools the text itself. Leave it out."
+        )
     parts = (
-        ("video", video, config.video_dim, video_mask),
-        ("sync", sync, config.sync_dim, video_mask),
-        ("text", text, config.text_dim, text_mask),
+        ("video", video, ("tokens", config.video_dim), video_mask),
+        ("sync", sync, ("tokens", config.sync_dim), video_mask),
+        ("text", text, ("tokens", config.text_dim), text_mask),
+        ("pooled", pooled, (config.pooled_dim,), text_mask),
     )
-    for name, given, dim, mask in parts:
+    for name, given, axes, mask in parts:
         if given is None:
             continue
-        if given.ndim != 3 or given.shape[-1] != dim:
+        if given.ndim != 1 + len(axes) or given.shape[-1] != axes[-1]:
             raise InputError(
-                f"{name} has shape {tuple(given.shape)}: {config.name} takes (batch, tokens, "
-                f"{dim}). Extract the features with the encoders of this network."
+                f"{name} has shape {tuple(given.shape)}: {config.name} takes (batch, "
+                f"{', '.join(map(str, axes))}). Extract the features with the encoders of this "
+                "network."
             )
-        _check_length(name, given.shape[1])
+        if len(axes) > 1:
+            _check_length(name, given.shape[1])
         if mask is not None and (mask.shape != given.shape[:1] or mask.dtype != torch.bool):
             raise InputError(
                 f"The mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: it needs "
                 f"one boolean for each of {given.shape[0]} samples. Give torch.bool, (batch,)."
             )
-    batches = {name: 1 if given is None else given.shape[0] for name, given, _, _ in parts}
+    batches = {name: given.shape[0] for name, given, _, _ in parts if given is not None}
     if len(set(batches.values()) - {1}) > 1:
         had = ", ".join(f"{name} {count}" for name, count in batches.items())
         raise InputError(
@@ -288,7 +334,7 @@ def check_features(
 def check_batch(cond: Conditions, batch: int) -> None:
     """Raise InputError unless every condition has `batch` samples, or one for all of them."""
     for name, part in zip(cond._fields, cond, strict=True):
-        if part.shape[0] not in (1, batch):
+        if part is not None and part.shape[0] not in (1, batch):
             raise InputError(
                 f"{name} has {part.shape[0]} samples and z has {batch}: they must agree. "
                 "Give one condition for each sample."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mfmjt.errors import InputError, some
 
@@ -15,8 +15,13 @@ __all__ = [
     "SYNC_SEGMENT",
     "VIDEO_RATE",
     "ModelConfig",
+    "SecondTime",
+    "VideoMode",
     "config_for",
 ]
+
+VideoMode = Literal["joint", "gated", "none"]
+SecondTime = Literal["t - r", "r"]
 
 VIDEO_RATE = 8.0
 """Video tokens per second."""
@@ -48,6 +53,15 @@ class ModelConfig:
         text_dim: Width of the text features.
         mlp_ratio: Feed-forward width over D, before the 2/3 of a gated unit and rounding.
         v2: The second MMAudio layout: SiLU in the input projections, other time frequencies.
+        video: What video is to the network, and with it synchronization: "joint" tokens that all
+            attend to, as in MMAudio; "gated", attended to apart from the others, see
+            `mfmjt.model.blocks.JointBlock`; or "none", as in MeanAudio, which reads text alone.
+        text_rope: Text tokens have positions, 0, 1, ..., as MeanAudio's.
+        pooled_dim: Width of the vector of a whole text that is given beside its tokens, as
+            MeanAudio's of CLAP; None pools the projected tokens, as MMAudio does.
+        second_time: What the second embedding is of: "t - r", or "r" as in MeanAudio.
+        towards_data: The weights count time from noise to data and predict the velocity in that
+            direction, as MMAudio's; the network turns both around. MeanAudio's are as they are.
         latent_rate: Latent tokens per second, Hz.
         sample_rate: Audio samples per second, Hz.
     """
@@ -67,6 +81,11 @@ class ModelConfig:
     text_dim: int = 1024
     mlp_ratio: float = 4.0
     v2: bool = False
+    video: VideoMode = "joint"
+    text_rope: bool = False
+    pooled_dim: int | None = None
+    second_time: SecondTime = "t - r"
+    towards_data: bool = True
     latent_rate: float = 31.25
     sample_rate: int = 16_000
 
@@ -76,6 +95,10 @@ class ModelConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and not 0 < value < math.inf:
                 raise InputError(f"{field.name} is {value}: it must be positive. Give another.")
+        for name, known in (("video", VideoMode), ("second_time", SecondTime)):
+            if getattr(self, name) not in get_args(known):
+                choices = ", ".join(map(repr, get_args(known)))
+                raise InputError(f"{name} is {getattr(self, name)!r}. Give one of {choices}.")
         if self.hidden_dim % (2 * self.num_heads):
             raise InputError(
                 f"hidden_dim {self.hidden_dim} with num_heads {self.num_heads}: heads must divide "
@@ -93,8 +116,13 @@ class ModelConfig:
             )
 
     @property
+    def takes_video(self) -> bool:
+        """Whether video and synchronization are among the conditions."""
+        return self.video != "none"
+
+    @property
     def joint_depth(self) -> int:
-        """Number of blocks in which latent, video and text attend to each other."""
+        """Number of blocks in which the latent and the conditions attend to each other."""
         return self.depth - self.fused_depth
 
     @property
@@ -143,6 +171,23 @@ _REFERENCE_44K = {
     "latent_rate": _RATE_44K,
     "sample_rate": 44_100,
 }
+_MEANAUDIO: dict[str, Any] = {
+    "latent_length": 312,
+    "video_length": 79,
+    "sync_length": 248,
+    "text_length": 77,
+    "video": "none",
+    "text_rope": True,
+    "pooled_dim": 512,
+    "towards_data": False,
+}
+_RESONATE = {
+    **_MEANAUDIO,
+    "latent_length": 430,
+    "pooled_dim": 1024,
+    "latent_rate": _RATE_44K,
+    "sample_rate": 44_100,
+}
 
 CONFIGS: dict[str, ModelConfig] = {
     config.name: config
@@ -168,6 +213,10 @@ CONFIGS: dict[str, ModelConfig] = {
         ModelConfig("medium_44k", 40, 896, 14, 12, 8, **_REFERENCE_44K),
         ModelConfig("large_44k", 40, 896, 14, 21, 14, **_REFERENCE_44K),
         ModelConfig("large_44k_v2", 40, 896, 14, 21, 14, v2=True, **_REFERENCE_44K),
+        ModelConfig("meanaudio_s", 20, 448, 7, 12, 8, second_time="r", **_MEANAUDIO),
+        ModelConfig("meanaudio_l", 20, 896, 14, 12, 8, second_time="r", **_MEANAUDIO),
+        ModelConfig("fluxaudio_s", 20, 448, 7, 12, 8, **_MEANAUDIO),
+        ModelConfig("resonate", 40, 448, 7, 52, 36, **_RESONATE),
     )
 }
 

@@ -10,8 +10,8 @@ up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,16 @@ from torch import Tensor, nn
 
 from mfmjt.errors import InputError
 from mfmjt.kernels import streams
-from mfmjt.model.blocks import Block, Blocks, FrameCondition, Pending, SwiGLU, normalize, run
-from mfmjt.model.conditioning import frame_condition, stream_ropes, tables
+from mfmjt.model.blocks import (
+    Blocks,
+    FrameCondition,
+    Linear,
+    Pending,
+    SwiGLU,
+    normalize,
+    run,
+)
+from mfmjt.model.conditioning import Features, frame_condition, stream_ropes, tables
 from mfmjt.model.config import SYNC_SEGMENT
 
 if TYPE_CHECKING:
@@ -83,12 +91,13 @@ class _Prepared(Blocks):
     """Blocks whose weights are packed, and whose modulations are parts of given ones.
 
     Args:
-        blocks: The blocks.
+        together: The blocks.
         columns: Where in the modulations of all blocks those of each of these are.
     """
 
-    def __init__(self, blocks: Sequence[Block], columns: Sequence[slice]) -> None:
-        super().__init__(*blocks)
+    def __init__(self, together: Blocks, columns: Sequence[slice]) -> None:
+        blocks = together.blocks
+        super().__init__(*blocks, gate=together.gate)
         self.columns = columns
         attns = [block.attn for block in blocks]
         self.heads, self._qkv = attns[0].num_heads, _layers(*(attn.qkv for attn in attns))
@@ -119,15 +128,15 @@ class _Null(NamedTuple):
     """The pass without conditions: tokens (1, N, D), and the modulations of all blocks.
 
     Attributes:
-        position: What the positions in segments add to the output of sync's first layer.
-        by_frame: Those of the latent (1, N, ...).
-        by_clip: Those of video, text and the final layer (1, 1, ...).
+        tokens: Of each condition, by its name.
+        position: What the positions in segments add to the output of sync's first layer; None
+            without video.
+        by_frame: Those of the latent (1, N, ...), or `by_clip` where no condition is by frames.
+        by_clip: Those of the other streams and the final layer (1, 1, ...).
     """
 
-    position: Tensor
-    video: Tensor
-    text: Tensor
-    sync: Tensor
+    tokens: dict[str, Tensor]
+    position: Tensor | None
     by_frame: Tensor
     by_clip: Tensor
 
@@ -153,46 +162,56 @@ class PreparedStep:
             raise InputError(f"r is {r} and t is {t}: an interval has 0 <= r <= t <= 1. Swap them.")
         self.config, self.dtype = net.config, net.dtype
         self._net = net
-        device = net.sync_pos_emb.device
-        begin, span = torch.tensor([t], device=device), torch.tensor([t - r], device=device)
-        time = net.t_embed(1 - begin) + net.r_embed(span)  # (1, D)
+        device = net.latent_mean.device
+        time = net.embed(torch.tensor([r], device=device), torch.tensor([t], device=device))
 
-        # Input layers of latent, video, sync and text.
-        inputs = (
-            net.audio_input_proj,
-            net.clip_input_proj,
-            net.sync_input_proj,
-            net.text_input_proj,
-        )
-        self._first = _layers(*(layers[0] for layers in inputs))
-        self._acts = ("silu",) * 4 if net.config.v2 else ("selu", "none", "selu", "none")
-        last = [layers[-1] for layers in inputs]
-        self._up, self._down = _gated(*(layer for layer in last if isinstance(layer, SwiGLU)))
-        # A sum of two linear maps of two means is one linear map of both means.
-        pools = (net.clip_cond_proj, net.text_cond_proj)
-        weight = torch.cat([p.get_parameter("weight") for p in pools], dim=1)
-        bias = torch.stack([p.get_parameter("bias") for p in pools]).sum(0)
-        self._pool = _Layers([streams.pack(weight)], [bias])
-        self._pool_up, pool_down = _gated(net.global_cond_mlp)
+        # Input layers of the latent and of each condition.
+        inputs: dict[str, Any] = {"latent": net.audio_input_proj}
+        if net.config.takes_video:
+            inputs |= {"video": net.clip_input_proj, "sync": net.sync_input_proj}
+        inputs["text"] = net.text_input_proj
+        self._names = list(inputs)
+        self._first = _layers(*(layers[0] for layers in inputs.values()))
+        convolved, projected = ("silu", "silu") if net.config.v2 else ("selu", "none")
+        self._acts = [
+            convolved if name in ("latent", "sync") else projected for name in self._names
+        ]
+        self._up, self._down = _gated(*(layers[-1] for layers in inputs.values()))
+
+        self._pool_video: _Layers | None = None
+        if isinstance(net.text_cond_proj, nn.Sequential):
+            first, last = net.text_cond_proj
+            self._pool = _layers(first)
+            self._pool_up, pool_down = _gated(cast(SwiGLU, last))
+            if net.config.takes_video:
+                self._pool_video = _layers(net.clip_cond_proj)
+        else:
+            # A sum of two linear maps of two means is one linear map of both means.
+            pools = [net.clip_cond_proj] if net.config.takes_video else []
+            pools.append(cast(Linear, net.text_cond_proj))
+            weight = torch.cat([p.get_parameter("weight") for p in pools], dim=1)
+            bias = torch.stack([p.get_parameter("bias") for p in pools]).sum(0)
+            self._pool = _Layers([streams.pack(weight)], [bias])
+            self._pool_up, pool_down = _gated(net.global_cond_mlp)
         self._pool_down = _Layers(pool_down.weights, [time[0]])  # time is added to the result
 
-        # The latent is modulated frame by frame; video, text and the final layer as a whole.
+        # Where video is synchronized the latent is modulated frame by frame; all else as a whole.
         by_frame: list[nn.Module] = []
         by_clip: list[nn.Module] = []
+        of_latent = by_frame if net.config.takes_video else by_clip
         self._blocks = []
         for block in (*net.joint_blocks, *net.fused_blocks):
-            together = block.together().blocks
+            together = block.together()
             columns = [
-                _append(by_clip if i else by_frame, b.adaLN_modulation[1])
-                for i, b in enumerate(together)
+                _append(by_clip if i else of_latent, b.adaLN_modulation[1])
+                for i, b in enumerate(together.blocks)
             ]
             self._blocks.append(_Prepared(together, columns))
         self._final_columns = _append(by_clip, net.final_layer.adaLN_modulation[1])
-        self._modulations = _joined(by_frame, by_clip)
-        # The published network predicts the opposite velocity.
-        conv = net.final_layer.conv
+        self._modulations = _joined(*(group for group in (by_frame, by_clip) if group))
+        conv, sign = net.final_layer.conv, -1 if net.config.towards_data else 1
         self._final = _Layers(
-            [streams.pack(-conv.weight)], [None if conv.bias is None else -conv.bias]
+            [streams.pack(sign * conv.weight)], [None if conv.bias is None else sign * conv.bias]
         )
         self._nulls: dict[tuple[int, ...], _Null] = {}
         self._last: _Null | None = None
@@ -204,9 +223,12 @@ class PreparedStep:
         video: Tensor | None = None,
         sync: Tensor | None = None,
         text: Tensor | None = None,
+        pooled: Tensor | None = None,
         *,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        negative_text: Tensor | None = None,
+        negative_pooled: Tensor | None = None,
         null: bool = True,
     ) -> Tensor:
         """Average velocities of z.
@@ -216,8 +238,12 @@ class PreparedStep:
             video: Features (B or 1, N_video, video_dim), or None for null ones.
             sync: Features (B or 1, N_sync, sync_dim), or None.
             text: Features (B or 1, N_text, text_dim), or None.
+            pooled: Features of the whole text (B or 1, pooled_dim), or None.
             video_mask: (B,) bool; where False, video and synchronization are null.
             text_mask: (B,) bool; where False, the text is null.
+            negative_text: Features (B or 1, N_text, text_dim) in place of the null text in the
+                evaluation without conditions, as many tokens as the text has.
+            negative_pooled: The same of the whole text (B or 1, pooled_dim).
             null: Also evaluate without conditions.
 
         Returns:
@@ -228,36 +254,45 @@ class PreparedStep:
             InputError: A shape does not fit.
         """
         batch, length = z.shape[:2]
-        features = self._net.features(video, sync, text, video_mask, text_mask, length)
-        uncond = self._null(length, tuple(feature.shape[1] for feature in features))
+        features = self._net.features(video, sync, text, video_mask, text_mask, length, pooled)
+        uncond = self._null(length, features)
         # The streams to encode: the latent, and the conditions that are given.
-        encoded = [0, *(i for i, x in enumerate((video, sync, text), 1) if x is not None)]
-        inputs = [z.to(self.dtype), *features]
-        biases = [*self._first.biases[:2], uncond.position, self._first.biases[3]]
+        given = {"latent": z, "video": video, "sync": sync, "text": text}
+        encoded = [i for i, name in enumerate(self._names) if given[name] is not None]
+        inputs = {"latent": z.to(self.dtype), **features._asdict()}
+        biases = [
+            uncond.position if name == "sync" else bias
+            for name, bias in zip(self._names, self._first.biases, strict=True)
+        ]
         first = _Layers(self._first.weights, biases).only(encoded)
-        xs = first([inputs[i] for i in encoded], [self._acts[i] for i in encoded])
+        xs = first([inputs[self._names[i]] for i in encoded], [self._acts[i] for i in encoded])
         xs = self._down.only(encoded)(self._up.only(encoded)(xs))
-        tokens = dict(zip(encoded, xs, strict=True))
-        video = tokens.get(1, uncond.video)
-        sync = tokens.get(2, uncond.sync)
-        text = tokens.get(3, uncond.text)
-        by_frame, by_clip = self._modulated(video, sync, text, length)
+        tokens = uncond.tokens | dict(zip([self._names[i] for i in encoded], xs, strict=True))
+        latent = tokens.pop("latent")
+        by_frame, by_clip = self._modulated(tokens, features.pooled, length)
+        if null and negative_text is not None:
+            uncond = self._against(uncond, negative_text, negative_pooled, length)
 
         def both(cond: Tensor, uncond: Tensor) -> Tensor:
             cond = cond.expand(batch, -1, -1)
             return torch.cat((cond, uncond.expand(batch, -1, -1))) if null else cond
 
-        frames = FrameCondition(both(by_frame, uncond.by_frame))
         whole = FrameCondition(both(by_clip, uncond.by_clip))
-        pairs = ((tokens[0], tokens[0]), (video, uncond.video), (text, uncond.text))
-        latent = run(
+        frames = whole
+        if by_frame is not by_clip:
+            frames = FrameCondition(both(by_frame, uncond.by_frame))
+        names = [name for name in ("video", "text") if name in tokens]
+        residual = run(
             self._blocks,
-            [Pending(both(*pair)) for pair in pairs],
-            (frames, whole, whole),
-            (*stream_ropes(length, video.shape[1], self.config.head_dim, z.device), None),
+            [
+                Pending(both(latent, latent)),
+                *(Pending(both(tokens[name], uncond.tokens[name])) for name in names),
+            ],
+            (frames, *[whole] * len(names)),
+            stream_ropes(self.config, length, tokens.get("video"), tokens["text"]),
         )
         modulation = whole.rows[..., self._final_columns].chunk(2, dim=-1)
-        _, ys = normalize((latent,), (modulation,))
+        _, ys = normalize((residual,), (modulation,))
         return self._final(ys)[0]
 
     @torch.no_grad()
@@ -286,33 +321,57 @@ class PreparedStep:
         return streams.guide(z, u, guidance, mode if null else "none")
 
     def _modulated(
-        self, video: Tensor, sync: Tensor, text: Tensor, length: int
+        self, tokens: Mapping[str, Tensor], pooled: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor]:
         """Return the modulations of all blocks: the latent's by token, and those of a clip."""
-        samples = max(part.shape[0] for part in (video, sync, text))
-        means = [x.mean(1, keepdim=True).expand(samples, -1, -1) for x in (video, text)]
-        pooled = self._pool([torch.cat(means, dim=-1)])
-        (shared,) = self._pool_down(self._pool_up(pooled))
-        frames = frame_condition(shared, sync, length)
+        means = [tokens[name].mean(1, keepdim=True) for name in ("video", "text") if name in tokens]
+        if pooled is None:
+            samples = max(mean.shape[0] for mean in means)
+            pooled = torch.cat([mean.expand(samples, -1, -1) for mean in means], dim=-1)
+        (shared,) = self._pool_down(self._pool_up(self._pool([pooled])))
+        if self._pool_video is not None:
+            shared = shared + self._pool_video(means[:1])[0]
+        if "sync" not in tokens:
+            (by_clip,) = self._modulations([F.silu(shared)])
+            return by_clip, by_clip
+        frames = frame_condition(shared, tokens["sync"], length)
         by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
         return frames.of_tokens(by_frame), by_clip
 
-    def _null(self, length: int, lengths: tuple[int, ...]) -> _Null:
-        key = (length, *lengths)
+    def _against(self, null: _Null, text: Tensor, pooled: Tensor | None, length: int) -> _Null:
+        """Return the pass without conditions with this text in place of the null text."""
+        features = self._net.features(text=text, pooled=pooled, latent_length=length)
+        if features.text.shape[1] != null.tokens["text"].shape[1]:
+            raise InputError(
+                f"negative_text has {features.text.shape[1]} tokens, and the text "
+                f"{null.tokens['text'].shape[1]}. Encode both alike."
+            )
+        at = self._names.index("text")
+        xs = self._up.only([at])(self._first.only([at])([features.text], [self._acts[at]]))
+        tokens = {**null.tokens, "text": self._down.only([at])(xs)[0]}
+        return _Null(tokens, null.position, *self._modulated(tokens, features.pooled, length))
+
+    def _null(self, length: int, features: Features) -> _Null:
+        net = self._net
+        given = {
+            name: feature
+            for name, feature in features._asdict().items()
+            if feature is not None and name != "pooled"
+        }
+        key = (length, *(feature.shape[1] for feature in given.values()))
         found = self._nulls.get(key)
         if found is None:
-            net, device = self._net, self._net.sync_pos_emb.device
-            masked = torch.zeros(1, dtype=torch.bool, device=device)
-            dims = (net.config.video_dim, net.config.sync_dim, net.config.text_dim)
-            video, sync, text = (
-                torch.zeros(1, n, d, dtype=self.dtype, device=device)
-                for n, d in zip(lengths, dims, strict=True)
-            )
-            video, sync, text, _ = net.conditions(video, sync, text, masked, masked)
-            segments = lengths[1] // SYNC_SEGMENT
-            position = net.sync_pos_emb.expand(1, segments, -1, -1).flatten(1, 2)
-            placed = self._first.only([2])([position])[0][0]
-            found = _Null(placed, video, text, sync, *self._modulated(video, sync, text, length))
+            masked = torch.zeros(1, dtype=torch.bool, device=net.latent_mean.device)
+            zeros = {name: torch.zeros_like(feature[:1]) for name, feature in given.items()}
+            masks = {"video_mask": masked, "text_mask": masked}
+            cond = net.conditions(**zeros, **masks, latent_length=length)
+            tokens = {name: part for name in given if (part := getattr(cond, name)) is not None}
+            pooled, position = net.features().pooled, None
+            if "sync" in given:
+                segments = given["sync"].shape[1] // SYNC_SEGMENT
+                positions = net.sync_pos_emb.expand(1, segments, -1, -1).flatten(1, 2)
+                position = self._first.only([self._names.index("sync")])([positions])[0][0]
+            found = _Null(tokens, position, *self._modulated(tokens, pooled, length))
             if len(self._nulls) >= _NULLS:
                 self._nulls.pop(next(iter(self._nulls)))
             self._nulls[key] = found

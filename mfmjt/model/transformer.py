@@ -2,12 +2,14 @@
 
 Layout and parameter names follow MMAudio (arXiv 2412.15322); the second time input, t − r, makes it
 a MeanFlow network (arXiv 2505.13447, 2509.06389). Time runs from data (t = 0) to noise (t = 1).
+Without video, with positions of text and a vector of the whole text it is MeanAudio (arXiv
+2508.06098); `ModelConfig` has the differences.
 
 Shapes:
     B: samples. A condition that is null for all of them may have 1 in its place.
     N: latent tokens, C channels each (`latent_dim`), at `latent_rate` tokens a second.
     N_video, N_sync, N_text: tokens of the conditions; N_sync is a multiple of `SYNC_SEGMENT`.
-    video_dim, sync_dim, text_dim: channels of the features that the encoders give.
+    video_dim, sync_dim, text_dim, pooled_dim: channels of the features that the encoders give.
     D: channels of all tokens inside the network (`hidden_dim`).
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from mfmjt.model.blocks import (
 )
 from mfmjt.model.conditioning import (
     Conditions,
+    Features,
     TimeEmbedding,
     check_batch,
     check_features,
@@ -48,14 +52,23 @@ from mfmjt.model.conditioning import (
 from mfmjt.model.config import SYNC_SEGMENT, ModelConfig, config_for
 from mfmjt.model.prepared import PreparedStep
 
-__all__ = ["MFMJT"]
+__all__ = ["MFMJT", "serves_video"]
+
+_OF_VIDEO = re.compile(
+    r"(clip|sync|empty_clip|empty_sync)_|joint_blocks\.\d+\.(clip_block|video_gate)"
+)
+
+
+def serves_video(name: str) -> bool:
+    """Return whether a parameter serves video or synchronization alone."""
+    return bool(_OF_VIDEO.match(name))
 
 
 class MFMJT(nn.Module):
     """Average velocity u(z, r, t) of MeanFlow, with multimodal conditions.
 
     A fresh network gives exactly zero, and a network converted from flow matching gives the
-    instantaneous velocity for every r, until the embedding of t − r is trained.
+    instantaneous velocity for every r, until the second embedding is trained.
 
     Args:
         config: Sizes; see `MFMJT.from_config` for the named ones.
@@ -75,25 +88,32 @@ class MFMJT(nn.Module):
         self.audio_input_proj = nn.Sequential(
             Conv1d(config.latent_dim, dim, 7), activation(), SwiGLU(dim, hidden, 7)
         )
-        self.clip_input_proj = nn.Sequential(
-            Linear(config.video_dim, dim), *between, SwiGLU(dim, hidden, 3)
-        )
-        self.sync_input_proj = nn.Sequential(
-            Conv1d(config.sync_dim, dim, 7), activation(), SwiGLU(dim, hidden, 3)
-        )
+        if config.takes_video:
+            self.clip_input_proj = nn.Sequential(
+                Linear(config.video_dim, dim), *between, SwiGLU(dim, hidden, 3)
+            )
+            self.sync_input_proj = nn.Sequential(
+                Conv1d(config.sync_dim, dim, 7), activation(), SwiGLU(dim, hidden, 3)
+            )
         self.text_input_proj = nn.Sequential(
             Linear(config.text_dim, dim), *between, SwiGLU(dim, hidden, 1)
         )
-        self.clip_cond_proj = Linear(dim, dim)
-        self.text_cond_proj = Linear(dim, dim)
-        self.global_cond_mlp = SwiGLU(dim, hidden, 1)
+        if config.takes_video:
+            self.clip_cond_proj = Linear(dim, dim)
+        if config.pooled_dim is None:
+            self.text_cond_proj: nn.Module = Linear(dim, dim)
+            self.global_cond_mlp = SwiGLU(dim, hidden, 1)
+        else:
+            self.text_cond_proj = nn.Sequential(
+                Linear(config.pooled_dim, dim), SwiGLU(dim, hidden, 1)
+            )
 
         frequencies, period = (dim, 1.0) if config.v2 else (256, 10_000.0)
         self.t_embed = TimeEmbedding(dim, frequencies, max_period=period)
         self.r_embed = r_embedding(dim)
 
         self.joint_blocks = nn.ModuleList(
-            JointBlock(dim, heads, hidden, last=i == config.joint_depth - 1)
+            JointBlock(dim, heads, hidden, i == config.joint_depth - 1, config.video)
             for i in range(config.joint_depth)
         )
         self.fused_blocks = nn.ModuleList(
@@ -104,12 +124,24 @@ class MFMJT(nn.Module):
         def constant(*shape: int, fill: float = 0.0, trained: bool = False) -> nn.Parameter:
             return nn.Parameter(torch.full(shape, fill), requires_grad=trained)
 
-        self.sync_pos_emb = constant(1, 1, SYNC_SEGMENT, config.sync_dim, trained=True)
+        if config.takes_video:
+            self.sync_pos_emb = constant(1, 1, SYNC_SEGMENT, config.sync_dim, trained=True)
         self.latent_mean = constant(1, 1, config.latent_dim)
         self.latent_std = constant(1, 1, config.latent_dim, fill=1.0)
         self.empty_string_feat = constant(config.text_length, config.text_dim)
-        self.empty_clip_feat = constant(1, config.video_dim, trained=True)
-        self.empty_sync_feat = constant(1, config.sync_dim, trained=True)
+        if config.pooled_dim is not None:
+            self.empty_string_feat_c = constant(config.pooled_dim)
+        if config.takes_video:
+            self.empty_clip_feat = constant(1, config.video_dim, trained=True)
+            self.empty_sync_feat = constant(1, config.sync_dim, trained=True)
+        if config.video == "gated":
+            self._shut()
+
+    def _shut(self) -> None:
+        """Set to zero what lets video and synchronization in, beside the gates of attention."""
+        of_sync = self.sync_input_proj[-1].get_parameter("w2.weight")
+        for parameter in (*self.clip_cond_proj.parameters(), of_sync):
+            nn.init.zeros_(parameter)
 
     @classmethod
     def from_config(cls, name: str, **overrides: Any) -> MFMJT:
@@ -159,6 +191,7 @@ class MFMJT(nn.Module):
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         latent_length: int | None = None,
+        pooled: Tensor | None = None,
     ) -> Conditions:
         """Encode the conditions once, for any number of calls with `cond=`.
 
@@ -167,19 +200,34 @@ class MFMJT(nn.Module):
             sync: Synchronization features (B, N_sync, sync_dim), N_sync a multiple of 8, or None.
             text: Text features (B, N_text, text_dim), or None.
             video_mask: (B,) bool; samples that are False get null video and synchronization.
-            text_mask: (B,) bool; samples that are False get null text.
+            text_mask: (B,) bool; samples that are False get null text, and null features of it.
             latent_length: Latent tokens to come, which sets the lengths of null video and
                 synchronization; the configuration's by default.
+            pooled: Features of the whole text (B, pooled_dim), or None for null ones; for networks
+                that do not pool the text themselves.
 
         Raises:
-            InputError: A feature has the wrong shape.
+            InputError: A feature has the wrong shape, or the network takes no such feature.
         """
-        video, sync, text = self.features(video, sync, text, video_mask, text_mask, latent_length)
-        sync = (sync.unflatten(1, (-1, SYNC_SEGMENT)) + self.sync_pos_emb).flatten(1, 2)
-        video, text = self.clip_input_proj(video), self.text_input_proj(text)
-        sync = self.sync_input_proj(sync)
-        pooled = self.clip_cond_proj(video.mean(1)) + self.text_cond_proj(text.mean(1))
-        return Conditions(video, sync, text, self.global_cond_mlp(pooled))
+        given = self.features(video, sync, text, video_mask, text_mask, latent_length, pooled)
+        tokens = self.text_input_proj(given.text)
+        if given.video is None or given.sync is None:
+            return Conditions(None, None, tokens, self._pool(None, tokens, given.pooled))
+        segments = given.sync.unflatten(1, (-1, SYNC_SEGMENT)) + self.sync_pos_emb
+        frames = self.clip_input_proj(given.video)
+        return Conditions(
+            frames,
+            self.sync_input_proj(segments.flatten(1, 2)),
+            tokens,
+            self._pool(frames, tokens, given.pooled),
+        )
+
+    def _pool(self, video: Tensor | None, text: Tensor, pooled: Tensor | None) -> Tensor:
+        """Return the global condition (B, D) of projected tokens and of the whole text."""
+        of_text = self.text_cond_proj(text.mean(1) if pooled is None else pooled[:, 0])
+        if video is not None:
+            of_text = self.clip_cond_proj(video.mean(1)) + of_text
+        return self.global_cond_mlp(of_text) if pooled is None else of_text
 
     def features(
         self,
@@ -189,18 +237,27 @@ class MFMJT(nn.Module):
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         latent_length: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return video, synchronization and text features, null where missing or masked.
+        pooled: Tensor | None = None,
+    ) -> Features:
+        """Return the features, null where missing or masked.
 
         Arguments and errors are those of `conditions`.
         """
         config, dtype = self.config, self.dtype
+        check_features(config, video, sync, text, pooled, video_mask, text_mask)
+        tokens = fill_nulls(text, text_mask, self.empty_string_feat, config.text_length, dtype)
+        whole = None
+        if config.pooled_dim is not None:
+            pooled = None if pooled is None else pooled[:, None]
+            whole = fill_nulls(pooled, text_mask, self.empty_string_feat_c[None], 1, dtype)
+        if not config.takes_video:
+            return Features(None, None, tokens, whole)
         video_length, sync_length = config.lengths(latent_length or config.latent_length)
-        check_features(config, video, sync, text, video_mask, text_mask)
-        return (
+        return Features(
             fill_nulls(video, video_mask, self.empty_clip_feat, video_length, dtype),
             fill_nulls(sync, video_mask, self.empty_sync_feat, sync_length, dtype),
-            fill_nulls(text, text_mask, self.empty_string_feat, config.text_length, dtype),
+            tokens,
+            whole,
         )
 
     def frozen(self, r: float = 0.0, t: float = 1.0) -> PreparedStep:
@@ -215,6 +272,7 @@ class MFMJT(nn.Module):
         video: Tensor | None = None,
         sync: Tensor | None = None,
         text: Tensor | None = None,
+        pooled: Tensor | None = None,
         *,
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
@@ -230,9 +288,10 @@ class MFMJT(nn.Module):
             video: See `conditions`.
             sync: See `conditions`.
             text: See `conditions`.
+            pooled: See `conditions`.
             video_mask: See `conditions`.
             text_mask: See `conditions`.
-            cond: Result of `conditions`, instead of the five arguments before.
+            cond: Result of `conditions`, instead of the six arguments before.
 
         Returns:
             (B, N, C), in the dtype of z.
@@ -244,26 +303,30 @@ class MFMJT(nn.Module):
         batch, length = z.shape[:2]
         r, t = times("r", r, z), times("t", t, z)
         if cond is None:
-            cond = self.conditions(video, sync, text, video_mask, text_mask, length)
-        elif any(given is not None for given in (video, sync, text, video_mask, text_mask)):
+            cond = self.conditions(video, sync, text, video_mask, text_mask, length, pooled)
+        elif any(x is not None for x in (video, sync, text, pooled, video_mask, text_mask)):
             raise InputError("cond comes with features or masks: it holds them already. Give one.")
         check_batch(cond, batch)
 
-        # The published network counts time towards the data and predicts the opposite velocity.
-        time = self.t_embed(1 - t) + self.r_embed(t - r)
-        shared = (time + cond.pooled)[:, None].to(self.dtype)  # (B, 1, D)
+        shared = (self.embed(r, t) + cond.pooled)[:, None].to(self.dtype)  # (B, 1, D)
         whole = FrameCondition(nn.functional.silu(shared))
-        frames = frame_condition(shared, cond.sync, length)
+        frames = whole if cond.sync is None else frame_condition(shared, cond.sync, length)
 
-        ropes = (*stream_ropes(length, cond.video.shape[1], self.config.head_dim, z.device), None)
-        streams = (
-            Pending(self.audio_input_proj(z.to(self.dtype))),
-            Pending(cond.video.expand(batch, -1, -1)),
-            Pending(cond.text.expand(batch, -1, -1)),
+        tokens = [x.expand(batch, -1, -1) for x in (cond.video, cond.text) if x is not None]
+        streams = (self.audio_input_proj(z.to(self.dtype)), *tokens)
+        latent = run(
+            (*self.joint_blocks, *self.fused_blocks),
+            [Pending(x) for x in streams],
+            (frames, *[whole] * len(tokens)),
+            stream_ropes(self.config, length, cond.video, cond.text),
         )
-        blocks = (*self.joint_blocks, *self.fused_blocks)
-        latent = run(blocks, streams, (frames, whole, whole), ropes)
-        return -self.final_layer(latent, whole).to(z.dtype)
+        u = self.final_layer(latent, whole).to(z.dtype)
+        return -u if self.config.towards_data else u
+
+    def embed(self, r: Tensor, t: Tensor) -> Tensor:
+        """Return the embedding (B, D) of intervals from t back to r, (B,) each."""
+        begin = 1 - t if self.config.towards_data else t
+        return self.t_embed(begin) + self.r_embed(r if self.config.second_time == "r" else t - r)
 
     def jvp_rows(
         self, z: Tensor, r: Tensor, t: Tensor, z_dot: Tensor, **conditions: Any

@@ -15,6 +15,7 @@ from mfmjt.encoders import CLIPConfig, Encoders, SynchformerConfig
 from mfmjt.errors import InputError, MfmjtError
 from mfmjt.families import Bundle, open_bundle
 from mfmjt.families.mmaudio import Sizes, open_published
+from mfmjt.kernels.precision import fast_dtype
 from mfmjt.meanflow.guidance import GuidanceMode
 from mfmjt.model import MFMJT
 from mfmjt.pipeline.audio import Audio
@@ -33,12 +34,18 @@ class Pipeline:
         codec: Turns latents into waveforms.
         encoders: Turn frames and text into the network's conditions.
         device: Such as "cpu" or "cuda"; None takes CUDA where there is one.
-        dtype: Of the network's weights and arithmetic; codec and encoders stay as they are.
+        dtype: Of the network's weights and arithmetic; codec and encoders stay as they are. None
+            takes bfloat16 where the CPU or GPU has instructions for it, else float32. On a CPU that
+            has none, 16-bit weights take half of the memory, and float32 is computed in.
         window: Whole seconds, 2 or more, that the network makes in one go; longer sounds are made
             of several that overlap. None takes the length that it was trained on.
         compile: Prepare the network for one step (`mfmjt.model.prepared`), which keeps most of its
             weights a second time, and on a CUDA device replay that and the codec as graphs, whose
             first use with new lengths takes seconds. For many sounds in one process.
+        low_memory: Have one part at a time on the device: encoders, then network, then codec. With
+            `from_pretrained` and `from_mmaudio`, each is read from its files when it is needed and
+            freed after; parts that are given here stay on the CPU meanwhile. Each call takes longer
+            by reading.
 
     Attributes:
         bundle: Network, codec and encoders, which are also attributes of this.
@@ -47,7 +54,8 @@ class Pipeline:
         notes: One line each on what was odd about the files that its parts were read from.
 
     Raises:
-        InputError: The parts do not belong together, or the device or dtype cannot be used.
+        InputError: The parts do not belong together, the device or dtype cannot be used, or
+            `low_memory` comes with `compile`.
     """
 
     def __init__(
@@ -56,22 +64,29 @@ class Pipeline:
         codec: Codec,
         encoders: Encoders,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         window: int | None = None,
         compile: bool = False,
+        low_memory: bool = False,
     ) -> None:
-        self._open(Bundle(network, codec, encoders), device, dtype, window, compile)
+        bundle = Bundle(network, codec, encoders)
+        if low_memory:
+            bundle.save_memory()
+        self._open(bundle, device, dtype, window, compile)
 
     @classmethod
     def from_bundle(
         cls,
         bundle: Bundle,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         window: int | None = None,
         compile: bool = False,
     ) -> Pipeline:
-        """Take a `Bundle`, as `mfmjt.families.open_bundle` gives one; the rest is as above."""
+        """Take a `Bundle`, as `mfmjt.families.open_bundle` gives one; the rest is as above.
+
+        One that was opened with low memory is used with it.
+        """
         pipeline = cls.__new__(cls)
         pipeline._open(bundle, device, dtype, window, compile)
         return pipeline
@@ -80,7 +95,7 @@ class Pipeline:
         self,
         bundle: Bundle,
         device: str | torch.device | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         window: int | None,
         compile: bool,
     ) -> None:
@@ -92,14 +107,16 @@ class Pipeline:
                 f"takes {codec.latent_dim} for {codec.sample_rate} Hz. Give parts of one model."
             )
         self.device = choose_device(device)
-        if dtype == torch.float16 and self.device.type == "cpu":
-            raise InputError(
-                "float16 has no fast arithmetic on the CPU. Use bfloat16 or float32 there."
-            )
+        dtype = fast_dtype(self.device) if dtype is None else dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"The network cannot run in {dtype}. Use float32 or bfloat16.")
         if window is not None and window < 2:
             raise InputError(f"window is {window}. Give 2 seconds or more.")
+        if compile and bundle.low_memory:
+            raise InputError(
+                "compile keeps prepared weights on the device, and low_memory frees them after "
+                "each use. Choose one of them."
+            )
         self.bundle, self.dtype = bundle.to(self.device, dtype), dtype
         self.network, self.codec, self.encoders = bundle.network, bundle.codec, bundle.encoders
         self.sampling, self.notes = bundle.sampling, bundle.notes
@@ -112,8 +129,9 @@ class Pipeline:
         cls,
         name: str | os.PathLike[str] = "nano",
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         compile: bool = False,
+        low_memory: bool = False,
     ) -> Pipeline:
         """Load a model that ships, by name, or any other from its folder.
 
@@ -126,11 +144,13 @@ class Pipeline:
             device: As for `Pipeline`.
             dtype: As for `Pipeline`.
             compile: As for `Pipeline`.
+            low_memory: As for `Pipeline`.
 
         Raises:
             InputError: There is no such model, or its files are not what they should be.
         """
-        return cls.from_bundle(open_bundle(name), device, dtype, compile=compile)
+        bundle = open_bundle(name, low_memory=low_memory)
+        return cls.from_bundle(bundle, device, dtype, compile=compile)
 
     @classmethod
     def from_mmaudio(
@@ -138,7 +158,7 @@ class Pipeline:
         folder: str | os.PathLike[str],
         model: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         check: Check = "size",
         *,
         ends_dtype: torch.dtype = torch.float32,
@@ -147,6 +167,7 @@ class Pipeline:
         clip: CLIPConfig | None = None,
         synchformer: SynchformerConfig | None = None,
         compile: bool = False,
+        low_memory: bool = False,
     ) -> Pipeline:
         """Load MMAudio from the files that its publishers keep.
 
@@ -170,13 +191,14 @@ class Pipeline:
             clip: The same of CLIP.
             synchformer: The same of Synchformer.
             compile: As for `Pipeline`.
+            low_memory: As for `Pipeline`.
 
         Raises:
             InputError: Files are missing, damaged or others; the message names all of them and
                 says where their publishers keep them.
         """
         sizes = Sizes(vae, vocoder, clip, synchformer)
-        bundle = open_published(folder, model, check, ends_dtype, sizes)
+        bundle = open_published(folder, model, check, ends_dtype, sizes, low_memory)
         return cls.from_bundle(bundle, device, dtype, compile=compile)
 
     def __call__(
@@ -192,6 +214,7 @@ class Pipeline:
         progress: Progress | None = None,
         cache: str | os.PathLike[str] | None = None,
         fps: Any = None,
+        negative_prompt: str | None = None,
     ) -> Audio | list[Audio]:
         """Make sound for a video, a prompt, or both, of any duration.
 
@@ -216,6 +239,8 @@ class Pipeline:
             cache: Folder in which a video's features are kept, and looked for next time.
             fps: Pictures per second of a folder, a pattern or an array, which have no times of
                 their own. Folders and patterns are taken at 25 where it is not given.
+            negative_prompt: What is not to be heard, in words: it takes the place of no text in
+                the evaluation that guidance leads away from. It needs a guidance above 1.
 
         Returns:
             An `Audio`, or a list of `count` of them if `count` is above 1.
@@ -226,7 +251,19 @@ class Pipeline:
             RunError: The network's output is not finite, or the cache cannot be written.
         """
         modes = () if mode is None else (mode,)
-        request = Request(video, prompt, steps, guidance, modes, seed, duration, count, cache, fps)
+        request = Request(
+            video,
+            prompt,
+            steps,
+            guidance,
+            modes,
+            seed,
+            duration,
+            count,
+            cache,
+            fps,
+            negative_prompt,
+        )
         (made,) = generate(self.bundle, [request], progress)
         if isinstance(made, MfmjtError):
             raise made

@@ -7,7 +7,7 @@ from typing import Any
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow import Sampling
-from mfmjt.meanflow.guidance import GuidanceMode
+from mfmjt.meanflow.guidance import GuidanceMode, check_negative
 
 __all__ = ["MAX_DURATION", "TEXT_DURATION", "Request"]
 
@@ -32,6 +32,7 @@ class Request:
         count: Sounds of each mode.
         cache: As for `Pipeline`.
         fps: As for `Pipeline`.
+        negative_prompt: As for `Pipeline`.
     """
 
     video: Any = None
@@ -44,6 +45,7 @@ class Request:
     count: int = 1
     cache: Any = None
     fps: Any = None
+    negative_prompt: str | None = None
 
     def samplings(self, default: Sampling) -> list[Sampling]:
         """Return how the sounds of each mode are sampled.
@@ -52,6 +54,9 @@ class Request:
             InputError: An argument of the request is out of range.
         """
         found = [default.changed(self.steps, self.guidance, mode) for mode in self.modes or (None,)]
+        if self.negative_prompt and self.negative_prompt.strip():
+            for sampling in found:
+                check_negative(sampling.guidance, sampling.mode)
         if self.video is None and not (self.prompt and self.prompt.strip()):
             raise InputError("There is nothing to make sound for. Give a video, a prompt, or both.")
         if not 0 <= self.seed < 2**63 - 1024:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfmjt.encoders import Encoders
 from mfmjt.encoders.base import FRAMES_AT_ONCE, stream_options
 from mfmjt.errors import InputError
 from mfmjt.families import Bundle
@@ -54,7 +53,7 @@ class VideoFeatures:
         self.declared = duration
         self.notes: tuple[str, ...] = ()
         self._bundle, self._cached = bundle, cached
-        self._frames = _Frames(source, duration, limit, bundle.encoders, bundle.device)
+        self._frames = _Frames(source, duration, limit, bundle)
 
     def windows(self, stage: Stage) -> Iterator[tuple[Window, dict[str, Tensor]]]:
         """Each window with its features `(1, tokens, dim)`, on the device.
@@ -102,9 +101,9 @@ class _Frames:
         source: Path | Pictures | Video,
         duration: float | None,
         limit: float,
-        encoders: Encoders,
-        device: torch.device,
+        bundle: Bundle,
     ) -> None:
+        encoders, device = bundle.encoders, bundle.device
         self.rates = encoders.video_fps, encoders.sync_fps
         self._stream: VideoStream | _Held
         if isinstance(source, Video):
@@ -112,7 +111,7 @@ class _Frames:
         else:
             wanted = stream_options(encoders.frame_specs, device)
             self._stream = VideoStream(source, duration=duration, limit=limit, **wanted)
-        self._encoders, self._device = encoders, device
+        self._bundle, self._encoders = bundle, encoders
         self._singly = encoders.frames_are_independent
         self._waiting: list[Tensor] = []  # pictures that will be encoded singly
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -150,6 +149,7 @@ class _Frames:
         What lies before one overlap after `start` is forgotten.
         """
         with stage("encode"):
+            self._bundle.need("encoders")
             self._encode()
             seen, synced = (self._take(i, start, count) for i, count in enumerate(counts))
             return {
@@ -162,7 +162,7 @@ class _Frames:
         held = torch.cat(self._kept[i])
         skipped = start * rate - self._begin[i]
         rows = skipped + torch.arange(count, device=held.device)
-        taken = held[rows.clamp(max=len(held) - 1)][None].to(self._device)
+        taken = held[rows.clamp(max=len(held) - 1)][None].to(self._bundle.device)
         behind = skipped + OVERLAP * rate
         self._kept[i][:] = [held[behind:].clone()]  # the rest is freed
         self._begin[i] += behind
@@ -185,6 +185,7 @@ class _Frames:
     def _encode(self) -> None:
         """Features of the pictures that wait for it."""
         if self._waiting:
+            self._bundle.need("encoders")
             pictures, self._waiting = torch.cat(self._waiting), []
             self._kept[0].append(self._encoders.encode_frames(pictures[None])[0])
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mfmjt.errors import MfmjtError
 from mfmjt.families import Bundle
+from mfmjt.families.bundle import NEGATIVE
 from mfmjt.meanflow import Sampling
 from mfmjt.media import Pictures, Video, as_source
 from mfmjt.pipeline.audio import STAGES, Audio
@@ -45,9 +46,10 @@ class _Unit:
         owner: Number of the request.
         window: All of the sound.
         length: Latents.
-        conditions: Of the network, one row for all sounds.
+        features: Of video and text, shared by the modes of a request.
         seconds: Wall time by stage.
         notes: On the video and the prompt.
+        conditions: Of the network, one row for all sounds.
         made: The sounds.
     """
 
@@ -56,9 +58,10 @@ class _Unit:
     sampling: Sampling
     window: Window
     length: int
-    conditions: Any
+    features: dict[str, Tensor]
     seconds: dict[str, float]
     notes: tuple[str, ...]
+    conditions: Any = None
     made: list[Audio] = field(default_factory=list)
 
     @property
@@ -76,16 +79,31 @@ def generate(
     most: int = 16,
 ) -> list[list[Audio] | MfmjtError]:
     """Make sound for several requests; see `mfmjt.pipeline.generate_together`."""
-    report = progress or (lambda stage, fraction: None)
+    try:
+        return _made(bundle, requests, progress or (lambda stage, fraction: None), most)
+    finally:
+        bundle.need(None)
+
+
+def _made(
+    bundle: Bundle, requests: Sequence[Request], report: Progress, most: int
+) -> list[list[Audio] | MfmjtError]:
     reading = _Reading(report, len(requests))
     made: list[list[Audio] | MfmjtError] = [[] for _ in requests]
-    units: list[_Unit] = []
+    begun: list[list[_Unit]] = []
     for owner, request in enumerate(requests):
         try:
-            begun, made[owner] = _begin(bundle, owner, request, partial(reading, owner))
-            units += begun
+            own, made[owner] = _begin(bundle, owner, request, partial(reading, owner))
+            begun.append(own)
         except MfmjtError as error:
             made[owner] = error
+    units: list[_Unit] = []
+    for own in begun:  # after all of them were encoded: the encoders may have to go now
+        try:
+            _condition(bundle, own)
+            units += own
+        except MfmjtError as error:
+            made[own[0].owner] = error
     groups: dict[tuple[object, ...], list[_Unit]] = {}
     for unit in units:
         groups.setdefault(unit.key, []).append(unit)
@@ -161,6 +179,7 @@ def _begin(
     clock = _Clock(bundle.device, report)
     source = None if request.video is None else _source(bundle, request)
     notes = bundle.encoders.prompt_notes(request.prompt)
+    notes += bundle.encoders.prompt_notes(request.negative_prompt, "negative prompt")
     with closing(_windows(bundle, request, source, clock)) as windows:  # and the thread it reads in
         window, features = next(windows)
         if not window.last:
@@ -168,12 +187,10 @@ def _begin(
             sounds = _long(bundle, request, samplings, source, rest, clock)
             return [], [s.noted(notes + (source.notes if source else ())) for s in sounds]
     length = _length(bundle, window)
-    with clock.timed("generate"):
-        conditions = bundle.conditions(features, length, samplings[0])
     notes += source.notes if source else ()
     seconds = [clock.seconds, *({} for _ in samplings[1:])]  # what modes share is counted once
     return [
-        _Unit(owner, request, sampling, window, length, conditions, own, notes)
+        _Unit(owner, request, sampling, window, length, features, own, notes)
         for sampling, own in zip(samplings, seconds, strict=True)
     ], []
 
@@ -211,7 +228,10 @@ def _windows(
     for window, features in given:
         if text is None:
             with clock.stage("encode"):
+                bundle.need("encoders")
                 text = _text(bundle, request.prompt)
+                negative = _text(bundle, request.negative_prompt)
+                text |= {NEGATIVE + name: value for name, value in negative.items()}
         yield window, features | text
 
 
@@ -272,6 +292,18 @@ def _long(
         for waveform in waveforms
         for i, wave in enumerate(waveform)
     ]
+
+
+def _condition(bundle: Bundle, units: Sequence[_Unit]) -> None:
+    """Put into the units of one request the conditions that its modes share."""
+    if not units:
+        return
+    first, clock = units[0], _Clock(bundle.device, lambda stage, fraction: None)
+    with clock.timed("generate"):
+        conditions = bundle.conditions(first.features, first.length, first.sampling)
+    first.seconds["generate"] += clock.seconds["generate"]
+    for unit in units:
+        unit.conditions = conditions
 
 
 def _batches(group: list[_Unit], most: int) -> Iterator[list[_Unit]]:

@@ -24,7 +24,8 @@ from mfmjt.serve.settings import Settings
 __all__ = ["UPLOAD", "read_request"]
 
 UPLOAD = "upload"
-_FIELDS = {"prompt", "steps", "guidance", "guidance_mode", "seed", "count", "duration"}
+_PROMPTS = {"prompt", "negative_prompt"}
+_FIELDS = _PROMPTS | {"steps", "guidance", "guidance_mode", "seed", "count", "duration"}
 _TEXT = 64 * 1024  # bytes of JSON, and of a form beside its video
 _BLOCK = 2**20
 
@@ -214,7 +215,7 @@ def _value(name: str, texts: list[str]) -> Any:
     if len(texts) > 1:
         raise HTTPException(422, f"{name}: the field is there twice.")
     (text,) = texts
-    if name == "prompt":
+    if name in _PROMPTS:
         return text.removeprefix("\ufeff")  # with which some editors begin a file
     try:
         number = float(text)

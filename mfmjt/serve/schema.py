@@ -33,6 +33,13 @@ class Asked(BaseModel):
         str | None,
         Field(max_length=MAX_PROMPT, description="What is to be heard, in words."),
     ] = None
+    negative_prompt: Annotated[
+        str | None,
+        Field(
+            max_length=MAX_PROMPT,
+            description="What is not to be heard, in words; it needs guidance above 1.",
+        ),
+    ] = None
     steps: Annotated[
         int | None,
         Field(ge=1, le=MAX_STEPS, description="Evaluations of the network; null: the model's own."),

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -22,14 +23,14 @@ CONNECTIONS = 256
 _FAREWELL = 3  # seconds that open connections have at the end
 
 
-def serve(settings: Settings, model: str, device: str | None, ready: Callable[[str], None]) -> None:
+def serve(settings: Settings, model: str, ready: Callable[[str], None], **options: Any) -> None:
     """Serve a model until the process is told to end.
 
     Args:
         settings: Limits and addresses.
         model: As for `Pipeline.from_pretrained`.
-        device: The same.
         ready: Called with the address once requests are answered.
+        **options: As for `Pipeline.from_pretrained`, such as `device`.
 
     Raises:
         InputError: The model cannot be loaded.
@@ -37,7 +38,7 @@ def serve(settings: Settings, model: str, device: str | None, ready: Callable[[s
     """
     listener = _listen(settings)
     with listener:
-        pipeline = Pipeline.from_pretrained(model, device)
+        pipeline = Pipeline.from_pretrained(model, **options)
         pipeline(prompt="warm")  # what is made at the first call is not waited for by a person
         port = listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
@@ -20,7 +21,7 @@ from mfmjt.serve.metrics import Metrics
 from mfmjt.serve.sandbox import Sandbox
 from mfmjt.serve.schema import Container, JobState, Model, Sound
 from mfmjt.serve.settings import MAX_COUNT, MAX_STEPS, Settings
-from mfmjt.serve.worker import Worker
+from mfmjt.serve.worker import Worker, asked_for
 
 __all__ = ["Service"]
 
@@ -62,6 +63,7 @@ class Service:
             max_count=MAX_COUNT,
             max_steps=MAX_STEPS,
         )
+        self._own = pipeline.sampling
         self._pace = 1.0  # seconds a job takes, lately
 
     async def start(self) -> None:
@@ -93,6 +95,10 @@ class Service:
         async with self.jobs.entering() as folder:
             asked, has_video = await read_request(request, folder, self.settings)
             received = time.perf_counter()
+            try:
+                replace(asked_for(asked.model_dump()), video=has_video or None).samplings(self._own)
+            except InputError as error:
+                raise HTTPException(422, str(error)) from error
             found: dict[str, Any] | None = None
             if has_video:
                 reading = self.sandbox.read(folder, asked.duration, self.settings.max_duration)

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mfmjt.serve.drawing import drawing
 from mfmjt.serve.jobs import Job
 from mfmjt.serve.sandbox import FRAMES, load_frames
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "asked_for"]
 
 _log = logging.getLogger("mfmjt.serve")
 
@@ -187,14 +188,13 @@ def _plain(note: str, folder: Path) -> str:
 
 
 def _request(job: Job) -> Request:
-    asked = job.asked
-    return Request(
-        None if job.video is None else load_frames(job.folder, job.video),
-        asked["prompt"],
-        asked["steps"],
-        asked["guidance"],
-        tuple(asked["guidance_mode"] or ()),
-        asked["seed"],
-        None if job.video is not None else asked["duration"],
-        asked["count"],
-    )
+    if job.video is None:
+        return asked_for(job.asked)
+    return replace(asked_for(job.asked), video=load_frames(job.folder, job.video), duration=None)
+
+
+def asked_for(asked: dict[str, Any]) -> Request:
+    """Return the pipeline's request for the fields of one that the server got, without a video."""
+    modes = tuple(asked["guidance_mode"] or ())
+    given = {name: value for name, value in asked.items() if name != "guidance_mode"}
+    return Request(modes=modes, **given)

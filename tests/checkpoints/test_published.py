@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 
@@ -54,15 +55,28 @@ def test_sizes_are_compared_as_they_are_stated_rounded_up(tmp_path, stated, size
             find(tmp_path, file)
 
 
-def test_the_digest_is_compared_when_asked(tmp_path):
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_the_digest_is_compared_when_asked(tmp_path, kind):
     content = os.urandom(1000)
     (tmp_path / FILE.name).write_bytes(content)
-    right = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    right = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
     wrong = right[::-1]
-    find(tmp_path, PublishedFile(FILE.name, "", md5=right), check="md5")
-    find(tmp_path, PublishedFile(FILE.name, "", md5=wrong))
+    find(tmp_path, PublishedFile(FILE.name, "", **{kind: right}), check="md5")
+    find(tmp_path, PublishedFile(FILE.name, "", **{kind: wrong}))
     with pytest.raises(InputError, match=right):
-        find(tmp_path, PublishedFile(FILE.name, "", md5=wrong), check="md5")
+        find(tmp_path, PublishedFile(FILE.name, "", **{kind: wrong}), check="md5")
+
+
+def test_the_first_digits_of_a_digest_suffice_and_a_license_is_named(tmp_path):
+    content = os.urandom(1000)
+    file = PublishedFile(FILE.name, "https://a.example", sha256="0" * 8, license="CC-BY-4.0")
+    with pytest.raises(InputError, match=r"no file weights\.pth .*a\.example, license CC-BY-4\.0"):
+        find(tmp_path, file)
+    (tmp_path / FILE.name).write_bytes(content)
+    begins = hashlib.sha256(content).hexdigest()[:8]
+    find(tmp_path, dataclasses.replace(file, sha256=begins), check="md5")
+    with pytest.raises(InputError, match=f"SHA-256 {begins}.*, not 0{{8}}"):
+        find(tmp_path, file, check="md5")
 
 
 # --- other names -------------------------------------------------------------------------------

@@ -50,8 +50,9 @@ def test_a_format_is_told_by_content_whatever_the_suffix(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_scalars_of_numpy_may_stand_beside_weights(tmp_path: Path, old: bool) -> None:
+def test_scalars_and_arrays_of_numpy_may_stand_beside_weights(tmp_path: Path, old: bool) -> None:
     beside = {"loss": np.float64(0.25), "step": np.int32(3), "done": np.bool_(True), "lr": 1e-4}
+    beside["sampler"] = {"order": np.arange(9), "names": np.array(["a", "b"])}
     (tmp_path / "w.pth").write_bytes(saved({"model": STATE, **beside}, old))
     assert same(read_content(tmp_path / "w.pth")["model"], STATE)
 
@@ -59,7 +60,6 @@ def test_scalars_of_numpy_may_stand_beside_weights(tmp_path: Path, old: bool) ->
 @pytest.mark.parametrize(
     ("beside", "told"),
     [
-        (np.zeros(3), "_reconstruct"),
         (argparse.Namespace(a=1), r"argparse\.Namespace"),
         (torch.nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
         (collections.deque([1]), r"collections\.deque"),

@@ -19,7 +19,7 @@ COMMANDS = (
 
 
 def test_the_unexpected(here: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
     monkeypatch.setattr("mfmjt.pipeline.Pipeline.from_pretrained", fails)

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mfmjt.cli._outputs import STAGE_TITLES
+from mfmjt.kernels import precision
 from mfmjt.media import read_video
+from mfmjt.pipeline import Audio, Pipeline
 from tests.support.clips import frame_index, grey, packets, write_sound, write_video
 from tests.support.commands import refused, run
 
@@ -28,6 +31,40 @@ def test_text_to_sound(here: Path, model_folder: Path) -> None:
     result = run("generate", "--prompt", "rain 🌧", "--duration", "0.5", "--model", model_folder)
     assert result.exit_code == 0, result.output
     assert [p.name for p in here.iterdir()] == ["sound.wav"]
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+def test_a_negative_prompt(
+    here: Path, model_folder: Path, clip: Path, pipe: Pipeline, low_memory: bool
+) -> None:
+    given = ["--prompt", "a bell", "--negative-prompt", "rain", "--guidance", 2, "-o", "made.flac"]
+    more = ["--low-memory"] if low_memory else []
+    result = run("generate", clip, *given, "--model", model_folder, "--device", "cpu", *more)
+    assert result.exit_code == 0, result.output
+    made, plain = (
+        pipe(clip, "a bell", guidance=2.0, negative_prompt=text) for text in ("rain", None)
+    )
+    for sound, name in ((made, "a.flac"), (plain, "b.flac")):
+        assert isinstance(sound, Audio)
+        sound.save(name)
+    assert (here / "made.flac").read_bytes() == (here / "a.flac").read_bytes()
+    assert (here / "made.flac").read_bytes() != (here / "b.flac").read_bytes()
+
+
+def test_a_slow_dtype_is_noted_once(
+    here: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "SLOW", frozenset({torch.float16, torch.bfloat16}))
+    given = ["--prompt", "rain", "--duration", 0.5, "--count", 2, "--model", model_folder]
+    for dtype in ("auto", "float32", "bfloat16", "float16"):
+        result = run("generate", *given, "--device", "cpu", "--dtype", dtype)
+        assert result.exit_code == 0, result.output
+        notes = result.stderr.splitlines()
+        if dtype in ("auto", "float32"):
+            assert notes == []
+        else:
+            (note,) = notes
+            assert f"no instructions for {dtype}: it computes in float32" in note
 
 
 def test_only_the_sound_of_a_video(here: Path, model_folder: Path, clip: Path) -> None:
@@ -136,7 +173,10 @@ def test_what_is_no_video_file(
         (["clip.mp4", "--steps", "0"], "steps is 0"),
         (["clip.mp4", "--steps", "many"], "--steps"),
         (["clip.mp4", "--guidance-mode", "loud"], "loud"),
-        (["clip.mp4", "--dtype", "int4"], "int4"),
+        (["clip.mp4", "--dtype", "int4"], "auto, float32"),
+        (["clip.mp4", "--negative-prompt", "x", "--guidance", "1"], "guidance above 1"),
+        (["clip.mp4", "--negative-prompt", "x", "--guidance-mode", "none"], "guidance above 1"),
+        (["--negative-prompt", "x"], "nothing to make sound for"),
         (["clip.mp4", "--device", "abacus"], "abacus"),
         (["clip.mp4", "--unknown"], "--unknown"),
         (["clip.mp4", "other.mp4"], "other.mp4"),

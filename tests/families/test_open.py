@@ -116,7 +116,12 @@ def test_a_family_from_outside_is_one_more_in_the_list(
             return (folder / "mine.safetensors").exists()
 
         def open_folder(
-            self, folder: Path, network: Path | bool, codec: str | None, dtype: torch.dtype
+            self,
+            folder: Path,
+            network: Path | bool,
+            codec: str | None,
+            dtype: torch.dtype,
+            low_memory: bool,
         ) -> Bundle:
             return Bundle(
                 MFMJT.load(folder / "mine.safetensors"),

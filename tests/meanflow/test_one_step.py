@@ -53,3 +53,33 @@ def test_a_call_may_choose_guidance_and_mode(compile):
         assert torch.equal(step(z, **given), OneStep(net, compile=compile)(z, **given))
     with pytest.raises(InputError, match="No guidance mode"):
         step(z, mode="other")
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("pooled_dim", [None, 5], ids=["tokens", "tokens and a vector"])
+def test_a_negative_text_stands_for_the_null_text(compile, pooled_dim):
+    net = network(**({} if pooled_dim is None else {"pooled_dim": pooled_dim}))
+    z, _, _, features = inputs(2)
+    away = {"text": torch.randn_like(features["text"])}
+    if pooled_dim is not None:
+        features["pooled"], away["pooled"] = torch.randn(2, 2, pooled_dim, dtype=z.dtype)
+    negative = {f"negative_{name}": value for name, value in away.items()}
+    step = OneStep(net, compile=compile)
+    for left_out in ((), ("text", "pooled"), ("video", "sync")):
+        given = {name: value for name, value in features.items() if name not in left_out}
+        for mode in ("cfg", "cfg_scaled"):
+            with torch.no_grad():
+                u_c = net(z, 0.0, 1.0, **given)
+                u_0 = net(z, 0.0, 1.0, **{**given, **away}, video_mask=NONE)
+                truth = z - guide(u_c, u_0, 3.0, mode)
+            found = step(z, **given, **negative, guidance=3.0, mode=mode)
+            assert error(found, truth) <= 5 * allowance(truth, z.dtype, 9 * 256)
+    for guidance, mode in ((3.0, "none"), (1.0, "cfg"), (0.5, "cfg")):
+        with pytest.raises(InputError, match="guidance above 1"):
+            step(z, **features, **negative, guidance=guidance, mode=mode)
+
+
+def test_a_negative_text_of_another_length():
+    z, _, _, features = inputs(2)
+    with pytest.raises(InputError, match="negative_text has 2 tokens, and the text 3"):
+        OneStep(network())(z, **features, negative_text=features["text"][:, :2], guidance=2.0)

@@ -20,7 +20,7 @@ from mfmjt.families import mmaudio
 from mfmjt.meanflow import Sampling
 from mfmjt.media import VideoStream
 from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
-from mfmjt.model.checkpoint import NETWORK_FILES
+from mfmjt.model.published import NETWORK_FILES
 from mfmjt.pipeline import Pipeline
 from tests.oracle import allowance, error
 from tests.pipeline.conftest import one

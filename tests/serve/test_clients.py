@@ -89,7 +89,8 @@ def test_content_types_of_forms(clip: bytes) -> None:
 
 def test_empty_fields_are_not_there(server: Client, clip: bytes) -> None:
     """A browser's form sends all of its fields."""
-    names = ("prompt", "steps", "guidance", "guidance_mode", "seed", "count", "duration")
+    names = ("prompt", "negative_prompt", "steps", "guidance", "guidance_mode", "seed", "count",
+             "duration")  # fmt: skip
     empty = [(f'Content-Disposition: form-data; name="{name}"', b" ") for name in names]
     state = server.wait(post(server, parts(*empty, (VIDEO, clip))).json["id"])
     assert state["status"] == "done", state

@@ -175,6 +175,21 @@ def test_a_prompt_alone(page: Any) -> None:
     assert "/ 1.5 s" in page.inner_text("#clock")
 
 
+def test_a_negative_prompt(page: Any) -> None:
+    page.fill("#duration", "1")
+    page.fill("#prompt", "a bell")
+    page.fill("#negative", " music ")
+    with page.expect_request("**/v1/generate") as sent:
+        page.press("#negative", "Control+Enter")
+    assert sent.value.post_data_json["negative_prompt"] == "music"
+    made(page)
+    page.locator("[name=mode][value=none] + span").click()
+    page.click("#go")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "A negative prompt is what guidance leads away from" in page.inner_text("#error")
+    assert page.is_enabled("#go")
+
+
 def test_candidates_and_ways_of_guidance_side_by_side(page: Any, clip: bytes) -> None:
     page.fill("#count", "2")
     page.locator("[name=mode][value=none] + span").click()

@@ -91,6 +91,16 @@ def test_a_prompt_alone(server: Client, pipe: Pipeline, tmp_path: Path) -> None:
     assert server.get(f"/v1/jobs/{state['id']}/sounds/0.mp4").status == 404
 
 
+def test_a_negative_prompt(server: Client, pipe: Pipeline, clip: bytes, tmp_path: Path) -> None:
+    words = {"prompt": "a bell", "negative_prompt": "rain 🌧"}
+    state = made(server, duration=1.1, **words)
+    close(samples(server, state), written(pipe(duration=1.1, **words), tmp_path))
+    state = made(server, clip, guidance=4, **words)
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clip)
+    close(samples(server, state), written(pipe(path, guidance=4.0, **words), tmp_path))
+
+
 def test_ways_of_guidance_side_by_side(
     server: Client, pipe: Pipeline, clip: bytes, tmp_path: Path
 ) -> None:
@@ -344,6 +354,9 @@ def test_the_server_ends_while_it_works(start: Any, clip: bytes) -> None:
         ({"duration": 0}, "duration"),
         ({"duration": 5}, "lasts 1.20 s"),
         ({"prompt": "x" * 2001}, "prompt"),
+        ({"negative_prompt": "x" * 2001}, "negative_prompt"),
+        ({"negative_prompt": "x", "guidance": 1}, "guidance above 1"),
+        ({"negative_prompt": "x", "guidance_mode": ["cfg", "none"]}, "guidance above 1"),
         ({"path": "/etc/passwd"}, "no such field"),
         ({"url": "http://127.0.0.1/"}, "no such field"),
     ],

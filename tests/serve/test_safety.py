@@ -334,4 +334,4 @@ def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=f"port {port}"):
-            serve(Settings(port=port), "nano", "cpu", print)
+            serve(Settings(port=port), "nano", print, device="cpu")

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,38 @@ def normal(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return torch.from_numpy(np.asarray(drawn))
 
 
-def draw(name: str, shape: Sequence[int], seed: int) -> Tensor:
+def _draw_of(network: str, name: str, r: Tensor) -> Tensor | None:
+    """Return a parameter for which a network has a rule of its own; else None."""
+    width = math.sqrt(math.prod(r.shape[1:]))
+    if network == "VGGish":
+        if name.endswith("pca_eigen_vectors"):
+            return 0.5 * r / width
+        if name.endswith("weight") and r.ndim >= 2:
+            return 1.25 * r / width
+    if network == "Cnn14" or network.startswith("CLAP"):
+        if name.endswith("bn0.running_mean"):
+            return -30 + 5 * r
+        if name.endswith("bn0.running_var"):
+            return 300 * (1 + 0.1 * r.clamp(-3, 3))
+        if name.endswith("running_mean"):
+            return 0.05 * r
+        if name.endswith("running_var"):
+            return 1 + 0.1 * r.clamp(-3, 3)
+    if network == "Cnn14" and name.startswith("conv_block") and ".conv" in name:
+        return 1.6 * r / width
+    if network == "Cnn14" and name == "fc1.weight":
+        return math.sqrt(2) * r / width
+    if network.startswith("Synchformer") and name.endswith(
+        ("pos_emb_cfg.pos_emb", "position_embeddings")
+    ):
+        return 0.05 * r
+    return None
+
+
+def draw(name: str, shape: Sequence[int], seed: int, network: str = "") -> Tensor:
     r = normal(name, shape, seed)
+    if (own := _draw_of(network, name, r)) is not None:
+        return own
     if name.endswith(("latent_std", "data_std")):
         return 1.5 + 0.3 * r.clamp(-3, 3)
     if name.endswith(("latent_mean", "data_mean")):
@@ -46,15 +77,24 @@ def draw(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return r / math.sqrt(math.prod(shape[1:])) * (0.3 if "adaLN_modulation" in name else 1.0)
 
 
-def draw_all(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+def draw_all(
+    shapes: Mapping[str, Sequence[int]], seed: int = 0, network: str = ""
+) -> dict[str, Tensor]:
     """State dict of the names that are drawn; filters are computed by who needs them."""
-    return {k: draw(k, shape, seed) for k, shape in shapes.items() if not k.endswith(".filter")}
+    drawn = (name for name in shapes if not name.endswith(".filter"))
+    return {name: draw(name, shapes[name], seed, network) for name in drawn}
+
+
+def about(part: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(metadata, inputs and outputs) of a file in the `vectors` of `tests/<part>`."""
+    path = Path(__file__).parents[1] / part / "vectors" / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+        return metadata, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def read(part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(published state dict, inputs and outputs) of a file in the `vectors` of `tests/<part>`."""
-    path = Path(__file__).parents[1] / part / "vectors" / f"{name}.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return draw_all(json.loads(metadata["shapes"]), int(json.loads(metadata["seed"]))), tensors
+    metadata, tensors = about(part, name)
+    network = metadata.get("network", "")
+    return draw_all(metadata["shapes"], int(metadata["seed"]), network), tensors

@@ -70,6 +70,7 @@ function asked() {
   const modes = [...document.querySelectorAll("[name=mode]:checked")].map((box) => box.value);
   return {
     prompt: $("prompt").value.trim() || null,
+    negative_prompt: $("negative").value.trim() || null,
     steps: number("steps"),
     guidance: number("guidance"),
     guidance_mode: modes.length ? modes : null,
@@ -419,9 +420,11 @@ $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   make();
 });
-$("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
-});
+for (const id of ["prompt", "negative"]) {
+  $(id).addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  });
+}
 $("cancel").addEventListener("click", () => running?.abort());
 $("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
 $("loop").addEventListener("change", () => (player.loop = $("loop").checked));

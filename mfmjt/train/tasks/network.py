@@ -83,8 +83,8 @@ class NetworkTask(Task):
         super().__init__(config, config, self.network)
         self.title = f"train {config.model}"
         self.notes = tuple(self.network.notes)
-        if self.device.type == "cpu" and getattr(torch, config.dtype) in precision.SLOW:
-            self.notes += (precision.note(torch.bfloat16),)
+        if cost := precision.cost(getattr(torch, config.dtype), self.device):
+            self.notes += (cost,)
         self.model = self._model()
         self.generator, self.next = torch.Generator(self.device), torch.Generator()
         # Of a GPU's random numbers the host would have to wait to know what to read.
