@@ -88,8 +88,6 @@ def pair(
         )
     real = _side(source, "reference", protocol, problems, known, reference is not None)
     listing = Listing(made, real, known=known, problems=problems)
-    if captions is not None:
-        _add_captions(Path(captions), listing)
     for name in made:
         wanted = benchmark_name(name) if protocol == "av-benchmark" else name
         if wanted in real:
@@ -109,6 +107,8 @@ def pair(
             "are paired by their names without the suffix. Rename them, or give a table with the "
             "columns generated and reference."
         )
+    if captions is not None:
+        _add_captions(Path(captions), listing)
     if videos is not None:
         _add_videos(Path(videos), listing, protocol)
     return listing

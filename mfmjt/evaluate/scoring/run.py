@@ -201,15 +201,15 @@ def _find(
 
 
 def _unknown(metric: Metric, given: Given) -> str:
-    """Return what is not known of the clips that a metric needs; empty where all is."""
-    if "onsets" in metric.needs and given.events is None:
-        return "no times of events are given (column events of a table)."
-    if "classifier" in metric.needs and given.labels is None:
-        return "no classes of mfmjt's classifier are given (column class of a table)."
-    if "clap" in metric.needs and not any(given.captions):
-        return "no captions are given."
-    if "imagebind" in metric.needs or "synchformer" in metric.needs:
-        return "no videos are given."
+    """Return what is not known of the clips that a metric of ours needs; empty where all is."""
+    if metric.name == "onsets" and given.events is None:
+        return "No times of events are given: a table has them in its column events."
+    if metric.name == "classes" and given.labels is None:
+        return "No classes of mfmjt's classifier are given: a table has them in its column class."
+    if metric.name == "clap" and not any(given.captions):
+        return "No captions are given (--captions)."
+    if metric.name in ("ib", "desync"):
+        return "No videos are given (--videos)."
     return ""
 
 

@@ -228,7 +228,7 @@ def _work_together(
         for share in shares:
             said = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = _start(said)
-            stack.callback(process.wait)
+            stack.enter_context(process)
             stack.callback(process.kill)
             running.append((pool.submit(_follow, process, job, share, note), process, said))
         for following, process, said in running:
@@ -281,4 +281,6 @@ def _follow(
         process.stdin.close()
     for line in process.stdout:
         index, result = json.loads(line)
+        if index is None:
+            raise (InputError if result["input"] else RunError)(result["error"])
         note(index, Done(**{**result, "unheard": tuple(result["unheard"])}))
