@@ -18,7 +18,7 @@ from mfmjt.checkpoints import load_published, weights_in
 from mfmjt.encoders.base import SelfAttention
 from mfmjt.errors import InputError
 
-__all__ = ["Synchformer", "SynchformerConfig"]
+__all__ = ["Summary", "Synchformer", "SynchformerConfig"]
 
 _TUBE = 2
 _EPS = 1e-6
@@ -139,7 +139,7 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class _Summary(nn.Module):
+class Summary(nn.Module):
     """One pre-norm transformer layer over (class token, tokens); gives the class token."""
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -152,6 +152,7 @@ class _Summary(nn.Module):
         self.norm2 = nn.LayerNorm(dim, _EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, D)`."""
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = (x + self.self_attn(self.norm1(x)))[:, 0]
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
@@ -179,7 +180,7 @@ class Synchformer(nn.Module):
         self.patch_embed_3d = _Tubes(c.dim, c.patch)
         self.blocks = nn.ModuleList(_Block(c.dim, c.heads) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim, _EPS)
-        self.spatial_attn_agg = _Summary(c.dim, c.heads)
+        self.spatial_attn_agg = Summary(c.dim, c.heads)
 
     @classmethod
     def from_state_dict(

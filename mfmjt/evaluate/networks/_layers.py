@@ -1,11 +1,12 @@
-"""Layers with the parameter names of several published transformers."""
+"""Layers with the parameter names of several published networks."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Attention", "attend"]
+__all__ = ["MLP", "Attention", "BatchNorm", "attend"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
@@ -24,6 +25,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return y.transpose(1, 2).flatten(2)
+
+
+class BatchNorm(nn.Module):
+    """The running statistics of a batch norm and what is done with them."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each `(width,)`, by which it is `x * scale + shift`."""
+        mean, variance = self.running_mean, self.running_var
+        scale = self.weight.double() * (variance.double() + 1e-5).rsqrt()
+        return scale.float(), (self.bias - mean * scale).float()
 
 
 class MLP(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mfmjt.checkpoints import PublishedFile, load_published, weights_in
 from mfmjt.errors import InputError
 from mfmjt.evaluate.networks._frontend import StoredLogMel, check_waveform
+from mfmjt.evaluate.networks._layers import BatchNorm
 
 __all__ = ["CNN14_FILES", "Cnn14", "Tagged"]
 
@@ -57,27 +58,6 @@ class Tagged(NamedTuple):
     logits: Tensor
 
 
-class _BatchNorm(nn.Module):
-    """The running statistics of a batch norm and what is done with them."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    @property
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each `(width,)`, by which it is `x * scale + shift`."""
-        mean, variance = self.running_mean, self.running_var
-        scale = self.weight.double() * (variance.double() + 1e-5).rsqrt()
-        return scale.float(), (self.bias - mean * scale).float()
-
-
 class _Block(nn.Module):
     """Two 3 x 3 convolutions, each with norm and rectifier."""
 
@@ -85,8 +65,8 @@ class _Block(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(before, width, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = _BatchNorm(width)
-        self.bn2 = _BatchNorm(width)
+        self.bn1 = BatchNorm(width)
+        self.bn2 = BatchNorm(width)
 
     def fold(self) -> None:
         """Put the norms into the convolutions, and lay out the weights as CPUs are fastest with."""
@@ -125,7 +105,7 @@ class Cnn14(nn.Module):
             50.0,
             _HIGH[sample_rate],
         )
-        self.bn0 = _BatchNorm(_BANDS)
+        self.bn0 = BatchNorm(_BANDS)
         for i, (before, width) in enumerate(itertools.pairwise((1, *_WIDTHS)), 1):
             self.add_module(f"conv_block{i}", _Block(before, width))
         self.fc1 = nn.Linear(_WIDTHS[-1], _WIDTHS[-1])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
-from mfmjt.evaluate.networks import PaSST
+from mfmjt.evaluate.networks import ImageBind, PaSST, Synchformer
 from mfmjt.evaluate.networks._frontend import (
     StoredLogMel,
     check_waveform,
@@ -74,6 +74,25 @@ def test_passt() -> None:
     torch.testing.assert_close(
         network.log_mel(x)[:, :, :198], mel[:, :198].mT.float(), rtol=0, atol=1e-6
     )
+
+
+def test_synchformer() -> None:
+    with torch.device("meta"):
+        network = Synchformer()
+    assert network.afeat_extractor is not None
+    filled(network.afeat_extractor.filters, 506.10608, 1013, 5)
+    first = network.log_mel(chirp(16000))[:, 0].mT
+    like(first, (66, 128), (-0.08594, 0.43765, 1.013, 0.5275, -0.2143))
+
+
+def test_imagebind() -> None:
+    with torch.device("meta"):
+        network = ImageBind(1, {"vision": 1, "audio": 1}, {"vision": 1, "audio": 1})
+    filled(network.filters, 252.61048, 504, 5)
+    # One band lies between two bins and hears nothing; the public tool has it so.
+    assert int((network.filters.sum(dim=0) == 0).sum()) == 1
+    clip = network.log_mel(chirp(16000))[:, 0].mT
+    like(clip, (204, 128), (-0.34435, 0.48803, -0.382, -0.0848, -0.4514))
 
 
 def test_the_matrices_of_a_file_are_checked_and_its_mel_matrix_is_used() -> None:
