@@ -1,8 +1,9 @@
-"""Networks from MMAudio's published layout to ours and back."""
+"""Networks from published layouts, MMAudio's, MeanAudio's and FoleyDash's, to ours and back."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,25 @@ from safetensors.torch import save_file
 
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path, check_writable
-from mfmjt.model import MFMJT, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model import (
+    MFMJT,
+    load_foleydash,
+    load_meanaudio,
+    load_mmaudio,
+    to_meanaudio_state_dict,
+    to_mmaudio_state_dict,
+)
 from mfmjt.model.lora import merge_adapter
+from mfmjt.model.published import layout_of
 
-__all__ = ["Conversion", "from_mmaudio", "to_mmaudio"]
+__all__ = [
+    "Conversion",
+    "from_foleydash",
+    "from_meanaudio",
+    "from_mmaudio",
+    "to_mmaudio",
+    "to_published",
+]
 
 OURS = (".safetensors",)
 PUBLISHED = (".pth", ".pt", ".safetensors")
@@ -62,8 +78,41 @@ def from_mmaudio(
             `to`.
         RunError: The file cannot be written.
     """
+    return _imported(load_mmaudio, source, to, config, dtype, adapter)
+
+
+def from_meanaudio(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Conversion:
+    """Write a network of MeanAudio's family as one of ours; arguments are `from_mmaudio`'s."""
+    return _imported(load_meanaudio, source, to, config, dtype, adapter)
+
+
+def from_foleydash(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Conversion:
+    """Write a network of FoleyDash's layout as one of ours; arguments are `from_mmaudio`'s."""
+    return _imported(load_foleydash, source, to, config, dtype, adapter)
+
+
+def _imported(
+    load: Callable[..., MFMJT],
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None,
+    dtype: torch.dtype | None,
+    adapter: str | os.PathLike[str] | None,
+) -> Conversion:
     to = _checked(source, to, OURS)
-    net = load_mmaudio(source, config)
+    net = load(source, config)
     if adapter is not None:
         merge_adapter(net, adapter)
     net.save(to, dtype)
@@ -90,16 +139,41 @@ def to_mmaudio(
             merged into the weights first.
 
     Raises:
-        InputError: The source is no network, has another configuration, or the suffix of `to`.
+        InputError: The source is no network, has another configuration or no such layout, or the
+            suffix of `to`.
         RunError: The file cannot be written.
     """
+    return _exported(source, to, config, dtype, adapter, "MMAudio")
+
+
+def to_published(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Conversion:
+    """Write one of our networks in the layout of its family; arguments are `to_mmaudio`'s."""
+    return _exported(source, to, config, dtype, adapter, None)
+
+
+def _exported(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    config: str | None,
+    dtype: torch.dtype | None,
+    adapter: str | os.PathLike[str] | None,
+    family: str | None,
+) -> Conversion:
     to = _checked(source, to, PUBLISHED)
     net = MFMJT.load(source)
     if config not in (None, net.config.name):
         raise InputError(f"{source} is a {net.config.name}, not a {config}. Leave out the name.")
     if adapter is not None:
         merge_adapter(net, adapter)
-    state = to_mmaudio_state_dict(net)
+    family = family or layout_of(net.config) or "MMAudio"
+    ways = {"MMAudio": to_mmaudio_state_dict, "MeanAudio": to_meanaudio_state_dict}
+    state = ways[family](net)
     state = {name: value.to(dtype=dtype).contiguous() for name, value in state.items()}
     try:
         with atomic_path(to) as temporary:
@@ -109,16 +183,18 @@ def to_mmaudio(
                 torch.save(state, temporary)
     except (SafetensorError, OSError) as error:
         raise RunError(f"Cannot write {to}: {reason(error)}. Check the disk.") from error
-    lost = sum(p.numel() for p in net.r_embed.parameters())
-    notes = [
-        f"The embedding of t - r ({lost} parameters) has no place in MMAudio's layout and is left "
-        "out."
-    ]
-    if any(bool(p.any()) for p in net.r_embed.mlp[2].parameters()):
+    notes = []
+    if not any(name.startswith("r_embed.") for name in state):
+        lost = sum(p.numel() for p in net.r_embed.parameters())
         notes.append(
-            "It was trained, so the result is not this network: it gives another velocity, and one "
-            "step will not do."
+            f"The embedding of t - r ({lost} parameters) has no place in {family}'s layout and is "
+            "left out."
         )
+        if any(bool(p.any()) for p in net.r_embed.mlp[2].parameters()):
+            notes.append(
+                "It was trained, so the result is not this network: it gives another velocity, and "
+                "one step will not do."
+            )
     count = sum(value.numel() for value in state.values())
     return Conversion(to, net.config.name, count, tuple(notes))
 

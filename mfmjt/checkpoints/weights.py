@@ -189,21 +189,22 @@ def _sets(content: Mapping[Any, Any], mark: str) -> Iterator[tuple[str, dict[str
             for key, value in inner.items()
             if isinstance(key, str) and isinstance(value, Tensor)
         }
-        for name in tensors:
-            if name == mark or name.endswith(f".{mark}"):
-                prefix = name.removesuffix(mark)
-                state = {
-                    key[len(prefix) :]: value
-                    for key, value in tensors.items()
-                    if key.startswith(prefix)
-                }
-                for key, value in state.items():
-                    if _repeats(value):
-                        raise InputError(
-                            f"{short(key, 80)} is one value repeated to shape {tuple(value.shape)}."
-                            " Give the file as its publisher keeps it."
-                        )
-                yield place + prefix, state
+        ends = [name for name in tensors if f".{name}".endswith(f".{mark}")]
+        prefixes = dict.fromkeys(name.removesuffix(mark) for name in ends)
+        for prefix in prefixes:
+            inner_ones = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+            state = {
+                key[len(prefix) :]: value
+                for key, value in tensors.items()
+                if key.startswith(prefix) and not key.startswith(inner_ones)
+            }
+            for key, value in state.items():
+                if _repeats(value):
+                    raise InputError(
+                        f"{short(key, 80)} is one value repeated to shape {tuple(value.shape)}."
+                        " Give the file as its publisher keeps it."
+                    )
+            yield place + prefix, state
 
 
 def _dicts(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:

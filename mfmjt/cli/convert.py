@@ -14,12 +14,17 @@ __all__ = ["convert"]
 
 
 def convert(
-    layout: Annotated[str, typer.Argument(help="Of FILE: mmaudio (published) or mfmjt (ours).")],
+    layout: Annotated[
+        str,
+        typer.Argument(
+            help="Of FILE: mmaudio, meanaudio or foleydash (published), or mfmjt (ours)."
+        ),
+    ],
     file: Annotated[Path, typer.Argument(help="The network to convert.")],
     to: Annotated[
         Path,
         typer.Option(
-            help="File to write in the other layout: .safetensors, or .pth for MMAudio's."
+            help="File to write in the other layout: .safetensors, or .pth for a published one."
         ),
     ],
     config: Annotated[
@@ -34,7 +39,7 @@ def convert(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a network from MMAudio's published layout to ours, or back.
+    """Convert a network from a published layout to ours, or back to the one of its family.
 
     Weights are read as tensors only; no code in a file is run. Every parameter is accounted for.
 
@@ -43,13 +48,20 @@ def convert(
 
     - `mfmjt convert mmaudio mine.pth --to mine.safetensors --config large_44k_v2`
 
+    - `mfmjt convert meanaudio meanaudio_s_full.pth --to meanaudio_s.safetensors`
+
     - `mfmjt convert mfmjt mine.safetensors --to mmaudio_mine.pth`
     """
     with defer_interrupts():
-        from mfmjt.convert import from_mmaudio, to_mmaudio
+        from mfmjt import convert as conversion
         from mfmjt.devices import parse_dtype
 
-    ways = {"mmaudio": from_mmaudio, "mfmjt": to_mmaudio}
+    ways = {
+        "mmaudio": conversion.from_mmaudio,
+        "meanaudio": conversion.from_meanaudio,
+        "foleydash": conversion.from_foleydash,
+        "mfmjt": conversion.to_published,
+    }
     if layout not in ways:
         raise InputError(f"There is no layout {layout!r}. Choose one of {', '.join(ways)}.")
     done = ways[layout](file, to, config, parse_dtype(dtype), adapter)

@@ -1,4 +1,7 @@
-"""MMAudio's published files, under its own names or ComfyUI's, and networks trained from them."""
+"""MMAudio's published files, under its own names or ComfyUI's, and networks trained from them.
+
+SelVA's and FoleyDash's networks go with MMAudio's codec and encoders, too; they are given by file.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ from mfmjt.encoders.mmaudio import ENCODER_FILES
 from mfmjt.errors import InputError, some
 from mfmjt.families.bundle import Bundle
 from mfmjt.families.nano import CODEC, NETWORK
-from mfmjt.model import MFMJT, config_for, load_mmaudio
+from mfmjt.meanflow import Sampling
+from mfmjt.model import MFMJT, config_for, load_network
 from mfmjt.model.checkpoint import is_ours
-from mfmjt.model.published import MARK, NETWORK_FILES
+from mfmjt.model.published import MARK, NETWORK_FILES, family_of
 
 __all__ = ["Sizes", "holds", "open_folder", "open_published"]
 
@@ -35,6 +39,7 @@ class Sizes(NamedTuple):
 
 
 PUBLISHED = Sizes()
+_SELVA = "generator_small_16k_sup_5.pth"
 
 
 def holds(folder: Path, network: Path | bool) -> bool:
@@ -103,7 +108,7 @@ def open_published(
             raise InputError(f"{folder} holds several networks: {files}. Choose one of them.")
         model = next(iter(found), "small_16k")
     # All that is missing is said at once, before the first gigabyte is read.
-    config = None
+    config, sampling = None, None
     if model in NETWORK_FILES:
         codec = "16k" if str(model).endswith("16k") else "44k"
         needed = [NETWORK_FILES[str(model)], *codec_files(codec), *ENCODER_FILES]
@@ -111,15 +116,26 @@ def open_published(
         if check != "name" and sizes == PUBLISHED:
             config = str(model)
     elif os.path.isfile(network := Path(model)):
-        codec = _codec_for(network)
+        codec, family = _codec_for(network)
+        if family == "FoleyDash":  # guidance is in its weights
+            sampling = Sampling(guidance=1.0)
         find_all(folder, [*codec_files(codec), *ENCODER_FILES], check)
     else:
         raise InputError(
             f"MMAudio has no network {str(model)!r}: there are {', '.join(NETWORK_FILES)}. "
             "Choose one, or give a file."
         )
-    load = partial(load_mmaudio, network, config)
-    return _bundle(load, folder, codec, "name", dtype, sizes, low_memory)
+
+    def load() -> MFMJT:
+        net = load_network(network, config)
+        if network.name == _SELVA:
+            net.notes += (
+                "SelVA's generator is made for synchronization features that its own encoder "
+                "selects by the text, and for no others: these are MMAudio's, of all that is seen.",
+            )
+        return net
+
+    return _bundle(load, folder, codec, "name", dtype, sizes, low_memory, sampling)
 
 
 def _bundle(
@@ -130,6 +146,7 @@ def _bundle(
     dtype: torch.dtype = torch.float32,
     sizes: Sizes = PUBLISHED,
     low_memory: bool = False,
+    sampling: Sampling | None = None,
 ) -> Bundle:
     def ends() -> MMAudioCodec:
         return MMAudioCodec.from_folder(folder, codec, check, sizes.vae, sizes.vocoder).cast(dtype)
@@ -138,7 +155,7 @@ def _bundle(
         found = MMAudioEncoders.from_folder(folder, check, sizes.clip, sizes.synchformer)
         return found.cast(dtype)
 
-    return Bundle.opened(network, ends, encoders, low_memory=low_memory)
+    return Bundle.opened(network, ends, encoders, sampling, low_memory)
 
 
 def _codec(folder: Path) -> str | None:
@@ -149,16 +166,17 @@ def _codec(folder: Path) -> str | None:
     return None
 
 
-def _codec_for(network: Path) -> str:
-    """Return the codec of the network in a file of any name, by the channels of its latents.
+def _codec_for(network: Path) -> tuple[str, str]:
+    """Return the codec of the network in a file of any name, by its latents, and whose it is.
 
     Raises:
         InputError: The file cannot be read, or is no network of MMAudio's.
     """
     content = read_content(network)
     with about(network, NETWORK_FILES["small_16k"]):
-        state, _ = weights_in(content, MARK, "an MMAudio network")
-    return "16k" if state[MARK].shape[1:2] == (20,) else "44k"
+        state, _ = weights_in(content, MARK, "a network of MMAudio's")
+        family = family_of(state)
+    return "16k" if state[MARK].shape[1:2] == (20,) else "44k", family
 
 
 def _networks(folder: Path) -> dict[str, Path]:

@@ -5,7 +5,8 @@ starts as it was. `peft` puts the adapters in; they then run on our ops, whose t
 products where PyTorch's take three, and leave no tape. Nothing else needs `peft`: merged, a network
 is one like any other. A convolution of K steps has an A of K steps and a B of one.
 
-The embedding of t − r is trained whole: it is small, and it is zero in a network of flow matching.
+The second embedding is trained whole: it is small, and it is zero in a network of flow matching.
+So is the video of a network that was given it (`MFMJT.with_video`), which is all new.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +31,17 @@ from mfmjt.model.transformer import MFMJT
 __all__ = ["LoRA", "add_lora", "merge_adapter", "merged_state", "save_adapter"]
 
 FORMAT = "mfmjt-adapter-1"
-WHOLE = "r_embed"
-"""What is trained beside the adapters, and kept with them."""
-# Their perceptrons are not called as modules.
-EMBEDDINGS = ["t_embed.mlp.0", "t_embed.mlp.2", "r_embed.mlp.0", "r_embed.mlp.2"]
+_WHOLE = re.compile(r"r_embed\.")
+_WHOLE_GATED = re.compile(
+    r"r_embed\.|(clip|sync|empty_clip|empty_sync)_|joint_blocks\.\d+\.(clip_block|video_gate)"
+)
+
+
+def _whole(names: Iterable[str]) -> set[str]:
+    """Return which of these parameters are trained beside the adapters, and kept with them."""
+    names = list(names)
+    kept = _WHOLE_GATED if any(name.endswith(".video_gate") for name in names) else _WHOLE
+    return {name for name in names if kept.match(name)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class LoRA:
 
 
 def add_lora(net: MFMJT, lora: LoRA) -> None:
-    """Put adapters into a network, in place, and freeze all but them and the embedding of t − r.
+    """Put adapters into a network, in place, and freeze all but them and what is trained whole.
 
     Raises:
         InputError: `peft` is not installed, or no layer has such a name.
@@ -70,11 +79,14 @@ def add_lora(net: MFMJT, lora: LoRA) -> None:
             f"lora needs the package peft, which cannot be imported: {reason(error)}. Install it "
             "with pip install 'mfmjt[lora]', or leave lora out to train all weights."
         ) from error
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    whole = _whole(trained)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
-        exclude_modules=EMBEDDINGS,
+        # The perceptrons of embeddings are not called as modules.
+        exclude_modules=["t_embed.mlp.0", "t_embed.mlp.2", *{n.rpartition(".")[0] for n in whole}],
     )
     # It makes an adapter's layers of the wrapped layer's type or of PyTorch's own, and calls both
     # constructors alike. So it is shown PyTorch's, and ours differ from them in `forward` alone.
@@ -88,7 +100,8 @@ def add_lora(net: MFMJT, lora: LoRA) -> None:
         ) from error
     finally:
         _retype(net, {nn.Linear: Linear, nn.Conv1d: Conv1d})
-    net.r_embed.requires_grad_(True)
+    for name in whole:
+        trained[name].requires_grad_(True)
 
 
 def _retype(net: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]]) -> None:
@@ -117,15 +130,16 @@ def merged_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
 
 
 def save_adapter(state: Mapping[str, Tensor], lora: LoRA, path: str | os.PathLike[str]) -> None:
-    """Write the adapters in a state dict, and the embedding of t − r, to a safetensors file.
+    """Write the adapters in a state dict, and what is trained whole, to a safetensors file.
 
     Raises:
         RunError: The file cannot be written.
     """
+    whole = _whole(state)
     kept = {
         key.replace(".default.", "."): value.detach().contiguous()
         for key, value in state.items()
-        if ".lora_" in key or key.startswith(f"{WHOLE}.")
+        if ".lora_" in key or key in whole
     }
     metadata = {"format": FORMAT, "lora": json.dumps(dataclasses.asdict(lora))}
     with atomic_path(path) as temporary:

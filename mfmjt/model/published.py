@@ -6,10 +6,11 @@ which are interleaved. What else differs is in `ModelConfig`, or in the weights,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mfmjt.errors import InputError
 from mfmjt.model.checkpoint import build
 from mfmjt.model.conditioning import r_embedding, time_frequencies
 from mfmjt.model.config import CONFIGS, ModelConfig, config_for
-from mfmjt.model.transformer import MFMJT, serves_video
+from mfmjt.model.transformer import MFMJT
 
 __all__ = [
     "MARK",
@@ -253,6 +254,9 @@ def _load(
         )
     state = {key: value for key, value in given.items() if not _DROPPED.fullmatch(key)}
     has_r = any(key.startswith("r_embed.") for key in state)
+    gated = found == "MeanAudio" and overrides.get("video") == "gated"
+    if gated:
+        overrides = {name: value for name, value in overrides.items() if name != "video"}
     sizes = _infer_config(state, found, has_r) if config is None else config_for(config)
     if overrides:
         sizes = dataclasses.replace(sizes, **overrides)
@@ -267,37 +271,37 @@ def _load(
             # (heads, head_dim, 3, ...) to (3, heads, head_dim, ...)
             parts = value.unflatten(0, (sizes.num_heads, sizes.head_dim, 3))
             state[key] = parts.movedim(2, 0).flatten(0, 2)
-    added: dict[str, Tensor] = {}
     if found == "FoleyDash":
         state = _turned_around(state)
-    else:
-        added = _fresh(sizes, gated=found == "MeanAudio" and sizes.video == "gated")
-        if sizes.second_time == "r" and "second_time" not in overrides:
-            added = {key: value for key, value in added.items() if "r_embed." not in key}
+    elif sizes.second_time == "t - r" or "second_time" in overrides:
+        state = _second_embedding(sizes.hidden_dim) | state
     null = state.get("empty_string_feat")
     if found == "MeanAudio" and null is not None and null.shape[1:] == (sizes.pooled_dim,):
         state.setdefault("empty_string_feat_c", null.mean(0))
-    net = build(sizes, added | state)
+    net = build(sizes, state)
     net.notes = notes
-    return net
+    if not gated:
+        return net
+    with _same_draws():
+        return net.with_video()
 
 
 def _weights(content: Mapping[Any, Any], family: str | None) -> Weights:
-    return weights_in(content, MARK, f"a network of {family or 'a known family'}'s")
+    return weights_in(content, MARK, f"a network of {family}'s" if family else "a network")
 
 
-def _fresh(config: ModelConfig, gated: bool) -> dict[str, Tensor]:
-    """Return the parameters that no published file holds, the same at each call.
-
-    They are the second embedding and, in a network of text that is given video, all of that.
-    """
+@contextlib.contextmanager
+def _same_draws() -> Iterator[None]:
+    """Draw the same at each call, so that a file always gives the same network."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        if not gated:
-            embedding = r_embedding(config.hidden_dim).state_dict()
-            return {f"r_embed.{key}": value for key, value in embedding.items()}
-        state = MFMJT(config).state_dict()
-    return {k: v for k, v in state.items() if serves_video(k) or k.startswith("r_embed.")}
+        yield
+
+
+def _second_embedding(dim: int) -> dict[str, Tensor]:
+    with _same_draws():
+        fresh = r_embedding(dim).state_dict()
+    return {f"r_embed.{key}": value for key, value in fresh.items()}
 
 
 def _turned_around(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

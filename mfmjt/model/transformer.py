@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from typing import Any
 
 import torch
@@ -52,16 +51,7 @@ from mfmjt.model.conditioning import (
 from mfmjt.model.config import SYNC_SEGMENT, ModelConfig, config_for
 from mfmjt.model.prepared import PreparedStep
 
-__all__ = ["MFMJT", "serves_video"]
-
-_OF_VIDEO = re.compile(
-    r"(clip|sync|empty_clip|empty_sync)_|joint_blocks\.\d+\.(clip_block|video_gate)"
-)
-
-
-def serves_video(name: str) -> bool:
-    """Return whether a parameter serves video or synchronization alone."""
-    return bool(_OF_VIDEO.match(name))
+__all__ = ["MFMJT"]
 
 
 class MFMJT(nn.Module):
@@ -164,6 +154,25 @@ class MFMJT(nn.Module):
         from mfmjt.model.checkpoint import save
 
         save(self, path, dtype)
+
+    def with_video(self, **overrides: Any) -> MFMJT:
+        """Return this network of text with video and synchronization beside it, gated.
+
+        What is new is fresh, and zero where it meets what was there, so that u is the same for any
+        video until it is trained; see `mfmjt.model.blocks.JointBlock`. All weights are copies.
+
+        Args:
+            **overrides: Fields of `ModelConfig`, such as `video_dim`.
+
+        Raises:
+            InputError: It has video.
+        """
+        if self.config.takes_video:
+            raise InputError(f"This {self.config.name} has video. Train it as it is.")
+        net = MFMJT(dataclasses.replace(self.config, video="gated", **overrides))
+        net.load_state_dict(self.state_dict(), strict=False)
+        net.notes = self.notes
+        return net
 
     @property
     def dtype(self) -> torch.dtype:

@@ -111,8 +111,10 @@ class NetworkTraining(Loop):
             has these.
         model: Name of the network's configuration, or `auto` for that of `init_from`.
         overrides: Fields of that configuration to change.
-        init_from: A network file to start from: one of ours, or a checkpoint of MMAudio. Its
-            normalization of latents and its null text are kept.
+        init_from: A network file to start from: one of ours, or a published one of MMAudio's,
+            MeanAudio's or FoleyDash's. Its normalization of latents and its null text are kept. A
+            network of text becomes one of video with `overrides.video=gated`: at first it gives
+            what it gave.
         lora: Adapters to train in place of all weights, such as `{"rank": 16}`; see
             `mfmjt.model.lora`. Needs `peft`.
         seed: Seed of the initial weights and of every draw.

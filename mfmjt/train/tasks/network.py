@@ -22,7 +22,7 @@ from mfmjt.errors import InputError, RunError, reason
 from mfmjt.families import open_bundle
 from mfmjt.features.store import FeatureStore
 from mfmjt.kernels import precision
-from mfmjt.model import MFMJT, ModelConfig, load_mmaudio
+from mfmjt.model import MFMJT, ModelConfig, load_network
 from mfmjt.model.checkpoint import is_ours
 from mfmjt.model.config import config_for
 from mfmjt.model.lora import add_lora, merged_state, save_adapter
@@ -83,6 +83,11 @@ class NetworkTask(Task):
         super().__init__(config, config, self.network)
         self.title = f"train {config.model}"
         self.notes = tuple(self.network.notes)
+        if self.network.config.pooled_dim is not None:
+            self.notes += (
+                "Feature stores hold no vector of a whole text, which this network reads: it is "
+                "trained with the null one.",
+            )
         if cost := precision.cost(getattr(torch, config.dtype), self.device):
             self.notes += (cost,)
         self.model = self._model()
@@ -285,7 +290,8 @@ def starting_network(config: NetworkTraining) -> MFMJT:
     """Make the network, or read it; put adapters in where they are asked for.
 
     A network that is read keeps its own normalization of latents and its own null text, and is at
-    first the function it was: MMAudio's velocity with the opposite sign, for every r.
+    first the function it was: MMAudio's velocity with the opposite sign, for every r, or
+    MeanAudio's u. The latter with `overrides.video=gated` is the start of a network of video.
 
     Raises:
         InputError: The file cannot be used, or is of another network than `config.model`; what
@@ -309,12 +315,16 @@ def starting_network(config: NetworkTraining) -> MFMJT:
 
 def _read(path: str, config: NetworkTraining) -> MFMJT:
     if not is_ours(path):
-        return load_mmaudio(
+        return load_network(
             path, None if config.model == AUTO else config.model, **config.overrides
         )
     net = MFMJT.load(path)
     wanted = net.config if config.model == AUTO else config_for(config.model)
-    if net.config != dataclasses.replace(wanted, **config.overrides):
+    wanted = dataclasses.replace(wanted, **config.overrides)
+    if wanted.video == "gated" and not net.config.takes_video:
+        new = {name: value for name, value in config.overrides.items() if name != "video"}
+        net = net.with_video(**new)
+    if net.config != wanted:
         raise InputError(
             f"init_from={path} is another network ({net.config.name}) than model={config.model} "
             "with these overrides. Give a network of the same sizes, or model=auto without "
