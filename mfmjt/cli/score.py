@@ -15,6 +15,7 @@ __all__ = ["score"]
 STAGE_TITLES = {
     "find": "Finding clips and weights",
     "listen": "Listening",
+    "watch": "Watching",
     "measure": "Measuring",
 }
 

@@ -30,6 +30,7 @@ from mfmjt.errors import InputError, short
 from mfmjt.evaluate import networks as published
 from mfmjt.evaluate.classifier import load_classifier
 from mfmjt.evaluate.onsets import detect_onsets
+from mfmjt.evaluate.watching import watch_imagebind, watch_synchformer
 
 __all__ = ["CHECKS", "LISTENERS", "Found", "Listener", "Networks", "Unheard", "file_digest"]
 
@@ -53,6 +54,8 @@ class Listener:
         listen: Takes it and sound (1, S) at `rate`, and gives arrays by name.
         file: Its weights, as published; None where they ship with mfmjt.
         read: Takes it and captions, and gives embeddings (n, d); None where it reads none.
+        watch: Takes it, a video's path and the seconds that are judged, and gives arrays by name;
+            None where it watches none.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Listener:
     listen: Callable[[Any, Tensor], dict[str, np.ndarray]]
     file: PublishedFile | None = None
     read: Callable[[Any, list[str]], Tensor] | None = None
+    watch: Callable[[Any, Path, float], dict[str, np.ndarray]] | None = None
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -75,6 +79,14 @@ def _embedding(network: Any, wave: Tensor) -> dict[str, np.ndarray]:
 def _tagged(network: Any, wave: Tensor) -> dict[str, np.ndarray]:
     embedding, logits = network(wave[:, : 10 * network.sample_rate])
     return {"embedding": _array(embedding), "logits": _array(logits)}
+
+
+def _encoded(network: Any, wave: Tensor) -> dict[str, np.ndarray]:
+    return {"embedding": _array(network.encode_audio(wave))}
+
+
+def _synchformer(network: Any, wave: Tensor) -> dict[str, np.ndarray]:
+    return {"audio": _array(network.encode_audio(wave))}
 
 
 def _judged(classifier: Any, wave: Tensor) -> dict[str, np.ndarray]:
@@ -113,6 +125,32 @@ LISTENERS = {
             published.PaSST.from_state_dict,
             _tagged,
             published.PASST_FILES[0],
+        ),
+        Listener(
+            "imagebind",
+            16000,
+            2.0,
+            published.ImageBind.from_state_dict,
+            _encoded,
+            published.IMAGEBIND_FILES[0],
+            watch=watch_imagebind,
+        ),
+        Listener(
+            "synchformer",
+            16000,
+            4.8,
+            published.Synchformer.from_state_dict,
+            _synchformer,
+            published.SYNCHFORMER_FILES[0],
+            watch=watch_synchformer,
+        ),
+        Listener(
+            "clap",
+            48000,
+            0.1,
+            published.CLAP.from_state_dict,
+            _encoded,
+            published.CLAP_FILES[0],
         ),
         Listener("classifier", 16000, 0.1, lambda _: load_classifier(), _judged),
         Listener("onsets", 16000, 0.1, lambda _: None, _onsets),
@@ -226,6 +264,18 @@ class Networks:
     def listen(self, name: str, wave: Tensor) -> dict[str, np.ndarray]:
         """Return the features of a clip (1, S) at the network's rate, as arrays by name."""
         return LISTENERS[name].listen(self.load(name), wave.to(self.device))
+
+    @torch.inference_mode()
+    def watch(self, name: str, video: Path, seconds: float) -> dict[str, np.ndarray]:
+        """Return the features of a video, as arrays by name.
+
+        Raises:
+            InputError: It cannot be read, or is shorter.
+        """
+        watch, network = LISTENERS[name].watch, self.load(name)
+        if watch is None:
+            raise InputError(f"{name} watches no videos.")
+        return watch(network, video, seconds)
 
     @torch.inference_mode()
     def read(self, name: str, captions: list[str]) -> list[np.ndarray]:

@@ -153,6 +153,10 @@ class Sounds:
         """Return a network's features of each clip's video; None where there are no videos."""
         return None
 
+    def offsets(self) -> np.ndarray | None:
+        """Return seconds between sound and video at the beginning and the end of each, (n, 2)."""
+        return None
+
     @functools.cached_property
     def onsets(self) -> list[np.ndarray]:
         """Times at which each sound has detected onsets, in seconds."""

@@ -16,6 +16,7 @@ from mfmjt.evaluate.metrics.intervals import bootstrap, derangement
 from mfmjt.evaluate.metrics.kernel import KAD_PANNS, KAD_PASST, KAD_VGGISH
 from mfmjt.evaluate.metrics.made import CODEC, DIVERSITY, FRECHET, TEXT_ONLY
 from mfmjt.evaluate.metrics.onsets import ONSETS
+from mfmjt.evaluate.metrics.synchrony import DESYNC
 
 __all__ = [
     "METRICS",
@@ -33,6 +34,6 @@ METRICS = (ONSETS, CLASSES, FRECHET, DIVERSITY, TEXT_ONLY, CODEC)
 
 PUBLISHED = (
     *(FD_VGGISH, FD_PANNS, FD_PASST, KAD_VGGISH, KAD_PANNS, KAD_PASST),
-    *(KL_PANNS, KL_PASST, IS_PANNS, IS_PASST, IB, CLAP, ONSETS, CLASSES),
+    *(KL_PANNS, KL_PASST, IS_PANNS, IS_PASST, IB, DESYNC, CLAP, ONSETS, CLASSES),
 )
 """The metrics of `mfmjt score`, in the order of its table."""

@@ -23,9 +23,10 @@ def _metric(network: str, title: str) -> Metric:
         """Measure how far the embeddings of both sets are from one another.
 
         Three figures: the distance itself, as it is published; the distance less its bias in
-        closed form (for FAD-infinity), where there are no fewer embeddings than dimensions; and the mean
-        distance of random halves of the generated clips from the other halves of the real ones,
-        beside that of the real halves from each other: what perfect sound would get at that size.
+        closed form (for FAD-infinity), where there are no fewer embeddings than dimensions; and the
+        mean distance of random halves of the generated clips from the other halves of the real
+        ones, beside that of the real halves from each other: what perfect sound would get at that
+        size.
 
         The interval is a jackknife over blocks of clips, in which the pieces of a clip stay
         together; no bootstrap, which would count clips twice and lie above the value. That of the

@@ -57,7 +57,9 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     Valid for means: a clip that is drawn twice counts twice, and that is all it does.
     """
     rng, at_once = np.random.default_rng(seed), 50
-    drawn = (rng.integers(0, len(values), (at_once, len(values))) for _ in range(0, RESAMPLES, at_once))
+    drawn = (
+        rng.integers(0, len(values), (at_once, len(values))) for _ in range(0, RESAMPLES, at_once)
+    )
     means = np.concatenate([values[rows].mean(axis=1) for rows in drawn])
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

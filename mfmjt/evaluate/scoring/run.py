@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,8 @@ PROTOCOLS = ("default", "av-benchmark")
 CACHE = Path("~/.cache/mfmjt/score")
 """Where features are kept unless another folder is given."""
 BENCHMARK_SECONDS = 8.0
+WATCHING = {"ib", "desync"}
+"""Metrics that need videos."""
 
 
 def score(
@@ -74,7 +77,8 @@ def score(
         workers: Processes that compute features; None starts one for each CPU.
         device: Where the networks compute: `cpu`, `cuda` or `cuda:N`; None takes CUDA where there
             is one.
-        progress: Called as (stage, fraction done), with the stages `find`, `listen`, `measure`.
+        progress: Called as (stage, fraction done), with the stages `find`, `listen`, `watch`,
+            `measure`.
 
     Returns:
         The figures, what they are made of, and what was left out.
@@ -93,28 +97,35 @@ def score(
     listing = pair(generated, reference, captions, videos, protocol)
     benchmark = protocol == "av-benchmark"
     seconds = seconds or (BENCHMARK_SECONDS if benchmark else _commonest(listing))
-    sides = (
-        Side("generated", listing.generated, Path(generated) if benchmark else None),
-        Side("reference", listing.reference, Path(reference or generated) if benchmark else None),
-    )
+    folders = [
+        Path(source) if benchmark else None for source in (generated, reference or generated)
+    ]
+    made = Side("generated", listing.generated, folders[0])
+    real = Side("reference", listing.reference, folders[1])
     if not benchmark:
-        for side, kept in zip(sides, zip(*listing.pairs, strict=True), strict=True):
-            side.files = {name: side.files[name] for name in kept}
+        made.files = {name: made.files[name] for name, _ in listing.pairs}
+        real.files = {name: real.files[name] for _, name in listing.pairs}
+    shown = {name: listing.known.get(name, {}).get("video") for name in real.files}
+    watched = Side("video", {name: path for name, path in shown.items() if path}, folders[1])
+    sides = (made, real, watched)
     result = Result(protocol, 0, seconds, problems=listing.problems)
-    digests = _find(wanted, listing, sides, networks, result)
+    needs = _find(wanted, listing, sides, networks, result)
     wanted = [metric for metric in wanted if metric.name not in result.left_out]
     if wanted:
         job = Job(
             str(Path(cache or CACHE).expanduser()),
-            digests,
+            needs["sounds"],
             None if networks.folder is None else str(networks.folder),
             check,
             seconds,
             benchmark,
             str(networks.device),
         )
-        _listen(job, sides, workers, result, progress)
-        _drop(listing, sides)
+        _listen(job, (made, real), workers, result, partial(progress, "listen"))
+        watching = replace(job, networks=needs["videos"], videos=True)
+        if watching.networks:
+            _listen(watching, (watched,), workers, result, partial(progress, "watch"))
+        _drop(listing, sides, wanted)
         _measure(wanted, listing, sides, networks, result, progress)
     if not result.figures:
         told = some(dict.fromkeys(result.left_out.values()), " ", most=3, each=250)
@@ -163,19 +174,26 @@ def _find(
     sides: Sequence[Side],
     networks: Networks,
     result: Result,
-) -> dict[str, str]:
-    """Return the networks that are to listen, with the digests of their weights.
+) -> dict[str, dict[str, str]]:
+    """Return the networks for `sounds` and for `videos`, with the digests of their weights.
 
     Metrics that cannot be computed go to `result.left_out`.
     """
     given = Given.of([listing.known.get(name, {}) for _, name in listing.pairs])
-    digests: dict[str, str] = {}
+    *sounds, videos = sides
+    needed: dict[str, dict[str, str]] = {"sounds": {}, "videos": {}}
     for metric in wanted:
+        digests: dict[str, dict[str, str]] = {"sounds": {}, "videos": {}}
         try:
-            if why := _unknown(metric, given):
+            if why := _unknown(metric, given, videos):
                 raise Unheard(why)
             for name in metric.needs:
-                if all(side.has_cache(name) for side in sides):
+                wanting = {"sounds"} if not all(side.has_cache(name) for side in sounds) else set()
+                if metric.name in WATCHING and not videos.has_cache(name, "video"):
+                    wanting.add("videos")
+                if metric.name == "clap" and not videos.has_cache(name, "text"):
+                    wanting.add("captions")
+                if not wanting and metric.name != "desync":  # which compares what caches hold
                     continue
                 shortest = LISTENERS[name].shortest
                 if result.seconds < shortest:
@@ -184,7 +202,8 @@ def _find(
                         "are judged. Give longer clips."
                     )
                 found = networks.find(name)
-                digests[name] = found.digest
+                for kind in wanting & needed.keys():
+                    digests[kind][name] = found.digest
                 if found.path is not None:
                     result.weights[name] = {
                         "file": found.path.name,
@@ -194,36 +213,42 @@ def _find(
                     }
         except Unheard as error:
             result.left_out[metric.name] = str(error)
+        else:
+            for kind, own in digests.items():
+                needed[kind] |= own
     for name, weights in result.weights.items():
         if weights["note"]:
             result.notes.append(f"The weights of {name}: {weights['note']}.")
-    return digests
+    return needed
 
 
-def _unknown(metric: Metric, given: Given) -> str:
+def _unknown(metric: Metric, given: Given, videos: Side) -> str:
     """Return what is not known of the clips that a metric of ours needs; empty where all is."""
     if metric.name == "onsets" and given.events is None:
         return "No times of events are given: a table has them in its column events."
     if metric.name == "classes" and given.labels is None:
         return "No classes of mfmjt's classifier are given: a table has them in its column class."
-    if metric.name == "clap" and not any(given.captions):
+    if metric.name == "clap" and not any(given.captions) and not videos.has_cache("clap", "text"):
         return "No captions are given (--captions)."
-    if metric.name in ("ib", "desync"):
+    seen = videos.files or any(videos.has_cache(name, "video") for name in metric.needs)
+    if metric.name in WATCHING and not seen:
         return "No videos are given (--videos)."
     return ""
 
 
 def _listen(
-    job: Job, sides: Sequence[Side], workers: int | None, result: Result, progress: Progress
+    job: Job,
+    sides: Sequence[Side],
+    workers: int | None,
+    result: Result,
+    tell: Callable[[float], None],
 ) -> None:
     """Compute all features that are not kept yet, and say what cannot be scored and why."""
     files = [(side, name, path) for side in sides for name, path in side.files.items() if path]
     count = processes(workers, len(files), job.device)
-
-    def tell(done: int) -> None:
-        progress("listen", done / len(files))
-
-    told = listen_to_all(job, [path for _, _, path in files], count, tell) if files else []
+    paths = [path for _, _, path in files]
+    tell(0.0)
+    told = listen_to_all(job, paths, count, lambda done: tell(done / len(files))) if files else []
     for (side, name, _), done in zip(files, told, strict=True):
         why = done.problem
         if done.unheard:
@@ -234,7 +259,8 @@ def _listen(
         side.done[name] = done
     for side in sides:
         side.open(job)
-        result.notes += _described(side, [side.done[n] for n in side.files if n in side.done])
+        if not job.videos:
+            result.notes += _described(side, [side.done[n] for n in side.files if n in side.done])
 
 
 def _described(side: Side, files: Sequence[Done]) -> list[str]:
@@ -253,10 +279,16 @@ def _described(side: Side, files: Sequence[Done]) -> list[str]:
     return notes
 
 
-def _drop(listing: Listing, sides: Sequence[Side]) -> None:
-    """Leave out pairs of which a sound cannot be scored: one set of clips for all metrics."""
-    made, real = (side.files for side in sides)
+def _drop(listing: Listing, sides: Sequence[Side], wanted: Sequence[Metric]) -> None:
+    """Leave out pairs of which something cannot be scored: one set of clips for all metrics."""
+    made, real, videos = (side.files for side in sides)
     listing.pairs = [(a, b) for a, b in listing.pairs if a in made and b in real]
+    if sides[0].source is None:  # av-benchmark takes for each metric what it has
+        names = {metric.name for metric in wanted}
+        if names & WATCHING:
+            listing.pairs = [pair for pair in listing.pairs if pair[1] in videos]
+        if "clap" in names:
+            listing.pairs = [p for p in listing.pairs if listing.known.get(p[1], {}).get("caption")]
     if not listing.pairs:
         told = some((f"{p.side} {p.name}: {p.why}" for p in listing.problems), "; ", most=3)
         raise InputError(f"No pair of clips can be scored: {told}. Repair or replace the files.")
@@ -272,15 +304,29 @@ def _measure(
 ) -> None:
     """Compute every metric."""
     given = Given.of([listing.known.get(name, {}) for _, name in listing.pairs])
+    videos = sides[2]
 
     def ids(number: int, network: str, purpose: str) -> list[str]:
-        if result.protocol == "default":
-            return [names[number] for names in listing.pairs]
-        made, real = (side.files for side in sides)
-        return benchmark_pairs(network, purpose, made, real, listing.pairs)[number]
+        pairs = listing.pairs
+        if result.protocol == "av-benchmark":
+            if purpose == "video":
+                seen = videos.files.keys() | videos.cached_ids(network, "video")
+                pairs = [pair for pair in pairs if pair[1] in seen]
+            elif purpose == "clap":
+                told = videos.cached_ids(network, "text") or {
+                    name for name, known in listing.known.items() if known.get("caption")
+                }
+                pairs = [pair for pair in pairs if pair[1] in told]
+            else:
+                sets = benchmark_pairs(network, purpose, sides[0].files, sides[1].files, pairs)
+                return sets[number]
+        return [names[number] for names in pairs]
 
-    made, real = (Files(side, partial(ids, i), networks) for i, side in enumerate(sides))
-    made_files, real_files = (side.files for side in sides)
+    made, real = (
+        Files(side, partial(ids, i), networks, videos, partial(ids, 1))
+        for i, side in enumerate(sides[:2])
+    )
+    made_files, real_files = (side.files for side in sides[:2])
     result.clips = len(listing.pairs)
     for a, b in listing.pairs:
         seconds = sides[0].done[a].seconds if a in sides[0].done else result.seconds

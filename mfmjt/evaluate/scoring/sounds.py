@@ -16,7 +16,7 @@ from mfmjt.data import foley
 from mfmjt.evaluate.examples import Known
 from mfmjt.evaluate.listening import Networks, Unheard
 from mfmjt.evaluate.scoring.benchmark import cache_files, cached_features
-from mfmjt.evaluate.scoring.work import Done, Job, Store
+from mfmjt.evaluate.scoring.work import Done, Job, Store, one_thread
 from mfmjt.evaluate.sounds import Sounds
 
 __all__ = ["Files", "Given", "Side"]
@@ -86,9 +86,17 @@ class Side:
         """Read features from the store that a job filled."""
         self._store = Store(job)
 
-    def has_cache(self, network: str) -> bool:
-        """Return whether a network's features of the sounds are in a cache of av-benchmark."""
-        return self.source is not None and bool(cache_files(self.source, network))
+    def has_cache(self, network: str, output: str = "") -> bool:
+        """Return whether a network's features are in a cache of av-benchmark: of sounds, or one."""
+        if self.source is None:
+            return False
+        if output:
+            return self._cached(network, output) is not None
+        return bool(cache_files(self.source, network))
+
+    def cached_ids(self, network: str, output: str) -> set[str]:
+        """Return the names that a cache of av-benchmark holds; none without one."""
+        return set(self._cached(network, output) or ())
 
     def notes(self) -> list[str]:
         """Return which features are from such a cache, in a line."""
@@ -124,15 +132,22 @@ class Files(Sounds):
     Args:
         side: The files.
         ids: Takes a network and a metric's purpose, and gives the clips that enter it.
-        networks: Reads captions.
+        networks: Read captions, and compare sounds with videos.
+        videos: The videos, of the ids that `watched` gives.
+        watched: Takes a network and a purpose, and gives the videos that enter it.
     """
 
     def __init__(
-        self, side: Side, ids: Callable[[str, str], list[str]], networks: Networks
+        self,
+        side: Side,
+        ids: Callable[[str, str], list[str]],
+        networks: Networks,
+        videos: Side,
+        watched: Callable[[str, str], list[str]],
     ) -> None:
-        self.side, self.networks = side, networks
+        self.side, self.networks, self.videos = side, networks, videos
         self.rng = np.random.default_rng(0)
-        self._ids = ids
+        self._ids, self._watched = ids, watched
 
     def heard(self, network: str, output: str, purpose: str = "") -> list[np.ndarray]:
         """Return what a network makes of each clip, as `Sounds.heard` does."""
@@ -140,6 +155,36 @@ class Files(Sounds):
         if not ids:
             raise Unheard(f"No clip enters the {purpose} of {network}. Check the files' names.")
         return [self.side.read(network, output, name) for name in ids]
+
+    def told(self, network: str, captions: list[str]) -> list[np.ndarray]:
+        """Return a network's embedding of each caption, of a cache or computed."""
+        ids = self._watched(network, "clap")
+        if self.videos.has_cache(network, "text"):
+            return [self.videos.read(network, "text", name) for name in ids]
+        return self.networks.read(network, [caption for caption in captions if caption])
+
+    def seen(self, network: str) -> list[np.ndarray] | None:
+        """Return a network's features of each clip's video; None where there are no videos."""
+        ids = self._watched(network, "video")
+        return [self.videos.read(network, "video", name) for name in ids] or None
+
+    def offsets(self) -> np.ndarray | None:
+        """Return seconds between sound and video at the beginning and the end of each, (n, 2).
+
+        Clip by clip and by one thread, as the features: no bit depends on the other clips.
+        """
+        videos = self.seen("synchformer")
+        if videos is None:
+            return None
+        network, found = self.networks.load("synchformer"), []
+        device = self.networks.device
+        with one_thread(str(device)), torch.inference_mode():
+            for sound, video in zip(
+                self.heard("synchformer", "audio", "video"), videos, strict=True
+            ):
+                pair = (torch.from_numpy(rows)[None].to(device) for rows in (video, sound))
+                found.append(network.offsets(network(*pair))[0].cpu().numpy())
+        return np.stack(found)
 
     @functools.cached_property
     def onsets(self) -> list[np.ndarray]:

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mfmjt.errors import InputError, RunError, short
+from mfmjt.errors import InputError, RunError, reason, short
 from mfmjt.evaluate.listening import LISTENERS, Networks, file_digest
 from mfmjt.evaluate.scoring.reading import Clip, read_clip
 from mfmjt.files import atomic_path
 
-__all__ = ["Done", "Job", "Listening", "Store", "listen_to_all", "processes"]
+__all__ = ["Done", "Job", "Listening", "Store", "listen_to_all", "one_thread", "processes"]
 
 VERSION = "1"
 """Of what comes before the networks: a change of the front end makes new caches."""
@@ -48,6 +48,7 @@ class Job:
         seconds: That are judged of a clip.
         benchmark: Whether files are read as av-benchmark reads them.
         device: Where the networks compute.
+        videos: The files are videos, to be watched.
     """
 
     cache: str
@@ -57,6 +58,7 @@ class Job:
     seconds: float
     benchmark: bool
     device: str = "cpu"
+    videos: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ class Store:
 
     def __init__(self, job: Job) -> None:
         how = f"{'av-benchmark' if job.benchmark else 'default'}-{job.seconds:g}s-{VERSION}"
+        kind = "-video" if job.videos else ""
         self._facts = Path(job.cache, "clips", how)
         self._folders = {
-            name: Path(job.cache, f"{name}-{digest[:16]}", how)
+            name: Path(job.cache, f"{name}-{digest[:16]}{kind}", how)
             for name, digest in job.networks.items()
         }
 
@@ -149,6 +152,8 @@ class Listening:
             digest = file_digest(path)
         except OSError as error:
             return Done("", 0, 0, 0.0, f"it cannot be read: {error.strerror}")
+        if self.job.videos:
+            return self._watch(path, digest)
         facts = self.store.facts(digest)
         clip: Clip | None = None
         if facts is None:
@@ -172,6 +177,17 @@ class Listening:
                 wave = clip.at(listener.rate, self.job.seconds, exact=not self.job.benchmark)
                 self.store.keep(name, digest, self.networks.listen(name, wave))
         return Done(digest, **facts, unheard=tuple(unheard))
+
+    def _watch(self, path: Path, digest: str) -> Done:
+        """Compute what is missing of a video."""
+        for name in self.job.networks:
+            if not self.store.has(name, digest):
+                try:
+                    features = self.networks.watch(name, path, self.job.seconds)
+                except InputError as error:
+                    return Done(digest, 0, 0, 0.0, reason(error))
+                self.store.keep(name, digest, features)
+        return Done(digest, 0, 0, self.job.seconds, "")
 
 
 def processes(asked: int | None, files: int, device: str) -> int:
@@ -208,7 +224,7 @@ def listen_to_all(
         tell(len(done))
 
     if workers == 1:
-        with _one_thread(job.device):
+        with one_thread(job.device):
             listening = Listening(job)
             for i, path in enumerate(files):
                 note(i, listening(path))
@@ -244,7 +260,7 @@ def _work_together(
 
 
 @contextlib.contextmanager
-def _one_thread(device: str) -> Iterator[None]:
+def one_thread(device: str) -> Iterator[None]:
     """Compute with one thread, as every process does, so that results have the same bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if device == "cpu" else before)

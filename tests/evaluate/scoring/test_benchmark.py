@@ -85,11 +85,11 @@ def test_feature_caches_give_the_tool_s_numbers_with_its_sets_of_clips(tmp_path:
 def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
     filled(tmp_path / "made", 1, names())
     filled(tmp_path / "real", 2, names())
-    torch.save({name: 3 for name in names()}, tmp_path / "real" / "vggish_features.pth")
+    torch.save(dict.fromkeys(names(), 3), tmp_path / "real" / "vggish_features.pth")
     with pytest.raises(InputError, match="no feature cache of av-benchmark"):
         score(tmp_path / "made", tmp_path / "real", metrics=["fd_vggish"], protocol="av-benchmark")
     torch.save(filled, tmp_path / "real" / "vggish_features.pth")
-    with pytest.raises(InputError, match="only tensors, numbers and text are read"):
+    with pytest.raises(InputError, match="save the weights alone"):
         score(tmp_path / "made", tmp_path / "real", metrics=["fd_vggish"], protocol="av-benchmark")
 
 

@@ -98,7 +98,7 @@ def test_what_is_nothing_to_pair_is_refused(folders: tuple[Path, Path], tmp_path
     empty.mkdir()
     with pytest.raises(InputError, match="holds no sounds"):
         pair(folders[0], empty)
-    with pytest.raises(InputError, match="neither .wav or .flac"):
+    with pytest.raises(InputError, match=r"neither .wav or .flac"):
         pair(empty, folders[1], protocol="av-benchmark")
     with pytest.raises(InputError, match="no folder or table"):
         pair(tmp_path / "nowhere", folders[1])

@@ -144,7 +144,7 @@ def test_a_damaged_feature_is_told(folders: tuple[Path, Path], cache: Path) -> N
     scored(folders, cache=cache)
     path = next(iter(features(cache)))
     path.write_bytes(b"damaged")
-    with pytest.raises(InputError, match="damaged or gone. Delete it"):
+    with pytest.raises(InputError, match=r"damaged or gone. Delete it"):
         scored(folders, cache=cache)
 
 
@@ -214,15 +214,17 @@ def test_clips_with_a_known_truth_are_judged(folders: tuple[Path, Path], tmp_pat
 def test_without_anything_to_compute_it_is_an_error(
     folders: tuple[Path, Path], tmp_path: Path, cache: Path
 ) -> None:
-    with pytest.raises(InputError, match="No metric can be computed.*vggish-10086976.pth"):
+    with pytest.raises(InputError, match=r"No metric can be computed.*vggish-10086976.pth"):
         score(*folders, metrics=["fd"], cache=cache)
     weights = tmp_path / "weights"
     weights.mkdir()
     torch.save({"features.0.weight": torch.zeros(3)}, weights / "vggish-10086976.pth")
-    with pytest.raises(InputError, match="has 0.1M bytes, not 275.2M"):
+    with pytest.raises(InputError, match=r"has 0.1M bytes, not 275.2M"):
         score(*folders, metrics=["fd_vggish"], weights=weights, cache=cache)
     with pytest.raises(InputError, match="no state dict of VGGish"):
-        score(*folders, metrics=["fd_vggish"], weights=weights, cache=cache, check="name", workers=1)
+        score(
+            *folders, metrics=["fd_vggish"], weights=weights, cache=cache, check="name", workers=1
+        )
     for i in range(10):
         (folders[0] / f"clip{i}.wav").write_bytes(b"")
     with pytest.raises(InputError, match="None of the 10 generated sounds can be read"):
