@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mfmjt.cli._common import Debug, defer_interrupts
+from mfmjt.cli._common import Debug, Device, defer_interrupts
 from mfmjt.errors import InputError
 
 __all__ = ["score"]
@@ -57,9 +57,7 @@ def score(
     workers: Annotated[
         int | None, typer.Option(help="Processes that compute. Default: one for each CPU.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")
-    ] = None,
+    device: Device = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page to read and to listen to.")
     ] = None,

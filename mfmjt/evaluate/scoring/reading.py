@@ -13,7 +13,7 @@ from torch import Tensor
 from mfmjt.errors import InputError, reason
 from mfmjt.evaluate.resample import resample
 
-__all__ = ["LONGEST", "Clip", "length", "read_clip"]
+__all__ = ["LONGEST", "Clip", "benchmark_wave", "length", "read_clip"]
 
 LONGEST = 10.0
 """Seconds that are judged of a clip unless more are asked for: PaSST takes no more."""
@@ -90,6 +90,21 @@ def read_clip(path: Path, seconds: float, whole: bool) -> Clip:
         return Clip(facts.rate, facts.channels, facts.seconds, problem)
     mono = torch.from_numpy(wave)
     return Clip(rate, channels, duration, wave=mono - mono.mean())
+
+
+def benchmark_wave(path: Path, network: str, rate: int, seconds: float) -> Tensor:
+    """Return the sound as av-benchmark gives it to networks with readers of their own.
+
+    Nothing constant is subtracted. ImageBind gets all channels (1, C, S) of the whole file, and
+    Synchformer the mean of the channels (1, S), cut to `seconds`.
+    """
+    import soundfile
+
+    samples, before = soundfile.read(path, dtype="float32", always_2d=True)
+    wave = torch.from_numpy(samples).T.contiguous()
+    if network == "imagebind":
+        return resample(wave, before, rate)[None]
+    return resample(wave.mean(dim=0), before, rate)[None, : int(rate * seconds)]
 
 
 def _decoded(path: Path, most: float) -> tuple[np.ndarray, int, int, float]:

@@ -250,11 +250,11 @@ def _listen(
     tell(0.0)
     told = listen_to_all(job, paths, count, lambda done: tell(done / len(files))) if files else []
     for (side, name, _), done in zip(files, told, strict=True):
-        why = done.problem
-        if done.unheard:
-            why = f"it is {done.seconds:.2f} s long, too short for {', '.join(done.unheard)}"
-        if why:
+        if done.problem:
             del side.files[name]
+            result.problems.append(Problem(side.name, name, done.problem))
+        elif done.unheard:
+            why = f"it is {done.seconds:.2f} s long, too short for {', '.join(done.unheard)}"
             result.problems.append(Problem(side.name, name, why))
         side.done[name] = done
     for side in sides:
@@ -309,6 +309,8 @@ def _measure(
     def ids(number: int, network: str, purpose: str) -> list[str]:
         pairs = listing.pairs
         if result.protocol == "av-benchmark":
+            heard = [{n: None for n in side.files if side.hears(n, network)} for side in sides[:2]]
+            pairs = [(a, b) for a, b in pairs if a in heard[0] and b in heard[1]]
             if purpose == "video":
                 seen = videos.files.keys() | videos.cached_ids(network, "video")
                 pairs = [pair for pair in pairs if pair[1] in seen]
@@ -318,8 +320,7 @@ def _measure(
                 }
                 pairs = [pair for pair in pairs if pair[1] in told]
             else:
-                sets = benchmark_pairs(network, purpose, sides[0].files, sides[1].files, pairs)
-                return sets[number]
+                return benchmark_pairs(network, purpose, heard[0], heard[1], pairs)[number]
         return [names[number] for names in pairs]
 
     made, real = (

@@ -112,6 +112,10 @@ class Side:
     def _cached(self, network: str, output: str) -> dict[str, np.ndarray] | None:
         return None if self.source is None else cached_features(self.source, network, output)
 
+    def hears(self, name: str, network: str) -> bool:
+        """Return whether a clip is long enough for a network."""
+        return name not in self.done or network not in self.done[name].unheard
+
     def read(self, network: str, output: str, name: str) -> np.ndarray:
         """Return what a network made of a clip.
 
