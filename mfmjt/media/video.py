@@ -167,6 +167,7 @@ class VideoStream:
         path, asked, limit = self.path, self._asked, self._limit
         samplers = self._samplers
         counts = [] if asked is None else [_frame_count(asked, s.rate) for s in samplers]
+        rates_are_high = all(sampler.rate >= 1 for sampler in samplers)
         with decoding(path, self._formats) as (decoder, decoded):
             declared = decoder.declared
             self.declared = None if declared is None else float(declared)
@@ -183,7 +184,9 @@ class VideoStream:
                 picture = Picture(frame, decoder.hdr)
                 for sampler in samplers:
                     sampler.push(time, picture)
-                if counts and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
+                # Frames of a low rate are all there long before the end, which is asked for, too.
+                there = asked is not None and (rates_are_high or time + decoder.step >= asked)
+                if there and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
                     break
         end = self._end(decoder)
         self.duration, self.fps = float(end), float(1 / decoder.step)

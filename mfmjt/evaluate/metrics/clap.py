@@ -15,10 +15,7 @@ def _clap(made: Sounds, real: Sounds, known: Known) -> Score | None:
 
     Shuffled: against the caption of another clip. The interval is a bootstrap of the mean.
     """
-    if not any(known.captions):
-        return None
-    a, b = (sounds.heard("clap", "embedding", "clap") for sounds in (made, real))
-    return cosine_score("clap", a, b, made.told("clap", known.captions))
+    return cosine_score("clap", "clap", "clap", made, real, made.told("clap", known.captions))
 
 
 CLAP = Metric(

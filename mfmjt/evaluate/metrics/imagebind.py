@@ -18,8 +18,7 @@ def _ib(made: Sounds, real: Sounds, known: Known) -> Score | None:
     videos = made.seen("imagebind")
     if videos is None:
         return None
-    a, b = (sounds.heard("imagebind", "embedding", "video") for sounds in (made, real))
-    return cosine_score("ib", a, b, videos)
+    return cosine_score("ib", "imagebind", "video", made, real, videos)
 
 
 IB = Metric(

@@ -120,13 +120,14 @@ class Side:
         """Return what a network made of a clip.
 
         Raises:
-            Unheard: A cache of av-benchmark does not hold the clip.
+            Unheard: There are none: a cache of av-benchmark does not hold the clip.
         """
         if (cached := self._cached(network, output)) is not None:
             if name not in cached:
                 raise Unheard(f"The cache in {self.source} holds no {network} of {name}.")
             return cached[name]
-        assert self._store is not None
+        if self._store is None or name not in self.done:
+            raise Unheard(f"There are no features of {name} ({self.name}) by {network}.")
         return self._store.read(network, self.done[name].digest)[output]
 
 
