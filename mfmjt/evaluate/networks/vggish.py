@@ -88,7 +88,10 @@ class VGGish(nn.Module):
         with torch.device("meta"):
             network = cls()
         load_published(network, state, "VGGish", lambda name: name.startswith(("pproc.", "pca_")))
-        network.features.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
+        for layer in network.features:
+            if isinstance(layer, nn.Conv2d):  # in the layout with which CPUs are a quarter faster
+                weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+                layer.weight = nn.Parameter(weight)
         network.notes = notes
         return network.eval()
 
