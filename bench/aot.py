@@ -232,9 +232,8 @@ def _joint_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     streams = (length, tokens - length)
 
     def attend(**given: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ([given[f"{name}{i}"] for i in range(2)] for name in "qkv")
-        out: tuple[Tensor, ...] = kernels.joint_attention(q, k, v)
-        return out
+        q, k, v = (tuple(given[f"{name}{i}"] for i in range(2)) for name in "qkv")
+        return kernels.joint_attention(q, k, v)
 
     given = {
         f"{name}{i}": torch.empty(batch, n, heads, width // heads, dtype=dtype)
