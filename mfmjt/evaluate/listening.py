@@ -216,16 +216,10 @@ class Networks:
         if file is None:
             weights = listener.load(None)
             return Found(None, "1" if weights is None else fingerprint(weights))
-        get = f"get it from {file.source}"
-        path = None if self.folder is None else there(self.folder, file)
-        if path is None:
-            where = (
-                "no folder of weights is given" if self.folder is None else f"not in {self.folder}"
-            )
-            raise Unheard(f"{file.name} is missing ({where}): {get}.")
+        path = self._path(listener)
         if self.check != "name":
-            try:
-                find_all(path.parent, [file])
+            try:  # the other digest is needed anyway
+                find_all(path.parent, [file], "size" if file.sha256 else "md5")
             except InputError as error:
                 raise Unheard(str(error)) from error
         digest = file_digest(path)
@@ -234,27 +228,38 @@ class Networks:
             note = f"SHA-256 {digest[:16]}…, not {file.sha256[:16]}… as published"
             if self.check != "name":
                 raise Unheard(
-                    f"{short(path, 120)} is another version: {note}; {get}, or take it as it is "
-                    "with check='name' (--check name)."
+                    f"{short(path, 120)} is another version: {note}; get it from {file.source}, "
+                    "or take it as it is with check='name' (--check name)."
                 )
         elif path.name != file.name:
             note = f"converted from {file.name}, whose digest cannot be checked"
         return Found(path, digest, note)
 
+    def _path(self, listener: Listener) -> Path:
+        """Return the weight file of a network that has one."""
+        file = listener.file
+        assert file is not None
+        path = None if self.folder is None else there(self.folder, file)
+        if path is None:
+            where = f"not in {self.folder}" if self.folder else "no folder of weights is given"
+            raise Unheard(f"{file.name} is missing ({where}): get it from {file.source}.")
+        return path
+
     def load(self, name: str) -> Any:
         """Return a network, on the device.
 
         Raises:
-            Unheard: As for `find`.
+            Unheard: The weights are not there.
             InputError: The file is not what its name says.
         """
         if name not in self._loaded:
-            found, listener = self.find(name), LISTENERS[name]
-            if found.path is None or listener.file is None:
+            listener = LISTENERS[name]
+            if listener.file is None:
                 network = listener.load(None)
             else:
-                with about(found.path, listener.file):
-                    network = listener.load(read_content(found.path))
+                path = self._path(listener)
+                with about(path, listener.file):
+                    network = listener.load(read_content(path))
             if isinstance(network, torch.nn.Module):
                 network.to(self.device)
             self._loaded[name] = network
