@@ -8,9 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mfmjt.convert import from_mmaudio, to_mmaudio
+from mfmjt.convert import (
+    from_foleydash,
+    from_meanaudio,
+    from_mmaudio,
+    to_mmaudio,
+    to_published,
+)
 from mfmjt.errors import InputError, RunError
-from mfmjt.model import MFMJT, load_mmaudio
+from mfmjt.model import MFMJT, load_meanaudio, load_mmaudio
 from tests.support import commands
 from tests.support.commands import refused
 from tests.support.weights import read
@@ -50,6 +56,35 @@ def test_there_and_back_is_the_same_bit_for_bit(
     (note,) = back.notes
     lost = there.parameters - back.parameters
     assert f"t - r ({lost} parameters)" in note
+
+
+@pytest.mark.parametrize("name", ["meanaudio_tiny", "fluxaudio_tiny", "resonate_tiny"])
+def test_meanaudios_family_goes_there_and_back(tmp_path: Path, name: str) -> None:
+    state, _ = read("model", name)
+    torch.save({f"ema_model.{k}": v for k, v in state.items()}, tmp_path / "published.pth")
+    there = from_meanaudio(tmp_path / "published.pth", tmp_path / "ours.safetensors")
+    back = to_published(there.path, tmp_path / "back.pth")
+    found = torch.load(back.path, weights_only=True)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    left_out = [note for note in back.notes if "no place in MeanAudio's layout" in note]
+    assert len(left_out) == len(back.notes) == (name != "meanaudio_tiny")
+    with pytest.raises(InputError, match=r"no place in MMAudio's layout: .*MeanAudio's"):
+        to_mmaudio(there.path, tmp_path / "other.pth")
+    wide = load_meanaudio(state, video="gated", video_dim=6, sync_dim=5)
+    wide.save(tmp_path / "wide.safetensors")
+    with pytest.raises(InputError, match="no place in MMAudio's layout"):
+        to_published(tmp_path / "wide.safetensors", tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()
+
+
+def test_foleydash_goes_to_ours_and_on_to_mmaudios(tmp_path: Path) -> None:
+    state, _ = read("model", "foleydash_tiny")
+    torch.save(state, tmp_path / "published.pth")
+    there = from_foleydash(tmp_path / "published.pth", tmp_path / "ours.safetensors")
+    notes = to_published(there.path, tmp_path / "back.pth").notes
+    assert "MMAudio's layout" in notes[0]
+    assert "It was trained" in notes[1]
 
 
 def test_what_training_has_added_is_said_to_be_lost(tmp_path: Path, published: Path) -> None:
@@ -153,6 +188,13 @@ def test_on_the_command_line(tmp_path: Path, published: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Wrote" in result.stdout
     assert "left out" in result.stderr
+    torch.save(read("model", "meanaudio_tiny")[0], tmp_path / "mean.pth")
+    result = run("meanaudio", tmp_path / "mean.pth", "--to", tmp_path / "mean.safetensors")
+    assert result.exit_code == 0, result.output
+    result = run("mfmjt", tmp_path / "mean.safetensors", "--to", tmp_path / "mean_back.pth")
+    assert (result.exit_code, result.stderr) == (0, "")
+    refused(run("foleydash", tmp_path / "mean.pth", "--to", tmp_path / "a.safetensors"), 2,
+            "a network of MeanAudio's")  # fmt: skip
     refused(run("other", published, "--to", tmp_path / "a.safetensors"), 2, "no layout 'other'")
     refused(run("mmaudio", published, "--to", tmp_path / "a.txt"), 2, "does not end in")
     refused(run("mmaudio", published), 2, "--to")

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture(scope="module")
 def counted():
-    command = [sys.executable, "-m", "bench.launches", "--json"]
+    command = [sys.executable, "-m", "bench", "launches", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)

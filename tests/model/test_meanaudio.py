@@ -28,9 +28,12 @@ from mfmjt.model.lora import LoRA, add_lora, merge_adapter, merged_state, save_a
 from tests.oracle import allowance, error
 from tests.support.networks import MEANAUDIO, TERMS, inputs, network, pooled
 from tests.support.peers import load_peft
-from tests.support.weights import draw_all, read
+from tests.support.weights import draw_all, normal, read
 
 FAMILY = ["meanaudio_tiny", "fluxaudio_tiny", "resonate_tiny"]
+INPUTS = {
+    "latent": (1, 250, 20), "clip": (1, 64, 1024), "sync": (1, 192, 768), "text": (1, 77, 1024),
+}  # fmt: skip
 TINY = {"latent_length": 25, "video_length": 8, "sync_length": 24}
 
 
@@ -45,8 +48,10 @@ class Published:
 
     def __init__(self, name: str) -> None:
         self.state, self.given = read("model", name)
+        if name == "foleydash_small_16k":  # whose inputs are drawn as its weights are
+            self.given |= {f"in.{n}": normal(f"input.{n}", s, 1) for n, s in INPUTS.items()}
         if name.startswith("foleydash"):
-            self.net = load_foleydash(self.state, **TINY)
+            self.net = load_foleydash(self.state, **TINY if name.endswith("tiny") else {})
             names, self.scale = ("clip", "sync", "text"), 4.0
         else:
             self.net = load_meanaudio(self.state)
@@ -60,7 +65,15 @@ class Published:
         return self.given[f"out.{velocity}{name}"]
 
 
-@pytest.fixture(scope="module", params=[*FAMILY, "foleydash_tiny"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *FAMILY,
+        "foleydash_tiny",
+        pytest.param("meanaudio_s", marks=pytest.mark.slow),
+        pytest.param("foleydash_small_16k", marks=pytest.mark.slow),
+    ],
+)
 def published(request):
     return Published(request.param)
 

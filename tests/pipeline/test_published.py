@@ -124,6 +124,19 @@ def test_a_network_of_ours_of_any_name_is_a_model(copy: Path) -> None:
     assert Pipeline.from_pretrained(network, "cpu").network.config.name == "nano"
 
 
+def test_relatives_of_mmaudios_networks_are_models(copy: Path) -> None:
+    old = copy / "weights" / "mmaudio_small_16k.pth"
+    state = flat(old)
+    selva = old.rename(old.with_name("generator_small_16k_sup_5.pth"))
+    made = one(Pipeline.from_pretrained(selva, "cpu")(prompt="a", duration=0.1, steps=1))
+    assert [note for note in made.notes if "SelVA's generator" in note]
+    second = {k.replace("t_embed", "s_embed"): v for k, v in state.items() if "t_embed" in k}
+    torch.save(state | second, old.with_name("foleydash.pth"))
+    pipe = Pipeline.from_pretrained(old.with_name("foleydash.pth"), "cpu")
+    assert one(pipe(prompt="a", duration=0.1)).waveform.any()
+    assert (pipe.sampling.steps, pipe.sampling.guidance) == (1, 1.0)
+
+
 def test_averaged_weights_are_noted(copy: Path) -> None:
     path = copy / "weights" / "mmaudio_small_16k.pth"
     state = flat(path)

@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfmjt.convert import from_mmaudio, to_mmaudio
+from mfmjt import meanflow
+from mfmjt.convert import from_meanaudio, from_mmaudio, to_mmaudio
 from mfmjt.errors import InputError
-from mfmjt.model import MFMJT, config_for, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model import (
+    MFMJT,
+    config_for,
+    load_mmaudio,
+    to_meanaudio_state_dict,
+    to_mmaudio_state_dict,
+)
 from mfmjt.model.lora import LoRA
 from mfmjt.train.parallel import Processes
 from mfmjt.train.recipe import NetworkTraining, load_config
@@ -67,6 +74,56 @@ def test_it_starts_as_the_published_velocity_turned_around(tmp_path, name, adapt
         for r in (t, t / 3, torch.zeros_like(t)):
             u = net(given["in.latent"], r, t, *cond)
             assert error(-u, truth) <= allowance(truth, torch.float32, terms)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["published", "ours"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_meanaudio_starts_a_network_of_video_as_itself(tmp_path, ours, adapted):
+    """Whatever the video, against MeanAudio's own outputs; and a step then moves what is new."""
+    if adapted:
+        load_peft()
+    state, given = read("model", "meanaudio_tiny")
+    path = tmp_path / "meanaudio.pth"
+    torch.save(state, path)
+    if ours:
+        path = from_meanaudio(path, tmp_path / "meanaudio.safetensors").path
+    config = NetworkTraining(
+        model="auto",
+        init_from=str(path),
+        overrides={"video": "gated", "video_dim": 6, "sync_dim": 5},
+        lora=LoRA(rank=2) if adapted else None,
+    )
+    net = starting_network(config)
+    cond = {"text": given["in.text"], "pooled": given["in.pooled"]}
+    cond |= {"video": torch.randn(2, 8, 6), "sync": torch.randn(2, 24, 5)}
+    terms = net.config.depth * 3 * net.config.mlp_hidden
+    for r, t, truth in zip(given["in.r"], given["in.t"], given["out.u"], strict=True):
+        with torch.no_grad():
+            u = net(given["in.latent"], r, t, **cond)
+        assert error(u, truth) <= allowance(truth, torch.float32, terms)
+    loss = meanflow.loss(net, given["in.latent"], cond, ratio=0.5)
+    loss.backward()
+    for block in net.joint_blocks:
+        assert block.video_gate.grad.any()
+
+
+def test_a_network_of_text_becomes_one_of_video_by_training(recipe, tmp_path):
+    """On a store of videos, whose text is narrower and whose whole texts have no vector."""
+    net = MFMJT.from_config(
+        "nano", **TINY, video="none", text_rope=True, pooled_dim=5, towards_data=False
+    )
+    torch.save(to_meanaudio_state_dict(net), tmp_path / "meanaudio.pth")
+    config = recipe(
+        init_from=str(tmp_path / "meanaudio.pth"),
+        model="auto",
+        overrides={"video": "gated", "video_dim": 128, "sync_dim": 128},
+        lr=1e-3,
+    )
+    trained = MFMJT.load(train_network(config).file)
+    assert trained.config.video == "gated"
+    start = starting_network(config).state_dict()
+    moved = {n for n, v in trained.state_dict().items() if not torch.equal(v, start[n].half())}
+    assert {"clip_cond_proj.weight", "sync_input_proj.2.w2.weight"} <= moved
 
 
 def test_which_of_several_weights_it_starts_from_is_said(finetune, published, capsys):

@@ -221,7 +221,7 @@ class CLAP(nn.Module):
         state = network.spectrum.take(state, _AUDIO, "CLAP")
         load_published(network, state, "CLAP", _unused)
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Log-mel power in dB of 10 s.

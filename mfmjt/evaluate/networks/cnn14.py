@@ -158,7 +158,7 @@ class Cnn14(nn.Module):
         for block in network._blocks:
             block.fold()
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Log-mel power in dB.

@@ -211,7 +211,7 @@ class ImageBind(nn.Module):
             network, state, "ImageBind", lambda name: name.partition(".")[2].startswith(_OTHERS)
         )
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Log-mel power of three clips of 2 s: the first, the middle and the last ones.

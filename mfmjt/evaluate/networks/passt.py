@@ -104,7 +104,7 @@ class PaSST(nn.Module):
             network = cls()
         load_published(network, state, "PaSST", lambda name: name.startswith("head_dist."))
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Log-mel power of the first 10 s, centered and scaled as in training.

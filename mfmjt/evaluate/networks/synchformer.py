@@ -233,7 +233,7 @@ class Synchformer(nn.Module):
         if any(name.startswith(_VISUAL) for name in state):
             network.visual = Visual.from_state_dict(state)
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Log-mel power of segments of 0.64 s, half of which overlaps the next.

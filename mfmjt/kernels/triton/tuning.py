@@ -2,7 +2,7 @@
 
 Functions of sizes and of the GPU's compute capability, checked without a GPU: every configuration
 that they can return for the network's shapes compiles for sm_80, sm_90, sm_100 and gfx942 without
-spills (`python -m bench.aot`). None has been tuned on a GPU yet.
+spills (`python -m bench aot`). None has been tuned on a GPU yet.
 """
 
 from __future__ import annotations
