@@ -55,7 +55,8 @@ def score(
         Path | None, typer.Option(help="Folder of the features. Default: ~/.cache/mfmjt/score.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that compute. Default: one for each CPU.")
+        int | None,
+        typer.Option(help="Processes that compute. Default: one for each CPU, 8 at most."),
     ] = None,
     device: Device = None,
     report: Annotated[

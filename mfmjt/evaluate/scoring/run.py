@@ -74,7 +74,7 @@ def score(
             the commonest length of the generated clips, at most 10, and 8 for `av-benchmark`.
         check: `digest` takes published weights alone, `name` any file of that name.
         cache: Folder of the features, made if missing; by default `~/.cache/mfmjt/score`.
-        workers: Processes that compute features; None starts one for each CPU.
+        workers: Processes that compute features; None starts one for each CPU, at most 8.
         device: Where the networks compute: `cpu`, `cuda` or `cuda:N`; None takes CUDA where there
             is one.
         progress: Called as (stage, fraction done), with the stages `find`, `listen`, `watch`,

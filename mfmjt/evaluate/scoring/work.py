@@ -34,6 +34,8 @@ VERSION = "1"
 """Of what comes before the networks: a change of the front end makes new caches."""
 FEWEST = 8
 """Clips below which another process costs more time than it saves."""
+MOST = 8
+"""Processes that are started unless more are asked for: each takes about 1.6 GiB."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Listening:
 
 
 def processes(asked: int | None, files: int, device: str) -> int:
-    """Return how many processes listen: one for each CPU unless asked otherwise.
+    """Return how many processes listen: one for each thread of PyTorch's unless asked otherwise.
 
     Raises:
         InputError: Fewer than one.
@@ -208,7 +210,7 @@ def processes(asked: int | None, files: int, device: str) -> int:
     if asked is not None and asked < 1:
         raise InputError(f"{asked} workers cannot work: give 1 or more.")
     if asked is None:
-        asked = 1 if device != "cpu" else len(os.sched_getaffinity(0))
+        asked = 1 if device != "cpu" else min(MOST, torch.get_num_threads())
     return max(1, min(asked, files // FEWEST))
 
 
