@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from mfmjt.errors import InputError
+from mfmjt.data import foley
+from mfmjt.errors import InputError, RunError
 from mfmjt.evaluate import score, statistics
 from mfmjt.evaluate.classifier import load_classifier
 from mfmjt.evaluate.listening import file_digest
@@ -49,8 +51,6 @@ def test_the_figures_are_those_of_the_sounds(folders: tuple[Path, Path], cache: 
     result = scored(folders, cache=cache)
     judge, embeddings = load_classifier(), []
     for folder in folders:
-        import soundfile
-
         waves = [soundfile.read(folder / f"clip{i}.wav", dtype="float32")[0] for i in range(10)]
         batch = torch.from_numpy(np.stack(waves))
         embeddings.append(judge.judge(batch - batch.mean(1, True))[1])
@@ -183,18 +183,12 @@ def test_processes_that_are_killed_and_one_that_goes_on_give_the_same_bits(
 def test_a_process_that_dies_is_told(
     folders: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mfmjt.errors import RunError
-
-    monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RunError, match="ended with status 1"):
         scored(folders, cache=cache, workers=2)
 
 
 def test_clips_with_a_known_truth_are_judged(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from mfmjt.data import foley
-
     lines = ["id,class,events"]
     for i in range(10):
         events = " ".join(f"{t:.3f}" for t in (0.1, 0.5 + 0.01 * i))
