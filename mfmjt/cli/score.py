@@ -74,7 +74,7 @@ def score(
     For example:
     - `mfmjt score output/mine --reference real --weights weights`
 
-    - `mfmjt score output/mine --reference real --captions captions.csv --metrics clap,fd`
+    - `mfmjt score output/mine --reference real --weights weights --videos videos --metrics fd,ib`
 
     - `mfmjt score clips.csv --weights weights --report output/scores --json scores.json`
 

@@ -82,6 +82,7 @@ FRECHET = Metric(
     "Fréchet",
     (Figure("frechet", "Fréchet", 2, "frechet_real", "frechet_codec"), Figure("frechet_real")),
     _frechet,
+    ("classifier",),
 )
 DIVERSITY = Metric("diversity", (Figure("diversity", "diversity", 2, 1.0),), _diversity)
 TEXT_ONLY = Metric(
