@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mfmjt.evaluate.metrics import PUBLISHED
 from mfmjt.evaluate.scoring.reading import read_clip
 from mfmjt.evaluate.scoring.result import Result
 from mfmjt.files import atomic_path
@@ -59,9 +58,8 @@ def _figures(result: Result) -> list[tuple[str, str, bool]]:
     held = {key for values in result.per_clip.values() for key in values}
     return [
         (figure.key, figure.title, figure.better == "higher")
-        for metric in PUBLISHED
-        for figure in metric.figures
-        if figure.title and figure.better and figure.key in held
+        for figure in result.columns()
+        if figure.better and figure.key in held
     ]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mfmjt.errors import short
-from mfmjt.evaluate.metrics import PUBLISHED, Figure
+from mfmjt.evaluate.metrics import PUBLISHED, Figure, Metric
 from mfmjt.evaluate.scoring.pairing import Problem, Protocol
 from mfmjt.files import atomic_path
 
@@ -33,6 +33,7 @@ class Result:
         files: Id of a clip -> generated and real file; "" for features out of a cache.
         weights: Network -> file, digest, license, and in what it differs from the published one.
         environment: What the figures were made with.
+        own: Metrics beside those that are published, for the table.
     """
 
     protocol: Protocol
@@ -48,10 +49,12 @@ class Result:
     files: dict[str, tuple[str, str]] = field(default_factory=dict)
     weights: dict[str, dict[str, str]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    own: tuple[Metric, ...] = ()
 
     def to_json(self) -> str:
         """Return one JSON object."""
-        values = asdict(self)
+        values = asdict(replace(self, own=()))
+        del values["own"]
         values["problems"] = [problem._asdict() for problem in self.problems]
         return json.dumps(values, indent=1, allow_nan=False)
 
@@ -66,7 +69,8 @@ class Result:
 
     def columns(self) -> list[Figure]:
         """Return the figures of the table that were computed, in its order."""
-        return [f for m in PUBLISHED for f in m.figures if f.title and f.key in self.figures]
+        metrics = (*PUBLISHED, *self.own)
+        return [f for m in metrics for f in m.figures if f.title and f.key in self.figures]
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Return name, value, interval, value of real sound and direction of each figure."""

@@ -108,7 +108,8 @@ def score(
     shown = {name: listing.known.get(name, {}).get("video") for name in real.files}
     watched = Side("video", {name: path for name, path in shown.items() if path}, folders[1])
     sides = (made, real, watched)
-    result = Result(protocol, 0, seconds, problems=listing.problems)
+    own = tuple(metric for metric in wanted if metric not in PUBLISHED)
+    result = Result(protocol, 0, seconds, problems=listing.problems, own=own)
     needs = _find(wanted, listing, sides, networks, result)
     wanted = [metric for metric in wanted if metric.name not in result.left_out]
     if wanted:

@@ -35,7 +35,9 @@ def _distance(made: Any, real: Any, known: Any) -> Score:
 
 # The networks with published weights are too large for these tests; the classifier that ships goes
 # the same way.
-DISTANCE = Metric("distance", (Figure("distance"), Figure("mean")), _distance, ("classifier",))
+DISTANCE = Metric(
+    "distance", (Figure("distance", "my distance", 2), Figure("mean")), _distance, ("classifier",)
+)
 
 
 def scored(folders: tuple[Path, Path], **options: Any) -> Result:
@@ -304,6 +306,7 @@ def test_the_command(
     )  # fmt: skip
     assert told.exit_code == 0, told.output
     assert "10 pairs of clips, 1 s of each, protocol default." in told.stderr
+    assert "| my distance | " in told.stdout
     values = json.loads(out.read_text())
     assert values["figures"].keys() == {"distance", "mean"}
     assert (tmp_path / "report" / "index.html").is_file()
