@@ -34,13 +34,13 @@ ALLOWED: dict[str, str] = {
     "media": "errors files",
     "families": "errors memory cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
+    "extract": "errors files devices progress encoders media families features",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
-    "families features",
+    "media families features extract",
     "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
     "encoders plotting data families features evaluate",
     "pipeline": "errors files devices progress checkpoints kernels model meanflow codec encoders "
     "media families",
-    "extract": "errors files devices progress encoders media families features",
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",
 }
