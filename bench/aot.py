@@ -20,7 +20,6 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import hashlib
 import os
@@ -28,40 +27,32 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
 
+import pandas
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import bench.ops
 from bench import parser
+from bench.case import Case, Shape, cases, shapes
+from bench.rows import Row, dtype_name
 from mfmjt import kernels
 from mfmjt.files import atomic_path
-from mfmjt.kernels.triton.norm import MAX_WIDTH
 from mfmjt.model.blocks import FrameCondition, JointBlock, Pending
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
-__all__ = [
-    "OPS",
-    "TARGETS",
-    "Chip",
-    "compile_op",
-    "compile_widest",
-    "faults",
-    "main",
-    "offline",
-    "offline_driver",
-    "resources",
-]
-
-Row = dict[str, Any]
+__all__ = ["OPS", "TARGETS", "Chip", "faults", "main", "offline", "offline_driver", "resources"]
 
 
 @dataclass(frozen=True)
@@ -91,46 +82,26 @@ TARGETS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 512 * 64, 8, ("v_mfma",)),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# network, batch, latent tokens, all tokens, C, heads, width of the feed-forward
-SHAPES = {
-    "small_16k": (64, 250, 391, 448, 7, 1280),
-    "small_16k_one": (2, 250, 391, 448, 7, 1280),
-    "large_44k_v2": (8, 345, 486, 896, 14, 2560),
-    "nano": (16, 250, 346, 128, 2, 256),
-}
-QUICK = {"small_16k"}
-WIDEST = {"widest": (2, 64, 64, MAX_WIDTH, 1, MAX_WIDTH)}
+QUICK, WIDEST = "small_16k", "widest"
 WIDE_OPS = ("adaln", "gated_residual_adaln")
 TENSOR_MEMORY = 512  # columns, on sm_100
 MATRIX_OPS = ("joint_attention", "conv1d")
 
 
-class _Offline:
-    """A driver for a GPU that is not there."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}{self.target.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def offline_driver(target: GPUTarget) -> Iterator[None]:
     """Make Triton take `target` for the current GPU inside."""
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_Offline(target))
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"{target.backend}{target.arch}",
+        get_current_stream=lambda device: 0,
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
     try:
         yield
     finally:
-        driver._active = before
+        triton.runtime.driver._active = before
 
 
 @contextlib.contextmanager
@@ -140,16 +111,11 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(kernel)
-        return kernel
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
 
-    with offline_driver(target):
-        JITFunction.run = compile_only
-        try:
-            yield compiled
-        finally:
-            JITFunction.run = run
+    with offline_driver(target), patch.object(JITFunction, "run", compile_only):
+        yield compiled
 
 
 def resources(kernel: Any) -> Row:
@@ -192,7 +158,7 @@ def _occupancy(row: Row, chip: Chip) -> int:
     return min(chip.warps, blocks * row["warps"])
 
 
-def _modes(function: Function, moving: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
+def _call(function: Function, moving: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
     """Call for value and gradients, then for these and the tangents."""
     inputs = {name: x.requires_grad_() for name, x in (moving | fixed).items()}
     tangents = {name: torch.empty_like(x) for name, x in moving.items()}
@@ -201,77 +167,24 @@ def _modes(function: Function, moving: dict[str, Tensor], fixed: dict[str, Tenso
         runner(function, mode)(Operands(inputs, tangents, cotangents))
 
 
-def _adaln(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, length, _, width, _, _ = shape
-    x = torch.empty(batch, length, width, dtype=dtype)
-    for tokens in (1, length):  # modulation per sample, and per token, as chunks of one tensor
-        shift, scale, _ = torch.empty(batch, tokens, 3 * width, dtype=dtype).chunk(3, dim=-1)
-        _modes(kernels.adaln, {"x": x, "shift": shift.detach(), "scale": scale.detach()}, {})
+def _run(case: Case, dtype: torch.dtype) -> None:
+    """Call an op in the modes that are compiled, on memory that is never touched."""
+    given = case.inputs.items()
+    constants = {name: i.constant() for name, i in given if i.constant is not None}
+    function = functools.partial(case.function, **constants)
+    drawn = {n: torch.empty(i.shape, dtype=dtype) for n, i in given if n not in constants}
+    if BACKWARD in case.modes:
+        moving = {name: drawn.pop(name) for name in case.moving}
+        _call(function, moving, drawn)
+    else:
+        with torch.no_grad():
+            function(**drawn)
 
 
-def _gated_residual_adaln(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, length, _, width, _, _ = shape
-    x, h = (torch.empty(batch, length, width, dtype=dtype) for _ in range(2))
-    for tokens in (1, length):
-        chunks = torch.empty(batch, tokens, 3 * width, dtype=dtype).chunk(3, dim=-1)
-        gate, shift, scale = (chunk.detach() for chunk in chunks)
-        moving = {"x": x, "h": h, "gate": gate, "shift": shift, "scale": scale}
-        _modes(kernels.gated_residual_adaln, moving, {})
-
-
-def _qk_norm_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, length, _, width, heads, _ = shape
-    qkv = torch.empty(batch, length, 3, heads, width // heads, dtype=dtype)
-    weights = {f"{n}_weight": torch.empty(width // heads, dtype=dtype) for n in "qk"}
-    for rope in (None, torch.empty(length, width // heads // 2, 2)):
-        _modes(functools.partial(kernels.qk_norm_rope, rope=rope), {"qkv": qkv}, weights)
-
-
-def _joint_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, length, tokens, width, heads, _ = shape
-    streams = (length, tokens - length)
-
-    def attend(**given: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ([given[f"{name}{i}"] for i in range(2)] for name in "qkv")
-        out: tuple[Tensor, ...] = kernels.joint_attention(q, k, v)
-        return out
-
-    given = {
-        f"{name}{i}": torch.empty(batch, n, heads, width // heads, dtype=dtype)
-        for i, n in enumerate(streams)
-        for name in "qkv"
-    }
-    _modes(attend, given, {})
-    alone = {name: given[f"{name}0"].detach() for name in "qkv"}
-    _modes(kernels.joint_attention, alone, {})
-    wide = {name: torch.empty(2, 512, 12, 128, dtype=dtype) for name in "qkv"}
-    _modes(kernels.joint_attention, wide, {})
-
-
-def _swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, length, _, _, _, hidden = shape
-    gate, up = torch.empty(batch, length, 2 * hidden, dtype=dtype).chunk(2, dim=-1)
-    _modes(kernels.swiglu, {"gate": gate.detach(), "up": up.detach()}, {})
-
-
-def _conv1d(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, length, _, width, _, hidden = shape
-    for channels, out in ((width, 2 * hidden), (hidden, width)):
-        x = torch.empty(batch, length, channels, dtype=dtype)
-        weight = torch.empty(out, channels, 3, dtype=dtype)
-        _modes(kernels.conv1d, {"x": x}, {"weight": weight, "bias": torch.empty(out, dtype=dtype)})
-
-
-def _snake(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = torch.empty(1, shape[3], 8 * shape[1], dtype=dtype)
-    with torch.no_grad():  # the vocoder's only: its tangent and gradient are PyTorch formulas
-        kernels.snake(x, *(torch.empty(shape[3], dtype=dtype) for _ in range(2)))
-
-
-def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@torch.no_grad()
+def _streams(s: Shape, dtype: torch.dtype) -> None:
     """Call what a guided step of inference does: blocks of three and of one stream, both ends."""
-    batch, length, tokens, width, heads, hidden = shape
-    lengths = (length, 64, tokens - length - 64)
+    batch, width, (latent, video, text) = s.batch, s.dim, s.streams
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -279,50 +192,42 @@ def _streams(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     def weight(outs: int, taps: int, channels: int) -> kernels.streams.Packed:
         return kernels.streams.Packed(empty(outs, taps, channels))
 
-    norm = kernels.streams.gated_residual_norm
-    with torch.no_grad():
-        for n in (3, 1):
-            xs = [empty(batch, tokens, width) for tokens in lengths[:n]]
-            units = [weight(2 * hidden, taps, width)._replace(glu=True) for taps in (3, 3, 1)[:n]]
-            ys = kernels.streams.project(xs, units)
-            kernels.streams.project(ys, [weight(width, taps, hidden) for taps in (3, 3, 1)[:n]])
-            ropes = [torch.empty(x.shape[1], width // heads // 2, 2) for x in xs[:2]]
-            weights, biases = [weight(3 * width, 1, width)] * n, [empty(3 * width)] * n
-            norms = [empty(width // heads)] * n
-            kernels.streams.project_qkv(
-                xs, weights, biases, norms, norms, [*ropes, None][:n], heads
-            )
-            modulations = [empty(batch, rows, 6 * width).chunk(6, -1) for rows in (192, 1, 1)[:n]]
-            gates, shifts, scales = ([m[i] for m in modulations] for i in range(3))
-            rows = [torch.empty(length, dtype=torch.int64), None, None][:n]
-            norm(xs, xs, gates, shifts, scales, rows, 1e-5)
-        norm(xs, None, None, shifts, scales, rows, 1e-5)
-        biases = [empty(width), empty(width), empty(192, width), empty(width)]
-        layers = ((length, 20, 7), (64, 1024, 1), (192, 768, 7), (tokens - length - 64, 1024, 1))
-        kernels.streams.project(
-            [empty(batch, tokens, channels) for tokens, channels, _ in layers],
-            [weight(width, taps, channels) for _, channels, taps in layers],
-            biases,
-            ["selu", "none", "selu", "none"],
-        )
-        conditions = [empty(batch, 1, width), empty(batch, 192, width)]
-        weights = [weight(outs * width, 1, width) for outs in (40, 72)]
-        kernels.streams.project(conditions, weights, [empty(outs * width) for outs in (40, 72)])
-        kernels.streams.project(xs, [weight(20, 7, width)], [empty(20)])
-
-
-def _joint_block(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Train a joint block: its three streams share launches, in value, tangent and gradient."""
-    batch, length, tokens, width, heads, hidden = shape
-    if (shape, dtype) != (SHAPES["small_16k"], torch.bfloat16):  # it takes minutes for each target
-        return
-    lengths = (length, 64, tokens - length - 64)
-    block = JointBlock(width, heads, hidden, last=False).to(dtype)
-    ropes = [torch.empty(n, width // heads // 2, 2) for n in lengths[:2]]
-    rows = (
-        torch.empty(batch, length, width, dtype=dtype),
-        *[torch.empty(batch, 1, width, dtype=dtype)] * 2,
+    norm, project = kernels.streams.gated_residual_norm, kernels.streams.project
+    for n in (3, 1):
+        xs = [empty(batch, tokens, width) for tokens in s.streams[:n]]
+        units = [weight(2 * s.hidden, k, width)._replace(glu=True) for k in (3, 3, 1)[:n]]
+        ys = project(xs, units)
+        project(ys, [weight(width, k, s.hidden) for k in (3, 3, 1)[:n]])
+        ropes = [torch.empty(x.shape[1], width // s.heads // 2, 2) for x in xs[:2]]
+        qkv = [weight(3 * width, 1, width)] * n, [empty(3 * width)] * n
+        norms = [empty(width // s.heads)] * n
+        kernels.streams.project_qkv(xs, *qkv, norms, norms, [*ropes, None][:n], s.heads)
+        modulations = [empty(batch, rows, 6 * width).chunk(6, -1) for rows in (192, 1, 1)[:n]]
+        gates, shifts, scales = ([m[i] for m in modulations] for i in range(3))
+        rows = [torch.empty(latent, dtype=torch.int64), None, None][:n]
+        norm(xs, xs, gates, shifts, scales, rows, 1e-5)
+    norm(xs, None, None, shifts, scales, rows, 1e-5)
+    layers = ((latent, 20, 7), (video, 1024, 1), (192, 768, 7), (text, 1024, 1))
+    project(
+        [empty(batch, tokens, channels) for tokens, channels, _ in layers],
+        [weight(width, taps, channels) for _, channels, taps in layers],
+        [empty(width), empty(width), empty(192, width), empty(width)],
+        ["selu", "none", "selu", "none"],
     )
+    conditions = [empty(batch, 1, width), empty(batch, 192, width)]
+    outs = [40 * width, 72 * width]
+    project(conditions, [weight(n, 1, width) for n in outs], [empty(n) for n in outs])
+    project(xs, [weight(20, 7, width)], [empty(20)])
+
+
+def _joint_block(s: Shape, dtype: torch.dtype) -> None:
+    """Train a joint block: its three streams share launches, in value, tangent and gradient."""
+    if (s.model, dtype) != ("small_16k", torch.bfloat16):  # it takes minutes for each target
+        return
+    block = JointBlock(s.dim, s.heads, s.hidden, last=False).to(dtype)
+    ropes = [torch.empty(n, s.dim // s.heads // 2, 2) for n in s.streams[:2]]
+    shared = torch.empty(s.batch, 1, s.dim, dtype=dtype)
+    rows = torch.empty(s.rows, dtype=dtype), shared, shared
 
     def run(**given: Tensor) -> tuple[Tensor, ...]:
         conditions = [FrameCondition(row + given["shared"]) for row in rows]
@@ -331,51 +236,46 @@ def _joint_block(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             streams = block(streams, conditions, [*ropes, None])
         return tuple(stream.h for stream in streams if stream.h is not None)
 
-    given = {f"x{i}": torch.empty(batch, n, width, dtype=dtype) for i, n in enumerate(lengths)}
-    _modes(run, given | {"shared": torch.empty(batch, 1, width, dtype=dtype)}, {})
+    given = {f"x{i}": torch.empty(s.batch, n, s.dim, dtype=dtype) for i, n in enumerate(s.streams)}
+    _call(run, given | {"shared": shared}, {})
 
 
-OPS: dict[str, Callable[[tuple[int, ...], torch.dtype], None]] = {
-    "adaln": _adaln,
-    "conv1d": _conv1d,
-    "gated_residual_adaln": _gated_residual_adaln,
-    "joint_block": _joint_block,
-    "joint_attention": _joint_attention,
-    "qk_norm_rope": _qk_norm_rope,
-    "snake": _snake,
-    "streams": _streams,
-    "swiglu": _swiglu,
-}
+NETWORKS = {"joint_block": _joint_block, "streams": _streams}
+"""What is called as networks call it, and not case by case."""
+OPS = sorted(NETWORKS | dict.fromkeys(op for op in bench.ops.OPS if op != "linear"))
 """All ops with Triton kernels; the products of `linear` are the vendor's."""
 
 
-def compile_op(op: str, target: str, shapes: tuple[str, ...] | None = None) -> list[Row]:
-    """Return a row for each different kernel that `op` launches for the networks' shapes."""
-    return _compiled(op, target, {name: SHAPES[name] for name in shapes or SHAPES}, DTYPES)
+def compile_op(op: str, target: str, quick: bool) -> list[Row]:
+    """Return a row for each kernel that an op launches, once where the figures are the same.
 
-
-def compile_widest(op: str, target: str) -> list[Row]:
-    """Return the same for rows of `MAX_WIDTH`, in float32, which takes most registers."""
-    return _compiled(op, target, WIDEST, (torch.float32,)) if op in WIDE_OPS else []
-
-
-def _compiled(
-    op: str, target: str, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
-) -> list[Row]:
-    """Return a row for each kernel, once where kernels of different code have the same figures."""
+    Args:
+        op: One of `OPS`.
+        target: One of `TARGETS`.
+        quick: The first shape only, and the widest, in float32, which takes most registers.
+    """
+    calls: list[tuple[str, Callable[[torch.dtype], None]]]
+    if op in NETWORKS:
+        calls = [(s.model, functools.partial(NETWORKS[op], s)) for s in shapes("aot")]
+    else:
+        every = [*cases(op, "aot"), *(cases(op, "widest") if op in WIDE_OPS else ())]
+        calls = [(case.model, functools.partial(_run, case)) for case in every]
     rows: dict[str, Row] = {}
-    for dtype in dtypes:
-        for shape, sizes in shapes.items():
+    for dtype in DTYPES:
+        for shape, call in calls:
+            if shape == WIDEST and dtype != torch.float32:
+                continue
+            if quick and shape not in (QUICK, WIDEST):
+                continue
             with offline(TARGETS[target].target) as compiled:
-                OPS[op](sizes, dtype)
+                call(dtype)
             for kernel in compiled:
                 code = kernel.asm.get("cubin") or kernel.asm["amdgcn"].encode()
                 digest = hashlib.sha256(code).hexdigest()
                 if digest not in rows:
-                    found = resources(kernel)
-                    first = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
-                    occupancy = _occupancy(found, TARGETS[target])
-                    rows[digest] = {"target": target, **first, **found, "occupancy": occupancy}
+                    first = {"target": target, "op": op, "shape": shape, "dtype": dtype_name(dtype)}
+                    rows[digest] = first | resources(kernel)
+                    rows[digest]["occupancy"] = _occupancy(rows[digest], TARGETS[target])
     return [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in rows.values())]
 
 
@@ -383,7 +283,7 @@ def faults(row: Row) -> list[str]:
     """Return what is wrong with a compiled kernel."""
     chip = TARGETS[row["target"]]
     found = []
-    if int(row["spills"]) and row.get("shape") not in WIDEST:
+    if int(row["spills"]) and row.get("shape") != WIDEST:
         found.append(f"spills {row['spills']}")
     needed = 32 * int(row["warps"]) * int(row["registers"])
     if chip.target.backend == "cuda" and needed > chip.registers:
@@ -403,77 +303,64 @@ def _name(row: Row) -> str:
     return " ".join(str(row[key]) for key in ("target", "op", "shape", "dtype", "kernel"))
 
 
-def _print(rows: list[Row]) -> None:
-    for row in rows:
-        wrong = faults(row)
-        facts = [f"{key} {row[key]}" for key in ("warps", "registers", "shared", "occupancy")]
-        print(f"{_name(row):80} {'  '.join(facts)}  {row['matrix']}  {'; '.join(wrong)}".rstrip())
-
-
-def _table(folder: str) -> Path:
-    return Path(folder) / f"triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
-
-
-def _read(path: Path) -> list[Row]:
+def _read(path: Path) -> pandas.DataFrame:
+    """Return a table, all of it text."""
     if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return pandas.DataFrame(columns=["target", "op"])
+    return pandas.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def _write(rows: list[Row], path: Path) -> None:
     """Write rows into a table, in place of those of the same ops and targets."""
-    replaced = {(row["op"], row["target"]) for row in rows}
-    table = [row for row in _read(path) if (row["op"], row["target"]) not in replaced] + rows
-    table.sort(key=lambda row: ([*OPS].index(row["op"]), [*TARGETS].index(row["target"])))
+    new, old = pandas.DataFrame(rows).astype(str), _read(path)
+    replaced = old.set_index(["op", "target"]).index.isin(new.set_index(["op", "target"]).index)
+    table = pandas.concat([old[~replaced], new])
+    order = {name: i for i, name in enumerate((*OPS, *TARGETS))}
+    table = table.sort_values(["op", "target"], key=lambda c: c.map(order), kind="stable")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    with atomic_path(path) as part:
+        table.to_csv(part, index=False)
 
 
 def _differences(rows: list[Row], path: Path) -> list[str]:
     """Return the rows that the committed table of this Triton does not have."""
-    known = {tuple(row.values()) for row in _read(path)}
+    known = set(_read(path).itertuples(index=False, name=None))
     if not known:
         print(f"There is no {path}: of this Triton only faults are looked for.")
     return [
         f"{_name(row)} is not as {path} says: " + str({k: row[k] for k in list(row)[5:]})
         for row in rows
-        if known and tuple(str(value) for value in row.values()) not in known
+        if known and tuple(map(str, row.values())) not in known
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and compile; return the exit status."""
     command = parser("aot", __doc__)
-    command.add_argument("--op", action="append", choices=sorted(OPS), help="[all]")
-    command.add_argument("--target", action="append", choices=list(TARGETS), help="[all]")
+    command.add_argument("--op", action="append", choices=OPS, help="[all]")
+    command.add_argument("--target", action="append", choices=[*TARGETS], help="[all]")
     command.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
     command.add_argument("--out", metavar="DIR", help="put the rows into DIR/triton_<version>.csv")
     command.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
     given = command.parse_args(argv)
     rows: list[Row] = []
-    widest: list[Row] = []
+    wrong: list[str] = []
     for op in given.op or OPS:
         for target in given.target or TARGETS:
-            more = compile_op(op, target, tuple(QUICK) if given.quick else None)
-            wide = compile_widest(op, target)
-            _print(more + wide)
-            sys.stdout.flush()
-            rows, widest = rows + more, widest + wide
+            for row in compile_op(op, target, given.quick):
+                bad = faults(row)
+                facts = (f"{k} {row[k]}" for k in ("warps", "registers", "shared", "occupancy"))
+                line = f"{_name(row):80} {'  '.join(facts)}  {row['matrix']}  {'; '.join(bad)}"
+                print(line.rstrip(), flush=True)
+                rows += [row] if row["shape"] != WIDEST else []
+                wrong += [f"{_name(row)}: {fault}" for fault in bad]
     if not rows:
         sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")
         return 1
+    table = f"triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
     if given.out:
-        _write(rows, _table(given.out))
-    wrong = [f"{_name(row)}: {fault}" for row in rows + widest for fault in faults(row)]
+        _write(rows, Path(given.out) / table)
     if given.compare:
-        wrong += _differences(rows, _table(given.compare))
+        wrong += _differences(rows, Path(given.compare) / table)
     sys.stderr.writelines(f"{line}\n" for line in wrong)
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

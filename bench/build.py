@@ -6,7 +6,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -18,11 +17,10 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import parser
-from mfmjt.files import atomic_path
+from bench import ROOT, parser
+from bench.rows import write_json
 from mfmjt.kernels import _native
 
-ROOT = Path(__file__).parents[1]
 # Milliseconds, in a process that has imported torch
 IMPORT = (
     "import time, torch; t = time.perf_counter(); import mfmjt._C; "
@@ -45,24 +43,20 @@ def build(folder: Path) -> tuple[float, Path]:
     return seconds, library
 
 
-def import_time(folder: Path, repeats: int) -> float:
-    """Return the median milliseconds that the extension adds to `import torch`."""
-    command = [sys.executable, "-c", IMPORT]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return statistics.median(
-        float(subprocess.check_output(command, cwd=folder, env=environment)) for _ in range(repeats)
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write `build.json`."""
-    usage = parser("build", __doc__)
-    usage.add_argument("--out", type=Path, required=True, help="folder of the results")
+    usage = parser("build", __doc__, out="")
     usage.add_argument("--repeats", type=int, default=7, help="imports that are timed [7]")
     options = usage.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         seconds, library = build(folder)
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        command = [sys.executable, "-c", IMPORT]
+        imports = [
+            float(subprocess.check_output(command, cwd=folder, env=environment))
+            for _ in range(options.repeats)
+        ]
         packed = folder / "packed.zip"
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(library, library.name)
@@ -72,10 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "build_seconds": round(seconds, 1),
             "library_bytes": library.stat().st_size,
             "library_bytes_in_wheel": packed.stat().st_size,
-            "import_ms": round(import_time(folder, options.repeats), 2),
+            "import_ms": round(statistics.median(imports), 2),
         }
-    options.out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(options.out / "build.json") as path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    write_json(options.out / "build.json", result)
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -22,24 +23,12 @@ from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.model.config import CONFIGS
 from mfmjt.testing import JVP, MODES, Function, Operands, as_tuple
 
-__all__ = [
-    "SCALES",
-    "TINY",
-    "Case",
-    "Cost",
-    "Input",
-    "Shape",
-    "cases",
-    "four_calls",
-    "module",
-    "operands",
-    "rotation",
-    "shapes",
-    "vocoder_stages",
-]
+__all__ = ["SCALES", "TINY", "Case", "Cost", "Input", "Shape", "cases", "module", "operands"]
+__all__ += ["norm_cases", "rotation", "shapes", "vocoder_stages"]
 
-SCALES = ("gpu", "cpu", "check", "tiny")
-"""What is timed on a GPU and on a CPU, what is checked on any device, and what tests run."""
+SCALES = ("gpu", "cpu", "check", "aot", "tiny")
+"""What is timed on a GPU and on a CPU, checked on any device, compiled for GPUs that are not there,
+and run by tests."""
 
 TINY = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1}
 """A network in place of a real one, to see that something runs."""
@@ -148,6 +137,14 @@ class Shape(NamedTuple):
     streams: tuple[int, int, int]
     compile_too: bool = False
 
+    @classmethod
+    def of(cls, model: str, batch: int, compile_too: bool = False) -> Shape:
+        """Return the shape of a network's configuration at a batch."""
+        c = CONFIGS[model]
+        streams = (c.latent_length, c.video_length, c.text_length)
+        sizes = (c.latent_length, c.hidden_dim, c.num_heads, c.mlp_hidden)
+        return cls(model, batch, *sizes, streams, compile_too)
+
     @property
     def name(self) -> str:
         """The name of a case of this shape."""
@@ -171,26 +168,58 @@ class Shape(NamedTuple):
         return Case(op=op, model=self.model, batch=self.batch, inputs=drawn, **about)
 
 
-def _shape(model: str, batch: int, compile_too: bool = False) -> Shape:
-    c = CONFIGS[model]
-    streams = (c.latent_length, c.video_length, c.text_length)
-    sizes = (c.latent_length, c.hidden_dim, c.num_heads, c.mlp_hidden)
-    return Shape(model, batch, *sizes, streams, compile_too)
-
-
 def shapes(scale: str) -> list[Shape]:
     """Return the networks' shapes of one of `SCALES`, those that matter most first."""
     if scale == "gpu":
-        big = [_shape("small_16k", batch, compile_too=True) for batch in (256, 2)]
-        big += [_shape("small_16k", batch) for batch in (26, 1, 64)]
+        big = [Shape.of("small_16k", batch, compile_too=True) for batch in (256, 2)]
+        big += [Shape.of("small_16k", batch) for batch in (26, 1, 64)]
         others = ("small_44k", "medium_44k")
-        return big + [_shape(model, b) for model in others for b in (256, 2, 26, 1, 64)]
+        return big + [Shape.of(model, b) for model in others for b in (256, 2, 26, 1, 64)]
     if scale == "cpu":
-        rest = (("small_16k", 8), ("medium_44k", 2), ("nano", 16))
-        return [_shape("small_16k", 2, compile_too=True), *(_shape(*pair) for pair in rest)]
+        small = Shape.of("small_16k", 2, compile_too=True)
+        return [small, *(Shape.of(*n) for n in (("small_16k", 8), ("medium_44k", 2), ("nano", 16)))]
+    if scale == "aot":
+        networks = (("small_16k", 64), ("small_16k", 2), ("large_44k_v2", 8), ("nano", 16))
+        first, one, *rest = (Shape.of(*network) for network in networks)
+        return [first, one._replace(model="small_16k_one"), *rest]
+    if scale == "widest":  # rows that norms take
+        from mfmjt.kernels.triton.norm import MAX_WIDTH
+
+        return [Shape("widest", 2, 64, MAX_WIDTH, 1, MAX_WIDTH, (64, 0, 0))]
     if scale == "check":
-        return [_shape("nano", 16), _shape("small_16k", 4)]
+        return [Shape.of("nano", 16), Shape.of("small_16k", 4)]
     return [Shape("tiny", 1, 6, 8, 1, 12, (6, 2, 1))]
+
+
+def norm_cases(
+    op: str, scale: str, function: Function, reference: Function, moved: Cost, *rows: str
+) -> list[Case]:
+    """Return the cases of a modulated norm.
+
+    Modulation is per token; where ops are checked, a sample's tokens share all but `scale`, and
+    where they are compiled, `scale` too.
+
+    Args:
+        op: Its name.
+        scale: One of `SCALES`, or "widest".
+        function: The op.
+        reference: Its twin.
+        moved: What is read and written for each element of x.
+        rows: Names of the inputs that have a row for each token, whatever the scale.
+    """
+    found = []
+    for s in shapes(scale):
+        one = (s.batch, 1, s.dim)
+        sizes = {s.name: (one if scale == "check" else s.rows, s.rows)}
+        if scale in ("aot", "widest"):
+            sizes = {f"{s.name} per sample": (one, one), **sizes}
+        for name, (first, second) in sizes.items():
+            inputs = dict.fromkeys(rows, s.rows)
+            inputs |= dict.fromkeys(("gate", "shift") if "h" in rows else ("shift",), first)
+            costs = {"elements": moved.times(math.prod(s.rows)), "terms": max(s.length, s.dim)}
+            about = {"name": name, "function": function, "reference": reference, **costs}
+            found.append(s.case(op, inputs | {"scale": second}, **about))
+    return found
 
 
 VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}
@@ -199,6 +228,8 @@ VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}
 
 def vocoder_stages(scale: str) -> list[tuple[str, int, int]]:
     """Return (model, channels, samples) of every stage of a scale's vocoders, the last first."""
+    if scale == "aot":  # channels of a network, to have few kernels
+        return [(s.model, s.dim, 8 * s.length) for s in shapes(scale)]
     found: list[tuple[str, int, int]] = []
     for name, frames in VOCODERS.get(scale, {}).items():
         config = BIGVGAN_CONFIGS[name]

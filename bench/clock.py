@@ -8,31 +8,21 @@ process's own CPU time, which a busy machine stretches less, stands beside wall 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from bench.rows import line_of
+from bench.rows import failure
+from mfmjt.cuda_graph import _capturing
 from mfmjt.errors import RunError
 from mfmjt.testing import Operands
 
-__all__ = [
-    "MIN_CALLS",
-    "CaptureFailed",
-    "Sampler",
-    "Timing",
-    "cuda_events",
-    "l2_bytes",
-    "of_graph",
-    "on_cpu",
-    "recorded",
-    "replayed",
-    "take_turns",
-]
+__all__ = ["MIN_CALLS", "CaptureFailed", "Sampler", "Timing", "cuda_events", "l2_bytes"]
+__all__ += ["of_graph", "on_cpu", "recorded", "replayed", "take_turns"]
 
 T = TypeVar("T")
 Name = TypeVar("Name", bound=Hashable)
@@ -73,7 +63,7 @@ class Timing:
 
 
 def take_turns(samplers: Mapping[Name, Sampler], seconds: float = 1.0) -> dict[Name, Timing]:
-    """Sample all, alternating, for about `seconds` in all.
+    """Take samples of all, alternating, for about `seconds` in all.
 
     Args:
         samplers: What to compare; each does the same work and has been warmed up.
@@ -90,12 +80,8 @@ def take_turns(samplers: Mapping[Name, Sampler], seconds: float = 1.0) -> dict[N
 
 
 def _timing(samples: list[tuple[float, float]]) -> Timing:
-    columns = ([s[i] for s in samples] for i in (0, 1))
-    quantiles = []
-    for column in columns:
-        p20, _, _, p80 = statistics.quantiles(column, n=5, method="inclusive")
-        quantiles.append((p20, statistics.median(column), p80))
-    return Timing(*quantiles[0], *quantiles[1], n=len(samples))
+    (a, b, c), (d, e, f) = np.quantile(samples, (0.2, 0.5, 0.8), axis=0).T.tolist()
+    return Timing(a, b, c, d, e, f, n=len(samples))
 
 
 def on_cpu(call: Callable[[], object]) -> Sampler:
@@ -109,22 +95,34 @@ def on_cpu(call: Callable[[], object]) -> Sampler:
     return sample
 
 
-def cuda_events(call: Callable[[], object], device: torch.device) -> Sampler:
-    """Return how to time a call between events, after a write over three times the L2 cache."""
-    flush = torch.empty(3 * l2_bytes(device), dtype=torch.uint8, device=device)
+def _between_events(
+    call: Callable[[], object], before: Callable[[], object], calls: int = 1
+) -> Sampler:
+    """Return how to take the GPU's time between events, over the calls in it, and the host's."""
 
     def sample() -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        host = time.perf_counter()
+        before()
         start.record()
+        host = time.perf_counter()
         call()
-        end.record()
         host = time.perf_counter() - host
+        end.record()
         end.synchronize()
-        return start.elapsed_time(end), 1e3 * host
+        return start.elapsed_time(end) / calls, 1e3 * host
 
     return sample
+
+
+def cuda_events(call: Callable[[], object], device: torch.device) -> Sampler:
+    """Return how to time a call between events, after a write over three times the L2 cache."""
+    flush = torch.empty(3 * l2_bytes(device), dtype=torch.uint8, device=device)
+    return _between_events(call, flush.zero_)
+
+
+def of_graph(graph: torch.cuda.CUDAGraph, calls: int = 1) -> Sampler:
+    """Return how to time a replay between events, over the calls in it, and the host for it."""
+    return _between_events(graph.replay, torch.cuda.synchronize, calls)
 
 
 def recorded(
@@ -141,40 +139,19 @@ def recorded(
     Raises:
         CaptureFailed: The call cannot be captured.
     """
-    before = torch.cuda.current_stream()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(before)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            (warm_up or call)()
+    torch.cuda.synchronize()
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                (warm_up or call)()
-        torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                result = call()
-        except Exception as error:
-            raise CaptureFailed(f"{type(error).__name__}: {line_of(error)}") from error
-    finally:
-        torch.cuda.set_stream(before)  # a capture that fails leaves its own
-    before.wait_stream(stream)
+        with _capturing(torch.cuda.graph_pool_handle(), stream) as graph:
+            result = call()
+    except Exception as error:
+        raise CaptureFailed(failure(error)) from error
+    torch.cuda.current_stream().wait_stream(stream)
     return graph, result
-
-
-def of_graph(graph: torch.cuda.CUDAGraph, calls: int = 1) -> Sampler:
-    """Return how to time a replay between events, over the calls in it, and the host for it."""
-
-    def sample() -> tuple[float, float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        host = time.perf_counter()
-        graph.replay()
-        host = time.perf_counter() - host
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls, 1e3 * host
-
-    return sample
 
 
 def replayed(call: Callable[[Operands], object], sets: list[Operands]) -> Sampler:
@@ -185,15 +162,8 @@ def replayed(call: Callable[[Operands], object], sets: list[Operands]) -> Sample
     """
     graph, _ = recorded(lambda: [call(given) for given in sets], lambda: call(sets[0]))
     device = of_graph(graph, len(sets))
-
-    def sample() -> tuple[float, float]:
-        torch.cuda.synchronize()
-        host = time.perf_counter()
-        call(sets[0])
-        host = time.perf_counter() - host
-        return device()[0], 1e3 * host
-
-    return sample
+    host = _between_events(lambda: call(sets[0]), torch.cuda.synchronize)
+    return lambda: (device()[0], host()[1])
 
 
 def l2_bytes(device: torch.device) -> int:

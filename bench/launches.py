@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import parser
 from bench.aot import TARGETS, offline_driver
+from bench.networks.given import features
 from mfmjt import kernels, meanflow
 from mfmjt.model import MFMJT, conditioning
 from mfmjt.model.config import CONFIGS
@@ -99,10 +99,8 @@ def counted(name: str) -> dict[str, Counter[str]]:
         dtype = torch.bfloat16
         net = MFMJT.from_config(name)
         net.load_state_dict({k: v.to(dtype) for k, v in net.state_dict().items()}, assign=True)
-        c = net.config
-        z = torch.zeros(1, c.latent_length, c.latent_dim)
-        dims = {"video": c.video_dim, "sync": c.sync_dim, "text": c.text_dim}
-        cond = {n: torch.zeros(1, getattr(c, f"{n}_length"), d).to(dtype) for n, d in dims.items()}
+        z = torch.zeros(1, net.config.latent_length, net.config.latent_dim)
+        cond = {n: x.to(dtype) for n, x in features(net.config, 1).items()}
         no = torch.zeros(1, dtype=torch.bool)
 
         @torch.no_grad()
@@ -147,7 +145,3 @@ def main(argv: list[str] | None = None) -> int:
         row |= {"training": totals.pop("training"), "launches": totals, "by_kernel": found}
         print(json.dumps(row))
     return int(most is not None and totals["mfmjt"] > most)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

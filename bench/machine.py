@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
-import subprocess
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench.case import Case
 from bench.clock import cuda_events, on_cpu
-from bench.rows import dtype_name, short
+from bench.rows import Row, commit, dtype_name, output_of, short
 from mfmjt.devices import cpu_name
-from mfmjt.kernels import precision
+from mfmjt.kernels import _native, precision
 
-__all__ = ["Ceilings", "commit", "environment", "peak_mib", "row_of"]
+__all__ = ["Ceilings", "environment", "peak_mib", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,15 @@ class Ceilings:
         size = 2**12 if tiny else 2**31 if cuda else 2**28
         x = torch.ones(size, dtype=torch.uint8, device=device)
         y = torch.ones_like(x)
-        ms = _best(lambda: y.copy_(x), device)
-        copy = 2 * x.nbytes / ms / 1e6
+        copy = 2 * x.nbytes / _best(lambda: y.copy_(x), device) / 1e6
         n = 64 if tiny else 8192 if cuda else 2048
         gemm = {}
         for dtype in dtypes:
             slow = not cuda and dtype in precision.SLOW
-            rate = _product(n, torch.float32 if slow else dtype, device)
-            gemm[dtype_name(dtype)] = short(rate / 1e3)
+            a = torch.randn(n, n, device=device).to(torch.float32 if slow else dtype)
+            b = torch.randn_like(a)
+            ms = _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+            gemm[dtype_name(dtype)] = short(2 * n**3 / ms / 1e9)
         return cls(short(copy), gemm)
 
     def floor_ms(self, case: Case, dtype: torch.dtype, mode: str) -> float:
@@ -63,23 +61,14 @@ class Ceilings:
         return max(compute, elements * dtype.itemsize / (1e6 * self.copy_gbps))
 
 
-def _product(n: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the GFLOP/s of a product of two square matrices."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _best(lambda: a @ b, device) / 1e6
-
-
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Return the least milliseconds of eight calls, or of as many as two seconds allow."""
+    """Return the least milliseconds of eight calls."""
     call()
     sample = cuda_events(call, device) if device.type == "cuda" else on_cpu(call)
-    taken, end = [sample()[0]], time.monotonic() + 2
-    while len(taken) < 8 and time.monotonic() < end:
-        taken.append(sample()[0])
-    return min(taken)
+    return min(sample()[0] for _ in range(8))
 
 
-def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dict[str, Any]:
+def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> Row:
     """Return the fields that all providers' rows of a case share."""
     return {
         "op": case.op,
@@ -96,27 +85,32 @@ def row_of(case: Case, dtype: torch.dtype, mode: str, ceilings: Ceilings) -> dic
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> Row:
     """Return what a measurement depends on: machine, driver, versions, commit, time."""
-    stamp: dict[str, Any] = {
+    stamp: Row = {
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(device),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "spin": os.environ.get("GOMP_SPINCOUNT"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
+        "triton": None,
+        "numpy": importlib.metadata.version("numpy"),
         "commit": commit(),
-        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "extension": _native.status(),
     }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        stamp["triton"] = importlib.metadata.version("triton")
     if device.type == "cuda":
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         stamp |= {
             "gpu": torch.cuda.get_device_name(device),
             "capability": list(torch.cuda.get_device_capability(device)),
             "cuda": torch.version.cuda,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": driver,
         }
     return stamp
 
@@ -131,25 +125,3 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def commit() -> str | None:
-    """Return the commit: COMMIT of the environment, for where there is no .git, or git's answer."""
-    return os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _run(*command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -18,7 +18,7 @@ from bench.case import Case, module
 from mfmjt.kernels import _native
 from mfmjt.testing import JVP, JVP_BACKWARD, MODES, Function, Operands, Results, runner
 
-__all__ = ["OURS", "REFERENCE", "Provider", "Unsupported", "liger", "providers", "step"]
+__all__ = ["OURS", "REFERENCE", "Provider", "Unsupported", "liger", "package", "providers", "step"]
 
 OURS, REFERENCE = "mfmjt", "eager"
 
@@ -75,16 +75,21 @@ def providers(case: Case, device: torch.device, mode: str) -> list[Provider]:
     ]
 
 
-def liger(file: str, name: str) -> Any:
-    """Return a function of liger-kernel, loaded when it is first called.
+def package(name: str) -> Any:
+    """Return a module of another package, loaded when it is first asked for.
 
     Raises:
         Unsupported: It does not load.
     """
     try:
-        return getattr(importlib.import_module(f"liger_kernel.ops.{file}"), name)
-    except Exception as error:
-        raise Unsupported(f"liger_kernel does not load: {error}") from error
+        return importlib.import_module(name)
+    except Exception as error:  # packages fail to load in many ways
+        raise Unsupported(f"{name} does not load: {error}") from error
+
+
+def liger(file: str, name: str) -> Any:
+    """Return a function of liger-kernel; see `package`."""
+    return getattr(package(f"liger_kernel.ops.{file}"), name)
 
 
 def step(provider: Provider, mode: str) -> Callable[[Operands], Results]:
@@ -93,11 +98,4 @@ def step(provider: Provider, mode: str) -> Callable[[Operands], Results]:
     tune = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else "default"
     compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=tune)
     call = runner(provider.function, mode, compiler if provider.compiled else None)
-    if not provider.formulas:
-        return call
-
-    def with_formulas(given: Operands) -> Results:
-        with _native.formulas():
-            return call(given)
-
-    return with_formulas
+    return _native.formulas()(call) if provider.formulas else call

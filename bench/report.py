@@ -18,27 +18,24 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas
 from pandas import DataFrame, MultiIndex
 
-from bench import parser
-from bench.plots import name_of, plot_generation, plot_ops
+from bench import ROOT, parser
+from bench.plots import plot_generation, plot_ops
 from bench.providers import OURS
-from bench.rows import read
+from bench.rows import Row, name_of, read
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS
 from mfmjt.errors import InputError
 from mfmjt.testing import VALUE
 
 __all__ = ["CASE", "frame", "generation", "load", "main", "write_tables"]
 
-ROOT = Path(__file__).parent.parent
 CASE = ["op", "case", "dtype", "mode"]
+TIMED = ("latents", "waveform")
 ACTIVATIONS = 18
 """Of each stage of BigVGAN: three residual blocks of six. One more follows the last stage."""
-
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("dir", type=Path, help="folder of results")
     command.add_argument("--no-plots", action="store_true", help="tables only: no matplotlib")
     given = command.parse_args(argv)
-    rows = load(given.dir)
-    tables = [*write_tables(given.dir, rows), *_write(given.dir / "generate.md", _generated)]
-    tables += _write(given.dir / "steps.md", _steps)
+    folder = given.dir
+    ops, generated = frame(load(folder)), frame(generation(folder))
+    tables = write_tables(folder, ops)
+    for name, text in (("generate", _generated(folder, generated)), ("steps", _steps(folder))):
+        if text:
+            tables.append(folder / f"{name}.md")
+            tables[-1].write_text(text)
     written = [*tables, *_fill_documents(tables)]
     if not given.no_plots:
-        written += plot_ops(given.dir, rows)
-        written += plot_generation(given.dir, read(given.dir / "generate.jsonl"))
+        written += [*plot_ops(folder, ops), *plot_generation(folder, generated)]
     for path in written:
         print(path)
     return 0
@@ -85,7 +85,7 @@ def generation(folder: Path) -> list[Row]:
             "malloc": "cuda" if row["device"] == "cuda" else "default",
         }
         for row in read(folder / "generate.jsonl")
-        if row["what"] in ("latents", "waveform")
+        if row["what"] in TIMED
     ]
 
 
@@ -96,9 +96,10 @@ def frame(rows: list[Row]) -> DataFrame:
     judged by, a CPU's time or a GPU's, in ms; and `noise`, half the distance of the 20th and the
     80th percentile over the median.
     """
-    columns = [*CASE, "provider", "malloc", "status", "reason", "headline", "length", "threads"]
-    times = [f"{stem}_{p}" for stem in ("ms", "cpu_ms") for p in ("p20", "p50", "p80")]
-    table = DataFrame(rows, columns=[*columns, *times, "floor_ms"])
+    columns = [*CASE, "provider", "malloc", "status", "reason", "headline", "model", "batch"]
+    columns += ["length", "threads", "floor_ms", "what", "network", "clips_per_s"]
+    columns += [f"{clock}_{p}" for clock in ("ms", "cpu_ms") for p in ("p20", "p50", "p80")]
+    table = DataFrame(rows, columns=columns)
     table["name"] = [name_of(row) for row in rows]
     cuda = table["malloc"] == "cuda"
     p20, p50, p80 = (
@@ -110,33 +111,24 @@ def frame(rows: list[Row]) -> DataFrame:
     return table.iloc[order.argsort(kind="stable")]
 
 
-def write_tables(folder: Path, rows: list[Row]) -> list[Path]:
-    """Write table.md and details.md; return their paths."""
+def write_tables(folder: Path, table: DataFrame) -> list[Path]:
+    """Write table.md and details.md of the ops; return their paths."""
     path = folder / "environment.json"
     about = _environment(json.loads(path.read_text())) if path.exists() else ""
     short, long = [about], [about, _checks(folder), _steps(folder)]
-    table = frame(rows)
     # Older rows say by being compiled that they are of the first to look at.
     first = table["headline"].where(
         table["headline"].notna(), table["provider"].str[:7] == "compile"
     )
-    table["first"] = first.groupby([table[key] for key in CASE]).transform("any")
+    first = first.groupby([table[key] for key in CASE]).transform("any")
     for op, every in table.groupby("op"):
-        if every["first"].any():
-            short.append(_op_table(str(op), every[every["first"]]))
+        if first[every.index].any():
+            short.append(_op_table(str(op), every[first[every.index]]))
         long.append(f"## {op}\n\n{_op_table(str(op), every)}\n{_reasons(every)}")
     paths = [folder / "table.md", folder / "details.md"]
     for path, parts in zip(paths, (short, long), strict=True):
         path.write_text("\n".join(part for part in parts if part))
     return paths
-
-
-def _write(path: Path, text_of: Any) -> list[Path]:
-    """Write what a function makes of the folder, if it is anything; return the path."""
-    if not (text := text_of(path.parent)):
-        return []
-    path.write_text(text)
-    return [path]
 
 
 def _markdown(table: DataFrame) -> str:
@@ -206,27 +198,23 @@ def _op_table(op: str, table: DataFrame) -> str:
 def _vocoders(table: DataFrame) -> str:
     """Return seconds of all activations of a vocoder on 8 s of sound, if every stage was timed."""
     lines = []
-    for vocoder, config in BIGVGAN_CONFIGS.items():
-        stages = table[(table["op"] == "snake") & (table["mode"] == VALUE)]
-        stages = stages[stages["case"].str.startswith(f"bigvgan_{vocoder} ")]
-        for dtype, every in stages.groupby("dtype", sort=False):
-            if every["case"].nunique() != len(config.rates):
-                continue
-            every = every[every["status"] == "ok"].sort_values(
-                "length", ascending=False, kind="stable"
-            )
-            threads = every["threads"].where(every["malloc"] != "cuda", 1)
-            totals = [
-                f"{name} {ACTIVATIONS * seconds.sum() + seconds.iloc[0]:.3g} s"
-                for name, seconds in (every["time"] / 1e3 / threads).groupby(
-                    every["name"], sort=False
-                )
-                if len(seconds) == len(config.rates)
-            ]
-            lines.append(
-                f"\nAll activations of BigVGAN-{vocoder} on 8 s of sound, {dtype}: "
-                f"{', '.join(totals)} (on a CPU, CPU seconds over threads).\n"
-            )
+    table = table[(table["op"] == "snake") & (table["mode"] == VALUE)]
+    seconds = table["time"] / 1e3 / table["threads"].where(table["malloc"] != "cuda", 1)
+    table = table.assign(seconds=seconds, vocoder=table["case"].str.extract("bigvgan_(.*) ")[0])
+    for (vocoder, dtype), every in table.groupby(["vocoder", "dtype"], sort=False):
+        stages = len(BIGVGAN_CONFIGS[str(vocoder)].rates)
+        if every["case"].nunique() != stages:
+            continue
+        longest_first = every[every["status"] == "ok"].sort_values(
+            "length", ascending=False, kind="stable"
+        )
+        of_all = longest_first.groupby("name", sort=False)["seconds"].agg(["sum", "first", "size"])
+        of_all = of_all[of_all["size"] == stages]
+        totals = (ACTIVATIONS * of_all["sum"] + of_all["first"]).map("{:.3g} s".format)
+        lines.append(
+            f"\nAll activations of BigVGAN-{vocoder} on 8 s of sound, {dtype}: "
+            f"{', '.join(totals.index + ' ' + totals)} (on a CPU, CPU seconds over threads).\n"
+        )
     return "".join(lines)
 
 
@@ -251,36 +239,29 @@ def _checks(folder: Path) -> str:
 
 def _steps(folder: Path) -> str:
     """Return the table of training steps; empty if none were timed."""
+    heads = {"network": "training step", "batch": "batch", "length": "latents", "ratio": "ratio"}
+    heads |= {"provider": "provider", "ms_p50": "ms", "over_flow": "x flow"}
+    heads |= {"peak_mib": "peak MiB", "eager_ms": "issued by Python, ms"}
     rows = [row for row in read(folder / "train_step.jsonl") if row["what"] == "timed"]
-    if not rows:
-        return ""
-    fields = ["network", "batch", "length", "ratio", "provider", "ms_p50", "over_flow", "peak_mib"]
-    heads = ["training step", "batch", "latents", "ratio", "provider", "ms", "x flow", "peak MiB"]
-    table = DataFrame(rows, columns=[*fields, "eager_ms", "status", "reason"])
+    table = DataFrame(rows, columns=[*heads, "status", "reason"]).astype(object)
     forms = {"ms_p50": "{:.4g}", "over_flow": "{:.3f}", "peak_mib": "{:.0f}", "eager_ms": "{:.4g}"}
-    text = table[fields].astype(object)
-    if table["eager_ms"].notna().any():
-        text["eager_ms"] = table["eager_ms"]
-        heads.append("issued by Python, ms")
-    for field in forms.keys() & {*text}:
-        numbers = table[field].astype(float)
-        text[field] = numbers.map(forms[field].format).where(numbers.notna(), "")
-    why = [f"{row['status']}: {row.get('reason')}" for row in rows]
-    text["ms_p50"] = text["ms_p50"].where(table["status"] == "ok", why)
-    return _markdown(text.set_axis(heads, axis=1))
+    for field, form in forms.items():
+        table[field] = table[field].map(form.format, na_action="ignore")
+    why = table["status"] + ": " + table["reason"].astype(str)
+    table["ms_p50"] = table["ms_p50"].where(table["status"] == "ok", why)
+    if table["eager_ms"].isna().all():
+        del heads["eager_ms"]
+    return _markdown(table[[*heads]].fillna("").rename(columns=heads)) if rows else ""
 
 
-def _generated(folder: Path) -> str:
+def _generated(folder: Path, table: DataFrame) -> str:
     """Return the table of generation, and a sentence for each figure that has no peers."""
     rows = read(folder / "generate.jsonl")
     if not rows:
         return ""
     what = ["what", "network", "batch"]
-    table = DataFrame(
-        [row | {"name": row["provider"]} for row in rows if row["what"] in ("latents", "waveform")],
-        columns=[*what, "name", "provider", "status", "ms_p50", "clips_per_s"],
-    ).rename(columns={"ms_p50": "time"})
-    table = table.drop_duplicates([*what, "name"], keep="last")
+    # What somebody waits for, not the CPU's time
+    table = table.assign(time=table["ms_p50"]).drop_duplicates([*what, "name"], keep="last")
     others = _pivot(table, what, OURS).replace(r"\*", "", regex=True)
     own = table[(table["name"] == OURS) & (table["status"] == "ok")].set_index(what)
     columns = {
@@ -288,30 +269,22 @@ def _generated(folder: Path) -> str:
         "clips/s": own["clips_per_s"].map("{:.4g}".format),
         **others,
     }
-    text = _markdown(
-        DataFrame(columns, index=others.index)
-        .fillna("")
-        .reset_index()
-        .rename(columns={"what": "8 s of sound"})
-    )
-    timed = ("latents", "waveform")
-    once = [row for row in rows if row["status"] == "ok" and row["what"] not in timed]
-    return text + "".join(f"\n{_once(row)}\n" for row in once)
+    text = DataFrame(columns, index=others.index).fillna("").reset_index()
+    once = [row for row in rows if row["status"] == "ok" and row["what"] not in TIMED]
+    lines = [_markdown(text.rename(columns={"what": "8 s of sound"})), *map(_once, once)]
+    return "\n".join(lines)
 
 
 def _once(row: Row) -> str:
     """Return a sentence for what has no peers."""
     if row["what"] == "launches":
         counts = ", ".join(f"{name} {count}" for name, count in row["launches"].items())
-        return f"Kernels that one guided step of {row['network']} launches on a GPU: {counts}."
-    parts = ", ".join(
-        f"{name.removesuffix('_s')} {value:.3g} s"
-        for name, value in row.items()
-        if name.endswith("_s") and isinstance(value, float)
-    )
+        return f"Kernels that one guided step of {row['network']} launches on a GPU: {counts}.\n"
+    seconds = {k[:-2]: v for k, v in row.items() if k.endswith("_s") and isinstance(v, float)}
+    parts = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
     if row["what"] == "end_to_end":
-        return f"{row['seconds']:g} s video with {row['network']}, end to end: {parts}."
-    return f"A new process to its first 8 s of sound: {parts}."
+        return f"{row['seconds']:g} s video with {row['network']}, end to end: {parts}.\n"
+    return f"A new process to its first 8 s of sound: {parts}.\n"
 
 
 def _fill_documents(tables: list[Path]) -> list[Path]:

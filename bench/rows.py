@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import ROOT
+from mfmjt.files import atomic_path
+
 if TYPE_CHECKING:
     from bench.clock import Timing
 
-__all__ = [
-    "CHECK",
-    "GENERATE",
-    "KERNELS",
-    "KEY",
-    "STEP",
-    "TRAIN",
-    "Rows",
-    "dtype_name",
-    "line_of",
-    "read",
-    "short",
-]
+__all__ = ["CHECK", "GENERATE", "KERNELS", "KEY", "STEP", "TRAIN", "Row", "Rows", "commit"]
+__all__ += ["dtype_name", "failure", "name_of", "output_of", "read", "short", "write_json"]
+
+Row = dict[str, Any]
 
 KEY = ("op", "case", "dtype", "mode", "provider", "malloc", "threads")
 """What identifies a row of `kernels.jsonl`."""
@@ -49,13 +44,42 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def line_of(error: Exception) -> str:
-    """Return the first line of an error's message."""
+def name_of(row: Row) -> str:
+    """Return a provider's name in a table, with its allocator where that is not the default."""
+    raised = ", raised malloc" if row["malloc"] == "raised" else ""
+    return f"{row['provider']}{raised}"
+
+
+def failure(error: Exception) -> str:
+    """Return an error's kind and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or ["no message"])[0][:200]
+    return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def output_of(*command: str, seconds: float = 20.0) -> str | None:
+    """Return what a command prints, run in the source tree; None where it fails or takes longer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """Return COMMIT of the environment, for where there is no .git, or git's answer."""
+    return os.environ.get("COMMIT") or output_of("git", "rev-parse", "HEAD")
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Print figures, and write them as a file."""
+    text = json.dumps(figures, indent=1)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part:
+        part.write_text(text + "\n")
+
+
+def read(path: Path) -> list[Row]:
     """Return the rows of a file, but a line that was cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -91,7 +115,7 @@ class Rows:
         """Return whether some row has these values in the identifying fields."""
         return self._of(fields) in self._known
 
-    def add(self, fields: Mapping[str, Any], timing: Timing | None = None) -> dict[str, Any]:
+    def add(self, fields: Mapping[str, Any], timing: Timing | None = None) -> Row:
         """Append a row, its numbers rounded to five digits; return it."""
         row = short({**fields, **self.about, **(asdict(timing) if timing else {})})
         line = json.dumps(row) + "\n"

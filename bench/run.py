@@ -22,15 +22,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import json
 import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor as Worker
-from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -49,17 +47,18 @@ from bench.clock import (
 from bench.machine import Ceilings, environment, peak_mib, row_of
 from bench.ops import named_ops
 from bench.providers import OURS, REFERENCE, Provider, Unsupported, providers, step
-from bench.rows import Rows, dtype_name, line_of
+from bench.rows import Row, Rows, dtype_name, failure, name_of, write_json
 from mfmjt.devices import parse_dtype
-from mfmjt.errors import RunError
-from mfmjt.kernels import _native
 from mfmjt.testing import JVP_BACKWARD, Operands, Truth
 
-__all__ = ["DTYPES", "IN_RAISED", "DeviceLost", "Trial", "main", "prepare", "truth_of"]
+__all__ = ["DTYPES", "IN_RAISED", "Trial", "main", "prepare", "truth_of"]
 
 CPU = torch.device("cpu")
 DTYPES = {name: parse_dtype(name) for name in ("float32", "bfloat16", "float16")}
-RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**30)}
+MALLOC = {
+    "default": {},
+    "raised": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**30)},
+}
 IN_RAISED = (REFERENCE, OURS)
 """Who runs with raised thresholds too; it matters to those who allocate much."""
 LARGE = 2**26
@@ -67,24 +66,7 @@ LARGE = 2**26
 MAX_SETS = 64
 """Most sets of operands in one CUDA graph."""
 
-Row = dict[str, Any]
 Call = Callable[[Operands], object]
-
-
-class DeviceLost(RunError):
-    """A call left the GPU unusable for this process.
-
-    Attributes:
-        provider: Who did it.
-        reason: What the driver said.
-    """
-
-    def __init__(self, provider: str, reason: str) -> None:
-        super().__init__(
-            f"The GPU is unusable after {provider}: {reason}. Run the same command again: it goes "
-            "on without that."
-        )
-        self.provider, self.reason = provider, reason
 
 
 def truth_of(case: Case, given: Operands, large: float = LARGE) -> Truth:
@@ -103,52 +85,36 @@ def truth_of(case: Case, given: Operands, large: float = LARGE) -> Truth:
 
 
 def prepare(
-    case: Case, mode: str, everyone: Sequence[Provider], given: Operands, truth: Truth | None
-) -> tuple[dict[str, tuple[Call, float | None]], dict[str, dict[str, str]]]:
-    """Build every provider's call, run it, and compare with the truth.
+    provider: Provider, mode: str, given: Operands, truth: Truth | None
+) -> tuple[Row, Call | None]:
+    """Build a provider's call, run it, and compare with the truth.
 
     Args:
-        case: What to compute.
+        provider: Who.
         mode: One of `mfmjt.testing.MODES`.
-        everyone: The providers.
         given: Operands.
         truth: What is right; None for calls that were verified elsewhere.
 
     Returns:
-        For those who may be timed the call and its error over the limit; for the others the fields
-        `status` and `reason` of their row.
+        Fields of its row, `status` among them, and the call; None where it may not be timed.
 
     Raises:
-        DeviceLost: A call broke the GPU's state.
+        Exception: Of any kind, on a GPU only: whoever asked looks whether that is usable still.
     """
-    good: dict[str, tuple[Call, float | None]] = {}
-    bad: dict[str, dict[str, str]] = {}
-    if any(provider.compiled for provider in everyone):
-        torch.compiler.reset()  # what was compiled for other comparisons counts against a limit
-    for provider in everyone:
-        try:
-            call = step(provider, mode)
-            found, error = call(given), None
-            if truth is not None:
-                verdict = truth.judge(found)
-                error = verdict.error
-                if verdict.wrong:
-                    bad[provider.name] = {"status": "wrong", "reason": verdict.wrong}
-                    continue
-            if provider.compiled:
-                call(given)  # the first call compiled
-            good[provider.name] = call, error
-        except Unsupported as error:
-            bad[provider.name] = {"status": "unsupported", "reason": line_of(error)}
-        except Exception as error:  # other people's code may fail in any way
-            reason = f"{type(error).__name__}: {line_of(error)}"
-            bad[provider.name] = {"status": "unsupported", "reason": reason}
-        if given.cotangents[0].is_cuda:
-            try:
-                torch.cuda.synchronize()  # where a kernel went wrong, the next one would be blamed
-            except RuntimeError as error:
-                raise DeviceLost(provider.name, line_of(error)) from error
-    return good, bad
+    try:
+        call = step(provider, mode)
+        found = call(given)
+        verdict = truth.judge(found) if truth else None
+        if provider.compiled:
+            call(given)  # the first call compiled
+    except Exception as error:  # other people's code may fail in any way
+        unable = isinstance(error, Unsupported)
+        if given.cotangents[0].is_cuda and not unable:
+            raise
+        return {"status": "unsupported", "reason": str(error) if unable else failure(error)}, None
+    if verdict and verdict.wrong:
+        return {"status": "wrong", "reason": verdict.wrong}, None
+    return {"status": "ok", "error_of_limit": verdict.error if verdict else None}, call
 
 
 class Trial:
@@ -186,37 +152,30 @@ class Trial:
         Returns:
             Fields of its row, and the timing; None where it cannot run or is wrong. `timer` is
             "events" where a capture failed: this process must not capture again.
-
-        Raises:
-            DeviceLost: A call broke the GPU's state.
         """
-        good, bad = prepare(self.case, mode, [provider], self.sets[0], self.truth)
-        if provider.name in bad:
-            return dict(bad[provider.name]), None
-        call, error = good[provider.name]
+        if provider.compiled:
+            torch.compiler.reset()  # what was compiled before counts against a limit
+        row, call = prepare(provider, mode, self.sets[0], self.truth)
+        if call is None:
+            return row, None
         one = functools.partial(call, self.sets[0])
-        row: Row = {"status": "ok", "error_of_limit": error, "peak_mib": peak_mib(one, self.device)}
-        sampler, row["timer"] = self._sampler(call, one)
+        row |= {"peak_mib": peak_mib(one, self.device), "timer": "cpu"}
+        sampler = on_cpu(one)
+        if self.device.type == "cuda":
+            try:
+                sampler, row["timer"] = replayed(call, self.sets), "graph"
+            except CaptureFailed as error:  # it waits for the device, or allocates where none may
+                print(f"No graph ({error}); timed between events.")
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                sampler, row["timer"] = cuda_events(one, self.device), "events"
         return row, take_turns({"": sampler}, seconds)[""]
-
-    def _sampler(self, call: Call, one: Callable[[], object]) -> tuple[Sampler, str]:
-        """Return how to time a call, and the name of that."""
-        if self.device.type != "cuda":
-            return on_cpu(one), "cpu"
-        try:
-            return replayed(call, self.sets), "graph"
-        except CaptureFailed as error:  # it waits for the device, or allocates where none may
-            print(f"No graph ({error}); timed between events.")
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return cuda_events(one, self.device), "events"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m bench ops`; return the exit status."""
-    command = parser("ops", __doc__)
+    command = parser("ops", __doc__, out="output/ops")
     command.add_argument("ops", nargs="?", help="only these, separated by commas")
-    command.add_argument("--out", type=Path, default=Path("output/ops"), help="[output/ops]")
     command.add_argument("--quick", action="store_true", help="the first case of each op only")
     command.add_argument("--dtypes", default="float32,bfloat16", help="[float32,bfloat16]")
     command.add_argument("--seconds", type=float, default=0.5, help="for each comparison [0.5]")
@@ -225,22 +184,19 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--tiny", action="store_true", help="no real sizes: to see that it runs")
     given = command.parse_args(argv)
     end = time.monotonic() + 60 * given.minutes
-    scale = "tiny" if given.tiny else "cpu"
+    scale, cores = "tiny" if given.tiny else "cpu", len(os.sched_getaffinity(0))
     dtypes = [parse_dtype(name) for name in given.dtypes.split(",")]
     jobs = list(_jobs(named_ops(given.ops), scale, given.quick, dtypes))
     given.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out / "kernels.jsonl")
-    threads = given.threads or len(os.sched_getaffinity(0))
+    threads = given.threads or cores
     with contextlib.ExitStack() as stack:
         workers = {
-            malloc: stack.enter_context(_worker(threads, environ))
-            for malloc, environ in (("default", {}), ("raised", RAISED))
+            name: stack.enter_context(_worker(threads, malloc)) for name, malloc in MALLOC.items()
         }
         stamp, ceilings = workers["default"].submit(_measure, given.tiny).result()
-        stamp["cores"] = len(os.sched_getaffinity(0))  # a bound thread sees its own only
-        text = json.dumps(stamp, indent=2)
-        (given.out / "environment.json").write_text(text + "\n")
-        print(text)
+        stamp["cores"] = cores  # a bound thread sees its own only
+        write_json(given.out / "environment.json", stamp)
         for number, (case, dtype, mode) in enumerate(jobs, 1):
             shared = {**row_of(case, dtype, mode, ceilings), "threads": threads}
             names = [p.name for p in providers(case, CPU, mode)]
@@ -249,14 +205,14 @@ def main(argv: list[str] | None = None) -> int:
             if time.monotonic() > end:
                 print(f"The time is up at {number} of {len(jobs)}; the same command goes on.")
                 return 1
-            found = _compare(workers, case, dtype, mode, scale, given.seconds)
-            for provider, malloc, fields, timing in found:
-                about = {"commit": stamp["commit"], "utc": stamp["utc"]}
-                key = {**shared, "provider": provider, "malloc": malloc}
-                if not rows.has(**key):
-                    rows.add({**key, **fields, **about}, timing)
+            what = (case.op, case.name, scale, dtype_name(dtype))
+            shared |= {"commit": stamp["commit"], "utc": stamp["utc"]}
+            found = []
+            for fields, timing in _compare(workers, what, mode, given.seconds):
+                if not rows.has(**shared, **fields):
+                    found.append(rows.add({**shared, **fields}, timing))
             left = max(0, end - time.monotonic())
-            print(f"[{number}/{len(jobs)}, {left:.0f} s left] {_line(shared, found)}", flush=True)
+            print(f"[{number}/{len(jobs)}, {left:.0f} s left] {_line(found)}", flush=True)
     return 0
 
 
@@ -273,38 +229,31 @@ def _jobs(
                     yield case, dtype, mode
 
 
-Found = list[tuple[str, str, Row, Timing | None]]
-
-
 def _compare(
-    workers: dict[str, Worker], case: Case, dtype: torch.dtype, mode: str, scale: str, s: float
-) -> Found:
-    """Return (provider, malloc, fields, timing or None) of everyone on one case."""
-    about = (case.op, case.name, scale, dtype_name(dtype))
-    good, bad = workers["default"].submit(_prepare, about, mode, None).result()
+    workers: dict[str, Worker], what: tuple[str, ...], mode: str, seconds: float
+) -> Iterator[tuple[Row, Timing | None]]:
+    """Yield fields of the row, `provider` and `malloc` among them, and the timing of everyone."""
+    everyone = workers["default"].submit(_prepare, what, mode, None).result()
+    good = [name for name, row in everyone.items() if row["status"] == "ok"]
     again = [name for name in IN_RAISED if name in good]
-    workers["raised"].submit(_prepare, about, mode, again).result()
+    workers["raised"].submit(_prepare, what, mode, again).result()
 
     def sampler(name: str, malloc: str) -> Sampler:
         return lambda: workers[malloc].submit(_sample, name).result()
 
     who = [(name, "default") for name in good] + [(name, "raised") for name in again]
-    timings = take_turns({key: sampler(*key) for key in who}, s)
-    found: Found = [(name, "default", dict(fields), None) for name, fields in bad.items()]
-    for (name, malloc), timing in timings.items():
-        found.append((name, malloc, {"status": "ok", "error_of_limit": good[name]}, timing))
-    return found
+    timings = take_turns({key: sampler(*key) for key in who}, seconds)
+    for name, malloc in [*((name, "default") for name in everyone if name not in good), *who]:
+        fields = {"provider": name, "malloc": malloc, **everyone[name]}
+        yield fields, timings.get((name, malloc))
 
 
-def _line(shared: Row, found: Found) -> str:
-    what = f"{shared['op']} {shared['case']} {shared['dtype']} {shared['mode']}:"
-    times = {
-        name if malloc == "default" else f"{name} ({malloc})": timing.cpu_ms_p50
-        for name, malloc, _, timing in found
-        if timing
-    }
+def _line(found: list[Row]) -> str:
+    """Return what a comparison came to: ours, and the others as multiples of it."""
+    what = f"{found[0]['op']} {found[0]['case']} {found[0]['dtype']} {found[0]['mode']}:"
+    times = {name_of(row): row["cpu_ms_p50"] for row in found if row["status"] == "ok"}
+    failed = [f"{row['provider']} {row['status']}" for row in found if row["status"] != "ok"]
     own = times.pop(OURS, None)
-    failed = [f"{name} {fields['status']}" for name, _, fields, timing in found if not timing]
     if own is None:
         return " ".join([what, *failed])
     ratios = [f"{name} x{ms / own:.2f}" for name, ms in times.items()]
@@ -314,7 +263,7 @@ def _line(shared: Row, found: Found) -> str:
 @contextlib.contextmanager
 def _worker(threads: int, malloc: dict[str, str]) -> Iterator[Worker]:
     """Start a process whose allocator and threads are set from its first moment on."""
-    env = {
+    settings = {
         "OMP_NUM_THREADS": str(threads),
         "OMP_PROC_BIND": "true",
         "OMP_PLACES": "threads",
@@ -322,24 +271,17 @@ def _worker(threads: int, malloc: dict[str, str]) -> Iterator[Worker]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         **malloc,
     }
-    before = dict(os.environ)
     with Worker(1, multiprocessing.get_context("spawn")) as process:
-        os.environ.update(env)
-        try:
-            started = process.submit(os.getpid)
-        finally:
-            for name in env:
-                os.environ.pop(name)
-            os.environ.update(before)
-        started.result()  # while one imports PyTorch, another's ceilings come out too low
+        with patch.dict(os.environ, settings):
+            # While one imports PyTorch, another's ceilings come out too low.
+            process.submit(os.getpid).result()
         yield process
 
 
 def _measure(tiny: bool) -> tuple[Row, Ceilings]:
     """Return, in a worker, what the machine is and what it reaches."""
-    stamp = environment(CPU) | {"extension": _native.status()}
     ceilings = Ceilings.measure(CPU, DTYPES.values(), tiny)
-    return stamp | {"ceilings": vars(ceilings)}, ceilings
+    return environment(CPU) | {"ceilings": vars(ceilings)}, ceilings
 
 
 @functools.lru_cache(maxsize=1)
@@ -349,25 +291,27 @@ def _trial(op: str, name: str, scale: str, dtype: str) -> Trial:
     return Trial(case, DTYPES[dtype], CPU)
 
 
-_prepared: dict[str, Sampler] = {}
+_samplers: dict[str, Sampler] = {}
 """A worker's calls, by their provider."""
 
 
-def _prepare(
-    about: tuple[str, str, str, str], mode: str, only: Sequence[str] | None
-) -> tuple[dict[str, float | None], dict[str, dict[str, str]]]:
+def _prepare(what: tuple[str, ...], mode: str, only: Sequence[str] | None) -> dict[str, Row]:
     """Prepare, in a worker, the calls of a case; verify them, unless they are `only` some."""
-    _prepared.clear()
-    trial = _trial(*about)
-    wanted = [p for p in providers(trial.case, CPU, mode) if only is None or p.name in only]
-    truth = trial.truth if only is None else None
-    good, bad = prepare(trial.case, mode, wanted, trial.sets[0], truth)
+    _samplers.clear()
+    trial, found = _trial(*what), {}
+    everyone = providers(trial.case, CPU, mode)
+    if any(provider.compiled for provider in everyone):
+        torch.compiler.reset()  # what was compiled for other comparisons counts against a limit
+    for provider in everyone:
+        if only is None or provider.name in only:
+            truth = trial.truth if only is None else None
+            found[provider.name], call = prepare(provider, mode, trial.sets[0], truth)
+            if call:
+                _samplers[provider.name] = on_cpu(functools.partial(call, trial.sets[0]))
     gc.collect()
-    for name, (call, _) in good.items():
-        _prepared[name] = on_cpu(functools.partial(call, trial.sets[0]))
-    return {name: error for name, (_, error) in good.items()}, bad
+    return found
 
 
 def _sample(name: str) -> tuple[float, float]:
     """Time, in a worker, one call."""
-    return _prepared[name]()
+    return _samplers[name]()

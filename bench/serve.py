@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -28,19 +27,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from bench import parser
+from bench import ROOT, parser
 from bench.machine import environment
-from mfmjt.files import atomic_path
+from bench.rows import Row, write_json
 from tests.serve.client import Answer, Client
 from tests.serve.hostile import crafted, mutated
 
 __all__ = ["main"]
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+T = TypeVar("T")
+
+EXAMPLES = ROOT / "examples"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-quic", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--autoplay-policy=no-user-gesture-required"]
@@ -66,6 +67,28 @@ class Served:
     def files(self) -> int:
         """How many temporary files and folders are not the run's own."""
         return len(list(self.folder.glob("*/*"))) - 1
+
+    def sounds(self, answer: Answer) -> list[bytes]:
+        """Wait for what was asked for, download it and delete it; nothing where it was refused."""
+        if answer.status != 202:
+            return []
+        job = f"/v1/jobs/{answer.json['id']}"
+        state = self.client.wait(answer.json["id"])
+        found = [self.client.get(f"{job}/sounds/{s['number']}.wav") for s in state["sounds"]]
+        self.client.ask("DELETE", job)
+        return [sound.body if sound.status == 200 else b"" for sound in found]
+
+    def in_parts(
+        self, one: Callable[[Any], T], requests: Sequence[Any], at_once: int
+    ) -> tuple[list[T], list[float]]:
+        """Ask all requests in four parts; return the answers, and the memory after each part."""
+        answers: list[T] = []
+        memory, part = [], len(requests) // 4
+        with ThreadPoolExecutor(at_once) as pool:
+            for start in range(0, len(requests), part):
+                answers += pool.map(one, requests[start : start + part])
+                memory.append(self.memory)
+        return answers, memory
 
 
 @contextlib.contextmanager
@@ -93,62 +116,52 @@ def served(*options: str) -> Iterator[Served]:
             raise RuntimeError(f"the server ended with {process.returncode} and left {left}")
 
 
+CLIPS = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
+GOOD: list[tuple[bool, dict[str, Any]]] = [
+    (True, {}),
+    (True, {"prompt": "a bell", "count": 2}),
+    (False, {"prompt": "rain on a tin roof", "duration": 4}),
+    (True, {"duration": 3, "steps": 2}),
+]
+"""Whether a video is sent, and the fields."""
+BROKEN: list[tuple[bytes | None, dict[str, Any]]] = [
+    (CLIPS[0][:3000], {}),
+    (b"no video" * 1000, {}),
+    (CLIPS[0], {"steps": 0}),
+    (None, {"prompt": ""}),
+    (None, {}),
+]
+
+
 def load(out: Path) -> None:
     """Ask 200 mixed requests, 8 at a time, every tenth broken; then 1 client against 8."""
-    clips = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
-    broken: list[Callable[[Client], Answer]] = [
-        lambda client: client.generate(clips[0][:3000]),
-        lambda client: client.generate(b"no video" * 1000),
-        lambda client: client.generate(clips[0], steps=0),
-        lambda client: client.generate(prompt=""),
-        lambda client: client.ask("POST", "/v1/generate", b"{", {"Content-Type": "text/plain"}),
-    ]
-    good: list[Callable[[Client, int], Answer]] = [
-        lambda client, i: client.generate(clips[i % 3], seed=i),
-        lambda client, i: client.generate(clips[i % 3], prompt="a bell", seed=i, count=2),
-        lambda client, i: client.generate(prompt="rain on a tin roof", seed=i, duration=4),
-        lambda client, i: client.generate(clips[i % 3], seed=i, duration=3, steps=2),
-    ]
     with served() as server:
 
         def one(i: int) -> tuple[bool, bool, float]:
             """Return whether the request was broken and its answer is right, and the seconds."""
             begin = time.perf_counter()
             if i % 10 == 9:
-                answer = broken[(i // 10) % len(broken)](server.client)
+                video, fields = BROKEN[(i // 10) % len(BROKEN)]
+                answer = server.client.generate(video, **fields)
                 right = 400 <= answer.status < 500 and bool(answer.json["detail"])
                 return True, right, time.perf_counter() - begin
-            answer = good[i % len(good)](server.client, i)
-            if answer.status != 202:
-                return False, False, time.perf_counter() - begin
-            state = server.client.wait(answer.json["id"])
-            sounds = [
-                server.client.get(f"/v1/jobs/{state['id']}/sounds/{sound['number']}.wav")
-                for sound in state["sounds"]
-            ]
-            right = bool(sounds) and all(s.status == 200 and s.body[:4] == b"RIFF" for s in sounds)
-            server.client.ask("DELETE", f"/v1/jobs/{state['id']}")
+            wants_video, fields = GOOD[i % len(GOOD)]
+            video = CLIPS[i % 3] if wants_video else None
+            sounds = server.sounds(server.client.generate(video, seed=i, **fields))
+            right = bool(sounds) and all(sound[:4] == b"RIFF" for sound in sounds)
             return False, right, time.perf_counter() - begin
 
-        memory = []
-        answers: list[tuple[bool, bool, float]] = []
         begin = time.perf_counter()
-        with ThreadPoolExecutor(8) as pool:
-            for block in range(0, 200, 50):
-                answers += pool.map(one, range(block, block + 50))
-                memory.append(server.memory)
-        spent = time.perf_counter() - begin
-        files = server.files
+        answers, memory = server.in_parts(one, range(200), 8)
+        spent, files = time.perf_counter() - begin, server.files
+
+        def ask(i: int) -> None:
+            server.sounds(server.client.generate(CLIPS[i % 3], seed=i))
 
         def pace(clients: int, requests: int) -> float:
-            def ask(i: int) -> None:
-                job = server.client.generate(clips[i % 3], seed=i).json["id"]
-                server.client.wait(job)
-                server.client.ask("DELETE", f"/v1/jobs/{job}")
-
             start = time.perf_counter()
-            with ThreadPoolExecutor(clients) as clients_pool:
-                list(clients_pool.map(ask, range(requests)))
+            with ThreadPoolExecutor(clients) as pool:
+                list(pool.map(ask, range(requests)))
             return requests / (time.perf_counter() - start)
 
         pace(8, 8)
@@ -157,8 +170,8 @@ def load(out: Path) -> None:
             for clients in paces:
                 paces[clients].append(pace(clients, 16))
         memory.append(server.memory)
-    taken = sorted(seconds for bad, _, seconds in answers if not bad)
-    refused = sorted(seconds for bad, _, seconds in answers if bad)
+    taken = [seconds for bad, _, seconds in answers if not bad]
+    refused = [seconds for bad, _, seconds in answers if bad]
     write(
         out / "serve-load.json",
         {
@@ -167,8 +180,8 @@ def load(out: Path) -> None:
             "broken": len(refused),
             "wrongly_answered": sum(not right for _, right, _ in answers),
             "seconds": round(spent, 2),
-            "good_seconds": {"median": middle(taken), "largest": round(taken[-1], 3)},
-            "broken_seconds": {"median": middle(refused), "largest": round(refused[-1], 3)},
+            "good_seconds": spread(taken),
+            "broken_seconds": spread(refused),
             "memory_mb_after_each_50_and_at_the_end": memory,
             "files_left": files,
             "requests_per_second": {
@@ -184,35 +197,29 @@ def load(out: Path) -> None:
 def faults(out: Path, count: int = 500) -> None:
     """Upload hostile files, 4 at a time: what was answered, how soon, and what was left."""
     rng = random.Random(0)
-    clips = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.mp4"))]
     with served() as server, socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(0.1)
         files = list(crafted(trap.getsockname()[1]).items())
         made = len(files)
-        files += [mutated(rng.choice(clips), rng) for _ in range(count - made)]
+        files += [mutated(rng.choice(CLIPS), rng) for _ in range(count - made)]
 
         def one(file: tuple[str, bytes]) -> tuple[str, int, float]:
             name, data = file
             answer = server.client.generate(data)
-            if answer.status == 202:
-                server.client.wait(answer.json["id"])
-                server.client.ask("DELETE", f"/v1/jobs/{answer.json['id']}")
-            elif not answer.json["detail"]:
+            server.sounds(answer)
+            if answer.status != 202 and not answer.json["detail"]:
                 raise RuntimeError(f"{name}: refused without a reason")
             return name, answer.status, answer.seconds
 
         memory = [server.memory]
-        answers: list[tuple[str, int, float]] = []
-        with ThreadPoolExecutor(4) as pool:
-            for block in range(0, count, count // 4):
-                answers += pool.map(one, files[block : block + count // 4])
-                memory.append(server.memory)
+        answers, later = server.in_parts(one, files, 4)
+        memory += later
         knocked = True
         try:
             trap.accept()[0].close()
         except TimeoutError:
             knocked = False
-        alive = server.client.generate(clips[0]).status == 202
+        alive = server.client.generate(CLIPS[0]).status == 202
         while server.client.get("/healthz").json["busy"]:
             time.sleep(0.05)
         left = server.files - 1  # of the request just made
@@ -226,10 +233,7 @@ def faults(out: Path, count: int = 500) -> None:
             "made_to_do_harm": made,
             "damaged_clips": len(answers) - made,
             "answers": dict(sorted(Counter(str(status) for _, status, _ in answers).items())),
-            "refused_seconds": {
-                "median": middle(refused),
-                "largest": round(max(refused), 3),
-            },
+            "refused_seconds": spread(refused),
             "slowest_answer": {"upload": slowest[0], "seconds": round(slowest[2], 3)},
             "memory_mb": memory,
             "an_address_was_opened": knocked,
@@ -289,22 +293,22 @@ def middle(values: list[float]) -> float:
     return round(statistics.median(values), 3)
 
 
-def write(path: Path, figures: dict[str, Any]) -> None:
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median and the largest value, to milliseconds."""
+    return {"median": middle(values), "largest": round(max(values), 3)}
+
+
+def write(path: Path, figures: Row) -> None:
     """Print figures and write them with where they were taken."""
     where = environment(torch.device("cpu")) | {"load_at_the_end": round(os.getloadavg()[0], 1)}
-    text = json.dumps({"machine": where, **figures}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n")
-    print(text)
+    write_json(path, {"machine": where, **figures})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the measurements."""
-    usage = parser("serve", __doc__)
+    usage = parser("serve", __doc__, out="bench/results/serve")
     ways = {"load": load, "faults": faults, "page": page}
     usage.add_argument("what", choices=ways)
-    usage.add_argument("--out", type=Path, default=Path("bench/results/serve"))
     given = usage.parse_args(argv)
     ways[given.what](given.out)
     return 0

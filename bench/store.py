@@ -21,18 +21,17 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from bench import parser
+from bench.clock import on_cpu
 from bench.machine import environment
-from bench.rows import Rows
+from bench.rows import Row, Rows
 from mfmjt.features.format import FORMAT, INDEX, write_part
 from mfmjt.features.store import FeatureStore
 from mfmjt.memory import keep_memory
@@ -48,8 +47,7 @@ TEXT = (77, 1024)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and append to `store.jsonl`."""
-    usage = parser("store", __doc__)
-    usage.add_argument("--out", required=True, type=Path, help="folder of the results")
+    usage = parser("store", __doc__, out="")
     usage.add_argument("--folder", type=Path, help="where the stores are made [temporary]")
     usage.add_argument("--clips", type=int, default=1024, help="of each store [1024]")
     usage.add_argument("--batch", type=int, default=64, help="clips of a batch [64]")
@@ -86,20 +84,19 @@ def _make(store: Path, clips: int, dtype: torch.dtype, pictures: bool) -> Path:
     generator = torch.Generator().manual_seed(0)
     shapes = SHAPES if pictures else {key: SHAPES[key] for key in ("mean", "logvar")}
 
-    def random(rows: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator).to(dtype)
+    def write(name: str, count: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Write files of random numbers; return their names."""
+        names = []
+        for start in range(0, count, ROWS):
+            rows = min(ROWS, count - start)
+            names.append(f"{name}{start:08d}.safetensors")
+            numbers = {k: torch.randn(rows, *s, generator=generator) for k, s in shapes.items()}
+            write_part(folder / names[-1], {k: x.to(dtype) for k, x in numbers.items()}, {})
+        return names
 
-    parts, texts = [], []
-    for start in range(0, clips, ROWS):
-        rows = min(ROWS, clips - start)
-        parts.append(f"{start:08d}.safetensors")
-        write_part(folder / parts[-1], {k: random(rows, s) for k, s in shapes.items()}, {})
     captions = [f"label {i % LABELS if pictures else i}" for i in range(clips)]
     distinct = ["", *dict.fromkeys(captions)]
-    for start in range(0, len(distinct), ROWS):
-        rows = min(ROWS, len(distinct) - start)
-        texts.append(f"text-{start:08d}.safetensors")
-        write_part(folder / texts[-1], {"text": random(rows, TEXT)}, {})
+    parts, texts = write("", clips, shapes), write("text-", len(distinct), {"text": TEXT})
     index = {
         "format": FORMAT, "shards": parts, "text_shards": texts, "texts": distinct,
         "captions": captions, "latent_mean": [0.0] * 20, "latent_std": [1.0] * 20,
@@ -108,42 +105,31 @@ def _make(store: Path, clips: int, dtype: torch.dtype, pictures: bool) -> Path:
     return store
 
 
-def _measure(sources: list[tuple[Path, float]], batch: int, batches: int) -> dict[str, Any]:
-    store = FeatureStore(sources)
+def _measure(sources: list[tuple[Path, float]], batch: int, batches: int) -> Row:
+    store, slices = FeatureStore(sources), _Slices(sources)
     generator = torch.Generator().manual_seed(1)
-    slices = _Slices(sources)
-    sizes: list[int] = []
-
-    def sliced(clips: Tensor) -> None:
-        sizes.append(slices.read(clips.tolist()))
-
     source = torch.ones(2**28)  # 1 GiB, beyond any cache
-
-    def copied(clips: Tensor) -> None:
-        source[: sizes[-1] // 4].clone()
-
-    ways: dict[str, Callable[[Tensor], Any]] = {
-        "safetensors_slices": sliced, "ours": store.rows, "memory_copy": copied,
-    }  # fmt: skip
-    walls: dict[str, list[float]] = {way: [] for way in ways}
-    cpus: dict[str, list[float]] = {way: [] for way in ways}
+    sizes: list[int] = []
+    rates: dict[str, list[tuple[float, float]]] = {}
     for i in range(batches + 2):
         clips, _ = store.choose(batch, None, generator)
+        ways: dict[str, Callable[[], object]] = {
+            "safetensors_slices_": lambda: sizes.append(slices.read(clips.tolist())),  # noqa: B023
+            "": lambda: store.rows(clips),  # noqa: B023
+            "memory_copy_": lambda: source[: sizes[-1] // 4].clone(),
+        }
         for way, call in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            call(clips)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            wall, cpu = on_cpu(call)()
             if i >= 2:  # both to warm up
-                walls[way].append(sizes[-1] / wall / 1e9)
-                cpus[way].append(sizes[-1] / cpu / 1e9)
+                rates.setdefault(way, []).append((sizes[-1] / wall / 1e6, sizes[-1] / cpu / 1e6))
     size = statistics.mean(sizes) / batch
-    found: dict[str, Any] = {"mb_per_clip": round(size / 1e6, 3)}
-    for way, rates in walls.items():
-        said = "" if way == "ours" else f"{way}_"
-        found[f"{said}gb_per_s_p50"] = round(statistics.median(rates), 2)
-        found[f"{said}gb_per_cpu_s_p50"] = round(statistics.median(cpus[way]), 2)
-    found["gb_per_s_min"] = round(min(walls["ours"]), 2)
-    found["clips_per_s_p50"] = round(statistics.median(walls["ours"]) * 1e9 / size)
+    found: Row = {"mb_per_clip": round(size / 1e6, 3)}
+    for way, both in rates.items():
+        for clock, values in zip(("s", "cpu_s"), zip(*both, strict=True), strict=True):
+            found[f"{way}gb_per_{clock}_p50"] = round(statistics.median(values), 2)
+    ours = [wall for wall, _ in rates[""]]
+    found["gb_per_s_min"] = round(min(ours), 2)
+    found["clips_per_s_p50"] = round(statistics.median(ours) * 1e9 / size)
     return found
 
 
@@ -151,30 +137,27 @@ class _Slices:
     """Reads the same rows by safetensors' own reader, one slice after the other."""
 
     def __init__(self, sources: list[tuple[Path, float]]) -> None:
-        self.rows: list[tuple[Any, int, Any, int]] = []
+        self.rows: list[list[tuple[str, Any, int]]] = []
         for source, _ in sources:
             folder = source / "train"
             index = json.loads((folder / INDEX).read_text())
-            text = [self._open(folder / name) for name in index["text_shards"]]
             number = {caption: i for i, caption in enumerate(index["texts"])}
-            parts = [self._open(folder / name) for name in index["shards"]]
+            texts, parts = (
+                [safe_open(folder / name, framework="pt") for name in index[shards]]
+                for shards in ("text_shards", "shards")
+            )
             for clip, caption in enumerate(index["captions"]):
-                at = number[caption]
-                place = (parts[clip // ROWS], clip % ROWS, text[at // ROWS], at % ROWS)
-                self.rows.append(place)
-
-    @staticmethod
-    def _open(path: Path) -> dict[str, Any]:
-        file = safe_open(path, framework="pt")
-        return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                places = ((parts, clip), (texts, number[caption]))
+                files = [(files[at // ROWS], at % ROWS) for files, at in places]
+                pieces = [(k, f.get_slice(k), row) for f, row in files for k in f.keys()]  # noqa: SIM118
+                self.rows.append(pieces)
 
     def read(self, clips: list[int]) -> int:
         """Read batches of the clips, in float32; return the bytes."""
         read, total = {}, 0
         for i, clip in enumerate(clips):
-            part, row, text, at = self.rows[clip]
-            pieces = {key: piece[row] for key, piece in part.items()} | {"text": text["text"][at]}
-            for key, piece in pieces.items():
+            for key, features, row in self.rows[clip]:
+                piece = features[row]
                 if key not in read:
                     read[key] = torch.zeros(len(clips), *piece.shape)
                 read[key][i] = piece

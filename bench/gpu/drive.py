@@ -39,21 +39,20 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import parser
-from bench.gpu import summary
-from bench.gpu.job import LOST, file_name
-from bench.ops import named_ops
-from bench.rows import Rows, read
+from bench import ROOT, parser
+from bench.gpu import LOST, file_name, summary
+from bench.ops import named, named_ops
+from bench.rows import Rows, commit, read
 from mfmjt.errors import InputError, RunError
 from mfmjt.files import atomic_path
 
-__all__ = ["CACHE", "PARTS", "Drive", "Piece", "commit", "main", "stages"]
+__all__ = ["CACHE", "PARTS", "Drive", "Piece", "main", "stages"]
 
-ROOT = Path(__file__).parents[2]
 CACHE = Path("/tmp/mfmjt_triton_cache")
 """Triton's cache. Entries name their own place, so that an archive is unpacked to where it was."""
 PARTS = (
@@ -93,74 +92,51 @@ def stages(parts: Sequence[str], ops: Sequence[str], device: str) -> list[list[P
     cuda = device.startswith("cuda")
     most = 1.0 if cuda else 3.0  # of few cores, which compute as well
 
-    def each(part: str, seconds: Callable[[str], float], names: Sequence[str] = ops) -> list[Piece]:
-        return [Piece(f"{part} {name}", most * seconds(name)) for name in names]
+    def each(part: str, seconds: float, names: Sequence[str]) -> list[Piece]:
+        return [Piece(f"{part} {name}", most * seconds) for name in names]
 
-    # Compiling is what takes time in a check, and cores do that side by side.
-    checks = each("check", lambda _: 110.0, [*ops, "network"])
+    def alone(part: str, seconds: float, names: Sequence[str]) -> list[list[Piece]]:
+        return [[piece] for piece in each(part, seconds, names)]
+
     sanitizer = shutil.which("compute-sanitizer") if cuda else None
     options = (
         *("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"),
         *("--kernel-name", "kernel_substring=_kernel"),  # ours, and few others
     )
-    odd = [
+    watched = [
         piece._replace(
             prefix=(sanitizer, *options) if sanitizer else (),
             env=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         )
-        for piece in each("memcheck", lambda _: 60.0, [op for op in ops if op in MEMCHECKED])
+        for piece in each("memcheck", 60.0, [op for op in ops if op in MEMCHECKED])
     ]
     first = sorted(ops, key=lambda op: (op not in KERNEL_SECONDS, op))
-    kernels = each("kernels", lambda op: KERNEL_SECONDS.get(op, 14.0), first)
-    compiled = each("compiled", lambda _: 150.0, ["kernels", "latency", "step"])
-    rest = each("rest", lambda _: 200.0, ["latency", "step", "kernels"])
-    train = Piece("train graph", most * 60.0, after="features")
+    train = [Piece(f"train {how}", most * 60.0, after="features") for how in ("graph", "eager")]
     of: dict[str, list[list[Piece]]] = {
         "environment": [[Piece("environment", most * 40.0)]],
-        "check": [checks],
-        "memcheck": [odd] if sanitizer or not cuda else [],
+        # Compiling is what takes time in a check, and cores do that side by side.
+        "check": [each("check", 110.0, [*ops, "network"])],
+        "memcheck": [watched] if sanitizer or not cuda else [],
         "latency": [[Piece("latency", most * 60.0)]],
         "step": [[Piece("step", most * 120.0)]],
-        "kernels": [[piece] for piece in kernels],
-        "train": [[train]],
-        "compiled": [[piece] for piece in compiled],
-        "rest": [[p] for p in (*rest, train._replace(name="train eager"))],
+        "kernels": [each("kernels", KERNEL_SECONDS.get(op, 14.0), [op]) for op in first],
+        "train": [train[:1]],
+        "compiled": alone("compiled", 150.0, ("kernels", "latency", "step")),
+        "rest": [*alone("rest", 200.0, ("latency", "step", "kernels")), train[1:]],
     }
     return [stage for part in PARTS if part in parts for stage in of[part] if stage]
 
 
-@dataclass
-class _Process:
-    """A piece that was started, and perhaps told to go."""
-
-    piece: Piece
-    process: subprocess.Popen[bytes]
-    log: Path
-    began: float = 0.0
-    seconds: float = 0.0
-    starts: int = 1
-
-    def go(self, seconds: float, starts: int) -> None:
-        """Let it begin: it waits for its time with everything imported."""
-        self.began, self.seconds, self.starts = time.monotonic(), seconds, starts
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it is dead already, and its exit status tells
-            self.process.stdin.write(f"{seconds}\n".encode())
-            self.process.stdin.flush()
-
-    def kill(self) -> None:
-        """End it and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @dataclass
 class Drive:
-    """The parent of all pieces; it never touches the GPU.
+    """The parent of all pieces; it never touches the GPU. A thread waits for each piece.
 
     Attributes:
         out: Folder of the results.
@@ -181,51 +157,47 @@ class Drive:
 
     def __post_init__(self) -> None:
         self.pieces = Rows(self.out / "pieces.jsonl", ("piece",))
-        self.known = len(self.pieces.rows)
-        self.alive: list[_Process] = []
-        self.background: list[_Process] = []
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def run(self, plan: list[list[Piece]], background: Sequence[Piece] = ()) -> bool:
         """Run all stages; return whether every piece ended well."""
-        try:
-            for piece in background:
-                process = self._start(piece)
-                process.go(min(piece.seconds, self.left()), 1)
-                self.background.append(process)
-            ahead = self._ahead(plan[0] if plan else [])
-            for stage, following in zip(plan, [*plan[1:], []], strict=True):
-                running = ahead
-                self._wait_for({piece.after for piece in stage})
-                if self.left() < self.least:
-                    for piece in stage:
-                        self._record(piece.name, "not reached")
-                    continue
-                for process in running:
-                    process.go(min(process.piece.seconds, self.left()), 1)
-                ahead = self._ahead(following)
-                self._watch(running)
+        known = len(self.pieces.rows)
+        with ThreadPoolExecutor(64) as pool:
+            try:
+                behind = {p.name: pool.submit(self._run, p, self._start(p)) for p in background}
+                ahead = self._ahead(plan[0] if plan else [])
+                for stage, following in zip(plan, [*plan[1:], []], strict=True):
+                    wait([behind[p.after] for p in stage if p.after in behind])
+                    if self.left() < self.least:
+                        for piece in stage:
+                            self._record(piece.name, "not reached")
+                        continue
+                    running = [pool.submit(self._run, *started) for started in ahead]
+                    ahead = self._ahead(following)
+                    for ended in running:
+                        ended.result()
+                    summary.write(self.out)
+                for ended in behind.values():
+                    ended.result()
+            finally:
+                self.end = 0.0  # so that nothing is started again
+                for process in self.started:
+                    if process.poll() is None:
+                        _kill(process)
                 summary.write(self.out)
-            self._wait_for({process.piece.name for process in self.background})
-        finally:
-            for process in self.alive:
-                process.kill()
-            summary.write(self.out)
-        mine = self.pieces.rows[self.known :]
-        return {row["status"] for row in mine} <= {"ok"}
+        return {row["status"] for row in self.pieces.rows[known:]} <= {"ok"}
 
     def left(self) -> float:
         """Return the seconds that a piece may still take."""
         return self.end - time.monotonic() - GRACE
 
-    def _ahead(self, stage: list[Piece]) -> list[_Process]:
+    def _ahead(self, stage: list[Piece]) -> list[tuple[Piece, subprocess.Popen[bytes]]]:
         """Start a stage, which imports and then waits for its turn."""
-        return [self._start(piece) for piece in stage] if self.left() > self.least else []
+        return [(p, self._start(p)) for p in stage] if self.left() > self.least else []
 
-    def _start(self, piece: Piece) -> _Process:
-        log = self.work / "logs" / f"{file_name(piece.name)}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
+    def _start(self, piece: Piece) -> subprocess.Popen[bytes]:
         (self.work / f"{file_name(piece.name)}.note").unlink(missing_ok=True)
-        with log.open("ab") as file:
+        with self._log(piece).open("ab") as file:
             process = subprocess.Popen(
                 [*piece.prefix, *self.command(piece.name)],
                 stdin=subprocess.PIPE,
@@ -234,43 +206,35 @@ class Drive:
                 env={**os.environ, **self.env, **dict(piece.env)},
                 start_new_session=True,
             )
-        started = _Process(piece, process, log)
-        self.alive.append(started)
-        return started
+        self.started.append(process)
+        return process
 
-    def _wait_for(self, names: set[str]) -> None:
-        wanted = [process for process in self.background if process.piece.name in names]
-        self.background = [process for process in self.background if process not in wanted]
-        self._watch(wanted)
+    def _log(self, piece: Piece) -> Path:
+        return self.work / f"{file_name(piece.name)}.log"
 
-    def _watch(self, running: list[_Process]) -> None:
-        """Wait for the end of all, start again what broke, and write down how each ended."""
-        while running:
-            time.sleep(0.02)
-            for process in list(running):
-                late = time.monotonic() - process.began - process.seconds
-                if process.process.poll() is None and late < GRACE:
-                    continue
-                process.kill()
-                self.alive.remove(process)
-                running.remove(process)
-                status = self._ended(process)
-                left = min(-late, self.left())
-                if status in ("crashed", "lost") and left > self.least and process.starts < STARTS:
-                    again = self._start(process.piece)
-                    again.go(left, process.starts + 1)
-                    running.append(again)
+    def _run(self, piece: Piece, process: subprocess.Popen[bytes]) -> None:
+        """Let a piece begin, wait for its end, and start it again behind what broke."""
+        end = time.monotonic() + piece.seconds
+        for starts in range(1, STARTS + 1):
+            began = time.monotonic()
+            seconds = min(end - began, self.left())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(f"{seconds}\n".encode(), seconds + GRACE)
+            _kill(process)
+            status = self._ended(piece, process.returncode, time.monotonic() - began, seconds)
+            left = min(end - time.monotonic(), self.left())
+            if status not in ("crashed", "lost") or left < self.least or starts == STARTS:
+                break
+            process = self._start(piece)
 
-    def _ended(self, process: _Process) -> str:
-        """Record how a piece ended, and what its note names."""
-        code, name = process.process.returncode, process.piece.name
-        took = time.monotonic() - process.began
+    def _ended(self, piece: Piece, code: int, took: float, seconds: float) -> str:
+        """Record how a piece ended, and what its note names; return its status."""
         status = "ok" if code == 0 else "lost" if code == LOST else "failed"
         if code < 0:
             status = "crashed"
-        if code and took > process.seconds:
+        if code and took > seconds:
             status = "timed out"
-        path = self.work / f"{file_name(name)}.note"
+        path = self.work / f"{file_name(piece.name)}.note"
         note = json.loads(path.read_text()) if path.exists() else {}
         more = dict(note.get("facts", {}))
         if "row" in note:
@@ -282,9 +246,9 @@ class Drive:
                 more["at_row"] = {k: v for k, v in row.items() if k not in ("commit", "ok")}
             Rows(self.out / note["file"]).add(row)
         if code:
-            lines = process.log.read_text(errors="replace").splitlines()
+            lines = self._log(piece).read_text(errors="replace").splitlines()
             more["log"] = [line[:300] for line in lines[-20:]]
-        self._record(name, status, exit=code, seconds=round(took, 1), **more)
+        self._record(piece.name, status, exit=code, seconds=round(took, 1), **more)
         return status
 
     def _record(self, name: str, status: str, **more: Any) -> None:
@@ -296,8 +260,7 @@ class Drive:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m bench gpu`; return the exit status."""
-    options = parser("gpu", __doc__)
-    options.add_argument("--out", required=True, type=Path, help="folder of the results")
+    options = parser("gpu", __doc__, out="", smoke=True)
     options.add_argument("--work", type=Path, help="folder of everything else [a temporary one]")
     options.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
     options.add_argument("--part", help=f"only these of {','.join(PARTS)} [all]")
@@ -305,13 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--carry", type=Path, help="results of an earlier run, to go on from")
     options.add_argument("--cache", type=Path, help="kernels that `precompile` packed")
     options.add_argument("--device", default="cuda")
-    options.add_argument("--smoke", action="store_true", help="everything tiny")
     given = options.parse_args(argv)
     began = time.monotonic()
-    ops = named_ops(given.ops)
-    parts = given.part.split(",") if given.part else PARTS
-    if unknown := set(parts) - set(PARTS):
-        raise InputError(f"There is no part {min(unknown)}. Choose from {', '.join(PARTS)}.")
+    ops, parts = named_ops(given.ops), named(given.part, PARTS, "part")
     if given.device.startswith("cuda") and not _has_gpu():
         raise InputError(
             "No CUDA GPU here: nothing was measured. Run this on a machine with one, or try "
@@ -336,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         "GOMP_SPINCOUNT": "100",
         # Inductor would choose a place of its own.
         "TRITON_CACHE_DIR": str(cache),
-        "COMMIT": commit(),
+        "COMMIT": commit() or "",
     }
     smoke = ["--smoke"] if given.smoke else []
     places = ["--out", str(out), "--work", str(work), "--device", given.device]
@@ -399,13 +358,3 @@ def _has_gpu() -> bool:
     """Return whether a driver is there, without PyTorch, which would start it up here."""
     devices = "/dev/nvidiactl", "/dev/kfd", "/dev/dxg"
     return any(map(os.path.exists, devices)) or shutil.which("nvidia-smi") is not None
-
-
-def commit() -> str:
-    """Return COMMIT of the environment, or git's word; nothing where there is neither."""
-    if said := os.environ.get("COMMIT"):
-        return said
-    with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    return ""

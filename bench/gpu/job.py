@@ -8,30 +8,24 @@ a row of the note. PyTorch is imported where a GPU is asked about only.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.rows import Rows
+from bench.gpu import LOST, file_name
+from bench.rows import Row, Rows, commit, failure
 from mfmjt.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LOST", "Job", "file_name"]
-
-LOST = 42
-"""Exit status of a piece whose process is of no use any more, though the next one's may be."""
-
-
-def file_name(piece: str) -> str:
-    """Return a piece's name as a file's."""
-    return piece.replace(" ", "_")
+__all__ = ["Job"]
 
 
 @dataclass
@@ -47,7 +41,6 @@ class Job:
         deadline: `time.monotonic()` at which to stop.
         stand_in: Nothing is computed, so that calls are of interest and times are not.
         facts: What the parent is told at the end.
-        verdict: A row that the exit status decides upon, and the rows that it belongs to.
     """
 
     piece: str
@@ -57,8 +50,7 @@ class Job:
     smoke: bool
     deadline: float
     stand_in: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
-    verdict: tuple[Rows | None, Mapping[str, Any] | None] = (None, None)
+    facts: Row = field(default_factory=dict)
 
     @property
     def cuda(self) -> bool:
@@ -79,56 +71,50 @@ class Job:
     def rows(self, of: tuple[str, tuple[str, ...]]) -> Rows:
         """Return the rows of a file of results, to which all pieces append."""
         name, key = of
-        return Rows(self.out / f"{name}.jsonl", key, {"commit": os.environ.get("COMMIT") or None})
+        return Rows(self.out / f"{name}.jsonl", key, {"commit": commit()})
 
-    def ceilings(self) -> dict[str, Any] | None:
-        """Return what the piece `environment` measured; None if it could not."""
-        path = self.out / "environment.json"
-        return json.loads(path.read_text()).get("ceilings") if path.exists() else None
-
-    def has_time(self, rows: Rows, fields: Mapping[str, Any], seconds: float = 8.0) -> bool:
+    def has_time(self, rows: Rows, about: Row, seconds: float = 8.0) -> bool:
         """Return whether there are `seconds` left; else the facts say what was not reached."""
         if self.left() > seconds or self.smoke:
             return True
         self.facts["not_reached"] = self.facts.get("not_reached", 0) + 1
-        self.facts.setdefault("first_not_reached", {k: fields.get(k) for k in rows.key})
+        self.facts.setdefault("first_not_reached", {k: about.get(k) for k in rows.key})
         return False
 
     @contextlib.contextmanager
-    def trying(self, rows: Rows, fields: Mapping[str, Any]) -> Iterator[None]:
-        """Make a row of `fields` if what is inside fails, or is this process's end.
+    def trying(self, rows: Rows, about: Row) -> Iterator[None]:
+        """Make a row of `about` if what is inside fails, or is this process's end.
 
         A GPU reports late. So the block ends with a wait for it, and nothing is blamed on what
         comes after. What leaves the process tainted, such as a failed capture, is its end too.
         """
-        self.note(rows, fields)
+        self.note(rows, about)
         try:
             yield
             self.synchronize()
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            reason = failure(error)
             traceback.print_exc()
-            self.note(rows, {**fields, "reason": reason})
-            self.leave_if_lost()
+            self.note(rows, {**about, "reason": reason})
+            try:
+                self.synchronize()
+            except Exception as lost:  # whatever came next would be blamed
+                self.leave(failure(lost))
             where = traceback.format_exc().splitlines()[-6:]
-            if not rows.has(**fields):
-                rows.add({**fields, "status": "failed", "reason": reason, "at": where})
+            if not rows.has(**about):
+                rows.add({**about, "status": "failed", "reason": reason, "at": where})
             if getattr(error, "taints", False):
                 self.note()
                 self.leave(reason)
         self.note()
 
-    def note(self, rows: Rows | None = None, fields: Mapping[str, Any] | None = None) -> None:
+    def note(self, rows: Rows | None = None, about: Row | None = None) -> None:
         """Leave word of what is tried now, in the form of the row that it would be."""
-        about: dict[str, Any] = {"facts": self.facts}
+        note: Row = {"facts": self.facts}
         if rows is not None:
-            about |= {"file": rows.path.name, "row": {**(fields or {}), **rows.about}}
+            note |= {"file": rows.path.name, "row": {**(about or {}), **rows.about}}
         with atomic_path(self.work / f"{file_name(self.piece)}.note") as part:
-            part.write_text(json.dumps(about))
-
-    def close(self) -> None:
-        """Leave the facts for the parent, and `verdict` where there is one."""
-        self.note(*self.verdict)
+            part.write_text(json.dumps(note))
 
     def synchronize(self) -> None:
         """Wait for the GPU.
@@ -141,12 +127,13 @@ class Job:
 
             torch.cuda.synchronize()
 
-    def leave_if_lost(self) -> None:
-        """End the process if its context is lost: whatever came next would be blamed."""
-        try:
-            self.synchronize()
-        except Exception as error:
-            self.leave(str(error).partition("\n")[0])
+    def free(self) -> None:
+        """Hand back the memory of what is over."""
+        gc.collect()
+        if self.cuda:
+            import torch
+
+            torch.cuda.empty_cache()
 
     def leave(self, reason: str) -> None:
         """End the process at once; a new one goes on behind what the note names."""

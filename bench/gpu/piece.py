@@ -15,34 +15,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.job import Job
+import torch
 
-__all__ = ["main"]
+from bench.gpu.job import Job
+from bench.rows import Row
+
+__all__ = ["function", "listen", "main"]
 
 RESERVE = 2.0
 """Seconds to end in."""
-WHERE: dict[str, tuple[str, str]] = {
-    "environment": ("bench.gpu.look", "environment"),
-    "check": ("bench.gpu.check", "check"),
-    "memcheck": ("bench.gpu.check", "memcheck"),
-    "kernels": ("bench.gpu.kernels", "kernels"),
-    "latency": ("bench.gpu.networks", "latency"),
-    "step": ("bench.gpu.networks", "steps"),
-    "features": ("bench.gpu.nano", "features"),
-    "train": ("bench.gpu.nano", "training"),
-}
-"""Module and function of each part; "compiled" and "rest" are turns of three of them."""
 
 
-def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], None]:
+def function(part: str, what: str = "", *, ops: tuple[str, ...]) -> Callable[[Job], Any]:
     """Return what a piece does, its module imported."""
     arguments: tuple[Any, ...] = (what,) if what else ()
     if part in ("compiled", "rest"):
         part, arguments = what, (part,) if what in ("latency", "step") else (part, ops)
     elif part == "kernels":
         arguments = ("headline", (what,))
-    module, name = WHERE[part]
-    work: Callable[..., None] = getattr(importlib.import_module(module), name)
+    names = {"features": ("nano", "features"), "train": ("nano", "training")}
+    module, name = names.get(part, ("pieces", part))
+    work = getattr(importlib.import_module(f"bench.gpu.{module}"), name)
     return lambda job: work(job, *arguments)
 
 
@@ -56,8 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", required=True, help="of a piece that has several")
     parser.add_argument("--smoke", action="store_true")
     given = parser.parse_args(arguments)
-    import torch
-
     run = function(*given.name, ops=tuple(given.ops.split(",")))
     line = sys.stdin.readline()
     if not line:
@@ -72,31 +63,29 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False
     if job.cuda:
         torch.cuda.set_device(job.device)
-    _count_compiled(job.facts)
+    listen(job.facts)
     began = time.monotonic()
-    run(job)
+    verdict = run(job)  # a row that the exit status decides upon, and where it belongs
     job.facts["worked"] = round(time.monotonic() - began, 1)
-    job.close()
+    job.note(*verdict or ())
     faulthandler.cancel_dump_traceback_later()
     return 0
 
 
-def _count_compiled(facts: dict[str, Any]) -> None:
-    """Keep in `facts` how many Triton kernels were compiled, and in what time."""
+def listen(facts: Row) -> None:
+    """Keep in `facts` how many Triton kernels were compiled, and in how many seconds."""
     try:
         from triton import knobs
     except ImportError:
         return
     facts |= {"compiled": 0, "compile_s": 0.0, "from_cache": 0}
 
-    def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
-        if cache_hit:
-            facts["from_cache"] += 1
-        else:
-            facts["compiled"] += 1
+    def on_compilation(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        facts["from_cache" if cache_hit else "compiled"] += 1
+        if not cache_hit:
             facts["compile_s"] = round(facts["compile_s"] + times.total / 1e6, 2)
 
-    knobs.compilation.listener = listen
+    knobs.compilation.listener = on_compilation
 
 
 if __name__ == "__main__":

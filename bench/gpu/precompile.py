@@ -10,7 +10,6 @@ this commit; what does not fit is compiled there. Needs gcc, and some twenty min
 Examples:
   python -m bench precompile --out kernels.tar.xz             a venv with the GPU machine's versions
   python -m bench precompile --out kernels.tar.xz --python ../venv/bin/python
-  python -m bench precompile --count --part check --ops swiglu   only say how many
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from bench import parser
-from bench.gpu.drive import CACHE, ROOT, commit, stages
-from bench.gpu.job import file_name
-from bench.ops import named_ops
-from mfmjt.errors import InputError, RunError
+from bench import ROOT, parser
+from bench.gpu import file_name
+from bench.gpu.drive import CACHE, stages
+from bench.ops import named, named_ops
+from bench.rows import Row, commit, output_of
+from mfmjt.errors import RunError
 from mfmjt.files import atomic_path
 
 __all__ = ["PARTS", "build_driver", "main", "pieces", "run_pieces"]
@@ -39,7 +38,6 @@ PARTS = ("check", "memcheck", "latency", "step", "kernels", "train")
 """What is compiled for: what comes first on a GPU."""
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.2"}
 """Those of the GPU machine."""
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,28 +50,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--work", type=Path, help="for a venv and logs [a temporary folder]")
     command.add_argument("--part", help=f"only these of {','.join(PARTS)} [all]")
     command.add_argument("--ops", help="only these, separated by commas")
-    command.add_argument("--count", action="store_true", help="compile nothing, say how many")
     command.add_argument("--workers", type=int, help="processes [all cores]")
     given = command.parse_args(argv)
-    ops = named_ops(given.ops)
-    parts = given.part.split(",") if given.part else PARTS
-    if unknown := set(parts) - set(PARTS):
-        raise InputError(f"There is no part {min(unknown)}. Choose from {', '.join(PARTS)}.")
+    ops, parts = named_ops(given.ops), named(given.part, PARTS, "part")
     work = Path(given.work or tempfile.mkdtemp(prefix="mfmjt_precompile_")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     python = _python(given.python, {name: getattr(given, name) for name in VERSIONS}, work)
-    names = pieces(parts, ops)
-    workers = given.workers or len(os.sched_getaffinity(0))
-    if given.count:
-        rows = run_pieces(python, names, ops, work, workers, dry=True)
-        print(f"{sum(row['kernels'] for row in rows)} kernels in {len(rows)} pieces.")
-        return 0
     shutil.rmtree(CACHE, ignore_errors=True)
-    rows = run_pieces(python, names, ops, work, workers)
+    workers = given.workers or len(os.sched_getaffinity(0))
+    rows = run_pieces(python, pieces(parts, ops), ops, work, workers)
     with atomic_path(given.out) as part, tarfile.open(part, "w:xz") as file:
         file.add(CACHE, CACHE.name)
-    compiled = sum(row["compiled"] for row in rows)
-    seconds = sum(row["compile_s"] for row in rows)
+    compiled, seconds = (sum(row[key] for row in rows) for key in ("compiled", "compile_s"))
     size = given.out.stat().st_size / 1e6
     print(f"{compiled} kernels compiled in {seconds:.0f} s of a core; {given.out}: {size:.1f} MB.")
     print(f"It fits commit {commit()}, torch {given.torch} and Triton {given.triton}.")
@@ -95,19 +83,14 @@ def build_driver(python: str, folder: Path) -> Path:
     Raises:
         RunError: There is no gcc.
     """
-    find = "import triton, os; print(os.path.dirname(triton.__file__))"
-    done = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
-    include = f"{done.stdout.strip()}/backends/nvidia/include"
+    triton = output_of(python, "-c", "import triton; print(triton.__path__[0])", seconds=120)
+    include = f"{triton}/backends/nvidia/include"
     folder.mkdir(parents=True, exist_ok=True)
     source = ROOT / "bench" / "gpu" / "stand_in.c"
     command = ["gcc", "-O2", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
+    command += [str(source), "-o", str(folder / "libcuda.so.1")]
     try:
-        subprocess.run(
-            [*command, str(source), "-o", str(folder / "libcuda.so.1")],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        subprocess.run(command, check=True, capture_output=True, text=True)
     except OSError as error:
         raise RunError(f"Cannot run gcc: {error.strerror}. Install it.") from error
     except subprocess.CalledProcessError as error:
@@ -121,7 +104,6 @@ def run_pieces(
     ops: Sequence[str],
     work: Path,
     workers: int,
-    dry: bool = False,
     smoke: bool = False,
     cache: Path = CACHE,
 ) -> list[Row]:
@@ -133,7 +115,6 @@ def run_pieces(
         ops: Of pieces that have several.
         work: Folder of logs.
         workers: How many at a time.
-        dry: Count only.
         smoke: Everything tiny.
         cache: Triton's.
 
@@ -151,18 +132,13 @@ def run_pieces(
         "TRITON_STORE_BINARY_ONLY": "1",
         "TRITON_LIBCUDA_PATH": str(build_driver(python, work / "driver")),
     }
-    options = ["--ops", ",".join(ops), *(["--dry"] if dry else []), *(["--smoke"] if smoke else [])]
+    options = ["--ops", ",".join(ops), *(["--smoke"] if smoke else [])]
 
     def one(name: str) -> Row:
-        log = work / f"{file_name(name)}.{'dry' if dry else 'log'}"
+        log = work / f"{file_name(name)}.log"
+        command = [python, "-m", "bench.gpu.stand_in", *options, *name.split()]
         with log.open("w") as file:
-            done = subprocess.run(
-                [python, "-m", "bench.gpu.stand_in", *options, name],
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=env,
-            )
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, env=env)
         lines = done.stdout.splitlines()
         log.write_text(log.read_text() + done.stdout)
         if done.returncode or not lines:
@@ -182,22 +158,16 @@ def _python(python: str, versions: dict[str, str], work: Path) -> str:
     Raises:
         RunError: It cannot be made.
     """
-    asked = "import json, torch, triton, numpy; print(json.dumps([torch.__version__, "
-    asked += "triton.__version__, numpy.__version__]))"
-    done = subprocess.run(["env", python, "-c", asked], capture_output=True, text=True)
-    if done.returncode == 0:
-        found = [version.partition("+")[0] for version in json.loads(done.stdout)]
-        if found == list(versions.values()):
-            return python
+    asked = "import torch, triton, numpy; print(*(m.__version__ for m in (torch, triton, numpy)))"
+    found = output_of("env", python, "-c", asked, seconds=120) or ""
+    if [version.partition("+")[0] for version in found.split()] == list(versions.values()):
+        return python
     venv = work / "venv"
     wanted = [f"{name}=={version}" for name, version in versions.items()]
     print(f"{python} has not {' '.join(wanted)}: making {venv}.", flush=True)
-    for command in (
-        [python, "-m", "venv", str(venv)],
-        [str(venv / "bin" / "pip"), "install", "-q", *wanted, "safetensors"],
-    ):
-        try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise RunError(f"Cannot make a venv: {error}. Give --python with one.") from error
-    return str(venv / "bin" / "python")
+    try:
+        subprocess.run([python, "-m", "venv", str(venv)], check=True)
+        subprocess.run([venv / "bin/pip", "install", "-q", *wanted, "safetensors"], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RunError(f"Cannot make a venv: {error}. Give --python with one.") from error
+    return str(venv / "bin/python")

@@ -1,11 +1,11 @@
-"""Run pieces of the GPU's command without a GPU, up to the launch of every kernel.
+"""Run a piece of the GPU's command without a GPU, up to the launch of every kernel.
 
 Triton's own path is taken, from specialization to ptxas, launchers and parsed arguments, against a
 driver that launches nothing (stand_in.c). PyTorch's operations on what is large compute nothing
 either: shapes and memory are real, numbers are not. So every kernel that a piece would launch lands
-in Triton's cache, in the time that compiling takes. Prints a line of JSON for each piece.
+in Triton's cache, in the time that compiling takes. Prints a line of JSON.
 
-    TRITON_LIBCUDA_PATH=FOLDER python -m bench.gpu.stand_in --ops swiglu "check swiglu" latency
+    TRITON_LIBCUDA_PATH=FOLDER python -m bench.gpu.stand_in --ops swiglu check swiglu
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from bench.gpu.job import Job
-from bench.gpu.piece import function
+from bench.gpu.piece import function, listen
+from bench.rows import read
 from mfmjt import cuda_graph
 from mfmjt.meanflow import tangent
 
-__all__ = ["Hollow", "dry", "installed", "main"]
+__all__ = ["Hollow", "installed", "main"]
 
 SMALL = 2**14
 """Elements below which PyTorch computes: indices, masks and times decide what comes next."""
@@ -46,7 +46,7 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class Hollow(TorchDispatchMode):
-    """Operations on large tensors give memory of the right shape, which nobody writes to."""
+    """Gives memory of the right shape for operations on large tensors; nobody writes to it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,7 +59,7 @@ class Hollow(TorchDispatchMode):
         if func._schema.is_mutable:
             changed = args[0] if args else given[0]
             return changed if func._schema.returns else None
-        hollow_args, hollow = pytree.tree_map(_without_memory, (args, kwargs))
+        hollow_args, hollow = pytree.tree_map_only(Tensor, _on("meta"), (args, kwargs))
         if not given:
             if "device" not in kwargs:
                 return func(*args, **kwargs)
@@ -71,24 +71,17 @@ class Hollow(TorchDispatchMode):
         results = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor)]
         if not given and sum(x.numel() for x in results) <= SMALL:
             return func(*args, **kwargs)
-        return pytree.tree_map(_with_memory, found)
+        return pytree.tree_map_only(Tensor, _on("cpu"), found)
 
 
-def _without_memory(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _with_memory(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+def _on(device: str) -> Callable[[Tensor], Tensor]:
+    """Return what makes a tensor like another on a device, which nobody writes to."""
+    return lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
 
 @contextlib.contextmanager
 def installed(folder: str) -> Iterator[ctypes.CDLL]:
-    """Inside, Triton's GPU is an H200 behind the stand-in; yields the library.
+    """Make Triton's GPU an H200 behind the stand-in inside; yield the library.
 
     Args:
         folder: Where its libcuda.so.1 is; TRITON_LIBCUDA_PATH says the same to Triton's linker.
@@ -108,35 +101,6 @@ def installed(folder: str) -> Iterator[ctypes.CDLL]:
         driver._active = before
 
 
-class _Kernel:
-    """What is launched in a dry run."""
-
-    function, packed_metadata = None, ()
-
-    def launch_metadata(self, *_: Any) -> None:
-        pass
-
-    def run(self, *_: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def dry(found: set[tuple[str, Any]]) -> Iterator[None]:
-    """Inside, kernels are not compiled: `found` gets the name and the key of each."""
-    compile_ = JITFunction._do_compile
-
-    def only_counted(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> _Kernel:
-        kernel = self.device_caches[device][0][key] = _Kernel()
-        found.add((self.fn.__name__, key))
-        return kernel
-
-    JITFunction._do_compile = only_counted
-    try:
-        yield
-    finally:
-        JITFunction._do_compile = compile_
-
-
 def run(piece: str, job: Job, ops: tuple[str, ...]) -> None:
     """Run a piece as on a GPU, with nothing to compute."""
     part, *what = piece.split()
@@ -145,11 +109,15 @@ def run(piece: str, job: Job, ops: tuple[str, ...]) -> None:
         from bench.gpu import nano
 
         nano.extract(job, clips=2, validation=2, workers=0)
-        with Hollow():
-            nano.training(job, "graph", steps=4, flow_steps=2)
-        return
+        work = functools.partial(nano.training, how="graph", steps=4, flow_steps=2)
     with Hollow():
         work(job)
+
+
+def _captured(self: Any, first: Tensor, **given: Any) -> Tensor:
+    """Call the function of a `Captured` without a graph."""
+    result: Tensor = self._function(first, **cuda_graph.floats_as_tensors(given, first.device))
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,68 +127,35 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("piece", nargs="+")
+    parser.add_argument("name", nargs="+")
     parser.add_argument("--ops", required=True)
-    parser.add_argument("--dry", action="store_true", help="count kernels, compile none")
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
     given = parser.parse_args(argv)
-    _act_as_on_a_gpu()
-    status = 0
-    for piece in given.piece:
-        status |= _report(piece, tuple(given.ops.split(",")), given.dry, given.smoke)
-    return status
-
-
-def _act_as_on_a_gpu() -> None:
-    """Take the ways that the package goes on a GPU only, without graphs."""
+    # The ways that the package goes on a GPU only, without graphs
     tangent.one_call_is_cheaper = lambda *_: False
-
-    def call(self: Any, first: Tensor, **given: Any) -> Tensor:
-        return self._function(first, **cuda_graph.floats_as_tensors(given, first.device))
-
-    cuda_graph.Captured.__call__ = call  # type: ignore[method-assign]
-
-
-def _report(piece: str, ops: tuple[str, ...], is_dry: bool, smoke: bool) -> int:
-    kernels: set[tuple[str, Any]] = set()
-    compiled: list[float] = []
-
-    def listen(*, src: Any, metadata: Any, times: Any, cache_hit: bool, **_: Any) -> None:
-        kernels.add((src.name, metadata["hash"]))
-        if not cache_hit:
-            compiled.append(times.total / 1e6)
-
-    knobs.compilation.listener = listen
-    began = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        library = stack.enter_context(installed(os.environ["TRITON_LIBCUDA_PATH"]))
-        if is_dry:
-            stack.enter_context(dry(kernels))
-        launches = library.stand_in_launches()
-        job = Job(piece, folder, folder, "cpu", smoke, float("inf"), stand_in=True)
-        run(piece, job, ops)
-        failed = [row for path in folder.glob("*.jsonl") for row in _failures(path)]
+    cuda_graph.Captured.__call__ = _captured  # type: ignore[method-assign]
+    began, piece = time.monotonic(), " ".join(given.name)
+    place = os.environ["TRITON_LIBCUDA_PATH"]
+    with tempfile.TemporaryDirectory() as name, installed(place) as library:
+        folder = Path(name)
+        job = Job(piece, folder, folder, "cpu", given.smoke, float("inf"), stand_in=True)
+        listen(job.facts)
+        run(piece, job, tuple(given.ops.split(",")))
+        # That results are wrong is no news where nothing was computed.
+        rows = [row for path in folder.glob("*.jsonl") for row in read(path)]
+        failed = [row["reason"] for row in rows if row.get("status") == "failed"]
         found = {
             "piece": piece,
-            "kernels": len(kernels),
-            "compiled": len(compiled),
-            "compile_s": round(sum(compiled), 1),
-            "launches": library.stand_in_launches() - launches,
+            "kernels": job.facts["compiled"] + job.facts["from_cache"],
+            **job.facts,
+            "launches": library.stand_in_launches(),
             "refused": library.stand_in_refused(),
             "failed": failed[:4],
             "seconds": round(time.monotonic() - began, 1),
+            "reason": library.stand_in_reason().decode(),
         }
-        if found["refused"]:
-            found["reason"] = library.stand_in_reason().decode()
     sys.stdout.write(json.dumps(found) + "\n")
     return int(bool(failed or found["refused"]))
-
-
-def _failures(path: Path) -> list[str]:
-    """Rows of what raised; that results are wrong is no news where nothing was computed."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row["reason"] for row in rows if row.get("status") == "failed"]
 
 
 if __name__ == "__main__":

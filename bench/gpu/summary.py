@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from bench.rows import read
+from bench.rows import Row, read
 from mfmjt.files import atomic_path
 
 __all__ = ["lines", "write", "wrong"]
 
-Row = dict[str, Any]
 FIGURES = {
     "generate": (
         ("what", "network", "batch", "provider"),
@@ -29,6 +27,7 @@ FIGURES = {
     "train": (("run",), ("steps", "steps_per_s", "seconds", "finished", "peak_gib", "reason")),
 }
 """What a line has of a row of each file: values, and beside the status names with their values."""
+MACHINE = ("gpu", "cpu", "cores", "clocks", "torch", "triton", "triton_key", "commit", "ceilings")
 
 
 def write(out: Path) -> None:
@@ -39,22 +38,20 @@ def write(out: Path) -> None:
 
 def wrong(out: Path) -> int:
     """Return how many results are not right."""
-    checks = sum(row.get("ok") is False for row in read(out / "check.jsonl"))
-    rows = [row for name in FIGURES for row in read(out / f"{name}.jsonl")]
-    return checks + sum(row.get("status") == "wrong" for row in rows)
+    rows = [row for name in ("check", *FIGURES) for row in read(out / f"{name}.jsonl")]
+    return sum(row.get("ok") is False or row.get("status") == "wrong" for row in rows)
 
 
 def lines(out: Path) -> list[str]:
     """Return one line for each figure, and what went wrong at the end."""
     path = out / "environment.json"
     stamp = json.loads(path.read_text()) if path.exists() else {}
-    machine = ("gpu", "cpu", "cores", "clocks", "torch", "triton", "triton_key", "commit")
-    text = [_named(stamp, (*machine, "ceilings")) or "no environment.json"]
+    text = [_named(stamp, MACHINE) or "no environment.json"]
     checks = read(out / "check.jsonl")
     for op in dict.fromkeys(row["op"] for row in checks):
-        mine = [row for row in checks if row["op"] == op]
-        bad = [row for row in mine if not row["ok"]]
-        text.append(f"check {op}: {len(mine) - len(bad)} right, {len(bad)} not")
+        bad = [row for row in checks if row["op"] == op and not row["ok"]]
+        good = sum(row["op"] == op and row["ok"] for row in checks)
+        text.append(f"check {op}: {good} right, {len(bad)} not")
         of, why = ("case", "dtype", "kind"), ("status", "reason", "error", "reference", "scale")
         text += [f"    {_values(row, of)}: {_named(row, why)}" for row in bad[:4]]
     for name, (about, figures) in FIGURES.items():

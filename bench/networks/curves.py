@@ -17,20 +17,23 @@ Examples:
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from bench.networks.given import Row, Target, command_line, hold, start
-from bench.rows import read
+import pandas
+
+from bench import parser
+from bench.case import TINY
+from bench.networks.given import Target, hold, start
+from bench.rows import Row, read
 from mfmjt import kernels
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import RunError
 from mfmjt.features.procedural import write_store
+from mfmjt.plotting import COLORS, figure
 from mfmjt.train.recipe import NetworkTraining
 from mfmjt.train.tasks.network import train_network
 
@@ -41,8 +44,6 @@ PROVIDERS = ("mfmjt", "reference")
 ERRORS = ("flow", "interval")
 SEEDS = (0, 1, 2)
 CLIPS = 48
-TINY = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
-COLORS = ("#0072B2", "#D55E00", "#009E73")
 TARGETS = tuple(
     Target(
         f"{error} error: distance from the reference over the spread of seeds",
@@ -99,57 +100,41 @@ def distances(rows: list[Row]) -> list[Row]:
     Args:
         rows: Records with `provider`, `seed`, `step` and the errors.
     """
-    import pandas as pd
-
-    frame = pd.DataFrame(rows)
+    frame = pandas.DataFrame(rows)
     result = []
     for error in ERRORS:
         curves = frame.pivot(index=["step", "seed"], columns="provider", values=error)
         far = (curves["mfmjt"] - curves["reference"]).abs().groupby("step").max()
         references = curves["reference"].groupby("step")
         over = (far / (references.max() - references.min())).fillna(0.0)  # nothing over no range
-        about = {"what": "distance", "error": error}
-        result.append(
-            {**about, "over_spread": float(over.max()), "largest_distance": float(far.max())}
-        )
+        worst = {"over_spread": float(over.max()), "largest_distance": float(far.max())}
+        result.append({"what": "distance", "error": error, **worst})
     return result
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plot both errors over steps: the references as bands of light, ours as lines on them."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8, 3), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots(1, len(ERRORS), sharey=True)
+    lines = pandas.DataFrame(rows).groupby(["provider", "seed"])
+    looks = {"reference": ("PyTorch", 4, 0.3), "mfmjt": ("mfmjt", 1, 1.0)}
+    with figure(path, (8, 3)) as drawn:
+        axes = drawn.subplots(1, len(ERRORS), sharey=True)
         for axis, error, title in zip(axes, ERRORS, ("r = t", "r < t"), strict=True):
-            for seed, color in zip(SEEDS, COLORS, strict=True):
-                for provider, name, width, alpha in (
-                    ("reference", "PyTorch", 4, 0.3),
-                    ("mfmjt", "mfmjt", 1, 1.0),
-                ):
-                    line = [r for r in rows if (r["provider"], r["seed"]) == (provider, seed)]
-                    steps, values = zip(*((r["step"], r[error]) for r in line), strict=True)
+            for seed, color in zip(SEEDS, COLORS, strict=False):
+                for provider, (name, width, alpha) in looks.items():
+                    line, look = lines.get_group((provider, seed)), {"color": color, "alpha": alpha}
                     label = f"{name}, seed {seed}"
-                    axis.plot(steps, values, color=color, linewidth=width, alpha=alpha, label=label)
+                    axis.plot(line["step"], line[error], linewidth=width, label=label, **look)
             axis.set(title=f"error of rows with {title}", xlabel="step")
             axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[-1].legend(frameon=False, fontsize=7)
-        figure.savefig(path, metadata={"Date": None})
+        axes[-1].legend(fontsize=7)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, compare; return the exit status."""
-    parser = command_line("curves", __doc__)
-    parser.add_argument("--store", type=Path, help="folder of features to make or use [temporary]")
-    parser.add_argument("--steps", type=int, default=300, help="of each training [300]")
-    parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    options = parser.parse_args(argv)
+    usage = parser("curves", __doc__, out="", smoke=True)
+    usage.add_argument("--store", type=Path, help="folder of features to make or use [temporary]")
+    usage.add_argument("--steps", type=int, default=300, help="of each training [300]")
+    options = usage.parse_args(argv)
     steps, clips = (12, 4) if options.smoke else (options.steps, CLIPS)
     rows = start(options.out / "curves.jsonl", steps=steps, smoke=options.smoke)
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +156,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.add(row)
     plot(curves, options.out / "curves.svg")
     return hold(rows.rows, TARGETS)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

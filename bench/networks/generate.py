@@ -29,53 +29,46 @@ Examples:
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.clock import (
-    CaptureFailed,
-    Sampler,
-    cuda_events,
-    of_graph,
-    on_cpu,
-    recorded,
-    take_turns,
-)
+from bench import ROOT, parser
+from bench.clock import Sampler, cuda_events, of_graph, on_cpu, recorded, take_turns
 from bench.machine import environment, peak_mib
-from bench.networks.given import Row, Target, command_line, features, hold, network, unsupported
+from bench.networks.given import (
+    Guard,
+    Target,
+    compare,
+    features,
+    hold,
+    network,
+    planned,
+    printed_by_python,
+    refused,
+)
 from bench.providers import OURS
-from bench.rows import GENERATE, Rows, dtype_name
+from bench.rows import GENERATE, Row, Rows, dtype_name
 from mfmjt import kernels, meanflow
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec, NanoCodec
 from mfmjt.cuda_graph import Captured
-from mfmjt.errors import InputError, RunError
+from mfmjt.errors import RunError
 from mfmjt.kernels import precision
 from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["KEY", "SECONDS", "TARGETS", "Generation", "GenerationPlan", "main", "once", "plans"]
-__all__ += ["time_plan"]
+__all__ = ["TARGETS", "Generation", "GenerationPlan", "main", "once", "plans", "time_plan"]
 
-KEY = GENERATE[1]
-ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "examples" / "ball_wood.mp4"
-SECONDS = 8
-"""Of sound that a network's own length is."""
 
 
 def _target(name: str, sense: str, limit: float, column: str, **where: Any) -> Target:
@@ -98,9 +91,6 @@ TARGETS = (
     _target(_CLIPS, ">=", 3000.0, "clips_per_s", device="cuda", batch=(32, 128)),
     _target(_EAGER, ">=", 10.0, "over_mfmjt", device="cuda", provider="eager"),
 )
-
-Guard = Callable[[Rows, Row], AbstractContextManager[None]]
-"""Makes a row of what fails inside, from the fields that identify it."""
 
 
 class GenerationPlan(NamedTuple):
@@ -153,11 +143,9 @@ tiny  rest      nano          latents   2         eager_25
 def plans(device: str, *turns: str) -> list[GenerationPlan]:
     """Return what is timed on a device, "cpu", "cuda" or "tiny", in some turns or in all."""
     found = []
-    for line in PLANS.strip().splitlines():
-        on, turn, name, what, batches, *providers = line.split()
-        if on == device and turn in (turns or [turn]):
-            sizes = map(int, batches.split(","))
-            found += [GenerationPlan(name, what, batch, tuple(providers)) for batch in sizes]
+    for name, what, batches, *providers in planned(PLANS, device, *turns):
+        sizes = map(int, batches.split(","))
+        found += [GenerationPlan(name, what, batch, tuple(providers)) for batch in sizes]
     return found
 
 
@@ -195,42 +183,25 @@ class Generation:
         return cls(net.eval().requires_grad_(False).to(dtype), codec, z, cond)
 
     def call(self, provider: str) -> Callable[[], Tensor]:
-        """Return what a provider does.
-
-        Raises:
-            InputError: There is no such provider.
-        """
-        latents = self._latents(provider)
-        if self.codec is None:
-            return latents
-        decode: Callable[[Tensor], Tensor] = self.codec.decode
-        if provider == OURS:
-            decode = Captured(decode)
-        ours = provider.startswith(OURS)
-
-        @torch.no_grad()
-        def waveform() -> Tensor:
-            with contextlib.nullcontext() if ours else kernels.reference():
-                return decode(latents())
-
-        return waveform
-
-    def _latents(self, provider: str) -> Callable[[], Tensor]:
+        """Return what a provider does."""
         if provider in (OURS, "mfmjt_eager"):
             step = meanflow.OneStep(self.net, compile=provider == OURS)
-            return lambda: step(self.z, **self.cond)
-        mode = "reduce-overhead" if self.z.device.type == "cuda" else "default"
-        if provider not in ("eager", "eager_25", "compile"):
-            raise InputError(f"There is no provider {provider!r}. See --help.")
-        function = _twenty_five_steps if provider == "eager_25" else _one_step
-        if provider == "compile":
-            function = torch.compile(_one_step, mode=mode)
+            latents = functools.partial(step, self.z, **self.cond)
+        else:
+            function = _twenty_five_steps if provider == "eager_25" else _one_step
+            if provider == "compile":
+                cuda = self.z.device.type == "cuda"
+                function = torch.compile(function, mode="reduce-overhead" if cuda else "default")
+            latents = functools.partial(function, self.net, self.z, self.cond)
+        decode: Callable[[Tensor], Tensor] = self.codec.decode if self.codec else lambda x: x
+        if self.codec and provider == OURS:
+            decode = Captured(decode)
 
+        @torch.no_grad()
         def call() -> Tensor:
-            with torch.no_grad(), kernels.reference():
-                return function(self.net, self.z, self.cond)
+            return decode(latents())
 
-        return call
+        return call if provider.startswith(OURS) else kernels.reference()(call)
 
     def graph_ms(self) -> float:
         """Return the milliseconds of a replay of our latents alone, one after the other."""
@@ -255,6 +226,25 @@ class Generation:
     def error(self, latents: Tensor) -> float:
         """Return the relative error of latents."""
         return float((latents.to(self.truth) - self.truth).norm() / self.truth.norm())
+
+    def prepare(self, provider: str) -> tuple[Row, Sampler | None]:
+        """Return fields of a provider's row, and how to time it; None if it may not be."""
+        call, device = self.call(provider), self.z.device
+        began = time.monotonic()
+        result = call()
+        row: Row = {"status": "ok", "first_call_s": time.monotonic() - began}
+        row["relative_error"] = None
+        if self.codec is None and provider != "eager_25":  # of others no claim is made
+            row["relative_error"] = error = self.error(result)
+            if not error <= self.limit:
+                reason = f"relative error {error:.3g}, allowed {self.limit:.3g}"
+                return {**row, "status": "wrong", "reason": reason}, None
+        row["peak_mib"] = peak_mib(call, device)
+        if device.type != "cuda":
+            return row, on_cpu(call)
+        if provider == OURS and self.codec is None:
+            row["graph_ms"] = self.graph_ms()
+        return row, cuda_events(call, device)
 
 
 def _codec(name: str, dtype: torch.dtype) -> NanoCodec | MMAudioCodec:
@@ -286,17 +276,6 @@ def _twenty_five_steps(net: MFMJT, z: Tensor, cond: dict[str, Tensor]) -> Tensor
     return z
 
 
-@contextlib.contextmanager
-def _refused(rows: Rows, fields: Row) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        row = rows.add({**fields, **unsupported(error)})
-        print(*fields.values(), row["status"], row["reason"], flush=True)
-
-
 @torch.no_grad()
 def time_plan(
     rows: Rows,
@@ -304,73 +283,29 @@ def time_plan(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     tiny: bool = False,
-    guard: Guard = _refused,
-    has_time: Callable[[Row], bool] = lambda fields: True,
-    seconds: float = 6.0,
+    stand_in: bool = False,
+    **options: Any,
 ) -> None:
     """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
 
-    Args:
-        rows: Identified by `KEY`.
-        plan: What.
-        device: Where.
-        dtype: Of network and features.
-        tiny: Nothing of real size.
-        guard: Makes a row of what fails.
-        has_time: Whether there is time for a provider.
-        seconds: To take the times of all in, where they take turns.
+    Network and features are of `dtype`. A `stand_in` only calls what is ours, and computes nothing;
+    `options` are those of `compare`.
     """
+    make = functools.lru_cache(Generation.make)
+
+    def prepare(provider: str) -> tuple[Row, Sampler | None]:
+        generation = make(plan, device, dtype, tiny)
+        if not stand_in:
+            return generation.prepare(provider)
+        if provider.startswith(OURS):
+            generation.call(provider)()
+        return {"status": "called"}, None
+
     about: Row = {"what": plan.what, "network": plan.network, "batch": plan.batch}
     about |= {"dtype": dtype_name(dtype), "device": device.type, "threads": torch.get_num_threads()}
-
-    def add(row: Row, timing: Any = None) -> None:
-        if timing:
-            row = {**row, "clips_per_s": 1e3 * plan.batch / timing.ms_p50}
-            ours = {**about, "provider": OURS, "status": "ok"}.items()
-            for own in (own for own in rows.rows if ours <= own.items()):
-                row["over_mfmjt"] = timing.ms_p50 / own["ms_p50"]
-        row = rows.add(row, timing)
-        ms = f"{row['ms_p50']} ms (host {row['cpu_ms_p50']} ms)" if timing else row["reason"]
-        print(*about.values(), row["provider"], row["status"], ms, flush=True)
-
-    generation: Generation | None = None
-    samplers: dict[str, Sampler] = {}
-    ready: dict[str, Row] = {}
-    for provider in plan.providers:
-        fields = {**about, "provider": provider}
-        if rows.has(**fields):
-            continue
-        if not has_time(fields):
-            break
-        if provider == "compile":
-            torch.compiler.reset()  # what was compiled before counts against a limit
-        with guard(rows, fields):
-            generation = generation or Generation.make(plan, device, dtype, tiny)
-            call = generation.call(provider)
-            began = time.monotonic()
-            result = call()
-            row = {**fields, "status": "ok", "first_call_s": time.monotonic() - began}
-            judged = plan.what == "latents" and provider != "eager_25"  # of others no claim is made
-            error = generation.error(result) if judged else None
-            row["relative_error"] = error
-            if error is not None and not error <= generation.limit:
-                reason = f"relative error {error:.3g}, allowed {generation.limit:.3g}"
-                add({**row, "status": "wrong", "reason": reason})
-                continue
-            row["peak_mib"] = peak_mib(call, device)
-            if device.type != "cuda":
-                samplers[provider], ready[provider] = on_cpu(call), row
-                continue
-            (timing,) = take_turns({provider: cuda_events(call, device)}, 0.3).values()
-            try:
-                if provider == OURS and plan.what == "latents":
-                    row["graph_ms"] = generation.graph_ms()
-            except CaptureFailed as failure:
-                add({**row, "graph_ms": None, "reason": str(failure)}, timing)
-                raise
-            add(row, timing)
-    for provider, timing in take_turns(samplers, seconds).items():
-        add(ready[provider], timing)
+    abouts = [{**about, "provider": provider} for provider in plan.providers]
+    clips = lambda row: {"clips_per_s": 1e3 * plan.batch / row["ms_p50"]}  # noqa: E731
+    compare(rows, abouts, prepare, {OURS: tuple(about)}, clips, **options)
 
 
 def _end_to_end(device: torch.device, calls: int) -> Row:
@@ -386,11 +321,10 @@ def _end_to_end(device: torch.device, calls: int) -> Row:
         stages.append(audio.timings)
         return audio
 
-    length, timed = call().duration, on_cpu(call)
-    walls, cpus = zip(*(timed() for _ in range(calls)), strict=True)
+    length, timing = call().duration, take_turns({"": on_cpu(call)}, 0.0)[""]
     row: Row = {f"{k}_s": statistics.median(s[k] for s in stages[1:]) for k in stages[0]}
-    row |= {"wall_s": statistics.median(walls) / 1e3, "cpu_s": statistics.median(cpus) / 1e3}
-    return row | {"seconds": length, "rtf": row["wall_s"] / length, "calls": calls}
+    row |= {"wall_s": timing.ms_p50 / 1e3, "cpu_s": timing.cpu_ms_p50 / 1e3, "calls": timing.n}
+    return row | {"seconds": length, "rtf": row["wall_s"] / length}
 
 
 COLD = """
@@ -409,15 +343,8 @@ def _cold_start(device: torch.device, calls: int) -> Row:
     taken = []
     for _ in range(calls):
         began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", COLD, device.type],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-            cwd=ROOT,
-        )
-        taken.append((time.perf_counter() - began, *map(float, done.stdout.split())))
+        parts = printed_by_python("-c", COLD, device.type).split()
+        taken.append((time.perf_counter() - began, *map(float, parts)))
     names = ("process_s", "import_s", "load_s", "first_sound_s")
     columns = zip(names, zip(*taken, strict=True), strict=True)
     return {name: statistics.median(column) for name, column in columns} | {"calls": calls}
@@ -425,16 +352,8 @@ def _cold_start(device: torch.device, calls: int) -> Row:
 
 def _launches(device: torch.device, calls: int) -> Row:
     """Return launches by provider; counted in a process that takes its Triton for a GPU's."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.launches", "--network", "small_16k", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-    )
-    if not done.stdout.strip():
-        raise RunError(f"Nothing was counted: {(done.stderr.strip() or '?').splitlines()[-1]}.")
-    counted = json.loads(done.stdout)
+    command = ("-m", "bench", "launches", "--network", "small_16k", "--json")
+    counted = json.loads(printed_by_python(*command))
     return {"launches": counted["launches"], "triton": counted["triton"]}
 
 
@@ -451,7 +370,7 @@ def once(
     device: torch.device,
     calls: int = 3,
     wanted: Sequence[str] = tuple(ONCE),
-    guard: Guard = _refused,
+    guard: Guard = refused,
 ) -> None:
     """Make a row of each of `ONCE` that is wanted and has none."""
     shared = {"device": device.type, "threads": torch.get_num_threads()}
@@ -471,18 +390,17 @@ def once(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and measure; return the exit status."""
-    parser = command_line("generate", __doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--network", action="append", choices=sorted(CONFIGS), help="[all]")
-    parser.add_argument("--what", action="append", help="only these of the above [all]")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
-    parser.add_argument("--calls", type=int, default=5, help="end to end and cold starts [5]")
-    parser.add_argument("--smoke", action="store_true", help="everything tiny, to see that it runs")
-    options = parser.parse_args(argv)
+    usage = parser("generate", __doc__, out="", smoke=True)
+    usage.add_argument("--device", default="cpu")
+    usage.add_argument("--network", action="append", choices=sorted(CONFIGS), help="[all]")
+    usage.add_argument("--what", action="append", help="only these of the above [all]")
+    usage.add_argument("--minutes", type=float, default=9.0, help="stop after so long [9]")
+    usage.add_argument("--calls", type=int, default=5, help="cold starts [5]")
+    options = usage.parse_args(argv)
     device, smoke = torch.device(options.device), options.smoke
     end = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(options.out / "generate.jsonl", KEY)
+    rows = Rows(options.out / "generate.jsonl", GENERATE[1])
     networks = options.network or [*CONFIGS]
     slow = device.type == "cpu" and torch.bfloat16 in precision.SLOW
     dtype = torch.float32 if slow else torch.bfloat16  # as users of this machine run it
@@ -498,7 +416,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = [name for name in ONCE if name in what and ONCE[name][0] in networks]
         once(rows, device, options.calls, wanted)
     return hold(rows.rows, () if smoke else TARGETS)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

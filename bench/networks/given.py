@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,31 +18,19 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import parser
+from bench import ROOT
 from bench.case import TINY
+from bench.clock import Sampler, Timing, take_turns
 from bench.machine import environment
-from bench.rows import Rows, line_of
-from mfmjt.kernels import _native
+from bench.rows import KEY, Row, Rows, failure
+from mfmjt.errors import RunError
 from mfmjt.model import MFMJT
 from mfmjt.model.config import CONFIGS, ModelConfig
 
-__all__ = [
-    "CPU",
-    "Counts",
-    "Row",
-    "Target",
-    "Workload",
-    "command_line",
-    "count",
-    "features",
-    "hold",
-    "network",
-    "start",
-    "unsupported",
-]
+__all__ = ["CPU", "Guard", "Target", "Workload", "compare", "count", "features", "hold", "network"]
+__all__ += ["planned", "printed_by_python", "refused", "start", "unsupported"]
 
 CPU = torch.device("cpu")
-Row = dict[str, Any]
 
 
 def network(name: str, length: int | None = None, tiny: bool = False, **overrides: Any) -> MFMJT:
@@ -108,20 +100,13 @@ class Workload:
         return Workload(net, x, noise, r, t, cond)
 
 
-class Counts(NamedTuple):
-    """What a call computes and keeps.
+def count(work: Workload, call: Callable[[], object]) -> dict[str, int]:
+    """Count what a call computes and keeps; in the FakeTensorMode of `work` it needs no memory.
 
-    Attributes:
-        flops: Of matmuls and convolutions, those of our library ops included.
-        saved_bytes: Memory kept for the backward pass besides weights and data, each buffer once.
+    Returns:
+        `flops`, of matmuls and convolutions, those of our library ops included; `saved_bytes`, kept
+        for the backward pass besides weights and data, each buffer once.
     """
-
-    flops: int
-    saved_bytes: int
-
-
-def count(work: Workload, call: Callable[[], object]) -> Counts:
-    """Count what a call computes and keeps; in the FakeTensorMode of `work` it needs no memory."""
     data = [*work.net.parameters(), *work.cond.values(), work.x, work.noise]
     known = {tensor.untyped_storage()._cdata for tensor in data}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -135,7 +120,16 @@ def count(work: Workload, call: Callable[[], object]) -> Counts:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with FlopCounterMode(display=False) as counter, hooks:
         call()
-    return Counts(counter.get_total_flops(), sum(s.nbytes() for s in kept.values()))
+    saved = sum(storage.nbytes() for storage in kept.values())
+    return {"flops": counter.get_total_flops(), "saved_bytes": saved}
+
+
+def planned(table: str, device: str, *turns: str) -> Iterator[list[str]]:
+    """Yield the words behind device and turn of a table's lines, of some turns or of all."""
+    for line in table.strip().splitlines():
+        on, turn, *words = line.split()
+        if on == device and turn in (turns or [turn]):
+            yield words
 
 
 class Target(NamedTuple):
@@ -169,11 +163,8 @@ class Target(NamedTuple):
     def _is_about(self, row: Row) -> bool:
         if row.get("status", "ok") != "ok" or row.get(self.column) is None:
             return False
-        several = (range, tuple)
-        wanted = (
-            (row.get(k), v if isinstance(v, several) else (v,)) for k, v in self.where.items()
-        )
-        return all(value in values for value, values in wanted)
+        wanted = {k: v if isinstance(v, (range, tuple)) else (v,) for k, v in self.where.items()}
+        return all(row.get(k) in values for k, values in wanted.items())
 
 
 def hold(rows: Sequence[Row], targets: Iterable[Target]) -> int:
@@ -188,23 +179,108 @@ def hold(rows: Sequence[Row], targets: Iterable[Target]) -> int:
     return status
 
 
-def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m bench NAME` with the one option that all have."""
-    command = parser(name, about)
-    command.add_argument("--out", required=True, type=Path, help="folder of the results")
-    return command
-
-
-def start(path: Path, **about: Any) -> Rows:
+def start(path: Path, key: tuple[str, ...] = KEY, **about: Any) -> Rows:
     """Begin a file of rows anew with what the measurement depends on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    rows = Rows(path)
-    stamp = environment(CPU) | {"extension": _native.status()}
-    rows.add({"what": "environment", **about, **stamp})
+    rows = Rows(path, key)
+    rows.add({"what": "environment", **about, **environment(CPU)})
     return rows
+
+
+def printed_by_python(*arguments: str) -> str:
+    """Return what a new process of this Python prints, run in the source tree.
+
+    Raises:
+        RunError: Nothing.
+    """
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    if not done.stdout.strip():
+        raise RunError(f"Nothing was measured: {(done.stderr.strip() or '?').splitlines()[-1]}.")
+    return done.stdout
 
 
 def unsupported(error: Exception) -> Row:
     """Return the fields of the row of a provider that failed."""
-    return {"status": "unsupported", "reason": f"{type(error).__name__}: {line_of(error)}"}
+    return {"status": "unsupported", "reason": failure(error)}
+
+
+Guard = Callable[[Rows, Row], AbstractContextManager[None]]
+"""Makes a row of what fails inside, from the fields that identify it."""
+
+
+@contextlib.contextmanager
+def refused(rows: Rows, about: Row) -> Iterator[None]:
+    """Make a row of what fails inside: a compiler, for want of memory, or anybody's code."""
+    try:
+        yield
+    except Exception as error:
+        _show(rows.add({**about, **unsupported(error)}))
+
+
+SHOWN = ["what", "network", "batch", "ratio", "provider", "status", "ms_p50", "cpu_ms_p50"]
+SHOWN += ["over_flow", "over_mfmjt", "of_gemm", "flops_over_flow", "saved_over_flow", "reason"]
+
+
+def _show(row: Row) -> None:
+    print(*(f"{k} {row[k]}" for k in SHOWN if row.get(k) is not None), flush=True)
+
+
+def compare(
+    rows: Rows,
+    abouts: Sequence[Row],
+    prepare: Callable[[str], tuple[Row, Sampler | None]],
+    bases: Mapping[str, Sequence[str]],
+    finish: Callable[[Row], Row] = lambda row: {},
+    guard: Guard = refused,
+    has_time: Callable[[Row], bool] = lambda about: True,
+    seconds: float = 5.0,
+) -> None:
+    """Verify and time providers that do the same work, and make a row of each that has none.
+
+    On a CPU they take turns. On a GPU, where nobody else computes, each is timed as soon as it is
+    verified, so that its row is written whatever happens next.
+
+    Args:
+        rows: Where they go.
+        abouts: Fields that identify the rows, `provider` and `device` among them.
+        prepare: Verifies a provider: fields of its row, and how to time it; None if it may not be.
+        bases: Providers that others are held against, and the fields in which their rows agree:
+            a time over that of "flow" is `over_flow`.
+        finish: Makes more fields of a row that has times.
+        guard: Makes a row of what fails.
+        has_time: Whether there is time for a provider.
+        seconds: To take the times of all in, where they take turns.
+    """
+
+    def add(row: Row, timing: Timing | None) -> None:
+        if timing:
+            row |= asdict(timing)
+            for base, same in bases.items():
+                wanted = {"provider": base, "status": "ok", **{k: row[k] for k in same}}.items()
+                others = (r for r in (row, *reversed(rows.rows)) if wanted <= r.items())
+                if other := next(others, None):
+                    row[f"over_{base}"] = row["ms_p50"] / other["ms_p50"]
+                    row[f"cpu_over_{base}"] = row["cpu_ms_p50"] / other["cpu_ms_p50"]
+            row |= finish(row)
+        _show(rows.add(row))
+
+    if any("compile" in about["provider"] for about in abouts):
+        torch.compiler.reset()  # what was compiled for other comparisons counts against a limit
+    ready: dict[str, tuple[Row, Sampler]] = {}
+    for about in abouts:
+        if rows.has(**about) or not has_time(about):
+            continue
+        with guard(rows, about):
+            fields, sampler = prepare(about["provider"])
+            row = {**about, **fields}
+            if sampler is None or about["device"] == "cuda":
+                add(row, take_turns({"": sampler}, 0.3)[""] if sampler else None)
+                del sampler
+                gc.collect()
+                torch.cuda.empty_cache()  # of its graph, too
+            else:
+                ready[about["provider"]] = row, sampler
+    for name, timing in take_turns({k: s for k, (_, s) in ready.items()}, seconds).items():
+        add(ready[name][0], timing)

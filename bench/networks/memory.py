@@ -14,14 +14,15 @@ Examples:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.networks.given import Row, Workload, command_line, count, start
+from bench import parser
+from bench.networks.given import Workload, count, start
+from bench.rows import Row
 from mfmjt import meanflow
 from mfmjt.model import CONFIGS, MFMJT
 from mfmjt.model.lora import LoRA, add_lora
@@ -64,7 +65,7 @@ def kept(name: str, recompute: bool, **overrides: Any) -> Row:
             work.net.recompute_blocks(recompute)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = lambda: meanflow.loss(work.net, work.x, work.cond, ratio=RATIO)  # noqa: E731
-                return count(work, loss).saved_bytes
+                return count(work, loss)["saved_bytes"]
 
     few, many = saved(BATCH), saved(2 * BATCH)
     sample = (many - few) // BATCH
@@ -73,9 +74,9 @@ def kept(name: str, recompute: bool, **overrides: Any) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and count; return the exit status."""
-    parser = command_line("memory", __doc__)
-    parser.add_argument("--network", action="append", help="only this one [all published]")
-    options = parser.parse_args(argv)
+    usage = parser("memory", __doc__, out="")
+    usage.add_argument("--network", action="append", help="only this one [all published]")
+    options = usage.parse_args(argv)
     rows = start(options.out / "memory.jsonl", ratio=RATIO)
     for name in options.network or [name for name in CONFIGS if name != "nano"]:
         for lora in (None, LoRA()):
@@ -91,7 +92,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             about = f"{name:14} checkpointing {recompute!s:5}"
             print(f"{about}  fixed {fixed:6.2f} GiB, a clip {clip:7.4f} GiB", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,11 +22,7 @@ Examples:
 
 from __future__ import annotations
 
-import functools
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -38,57 +34,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import parser
 from bench.clock import on_cpu, take_turns
 from bench.machine import Ceilings, environment
-from bench.networks.given import CPU, Row, Target, command_line, hold
-from bench.rows import Rows
-from mfmjt import media
+from bench.networks.given import CPU, Target, hold, printed_by_python
+from bench.rows import Row, Rows
+from mfmjt import kernels, media
 from mfmjt.codec import VAE, BigVGAN, MMAudioCodec
-from mfmjt.encoders import (
-    CLIP,
-    CLIPConfig,
-    MMAudioEncoders,
-    Synchformer,
-    SynchformerConfig,
-)
+from mfmjt.encoders import CLIP, CLIPConfig, MMAudioEncoders, Synchformer, SynchformerConfig
 from mfmjt.encoders.base import stream_options
 from mfmjt.encoders.tokenizer import Tokenizer
-from mfmjt.kernels import reference
 from mfmjt.model import MFMJT
 from mfmjt.pipeline import Audio, Pipeline
 
 __all__ = ["TARGETS", "main"]
 
 SECONDS = 8
+STEP: Row = {"steps": 1, "guidance": 1.5, "mode": "cfg_scaled"}
 
 
-def _target(part: str, limit: float) -> Target:
-    return Target(part, "<=", limit, "value", {"part": part})
-
-
-TARGETS = {
-    "vocoder": _target("vocoder", 0.5),
-    "text": _target("text", 0.6),
-    "video": _target("video", 1.5),
-    "memory": _target("memory", 1.2),
-}
+LIMITS = {"vocoder": 0.5, "text": 0.6, "video": 1.5, "memory": 1.2}
+TARGETS = {part: Target(part, "<=", n, "value", {"part": part}) for part, n in LIMITS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and measure; return the exit status."""
-    parser = command_line("mmaudio", __doc__)
-    parser.add_argument("--part", choices=TARGETS, action="append", help="only this one [all]")
-    parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    options = parser.parse_args(argv)
+    usage = parser("mmaudio", __doc__, out="", smoke=True)
+    usage.add_argument("--part", choices=LIMITS, action="append", help="only this one [all]")
+    options = usage.parse_args(argv)
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
-    stamp = environment(CPU) | {"spin": os.environ.get("GOMP_SPINCOUNT")}
-    about = {"smoke": options.smoke, "environment": stamp}
+    about = {"smoke": options.smoke, "environment": environment(CPU)}
     rows = Rows(options.out / "ends.jsonl", ("part",), about)
     measures = {"vocoder": _vocoder, "text": _text, "video": _video, "memory": _memory}
     measured = []
-    for part in options.part or TARGETS:
-        row = {"part": part, "bar": TARGETS[part].limit, **measures[part](options.smoke)}
+    for part in options.part or LIMITS:
+        row = {"part": part, "bar": LIMITS[part], **measures[part](options.smoke)}
         measured.append(rows.add(row))
         print({k: v for k, v in measured[-1].items() if k not in about}, flush=True)
     return hold(measured, [TARGETS[row["part"]] for row in measured])
@@ -105,33 +86,36 @@ def _vocoder(smoke: bool) -> Row:
     seconds = 0.1 if smoke else SECONDS
     vocoder = BigVGAN("16k").eval()
     mel = torch.randn(1, 80, round(seconds * 62.5))
-    call = functools.partial(vocoder, mel)
-    times, sound = _timed(call), vocoder(mel)
+    times: dict[str, Row] = {}
+    sounds: dict[str, Tensor] = {}
+
+    def measure(kind: str) -> None:
+        times[kind], sounds[kind] = _timed(lambda: vocoder(mel)), vocoder(mel).float()
+
+    measure("")
     vocoder.set_fast(False)
-    direct, exact = _timed(call), vocoder(mel)
-    # Counted on one frame: every layer's work is proportional to the length.
-    with reference():
-        plain, theirs = _timed(call), vocoder(mel)
+    measure("direct_")
+    with kernels.reference():
+        measure("eager_")
+        # Counted on one frame: every layer's work is proportional to the length.
         with FlopCounterMode(display=False) as counter:
             vocoder(mel[..., :1])
+    vocoder.to(torch.bfloat16)
+    measure("bfloat16_")
     flops = counter.get_total_flops() * mel.shape[2]
     rate = 1e12 * Ceilings.measure(CPU, (torch.float32,), smoke).gemm_tflops["float32"]
-    vocoder.to(torch.bfloat16)
-    rough = _timed(call)
-    others = {"": sound, "direct_": exact, "bfloat16_": vocoder(mel).float()}
     row: Row = {
-        "value": times["ms_p50"] / 1e3 / seconds,
         "what": "seconds per second of sound, BigVGAN-16k, float32",
-        **times,
+        **times[""],
         "gflop": flops / 1e9,
         "matmul_gflop_per_s": rate / 1e9,
         "floor_at_matmul_rate": flops / rate / seconds,
     }
-    for name, of in (("direct", direct), ("eager", plain), ("bfloat16", rough)):
-        row[f"{name}_value"] = of["ms_p50"] / 1e3 / seconds
-        row[f"{name}_cpu_ms_p50"] = of["cpu_ms_p50"]
-    for name, y in others.items():
-        row[f"{name}relative_difference"] = float((y - theirs).norm() / theirs.norm())
+    theirs = sounds["eager_"]
+    for kind, y in sounds.items():
+        row[f"{kind}value"] = times[kind]["ms_p50"] / 1e3 / seconds
+        row[f"{kind}cpu_ms_p50"] = times[kind]["cpu_ms_p50"]
+        row[f"{kind}relative_difference"] = float((y - theirs).norm() / theirs.norm())
     return row
 
 
@@ -149,9 +133,7 @@ def _text(smoke: bool) -> Row:
     made: list[Audio] = []
 
     def call() -> None:
-        audio = pipe(
-            prompt="a dog barks", steps=1, guidance=1.5, mode="cfg_scaled", duration=seconds
-        )
+        audio = pipe(prompt="a dog barks", duration=seconds, **STEP)
         assert isinstance(audio, Audio)
         made.append(audio)
 
@@ -177,14 +159,14 @@ def _text(smoke: bool) -> Row:
 
 
 def _merges(folder: Path) -> Path:
-    """A list of merges of the published length, for how long a text takes does not depend on it."""
+    """Write merges, as many as published: how long a text takes does not depend on which."""
     path = folder / "merges.txt"
     path.write_text("\n".join(["#version", *(f"x{i} y{i}" for i in range(48894))]))
     return path
 
 
 class _Blind(nn.Module):
-    """In place of an encoder: takes what it is given and looks at none of it."""
+    """Stands in for an encoder: takes what it is given and looks at none of it."""
 
     class config:
         frames = 16
@@ -227,7 +209,7 @@ def _video(smoke: bool) -> Row:
 
 
 def _write_video(path: Path, frames: int, size: tuple[int, int], preset: str = "fast") -> Path:
-    """H.264 of coarse noise that moves over a slope: motion, texture and some detail."""
+    """Write H.264 of coarse noise that moves over a slope: motion, texture and some detail."""
     height, width = size
     noise = np.random.default_rng(0).integers(0, 120, (height // 8, width // 8 + 40, 3), np.uint8)
     slope = np.linspace(0, 120, width, dtype=np.uint8)[None, :, None]
@@ -262,18 +244,10 @@ def _memory(smoke: bool) -> Row:
         for minutes in (1, 10):
             seconds = minutes * (12 if smoke else 60)
             clip = _write_video(Path(name) / f"{minutes}.mp4", seconds * 25, (48, 64), "ultrafast")
-            threads = str(torch.get_num_threads())
-            command = [sys.executable, "-c", PEAK, str(clip), f"{name}/out.mp4", threads]
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-            )
-            peaks[minutes] = float(done.stdout)
+            arguments = (str(clip), f"{name}/out.mp4", str(torch.get_num_threads()))
+            peaks[minutes] = float(printed_by_python("-c", PEAK, *arguments))
     return {
         "value": peaks[10] / peaks[1],
         "what": "peak memory of making sound for 10 minutes of video over that for 1, nano",
         **{f"peak_mib_{minutes}_min": peak for minutes, peak in peaks.items()},
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,52 +39,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.clock import MIN_CALLS, Sampler, Timing, on_cpu, take_turns
-from bench.machine import Ceilings
+from bench import parser
+from bench.clock import Sampler, cuda_events, of_graph, on_cpu, recorded, take_turns
+from bench.machine import Ceilings, peak_mib
 from bench.networks.given import (
     CPU,
-    Row,
     Target,
     Workload,
-    command_line,
+    compare,
     count,
     hold,
+    planned,
     start,
     unsupported,
 )
-from bench.rows import Rows
+from bench.rows import STEP, Row, Rows, dtype_name
 from mfmjt import kernels, meanflow
 from mfmjt.meanflow import tangent, targets
 from mfmjt.memory import keep_memory
 from mfmjt.model.config import CONFIGS
 
-__all__ = [
-    "FLOW",
-    "METHODS",
-    "OURS",
-    "TARGETS",
-    "VERIFIED_ROWS",
-    "Method",
-    "Training",
-    "TrainingPlan",
-    "counted",
-    "distance",
-    "gradients",
-    "judged",
-    "main",
-    "plans",
-    "row_of",
-]
+__all__ = ["FLOW", "METHODS", "OURS", "TARGETS", "Method", "Training", "TrainingPlan"]
+__all__ += ["agreement", "main", "plans", "time_plan"]
 
 VERIFIED_ROWS = 4
 
@@ -134,7 +120,6 @@ METHODS = {
 }
 """By the name of the provider."""
 FLOW, OURS, TRUTH = "flow", "mfmjt", "jvp"
-FEW = (FLOW, OURS)
 OF_PYTORCH = (FLOW, OURS, "jvp", "jvp_no_grad")
 ON_CPU = tuple(name for name, method in METHODS.items() if not method.at_once)
 """A CPU takes all rows at once by itself."""
@@ -176,66 +161,75 @@ class TrainingPlan(NamedTuple):
         batch: Rows.
         length: Latents.
         ratios: Fractions of the rows with r < t.
-        providers: Names of `METHODS`; those that are compiled only where that is asked for.
+        providers: Names of `METHODS`.
     """
 
     network: str
     batch: int
     length: int
     ratios: tuple[float, ...]
-    providers: tuple[str, ...] = ON_CPU
+    providers: tuple[str, ...]
 
 
-def plans(smoke: bool) -> list[TrainingPlan]:
-    """Return what is timed on a CPU, what has a target first."""
-    if smoke:
-        return [TrainingPlan("nano", 10, 16, (0.1, 1.0))]
-    compiled = ("jvp_compiled", "mfmjt_compiled")
-    return [
-        TrainingPlan(HELD, LEAST_BATCH, FULL, (0.1,), FEW),
-        TrainingPlan(HELD, LEAST_BATCH, SHORT, (1.0,), OF_PYTORCH + compiled),
-        TrainingPlan(HELD, LEAST_BATCH, FULL, (1.0,), OF_PYTORCH),
-        TrainingPlan("nano", 10, 250, (0.1, 1.0, 0.25, 0.75, 0.0)),
-        TrainingPlan("nano", 40, 250, (0.1, 1.0), FEW),
-    ]
+PLANS = """
+cpu   headline small_16k  10  250 0.1     flow mfmjt
+cpu   headline small_16k  10  63  1.0     flow mfmjt jvp jvp_no_grad jvp_compiled mfmjt_compiled
+cpu   headline small_16k  10  250 1.0     flow mfmjt jvp jvp_no_grad
+cpu   headline nano       10  250 0.1,1.0,0.25,0.75,0.0 all
+cpu   headline nano       40  250 0.1,1.0 flow mfmjt
+cuda  headline small_16k  256 250 0.1     flow mfmjt mfmjt_rows flow_pytorch
+cuda  headline small_16k  256 250 1.0     mfmjt
+cuda  headline small_16k  256 250 0.1     jvp_no_grad
+cuda  headline small_16k  64  250 0.1     flow mfmjt mfmjt_rows flow_pytorch
+cuda  headline small_16k  64  250 1.0     mfmjt
+cuda  headline small_16k  64  250 0.1     jvp_no_grad
+cuda  compiled small_16k  64  250 0.1     flow mfmjt_compiled jvp_compiled
+cuda  rest     medium_44k 64  345 0.1     flow mfmjt
+cuda  rest     nano       64  250 0.1     flow mfmjt
+cuda  rest     small_16k  64  250 1.0,0.25,0.75 mfmjt jvp
+cuda  rest     small_16k  64  250 0.1     jvp finite_difference improved alpha_flow
+smoke headline nano       10  16  0.1,1.0 all
+tiny  headline nano       10  16  0.1     flow mfmjt mfmjt_rows flow_pytorch
+tiny  headline nano       10  16  1.0     mfmjt
+"""
+"""Device, turn, network, batch, latents, ratios and providers; what has a target comes first.
+
+"smoke" is a CPU's and "tiny" a GPU's, to see that they run; "all" is all that a CPU can tell apart.
+"""
 
 
-def row_of(
-    plan: TrainingPlan, ratio: float, name: str, device: str, dtype: str, smoke: bool
-) -> Row:
-    """Return the fields that identify a row of what is timed."""
-    network = "tiny" if smoke else plan.network
-    about = {"what": "timed", "device": device, "network": network, "batch": plan.batch}
-    return {**about, "length": plan.length, "dtype": dtype, "ratio": ratio, "provider": name}
-
-
-@contextlib.contextmanager
-def _at_once() -> Iterator[None]:
-    """Let a loss inside call the network once wherever it can, on any device."""
-    before = tangent.one_call_is_cheaper
-    tangent.one_call_is_cheaper = lambda z, intervals: intervals > 0
-    try:
-        yield
-    finally:
-        tangent.one_call_is_cheaper = before
+def plans(device: str, turn: str = "headline") -> list[TrainingPlan]:
+    """Return what is timed on a device in a turn."""
+    found = []
+    for name, batch, length, ratios, *providers in planned(PLANS, device, turn):
+        names = ON_CPU if providers == ["all"] else tuple(providers)
+        fractions = tuple(map(float, ratios.split(",")))
+        found.append(TrainingPlan(name, int(batch), int(length), fractions, names))
+    return found
 
 
 class Training:
     """A network, its data, and the steps on them.
 
     Args:
-        plan: Sizes.
+        sizes: A network, a batch and a length.
         device: Where.
         dtype: float32, or what autocast casts to.
         tiny: Two blocks of 16 channels.
     """
 
     def __init__(
-        self, plan: TrainingPlan, device: torch.device, dtype: torch.dtype, tiny: bool = False
+        self,
+        sizes: tuple[str, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        tiny: bool = False,
     ) -> None:
+        network, self.batch, length = sizes
         with torch.device(device):
-            self.work = Workload.make(plan.network, plan.batch, length=plan.length, tiny=tiny)
-        self.plan, self.device, self.dtype = plan, device, dtype
+            self.work = Workload.make(network, self.batch, length=length, tiny=tiny)
+        self.device, self.dtype = device, dtype
+        self.verdicts: dict[Method, Row] = {}
 
     def step(
         self, method: Method, ratio: float, rows: int | None = None, exact: bool = False
@@ -248,7 +242,7 @@ class Training:
             rows: Only these first rows of the batch.
             exact: Without autocast.
         """
-        work, rows = self.work, rows or self.plan.batch
+        work, rows = self.work, rows or self.batch
         moving = 0 if method.target is None else round(ratio * rows)
         t = work.t[:rows]
         r = torch.where(torch.arange(rows, device=self.device) < moving, work.r[:rows], t)
@@ -270,8 +264,12 @@ class Training:
 
         def step() -> Tensor:
             work.net.zero_grad(set_to_none=True)
-            ops = kernels.reference() if method.pytorch else contextlib.nullcontext()
-            with ops, _at_once() if method.at_once else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if method.pytorch:
+                    stack.enter_context(kernels.reference())
+                if method.at_once:  # wherever it can, on any device
+                    at_once = patch.object(tangent, "one_call_is_cheaper", lambda z, n: n > 0)
+                    stack.enter_context(at_once)
                 with torch.autocast(self.device.type, self.dtype, enabled=low):
                     value = forward()
                 value.backward()
@@ -279,20 +277,84 @@ class Training:
 
         return step
 
+    def gradients(self) -> Tensor:
+        """Return all gradients in one vector; the parameter itself where it has none."""
+        parameters = self.work.net.parameters()
+        return torch.cat([(p if p.grad is None else p.grad).detach().flatten() for p in parameters])
+
     @functools.cached_property
     def truth(self) -> tuple[float, Tensor]:
-        """Loss and gradients of plain PyTorch, for `judged`."""
+        """Loss and gradients of plain PyTorch, for `judge`."""
         return self._exactly(METHODS[TRUTH])
 
     def _exactly(self, method: Method) -> tuple[float, Tensor]:
-        loss = self.step(method, 0.5, min(VERIFIED_ROWS, self.plan.batch), exact=True)()
-        return float(loss), gradients(self)
+        loss = self.step(method, 0.5, min(VERIFIED_ROWS, self.batch), exact=True)()
+        return float(loss), self.gradients()
 
+    def judge(self, method: Method) -> Row:
+        """Compare a method with `jvp`, in float32, on a few rows half of which have r < t.
 
-def gradients(training: Training) -> Tensor:
-    """Return all gradients in one vector; the parameter itself where it has none."""
-    parameters = training.work.net.parameters()
-    return torch.cat([(p if p.grad is None else p.grad).detach().flatten() for p in parameters])
+        If it is exact, half of the digits must agree, in the loss and in all gradients together.
+        Each method is judged once.
+
+        Returns:
+            `status`, which is "ok", "wrong" or "unsupported"; `gradient_error`, the relative
+            distance of the gradients, unless the method failed; else the `reason`.
+        """
+        if method not in self.verdicts:
+            self.verdicts[method] = self._judged(method)
+            self.work.net.zero_grad(set_to_none=True)
+        return self.verdicts[method]
+
+    def _judged(self, method: Method) -> Row:
+        loss, gradient = self.truth
+        try:
+            its_loss, its_gradient = self._exactly(method)
+        except Exception as error:  # of a compiler, or for want of memory
+            return unsupported(error)
+        of_loss, of_gradient = abs(its_loss / loss - 1), distance(its_gradient, gradient)
+        allowed = torch.finfo(torch.float32).eps ** 0.5
+        row: Row = {"status": "ok", "gradient_error": of_gradient}
+        if method.exact and not (of_gradient <= allowed and of_loss <= allowed):
+            why = f"loss {of_loss:.1e}, gradients {of_gradient:.1e} off; {allowed:.1e} is allowed"
+            row |= {"status": "wrong", "reason": why}
+        return row
+
+    def count(self, ratio: float, name: str) -> Row:
+        """Run a step and return its `flops` and `saved_bytes`; nothing compiled can be counted."""
+        return count(self.work, self.step(METHODS[name], ratio))
+
+    def prepare(self, ratio: float, name: str) -> tuple[Row, Sampler | None]:
+        """Return fields of a provider's row, and how to time it; None if it may not be.
+
+        On a GPU a replay is timed: issued by Python a step takes the host longer than the GPU. What
+        that takes, `eager_ms` and `eager_host_ms`, stands beside.
+        """
+        method = METHODS[name]
+        row = self.judge(method)
+        if row["status"] != "ok":
+            return row, None
+        step, cuda = self.step(method, ratio), self.device.type == "cuda"
+        began = time.monotonic()
+        if method.compiled or (cuda and name not in (FLOW, OURS)):
+            step()
+        else:
+            row = row | count(self.work, step)
+        row = row | {"first_call_s": time.monotonic() - began}
+        row["peak_mib"] = peak_mib(step, self.device)
+        if not cuda:
+            return row, on_cpu(step)
+        loss, first = float(step()), self.gradients()
+        step()
+        again = distance(self.gradients(), first)  # sums by atomics come in any order
+        eager = take_turns({name: cuda_events(step, self.device)})[name]
+        row |= {"loss": loss, "eager_ms": eager.ms_p50, "eager_host_ms": eager.cpu_ms_p50}
+        graph, of_replay = recorded(step)
+        graph.replay()
+        off = distance(self.gradients(), first)
+        row |= {"timer": "graph", "loss_of_graph": float(of_replay)}
+        row |= agreement(loss, float(of_replay), again, off)
+        return row, of_graph(graph) if row["status"] == "ok" else None
 
 
 def distance(value: Tensor, truth: Tensor) -> float:
@@ -300,170 +362,116 @@ def distance(value: Tensor, truth: Tensor) -> float:
     return float((value - truth).norm() / truth.norm())
 
 
-def judged(training: Training, method: Method) -> Row:
-    """Compare a method with `jvp`, in float32, on a few rows half of which have r < t.
+def agreement(loss: float, replayed: float, again: float, gradient: float) -> Row:
+    """Return whether a replay gives a call's loss and gradient, up to what two calls differ by.
 
-    If it is exact, half of the digits must agree, in the loss and in all gradients together.
-
-    Returns:
-        `status`, which is "ok", "wrong" or "unsupported"; `gradient_error`, the relative distance
-        of the gradients, unless the method failed; else the `reason`.
+    `again` is the relative distance of the gradients of two calls, `gradient` of a replay and one.
     """
-    loss, gradient = training.truth
-    try:
-        its_loss, its_gradient = training._exactly(method)
-    except Exception as error:  # of a compiler, or for want of memory
-        return unsupported(error)
-    finally:
-        training.work.net.zero_grad(set_to_none=True)
-    of_loss, of_gradient = abs(its_loss / loss - 1), distance(its_gradient, gradient)
-    allowed = torch.finfo(torch.float32).eps ** 0.5
-    row: Row = {"status": "ok", "gradient_error": of_gradient}
-    if method.exact and not (of_gradient <= allowed and of_loss <= allowed):
-        why = f"loss {of_loss:.1e} and gradients {of_gradient:.1e} off; {allowed:.1e} is allowed"
-        row |= {"status": "wrong", "reason": why}
-    return row
+    allowed = 4 * again + torch.finfo(torch.float32).eps ** 0.5
+    row: Row = {"graph_gradient_error": gradient, "eager_gradient_error": again}
+    if gradient <= allowed and abs(replayed / loss - 1) <= allowed:
+        return row
+    reason = f"the graph's loss is {replayed:.6g} for {loss:.6g}, its gradients {gradient:.2g} off"
+    return row | {"status": "wrong", "reason": f"{reason}; {allowed:.2g} is allowed"}
 
 
-def counted(training: Training, ratio: float, name: str) -> Row:
-    """Run a step and return its `flops` and `saved_bytes`; see `given.count`.
-
-    Args:
-        training: Where it has no memory, call this inside the FakeTensorMode that made it.
-        ratio: Fraction of the rows with r < t.
-        name: A provider that is not compiled: nothing inside of what is can be counted.
-    """
-    return count(training.work, training.step(METHODS[name], ratio))._asdict()
+_training = functools.lru_cache(maxsize=1)(Training)
+"""What the plans of one network have in common."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run on a CPU: rows as they are made.
+def time_plan(
+    rows: Rows,
+    plan: TrainingPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    gemm_tflops: float,
+    tiny: bool = False,
+    stand_in: bool = False,
+    **options: Any,
+) -> None:
+    """Make a row of each provider of a plan that has none yet, and of why one cannot be timed.
 
-    Attributes:
-        rows: Where they go.
-        compiled: Compile, too.
-        smoke: Everything tiny.
-        end: `time.monotonic()` at which to stop.
-        gemm: TFLOP/s of a large matmul.
+    Autocast casts to `dtype`, unless that is float32. A large matmul reaches `gemm_tflops`. A
+    `stand_in` only calls what is ours, and computes nothing; `options` are those of `compare`.
     """
 
-    rows: Rows
-    compiled: bool
-    smoke: bool
-    end: float
-    gemm: float
+    def prepare(ratio: float, name: str) -> tuple[Row, Sampler | None]:
+        training = _training(plan[:3], device, dtype, tiny)
+        if not stand_in:
+            return training.prepare(ratio, name)
+        if not METHODS[name].pytorch:
+            training.step(METHODS[name], 0.5, VERIFIED_ROWS, exact=True)()
+            training.step(METHODS[name], ratio)()
+        return {"status": "called"}, None
 
-    def about(self, plan: TrainingPlan, ratio: float, name: str) -> Row:
-        return row_of(plan, ratio, name, "cpu", "float32", self.smoke)
+    def finish(row: Row) -> Row:
+        if "flops" not in row:
+            return {}
+        tflops = row["flops"] / row["ms_p50"] / 1e9
+        return {"tflops": tflops, "of_gemm": round(tflops / gemm_tflops, 4)}
 
-    def add(self, row: Row, timing: Timing | None = None) -> None:
-        row = self.rows.add(row, timing)
-        figures = ("flops_over_flow", "saved_over_flow", "ms_p50", "over_flow", "of_gemm")
-        shown = ("ratio", "provider", "status", *figures, "reason")
-        print(f"  {row['what']}", *(f"{k} {row[k]}" for k in shown if k in row), flush=True)
+    about: Row = {
+        "what": "timed",
+        "device": device.type,
+        "network": "tiny" if tiny else plan.network,
+    }
+    about |= {"batch": plan.batch, "length": plan.length, "dtype": dtype_name(dtype)}
+    work = ("what", "network", "batch", "length")
+    for ratio in plan.ratios:
+        abouts = [{**about, "ratio": ratio, "provider": name} for name in plan.providers]
+        bases = {FLOW: work, OURS: (*work, "ratio")}
+        compare(rows, abouts, functools.partial(prepare, ratio), bases, finish, **options)
 
-    def count(self, training: Training, ratio: float, name: str) -> None:
-        """Make a row of counts, over those of flow matching, which comes first."""
-        about = self.about(training.plan, ratio, name) | {"what": "counted"}
-        row = counted(training, ratio, name)
-        flow = self.counts(about | {"provider": FLOW}) or row
-        over = {"flops_over_flow": "flops", "saved_over_flow": "saved_bytes"}
-        row |= {column: round(row[of] / flow[of], 4) for column, of in over.items()}
-        self.add({**about, **row})
 
-    def counts(self, about: Row) -> Row | None:
-        wanted = (about | {"what": "counted"}).items()
-        return next((row for row in self.rows.rows if wanted <= row.items()), None)
-
-    def time(self, plan: TrainingPlan) -> None:
-        """Make rows of what is verified and timed."""
-        late = {"status": "skipped", "reason": "out of time"}
-        if time.monotonic() > self.end:
-            for ratio in plan.ratios:
-                for name in plan.providers:
-                    self.add({**self.about(plan, ratio, name), **late})
-            return
-        training = Training(plan, CPU, torch.float32, self.smoke)
-        names = [n for n in plan.providers if self.compiled or not METHODS[n].compiled]
-        verdicts = {name: judged(training, METHODS[name]) for name in names}
-        for ratio in plan.ratios:
-            torch.compiler.reset()  # what was compiled before counts against a limit
-            self._turns(training, ratio, verdicts)
-
-    def _turns(self, training: Training, ratio: float, verdicts: dict[str, Row]) -> None:
-        abouts = {name: self.about(training.plan, ratio, name) for name in verdicts}
-        samplers: dict[str, Sampler] = {}
-        spent = 0.0
-        for name, verdict in verdicts.items():
-            if verdict["status"] != "ok":
-                self.add({**abouts[name], **verdict})
-                continue
-            call = training.step(METHODS[name], ratio)
-            try:
-                if METHODS[name].compiled:
-                    call()
-                began = time.monotonic()
-                if METHODS[name].compiled or self.counts(abouts[name]):
-                    call()
-                else:
-                    self.count(training, ratio, name)
-                spent += time.monotonic() - began
-            except Exception as error:  # memory, mostly, or a compiler
-                self.add({**abouts[name], **unsupported(error)})
-                continue
-            samplers[name] = on_cpu(call)
-        needed = MIN_CALLS * spent
-        if time.monotonic() + needed > self.end and not self.smoke:
-            late = {"status": "skipped", "reason": f"out of time: needs {needed:.0f} s"}
-            for name in samplers:
-                self.add({**abouts[name], **late})
-            return
-        timings = take_turns(samplers, 0.0 if self.smoke else min(needed, 5.0))
-        for name, timing in timings.items():
-            row = {**abouts[name], **verdicts[name], "peak_mib": None}
-            for base, column in ((FLOW, "over_flow"), (OURS, "over_mfmjt")):
-                if base in timings:
-                    row[column] = timing.ms_p50 / timings[base].ms_p50
-                    row[f"cpu_{column}"] = timing.cpu_ms_p50 / timings[base].cpu_ms_p50
-            if counts := self.counts(abouts[name]):
-                tflops = counts["flops"] / timing.ms_p50 / 1e9
-                row |= {"tflops": tflops, "of_gemm": round(tflops / self.gemm, 4)}
-            self.add(row, timing)
+def count_held(rows: Rows) -> None:
+    """Make rows of what steps of small_16k compute and keep, on tensors without memory."""
+    with FakeTensorMode():
+        training = Training((HELD, LEAST_BATCH, FULL), CPU, torch.float32)
+        for ratio in (0.1, 1.0):
+            counts = {name: training.count(ratio, name) for name in OF_PYTORCH}
+            for name, row in counts.items():
+                over = {"flops_over_flow": "flops", "saved_over_flow": "saved_bytes"}
+                flow = {column: round(row[k] / counts[FLOW][k], 4) for column, k in over.items()}
+                about = {"what": "counted", "device": "cpu", "ratio": ratio, "provider": name}
+                about |= {"network": HELD, "batch": LEAST_BATCH, "length": FULL}
+                rows.add({**about, "dtype": "float32", **row, **flow})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, count, verify and time; return the exit status."""
-    parser = command_line("step", __doc__)
-    parser.add_argument("--minutes", type=float, default=3.0, help="start nothing later [3]")
-    parser.add_argument("--network", action="append", help="only this one of those timed [all]")
-    parser.add_argument("--compile", action="store_true", help="also the compiled providers")
-    parser.add_argument("--smoke", action="store_true", help="everything tiny, to see it run")
-    options = parser.parse_args(argv)
-    every = plans(options.smoke)
+    usage = parser("step", __doc__, out="", smoke=True)
+    usage.add_argument("--minutes", type=float, default=3.0, help="start nothing later [3]")
+    usage.add_argument("--network", action="append", help="only this one of those timed [all]")
+    usage.add_argument("--compile", action="store_true", help="also the compiled providers")
+    options = usage.parse_args(argv)
+    every = plans("smoke" if options.smoke else "cpu")
     known = sorted({plan.network for plan in every})
     if not set(options.network or ()) <= set(known):
-        parser.error(f"--network {' '.join(options.network)}: of {', '.join(known)}")
-    chosen = [plan for plan in every if plan.network in (options.network or known)]
+        usage.error(f"--network {' '.join(options.network)}: of {', '.join(known)}")
     torch.manual_seed(0)
     keep_memory()  # as training does
     end = time.monotonic() + 60 * options.minutes
     gemm = Ceilings.measure(CPU, (torch.float32,), options.smoke).gemm_tflops["float32"]
-    rows = start(options.out / "train_step.jsonl", smoke=options.smoke, gemm_tflops=gemm)
-    run = _Run(rows, options.compile, options.smoke, end, gemm)
+    path = options.out / "train_step.jsonl"
+    rows = start(path, STEP[1], smoke=options.smoke, gemm_tflops=gemm)
+
+    def has_time(about: Row) -> bool:
+        if time.monotonic() < end:
+            return True
+        row = rows.add({**about, "status": "skipped", "reason": "out of time"})
+        print(f"out of time for {row['provider']} at {row['ratio']}", flush=True)
+        return False
+
+    chosen = [plan for plan in every if plan.network in (options.network or known)]
     if any(plan.network == HELD for plan in chosen):
         print(f"Counting {HELD}", flush=True)
-        with FakeTensorMode():
-            plan = TrainingPlan(HELD, LEAST_BATCH, FULL, (0.1, 1.0), OF_PYTORCH)
-            training = Training(plan, CPU, torch.float32, options.smoke)
-            for ratio in plan.ratios:
-                for name in plan.providers:
-                    run.count(training, ratio, name)
+        count_held(rows)
     for plan in chosen:
         print(f"Timing {plan.network}, batch {plan.batch}, {plan.length} latents", flush=True)
-        run.time(plan)
+        names = tuple(n for n in plan.providers if options.compile or not METHODS[n].compiled)
+        time_plan(
+            *(rows, plan._replace(providers=names), CPU, torch.float32, gemm, options.smoke),
+            has_time=has_time,
+            seconds=0.0 if options.smoke else 5.0,
+        )
     return hold(rows.rows, TARGETS.values())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

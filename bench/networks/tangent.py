@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,8 +28,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import parser
 from bench.clock import on_cpu, take_turns
-from bench.networks.given import Row, Target, Workload, command_line, count, hold, start
+from bench.networks.given import Target, Workload, count, hold, start
+from bench.rows import Row
 from mfmjt import kernels, meanflow
 
 __all__ = ["TARGETS", "counted", "judged", "main", "timed"]
@@ -41,22 +42,16 @@ PROVIDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     OURS: contextlib.nullcontext,
     REFERENCE: kernels.reference,
 }
-
-
-def _target(what: str, name: str, limit: float) -> Target:
-    return Target(name, "<=", limit, "ratio", {"what": what, "provider": OURS})
-
-
-COSINE = Target(
-    "cosine of du/dt in bfloat16 and float64",
-    *(">=", 0.999, "cosine", {"what": "du_dt", "provider": OURS}),
-)
+LIMITS = {
+    "flops": ("FLOPs of a dual forward over a forward's", "<=", 2.0, "ratio"),
+    "saved": ("bytes saved with tangents over those without", "<=", 1.1, "ratio"),
+    "time": ("time of a dual forward over a forward's", "<=", 2.2, "ratio"),
+    "du_dt": ("error of du/dt in bfloat16 over plain PyTorch's", "<=", 1.5, "ratio"),
+    "cosine": ("cosine of du/dt in bfloat16 and float64", ">=", 0.999, "cosine"),
+}
 TARGETS = {
-    "flops": _target("flops", "FLOPs of a dual forward over a forward's", 2.0),
-    "saved": _target("saved", "bytes saved with tangents over those without", 1.1),
-    "time": _target("time", "time of a dual forward over a forward's", 2.2),
-    "du_dt": _target("du_dt", "error of du/dt in bfloat16 over plain PyTorch's", 1.5),
-    "cosine": COSINE,
+    key: Target(*limit, {"what": "du_dt" if key == "cosine" else key, "provider": OURS})
+    for key, limit in LIMITS.items()
 }
 
 
@@ -77,29 +72,23 @@ def _dual(work: Workload) -> tuple[Tensor, Tensor]:
     return u, du_dt
 
 
-def _row(what: str, provider: str, **fields: Any) -> Row:
-    return {"what": what, "provider": provider, **fields}
-
-
 def counted(name: str) -> Iterator[Row]:
     """Yield rows of FLOPs and of saved bytes."""
     with FakeTensorMode():
         work = Workload.make(name, batch=2)
-
-        def saved(ratio: float) -> int:
-            loss = functools.partial(meanflow.loss, work.net, work.x, work.cond, ratio=ratio)
-            return count(work, loss).saved_bytes
-
         for provider, mode in PROVIDERS.items():
+            about = {"provider": provider}
             with mode():
                 with torch.no_grad():
-                    forward, dual = (
-                        count(work, functools.partial(f, work)).flops for f in (_forward, _dual)
-                    )
-                yield _row("flops", provider, forward=forward, dual=dual, ratio=dual / forward)
-                plain, tangents = saved(0.0), saved(1.0)
-                ratio = tangents / plain
-                yield _row("saved", provider, plain=plain, tangents=tangents, ratio=ratio)
+                    calls = (functools.partial(f, work) for f in (_forward, _dual))
+                    forward, dual = (count(work, call)["flops"] for call in calls)
+                row: Row = {"forward": forward, "dual": dual, "ratio": dual / forward}
+                yield {"what": "flops", **about, **row}
+                loss = functools.partial(meanflow.loss, work.net, work.x, work.cond)
+                calls = (functools.partial(loss, ratio=ratio) for ratio in (0.0, 1.0))
+                plain, tangents = (count(work, call)["saved_bytes"] for call in calls)
+                row = {"plain": plain, "tangents": tangents, "ratio": tangents / plain}
+                yield {"what": "saved", **about, **row}
 
 
 def timed(work: Workload, seconds: float) -> Iterator[Row]:
@@ -110,56 +99,55 @@ def timed(work: Workload, seconds: float) -> Iterator[Row]:
             function(work)
 
     calls = {
-        f"{provider} {kind}": functools.partial(run, provider, function)
+        (provider, function): functools.partial(run, provider, function)
         for provider in PROVIDERS
-        for kind, function in (("forward", _forward), ("dual", _dual))
+        for function in (_forward, _dual)
     }
     for call in calls.values():
         call()  # the first call of all allocates and loads
     turns = take_turns({name: on_cpu(call) for name, call in calls.items()}, seconds)
     for provider in PROVIDERS:
-        forward, dual = turns[f"{provider} forward"], turns[f"{provider} dual"]
-        yield _row(
-            *("time", provider),
-            batch=len(work.x),
-            forward=vars(forward),
-            dual=vars(dual),
-            ratio=dual.ms_p50 / forward.ms_p50,
-            cpu_ratio=dual.cpu_ms_p50 / forward.cpu_ms_p50,
-        )
+        forward, dual = (turns[provider, function] for function in (_forward, _dual))
+        yield {
+            "what": "time",
+            "provider": provider,
+            "batch": len(work.x),
+            "forward": vars(forward),
+            "dual": vars(dual),
+            "ratio": dual.ms_p50 / forward.ms_p50,
+            "cpu_ratio": dual.cpu_ms_p50 / forward.cpu_ms_p50,
+        }
 
 
 def judged(work: Workload) -> Iterator[Row]:
     """Yield rows of the errors of du/dt: over its norm, and over plain PyTorch's."""
     with torch.no_grad(), kernels.reference():
         truth = _dual(work.to(torch.float64))[1]
-
-    def rate(provider: str, autocast: bool) -> Tensor:
-        it = work if autocast else work.to(torch.bfloat16)
-        low = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-        with PROVIDERS[provider](), torch.no_grad(), low:
-            return _dual(it)[1].double()
-
     for dtype, autocast in (("bfloat16 autocast", True), ("bfloat16 weights", False)):
-        rates = {provider: rate(provider, autocast) for provider in PROVIDERS}
+        low = work if autocast else work.to(torch.bfloat16)
+        rates = {}
+        for provider, mode in PROVIDERS.items():
+            with mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                rates[provider] = _dual(low)[1].double()
         errors = {name: float((du - truth).norm() / truth.norm()) for name, du in rates.items()}
         for provider, du in rates.items():
-            yield _row(
-                *("du_dt", provider),
-                dtype=dtype,
-                error=errors[provider],
-                cosine=float(torch.cosine_similarity(du.flatten(), truth.flatten(), dim=0)),
-                ratio=errors[provider] / errors[REFERENCE],
-            )
+            yield {
+                "what": "du_dt",
+                "provider": provider,
+                "dtype": dtype,
+                "error": errors[provider],
+                "cosine": float(torch.cosine_similarity(du.flatten(), truth.flatten(), dim=0)),
+                "ratio": errors[provider] / errors[REFERENCE],
+            }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, count and time; return the exit status."""
-    parser = command_line("tangent", __doc__)
-    parser.add_argument("--network", default=HELD, help=f"a named configuration [{HELD}]")
-    parser.add_argument("--batch", type=int, default=2, help="of what is timed [2]")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the times [60]")
-    options = parser.parse_args(argv)
+    usage = parser("tangent", __doc__, out="")
+    usage.add_argument("--network", default=HELD, help=f"a named configuration [{HELD}]")
+    usage.add_argument("--batch", type=int, default=2, help="of what is timed [2]")
+    usage.add_argument("--seconds", type=float, default=60.0, help="for the times [60]")
+    options = usage.parse_args(argv)
     torch.manual_seed(0)
     rows = start(options.out / "dual.jsonl", network=options.network)
     for measured in (
@@ -170,7 +158,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in measured:
             print(json.dumps(rows.add(row)), flush=True)
     return hold(rows.rows, TARGETS.values() if options.network == HELD else ())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Sequence
 
 from mfmjt.errors import InputError
 
-__all__ = ["OPS", "named_ops"]
+__all__ = ["OPS", "named", "named_ops"]
 
 OPS = tuple(sorted(name for _, name, _ in pkgutil.iter_modules(__path__)))
 """Names of the ops that have a file here."""
+
+
+def named(names: str | None, choices: Sequence[str], kind: str) -> tuple[str, ...]:
+    """Return the names of a list with commas; all choices where none are given.
+
+    Raises:
+        InputError: One is no choice.
+    """
+    found = tuple(names.split(",")) if names else tuple(choices)
+    if unknown := [name for name in found if name not in choices]:
+        raise InputError(f"There is no {kind} {unknown[0]}. Choose from {', '.join(choices)}.")
+    return found
 
 
 def named_ops(names: str | None) -> tuple[str, ...]:
@@ -18,9 +31,4 @@ def named_ops(names: str | None) -> tuple[str, ...]:
     Raises:
         InputError: One has no benchmark.
     """
-    ops = tuple(names.split(",")) if names else OPS
-    if unknown := [op for op in ops if op not in OPS]:
-        raise InputError(
-            f"There is no benchmark of {', '.join(unknown)}. Choose from {', '.join(OPS)}."
-        )
-    return ops
+    return named(names, OPS, "benchmark of")

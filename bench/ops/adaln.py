@@ -6,12 +6,10 @@ fused kernel reads x, shift and scale and writes y, and the tangent doubles that
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from bench.case import Case, Cost, shapes
+from bench.case import Case, Cost, norm_cases
 from bench.providers import Provider, liger
 from mfmjt.kernels.adaln import adaln, adaln_ref
 
@@ -19,22 +17,8 @@ __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Return the cases of a scale; where ops are checked, a sample's tokens share one shift."""
-    return [
-        s.case(
-            "adaln",
-            {
-                "x": s.rows,
-                "shift": (s.batch, 1, s.dim) if scale == "check" else s.rows,
-                "scale": s.rows,
-            },
-            function=adaln,
-            reference=adaln_ref,
-            elements=Cost(4, 4, 6).times(math.prod(s.rows)),
-            terms=max(s.length, s.dim),
-        )
-        for s in shapes(scale)
-    ]
+    """Return the cases of a scale."""
+    return norm_cases("adaln", scale, adaln, adaln_ref, Cost(4, 4, 6), "x")
 
 
 def providers(case: Case) -> list[Provider]:

@@ -72,17 +72,18 @@ def _vocoder(scale: str) -> list[Case]:
 
 
 def cases(scale: str) -> list[Case]:
-    """Return the cases of a scale."""
-    found = [
-        s.case(
-            "conv1d",
-            {"x": s.rows, "weight": _weight(2 * s.hidden, s.dim, 3)},
-            function=conv1d,
-            reference=conv1d_ref,
-            **_sizes(s.batch * s.length, s.length, s.dim, 2 * s.hidden, 3),
-        )
-        for s in shapes(scale)
-    ]
+    """Return the cases of a scale; where ops are compiled, also the way back, both with a bias."""
+    found = []
+    for s in shapes(scale):
+        for channels, outs in ((s.dim, 2 * s.hidden), (s.hidden, s.dim))[: 1 + (scale == "aot")]:
+            inputs = {"x": Input((s.batch, s.length, channels))}
+            inputs["weight"] = _weight(outs, channels, 3)
+            if scale == "aot":
+                inputs["bias"] = Input((outs,), moves=False)
+            sizes = _sizes(s.batch * s.length, s.length, channels, outs, 3)
+            name = s.name if channels == s.dim else f"{s.name} back"
+            function = {"function": conv1d, "reference": conv1d_ref}
+            found.append(s.case("conv1d", inputs, name=name, **function, **sizes))
     return found + _vocoder(scale)
 
 

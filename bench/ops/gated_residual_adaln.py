@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from bench.case import Case, Cost, shapes
+from bench.case import Case, Cost, norm_cases
 from bench.providers import Provider, liger
 from mfmjt.kernels.gated_residual_adaln import gated_residual_adaln, gated_residual_adaln_ref
 
@@ -15,21 +13,9 @@ __all__ = ["cases", "providers"]
 
 
 def cases(scale: str) -> list[Case]:
-    """Return the cases of a scale; where ops are checked, tokens share one gate and shift."""
-    found = []
-    for s in shapes(scale):
-        one = (s.batch, 1, s.dim) if scale == "check" else s.rows
-        found.append(
-            s.case(
-                "gated_residual_adaln",
-                {"x": s.rows, "h": s.rows, "gate": one, "shift": one, "scale": s.rows},
-                function=gated_residual_adaln,
-                reference=gated_residual_adaln_ref,
-                elements=Cost(7, 7, 11).times(math.prod(s.rows)),
-                terms=max(s.length, s.dim),
-            )
-        )
-    return found
+    """Return the cases of a scale."""
+    op, reference = gated_residual_adaln, gated_residual_adaln_ref
+    return norm_cases("gated_residual_adaln", scale, op, reference, Cost(7, 7, 11), "x", "h")
 
 
 def providers(case: Case) -> list[Provider]:

@@ -8,7 +8,6 @@ one of them a second time, as PyTorch counts them too.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.case import Case, Cost, Input, Shape, shapes
-from bench.providers import Provider, Unsupported
+from bench.providers import Provider, Unsupported, package
 from mfmjt.kernels.joint_attention import joint_attention, joint_attention_ref
 
 __all__ = ["cases", "providers"]
@@ -34,8 +33,8 @@ PEERS = (
 """(B, H, D, N)."""
 
 
-def _streams(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
-    return [x for key, x in tensors.items() if key[0] == name]
+def _streams(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    return tuple(x for key, x in tensors.items() if key[0] == name)
 
 
 def _apply(op: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,8 +91,12 @@ def cases(scale: str) -> list[Case]:
     """Return the cases of a scale."""
     found = []
     for s in shapes(scale):
-        found.append(_network(s, s.streams, "joint", s.compile_too))
+        joint = (s.length, sum(s.streams[1:])) if scale == "aot" else s.streams
+        found.append(_network(s, joint, "joint", s.compile_too))
         found.append(_network(s, (s.length,), "self", s.compile_too and scale == "gpu"))
+    if scale == "aot":
+        wide = _case("heads of 128", shapes(scale)[0].model, (2, 12, 128), (512,), False)
+        found.insert(2, wide)
     if scale == "gpu":
         peers = [
             _case(f"B={b} H={h} d={d} N={n}", "peers", (b, h, d), (n,), n == 512, heads_first=True)
@@ -137,15 +140,8 @@ def _sdpa(backend: SDPBackend) -> One:
     return one
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # packages fail to load in many ways
-        raise Unsupported(f"{name} does not load: {error}") from error
-
-
 def _jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    attention = _import("jvp_flash_attention.jvp_attention").JVPAttn
+    attention = package("jvp_flash_attention.jvp_attention").JVPAttn
     if q.shape[1] % 32:  # it asserts less, and then reads and writes past the end
         raise Unsupported(f"{q.shape[1]} tokens are no multiple of 32")
     dual = forward_ad._current_level >= 0
@@ -155,7 +151,7 @@ def _jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _rcm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    attention = _import("rcm.utils.flash_attention_jvp_triton")._attention
+    attention = package("rcm.utils.flash_attention_jvp_triton")._attention
     duals = [forward_ad.unpack_dual(x.transpose(1, 2)) for x in (q, k, v)]
     if any(dual.tangent is None for dual in duals):
         raise Unsupported("it computes a value only together with a tangent")
@@ -165,10 +161,10 @@ def _rcm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out: Tensor = _import("flash_attn").flash_attn_func(q, k, v)
+    out: Tensor = package("flash_attn").flash_attn_func(q, k, v)
     return out
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out: Tensor = _import("xformers.ops").memory_efficient_attention(q, k, v)
+    out: Tensor = package("xformers.ops").memory_efficient_attention(q, k, v)
     return out

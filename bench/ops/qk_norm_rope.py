@@ -17,25 +17,30 @@ EPS = 2**-23
 
 
 def cases(scale: str) -> list[Case]:
-    """Return the cases of a scale."""
+    """Return the cases of a scale; where ops are compiled, also without a rotation."""
     found = []
     for s in shapes(scale):
         width = s.dim // s.heads
-        found.append(
-            s.case(
-                "qk_norm_rope",
-                {
-                    "qkv": (s.batch, s.length, 3, s.heads, width),
-                    "q_weight": Input((width,), moves=False),
-                    "k_weight": Input((width,), moves=False),
-                    "rope": rotation(s.length, width),
-                },
-                function=qk_norm_rope,
-                reference=qk_norm_rope_ref,
-                elements=Cost(6, 6, 8).times(math.prod(s.rows)),
-                terms=s.batch * s.length * s.heads,
+        ropes = {s.name: {"rope": rotation(s.length, width)}}
+        if scale == "aot":
+            ropes = {f"{s.name} text": {}, **ropes}
+        for name, rope in ropes.items():
+            found.append(
+                s.case(
+                    "qk_norm_rope",
+                    {
+                        "qkv": (s.batch, s.length, 3, s.heads, width),
+                        "q_weight": Input((width,), moves=False),
+                        "k_weight": Input((width,), moves=False),
+                        **rope,
+                    },
+                    name=name,
+                    function=qk_norm_rope,
+                    reference=qk_norm_rope_ref,
+                    elements=Cost(6, 6, 8).times(math.prod(s.rows)),
+                    terms=s.batch * s.length * s.heads,
+                )
             )
-        )
     return found
 
 

@@ -41,13 +41,8 @@ def _packed(weight: Tensor, glu: bool = False) -> streams.Packed:
     return _PACKED[weight]
 
 
-def _gated(**given: Tensor) -> tuple[Tensor, ...]:
-    weights = [_packed(w, glu=True) for w in _of(given, "weight")]
-    return tuple(streams.project(_of(given, "x"), weights))
-
-
-def _back(**given: Tensor) -> tuple[Tensor, ...]:
-    weights = [_packed(w) for w in _of(given, "weight")]
+def _windows(glu: bool, **given: Tensor) -> tuple[Tensor, ...]:
+    weights = [_packed(weight, glu) for weight in _of(given, "weight")]
     return tuple(streams.project(_of(given, "x"), weights))
 
 
@@ -72,35 +67,17 @@ def _norm(**given: Tensor) -> tuple[Tensor, ...]:
     return (*totals, *ys)
 
 
-def _by_reference(function: Call) -> Call:
-    def plain(**given: Tensor) -> tuple[Tensor, ...]:
-        with reference():
-            return function(**given)
-
-    return plain
-
-
-def _case(
-    s: Shape,
-    name: str,
-    function: Call,
-    inputs: dict[str, Input],
-    elements: int,
-    terms: int,
-    flops: int = 0,
-) -> Case:
+def _case(s: Shape, name: str, function: Call, inputs: dict[str, Input], **costs: Any) -> Case:
     return s.case(
         "streams",
         inputs,
         name=f"{s.name} {name}",
         length=sum(s.streams),
         function=function,
-        reference=_by_reference(function),
-        flops=Cost(flops),
-        elements=Cost(elements),
-        terms=terms,
+        reference=reference()(function),
         modes=(VALUE,),
         inference=True,
+        **costs,
     )
 
 
@@ -115,36 +92,49 @@ def _tokens(s: Shape, name: str, channels: int, lengths: tuple[int, ...]) -> dic
     return {f"{name}{i}": Input((s.batch, n, channels)) for i, n in enumerate(lengths)}
 
 
-def _product(s: Shape, name: str, function: Call, channels: int, outs: int) -> Case:
+def _product(s: Shape, name: str, glu: bool, channels: int, outs: int) -> Case:
     """Return a product over windows, of which a gated unit writes half of what it computes."""
     inputs = _tokens(s, "x", channels, s.streams) | _weights(channels, outs, TAPS)
     windows = s.batch * sum(n * k for n, k in zip(s.streams, TAPS, strict=True))
-    written = s.hidden if function is _gated else outs
-    elements = s.batch * sum(s.streams) * (channels + written) + sum(TAPS) * channels * outs
-    flops = 2 * windows * channels * outs
-    return _case(s, name, function, inputs, elements, 3 * channels, flops)
+    moved = s.batch * sum(s.streams) * (channels + outs // (1 + glu))
+    return _case(
+        *(s, name, functools.partial(_windows, glu), inputs),
+        elements=Cost(moved + sum(TAPS) * channels * outs),
+        terms=3 * channels,
+        flops=Cost(2 * windows * channels * outs),
+    )
+
+
+def _projection(s: Shape) -> Case:
+    """Return the projections to q, k and v, normalized and rotated."""
+    width, rows, channels = s.dim // s.heads, s.batch * sum(s.streams), s.dim
+    inputs = _tokens(s, "x", channels, s.streams) | _weights(channels, 3 * channels, (1, 1, 1))
+    for i in range(3):
+        inputs[f"bias{i}"] = Input((3 * channels,), moves=False)
+        inputs |= {f"{name}_norm{i}": Input((width,), moves=False) for name in "qk"}
+    inputs |= {f"rope{i}": rotation(n, width) for i, n in enumerate(s.streams[:2])}
+    return _case(
+        *(s, "qkv", functools.partial(_qkv, s.heads), inputs),
+        elements=Cost(4 * rows * channels + 9 * channels**2),
+        terms=channels,
+        flops=Cost(6 * rows * channels**2),
+    )
+
+
+def _sum_and_norm(s: Shape) -> Case:
+    """Return the gated sum and its modulated norm; the latent stream's is per token."""
+    modulated = (s.streams[0], 1, 1)
+    inputs = _tokens(s, "x", s.dim, s.streams) | _tokens(s, "h", s.dim, s.streams)
+    inputs |= _tokens(s, "modulation", 3 * s.dim, modulated)
+    elements = s.batch * (4 * sum(s.streams) + 3 * sum(modulated)) * s.dim
+    return _case(s, "norm", _norm, inputs, elements=Cost(elements), terms=s.dim)
 
 
 def cases(scale: str) -> list[Case]:
     """Return the cases of a scale."""
     found: list[Case] = []
     for s in shapes(scale):
-        width, rows, channels = s.dim // s.heads, s.batch * sum(s.streams), s.dim
-        found.append(_product(s, "gated unit", _gated, channels, 2 * s.hidden))
-        found.append(_product(s, "back", _back, s.hidden, channels))
-
-        inputs = _tokens(s, "x", channels, s.streams) | _weights(channels, 3 * channels, (1, 1, 1))
-        for i in range(3):
-            inputs[f"bias{i}"] = Input((3 * channels,), moves=False)
-            inputs |= {f"{name}_norm{i}": Input((width,), moves=False) for name in "qk"}
-        inputs |= {f"rope{i}": rotation(n, width) for i, n in enumerate(s.streams[:2])}
-        elements = 4 * rows * channels + 9 * channels**2
-        qkv = functools.partial(_qkv, s.heads)
-        found.append(_case(s, "qkv", qkv, inputs, elements, channels, 6 * rows * channels**2))
-
-        modulated = (s.streams[0], 1, 1)
-        inputs = _tokens(s, "x", channels, s.streams) | _tokens(s, "h", channels, s.streams)
-        inputs |= _tokens(s, "modulation", 3 * channels, modulated)
-        elements = (4 * rows + 3 * s.batch * sum(modulated)) * channels
-        found.append(_case(s, "norm", _norm, inputs, elements, channels))
+        found.append(_product(s, "gated unit", True, s.dim, 2 * s.hidden))
+        found.append(_product(s, "back", False, s.hidden, s.dim))
+        found += [_projection(s), _sum_and_norm(s)]
     return found

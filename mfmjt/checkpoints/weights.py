@@ -24,6 +24,10 @@ _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 _AVERAGED = re.compile(r"(?<![a-z])(ema|avg|averaged?|swa|shadow)(?![a-z])", re.IGNORECASE)
 _KINDS = {
     "vfeat_extractor.": "Synchformer",
+    "conv_block1.": "a network of the PANNs",
+    "time_new_pos_embed": "PaSST",
+    "modality_trunks.": "ImageBind",
+    "audio_branch.": "a CLAP",
     "text_model.": "CLIP in the layout of Hugging Face's transformers",
     "vision_model.": "CLIP in the layout of Hugging Face's transformers",
     "visual.trunk.": "a CLIP of open_clip with another vision tower",

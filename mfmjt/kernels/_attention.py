@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = [
     "parted",
     "softmax",
     "softmax_bar",
+    "tangents",
     "valid_keys",
     "without_padding",
 ]
@@ -63,9 +65,7 @@ def additive(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill_(~valid, torch.finfo(dtype).min)
 
 
-def _dots_or_zeros(
-    streams: Sequence[Tensor], dots: Sequence[Tensor | None]
-) -> Sequence[Tensor] | None:
+def tangents(streams: Sequence[Tensor], dots: Sequence[Tensor | None]) -> list[Tensor] | None:
     """Return the tangents of streams, zeros for those that are None; None if all are."""
     if all(dot is None for dot in dots):
         return None
@@ -73,12 +73,8 @@ def _dots_or_zeros(
     return [torch.zeros_like(x) if dot is None else dot for x, dot in pairs]
 
 
-def joined(
-    streams: Sequence[Tensor],
-    valid: Tensor | None = None,
-    dots: Sequence[Tensor | None] | None = None,
-) -> Tensor | None:
-    """Return all tokens in one tensor (B, tokens, H, D), padding zero.
+def joined(streams: Sequence[Tensor] | None, valid: Tensor | None = None) -> Any:
+    """Return all tokens in one tensor (B, tokens, H, D), padding zero; None of None.
 
     Rows of a head are dense: PyTorch's flash attention for CPUs reads them as such, whatever the
     last stride says.
@@ -86,12 +82,10 @@ def joined(
     Args:
         streams: (B, tokens, H, D) each.
         valid: Mask of the tokens that count.
-        dots: Tangents of the streams, to be joined instead. If all are None, so is the result.
     """
-    given = streams if dots is None else _dots_or_zeros(streams, dots)
-    if given is None:
+    if streams is None:
         return None
-    x = given[0] if len(given) == 1 else torch.cat(tuple(given), dim=1)
+    x = streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1)
     return without_padding(x if x.stride(-1) == 1 else x.contiguous(), valid)
 
 
@@ -122,8 +116,10 @@ class Heads:
         self.dtype = torch.bfloat16 if multiplies_bfloat16(like) else work_dtype(like)
         self.block = max(1, BLOCK // self.dtype.itemsize)
 
-    def gather(self, streams: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
-        """Return all tokens of the streams as batches, padding zero."""
+    def gather(self, streams: Sequence[Tensor] | None, valid: Tensor | None = None) -> Any:
+        """Return all tokens of the streams as batches, padding zero; None of None."""
+        if streams is None:
+            return None
         tokens = sum(x.shape[1] for x in streams)
         shape = (self.batch, self.heads, tokens, self.width)
         batches = torch.empty(shape, dtype=self.dtype, device=streams[0].device)
@@ -132,16 +128,6 @@ class Heads:
         if valid is not None:
             batches.masked_fill_(~valid[:, None, :, None], 0)
         return batches.flatten(0, 1)
-
-    def gather_dots(
-        self,
-        streams: Sequence[Tensor],
-        dots: Sequence[Tensor | None],
-        valid: Tensor | None = None,
-    ) -> Tensor | None:
-        """Return the streams' tangents likewise; None if no stream moves."""
-        given = _dots_or_zeros(streams, dots)
-        return None if given is None else self.gather(given, valid)
 
     def scatter(
         self, x: Tensor, streams: Sequence[Tensor], valid: Tensor | None = None

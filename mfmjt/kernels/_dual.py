@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from mfmjt.kernels import _eager
 
-__all__ = ["join", "levels", "refuse_gradient", "refuse_tangent", "seal", "split"]
+__all__ = ["join", "levels", "no_tangent", "refuse_gradient", "seal", "split"]
 
 _JVP = torch._C._functorch.TransformType.Jvp
 _NO_TANGENT = (
@@ -50,17 +50,18 @@ def levels() -> int:
 levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def split(x: Tensor | None) -> tuple[Any, Tensor | None]:
+def split(x: Any) -> tuple[Any, Tensor | None]:
     """Take a dual number apart.
 
     Returns:
-        The value, still on the tape, and the tangent, off it; None where there is no tangent.
+        The value, still on the tape, and the tangent, off it; None where there is no tangent, and
+        for what is no tensor.
 
     Raises:
         NotImplementedError: Forward mode is nested in forward mode.
     """
     count = levels()
-    if count == 0 or x is None:
+    if count == 0 or not isinstance(x, Tensor):
         return x, None
     if count > 1:
         raise NotImplementedError(
@@ -71,20 +72,11 @@ def split(x: Tensor | None) -> tuple[Any, Tensor | None]:
     return value, None if tangent is None else tangent.detach()
 
 
-def join(y: Tensor, y_dot: Tensor | None) -> Tensor:
-    """Return the dual number y + y_dot, or y itself where there is no tangent."""
+def join(y: Any, y_dot: Any) -> Any:
+    """Return the dual number y + y_dot, or y itself where there is no tangent; or lists of them."""
+    if isinstance(y, (list, tuple)):
+        return list(map(join, y, y_dot))
     return y if y_dot is None else forward_ad.make_dual(y, y_dot, level=0)
-
-
-def refuse_tangent(op: str, **tensors: Tensor | None) -> None:
-    """Raise if an input carries a tangent that the op does not propagate.
-
-    Raises:
-        NotImplementedError: Names the op and the input.
-    """
-    for name, tensor in tensors.items():
-        if split(tensor)[1] is not None:
-            raise no_tangent(op, name)
 
 
 def no_tangent(op: str, name: str) -> NotImplementedError:

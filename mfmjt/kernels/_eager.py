@@ -12,7 +12,7 @@ same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,39 +21,33 @@ from torch.utils._device import DeviceContext
 
 __all__ = ["ENABLED", "Direct", "call", "flatten", "is_intercepted", "nest", "run"]
 
-# What is PyTorch's own and private. Where any of it has gone, there is no shortcut.
-_PRIVATE = {
-    torch._C: (
-        "_any_requires_grad",
-        "_get_function_stack_at",
-        "_get_tracing_state",
-        "_len_torch_dispatch_stack",
-        "_len_torch_function_stack",
-    ),
-    torch._C._functorch: (
-        "_wrap_for_grad",
-        "get_unwrapped",
-        "maybe_current_level",
-        "maybe_get_level",
-        "peek_interpreter_stack",
-        "pop_dynamic_layer_stack",
-        "push_dynamic_layer_stack",
-    ),
-    torch._VF: ("_make_dual", "_unpack_dual"),
-}
-_KNOWN = all(hasattr(module, name) for module, names in _PRIVATE.items() for name in names)
+try:  # PyTorch's own and private: where any of it has gone, there is no shortcut
+    from torch._C import (
+        _any_requires_grad,
+        _get_function_stack_at,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._functorch import (
+        _wrap_for_grad,
+        get_unwrapped,
+        maybe_current_level,
+        maybe_get_level,
+        peek_interpreter_stack,
+        pop_dynamic_layer_stack,
+        push_dynamic_layer_stack,
+    )
+    from torch._VF import _make_dual, _unpack_dual
+
+    _KNOWN = True
+except ImportError:
+    _KNOWN = False
 ENABLED = _KNOWN
 
-_functorch: Any = torch._C._functorch
-# Bound once: looking them up in torch._VF takes as long as a call of them.
-_make_dual: Any = getattr(torch._VF, "_make_dual", None)
-_unpack_dual: Any = getattr(torch._VF, "_unpack_dual", None)
-_JVP = _functorch.TransformType.Jvp
+_JVP = torch._C._functorch.TransformType.Jvp
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
-_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
-_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_tracer: Any = getattr(torch._C, "_get_tracing_state", None)
 
 
 def is_intercepted() -> bool:
@@ -64,14 +58,10 @@ def is_intercepted() -> bool:
     """
     if not _KNOWN:
         return True
-    modes = torch._C._len_torch_function_stack()
-    if modes == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext:
+    modes = _len_torch_function_stack()
+    if modes == 1 and type(_get_function_stack_at(0)) is DeviceContext:
         modes = 0
-    return (
-        modes > 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return modes > 0 or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
 
 
 def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -92,46 +82,27 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     Raises:
         NotImplementedError: An input that must not move carries a tangent.
     """
-    level = _functorch.maybe_current_level() if ENABLED else 0
-    if level is not None and (level != 1 or _functorch.peek_interpreter_stack().key() != _JVP):
+    level = maybe_current_level() if ENABLED else 0
+    if level is not None and (level != 1 or peek_interpreter_stack().key() != _JVP):
         return None
-    if (_function_modes() or _dispatch_modes() or _tracer() is not None) and is_intercepted():
+    watched = _len_torch_function_stack() or _len_torch_dispatch_stack() or _get_tracing_state()
+    if watched and is_intercepted():
         return None
     flat, sizes = flatten(args) if op.lists else (args, None)
-    moves = level is not None or forward_ad._current_level >= 0
-    dots: Any = None
-    if moves:
-        unwrapped = _unwrapped(flat, level)
-        if unwrapped is None:
-            return None
-        flat, dots, moves = unwrapped
-    place: Any = None
-    for x in flat:
-        if type(x) in _PLAIN:
-            where = "cpu" if x.is_cpu else x.device
-            place = where if place is None else place
-            if (
-                where != place
-                or x.layout is not _STRIDED
-                or _functorch.maybe_get_level(x) != -1
-                or x.is_complex()
-            ):
-                return None
-        elif isinstance(x, Tensor):
-            return None
-    if place != "cpu" and (place is None or place.type != "cuda"):
+    plain = _plain(flat, level)
+    if plain is None:
         return None
-    dots = dots if moves else None
+    values, dots, device = plain
     if sizes is not None:
-        flat, dots = nest(flat, sizes), None if dots is None else nest(dots, sizes)
-    if moves and op.fixed:
+        values, dots = nest(values, sizes), None if dots is None else nest(dots, sizes)
+    if dots is not None and op.fixed:
         op.refuse_tangents(dots)
-    opened = None if level is None else _functorch.pop_dynamic_layer_stack()
+    opened = None if level is None else pop_dynamic_layer_stack()
     try:
-        ys, y_dots = _compute(op, flat, dots, place == "cpu")
+        ys, y_dots = _compute(op, values, dots, device)
     finally:
         if opened is not None:
-            _functorch.push_dynamic_layer_stack(opened)
+            push_dynamic_layer_stack(opened)
     if y_dots is None and level is None:
         return ys
     if y_dots is None:
@@ -139,38 +110,58 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return tuple([_joined(*pair) for pair in zip(ys, y_dots, strict=True)])
 
 
-def _unwrapped(
+def _plain(
     flat: Sequence[Any], level: int | None
-) -> tuple[list[Any], list[Tensor | None], bool] | None:
-    """Return values and tangents without functorch's wrappers, and whether there is a tangent."""
-    get_level, unwrap = _functorch.maybe_get_level, _functorch.get_unwrapped
-    values, dots, moves = list(flat), [cast("Tensor | None", None)] * len(flat), False
+) -> tuple[Sequence[Any], Sequence[Any] | None, str] | None:
+    """Return values and tangents without functorch's wrappers, and "cpu" or "cuda".
+
+    The tangents are None where nothing moves. Returns None where more than the device's kernel must
+    see these arguments.
+    """
+    forward = level is not None or forward_ad._current_level >= 0
+    values: Sequence[Any] = list(flat) if forward else flat
+    dots: Any = None
+    place: Any = None
     for i, x in enumerate(flat):
-        if type(x) not in _PLAIN:
+        if not isinstance(x, Tensor):
             continue
-        value, dot = x, None
-        if level is None:
-            value, dot = _unpack_dual(x, level=0)
-            value = x if dot is None else value
-        elif get_level(x) == 1 and not x.requires_grad:
-            dot = _unpack_dual(x, level=0)[1]
-            value = unwrap(x)
-        values[i] = value
-        if dot is None:
-            continue
-        dot = unwrap(dot) if get_level(dot) == 1 else dot
-        if get_level(dot) != -1 or type(dot) not in _PLAIN:
+        if forward and type(x) in _PLAIN:
+            dot = None
+            if level is None:
+                value, dot = _unpack_dual(x, level=0)
+                x = x if dot is None else value
+            elif maybe_get_level(x) == 1 and not x.requires_grad:
+                dot = _unpack_dual(x, level=0)[1]
+                x = get_unwrapped(x)
+            values[i] = x  # type: ignore[index]
+            if dot is not None:
+                dot = get_unwrapped(dot) if maybe_get_level(dot) == 1 else dot
+                if maybe_get_level(dot) != -1 or type(dot) not in _PLAIN:
+                    return None
+                if dot.requires_grad:  # what is detached in here is functorch's again
+                    dot = dot.detach()
+                    dot = get_unwrapped(dot) if maybe_get_level(dot) == 1 else dot
+                dots = [None] * len(flat) if dots is None else dots
+                dots[i] = dot
+        if (
+            type(x) not in _PLAIN
+            or x.layout is not _STRIDED
+            or maybe_get_level(x) != -1
+            or x.is_complex()
+        ):
             return None
-        if dot.requires_grad:  # what is detached in here is functorch's again
-            dot = dot.detach()
-            dot = unwrap(dot) if get_level(dot) == 1 else dot
-        dots[i], moves = dot, True
-    return values, dots, moves
+        where = "cpu" if x.is_cpu else x.device
+        place = where if place is None else place
+        if where != place:
+            return None
+    if place == "cpu":
+        return values, dots, "cpu"
+    return (values, dots, "cuda") if place is not None and place.type == "cuda" else None
 
 
 def _wrapped(y: Any) -> Any:
     """Return a result, or the list of its streams, as tensors of functorch's level."""
-    return [_wrapped(x) for x in y] if isinstance(y, list) else _functorch._wrap_for_grad(y, 1)
+    return [_wrapped(x) for x in y] if isinstance(y, list) else _wrap_for_grad(y, 1)
 
 
 def _joined(y: Any, y_dot: Any) -> Any:
@@ -181,11 +172,10 @@ def _joined(y: Any, y_dot: Any) -> Any:
 
 
 def _compute(
-    op: Any, values: Sequence[Any], dots: Sequence[Any] | None, on_cpu: bool
+    op: Any, values: Sequence[Any], dots: Sequence[Any] | None, device: str
 ) -> tuple[tuple[Any, ...], Any]:
     """Return the results and their tangents, None where nothing moves."""
-    device = "cpu" if on_cpu else "cuda"
-    if dots is None and op.plain is not None:
+    if dots is None and op.plain is not None and forward_ad._current_level >= 0:  # not asked yet
         ys = op.by_pytorch(values)
         if ys is not None:
             return ys, None
@@ -193,11 +183,13 @@ def _compute(
         values, dots = op.cast(values, dots)
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # inside, the op chooses dtypes
-            return _compute(op, values, dots, on_cpu)
-    part, args = (op.fwd, values) if dots is None else (op.jvp, op.order((*values, *dots)))
-    if op.required and dots is not None:
-        args = op.moved(args)
-    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _compute(op, values, dots, device)
+    part, args = op.fwd, values
+    if dots is not None:
+        both = (*values, *dots)
+        part, args = op.jvp, [both[i] for i in op.order]
+    on_cpu = device == "cpu"
+    if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
         outputs: Any = part.pick(on_cpu, args)(*args)
     elif not op.lists:
         outputs = Direct.apply(part, on_cpu, None, None, *args)
@@ -263,34 +255,16 @@ def nest(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
 
 
 def call(part: Any, *args: Any) -> Any:
-    """Call a part of an op in a backward pass: its kernel, or the library op where one must."""
-    device = None if torch.compiler.is_compiling() else _plain_device(args)
-    if device is None:
-        return part.library(*args)
-    if not torch.is_autocast_enabled(device):
-        return part.pick(device == "cpu", args)(*args)
-    with torch.autocast(device, enabled=False):
-        return part.pick(device == "cpu", args)(*args)
+    """Call a part of an op in a backward pass: its kernel, or the library op where one must.
 
-
-def _plain_device(args: tuple[Any, ...]) -> str | None:
-    """Return "cpu" or "cuda" if nothing but the kernel has to see these arguments."""
-    if not ENABLED or _functorch.maybe_current_level() is not None or is_intercepted():
-        return None
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return None  # a second derivative, which the library op refuses
-    place: Any = None
-    for arg in args:
-        for x in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if not isinstance(x, Tensor):
-                continue
-            plain = type(x) in _PLAIN and x.layout is _STRIDED and not x.is_complex()
-            if not plain or _functorch.maybe_get_level(x) != -1:
-                return None
-            where = "cpu" if x.is_cpu else x.device
-            place = where if place is None else place
-            if where != place:
-                return None
-    return (
-        "cpu" if place == "cpu" else "cuda" if place is not None and place.type == "cuda" else None
-    )
+    That also refuses a second derivative, and switches autocast off.
+    """
+    if not torch.compiler.is_compiling() and ENABLED and maybe_current_level() is None:
+        flat = flatten(args)[0] if part.op.lists else args
+        plain = None if is_intercepted() else _plain(flat, None)
+        taped = torch.is_grad_enabled() and _any_requires_grad(*flat)
+        if plain is not None and plain[1] is None and not taped:
+            device = plain[2]
+            if not torch.is_autocast_enabled(device):
+                return part.pick(device == "cpu", args)(*args)
+    return part.library(*args)

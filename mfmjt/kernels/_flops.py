@@ -23,21 +23,21 @@ from torch.utils import flop_counter
 __all__ = ["install"]
 
 Shape = Sequence[int]
-Dots = Sequence[Shape | None]
+Shapes = Sequence[Shape | None]
 
 
-def _product_fwd(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
-    """One of linear's or conv1d's: x (..., C) and weight (O, C) or (O, C, K)."""
+def _product(x: Shape, weight: Shape, *_: Any, out_shape: Any = None) -> int:
+    """Count x (..., C) times a weight (O, C), (O, C, K) or (O, K, C)."""
     return 2 * prod(x[:-1]) * prod(weight)
 
 
 def _product_jvp(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
-    return 2 * _product_fwd(x, weight, out_shape=out_shape)
+    return 2 * _product(x, weight)
 
 
 def _product_bwd(y_bar: Shape, x: Shape, weight: Shape, *others: Any, out_shape: Any) -> int:
     needs = others[-1]
-    return (needs[0] + needs[1]) * _product_fwd(x, weight, out_shape=out_shape)
+    return (needs[0] + needs[1]) * _product(x, weight)
 
 
 def _each(formula: Callable[..., int], operands: int) -> Callable[..., int]:
@@ -51,26 +51,27 @@ def _each(formula: Callable[..., int], operands: int) -> Callable[..., int]:
 
 
 def _conv1d_toom(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    """Count what the convolution is, not what the method saves."""
     return 2 * x[0] * x[2] * prod(weight)
 
 
-def _product(q: Shape, k: Shape) -> int:
-    """One of attention's products, of the queries of one stream and the keys of another."""
-    batch, queries, heads, width = q
-    return 2 * batch * heads * queries * k[1] * width
+def _attention(q: Sequence[Shape], k: Sequence[Shape], products: int = 1) -> int:
+    """Count so many products of all queries (B, N, H, D) and all keys (B, M, H, D)."""
+    tokens = sum(i[1] for i in q) * sum(j[1] for j in k)
+    return products * 2 * q[0][0] * q[0][2] * q[0][3] * tokens
 
 
 def _attention_fwd(q: Sequence[Shape], k: Sequence[Shape], *_: Any, out_shape: Any) -> int:
-    return 2 * sum(_product(i, j) for i in q for j in k)
+    return _attention(q, k, 2)
 
 
 def _attention_jvp(
     q: Sequence[Shape],
     k: Sequence[Shape],
-    v: Sequence[Shape],
-    q_dot: Dots,
-    k_dot: Dots,
-    v_dot: Dots,
+    v: Any,
+    q_dot: Shapes,
+    k_dot: Shapes,
+    v_dot: Shapes,
     *_: Any,
     out_shape: Any,
 ) -> int:
@@ -80,45 +81,41 @@ def _attention_jvp(
             of_scores = (i_dot is not None) + (j_dot is not None)
             # S and P v; S_dot and, where that is not zero, W v; P v_dot.
             products = 2 + of_scores + (of_scores > 0) + (value_dot is not None)
-            total += products * _product(queries, keys)
+            total += _attention([queries], [keys], products)
     return total
 
 
 def _attention_bwd(
     o_bar: Any, q: Sequence[Shape], k: Sequence[Shape], *_: Any, out_shape: Any
 ) -> int:
-    return 5 * sum(_product(i, j) for i in q for j in k)
+    return _attention(q, k, 5)
 
 
 def _flash(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = q
-    return 2 * 2 * batch * heads * queries * k[2] * width
+    """Count attention of (B, H, N, D)."""
+    return 4 * prod(q) * k[2]
 
 
 def _flash_backward(_: Any, q: Shape, k: Shape, *__: Any, **___: Any) -> int:
-    return 5 * _flash(q, k) // 2
-
-
-def _streams(xs: Sequence[Shape], weights: Sequence[Shape], *_: Any, out_shape: Any) -> int:
-    return sum(2 * x[0] * x[1] * prod(weight) for x, weight in zip(xs, weights, strict=True))
+    return 10 * prod(q) * k[2]
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "linear_fwd": _product_fwd,
+    "linear_fwd": _product,
     "linear_jvp": _product_jvp,
     "linear_bwd": _product_bwd,
-    "conv1d_fwd": _product_fwd,
+    "conv1d_fwd": _product,
     "conv1d_jvp": _product_jvp,
     "conv1d_bwd": _product_bwd,
-    "conv1d_streams_fwd": _each(_product_fwd, 2),
+    "conv1d_streams_fwd": _each(_product, 2),
     "conv1d_streams_jvp": _each(_product_jvp, 2),
     "conv1d_streams_bwd": _each(_product_bwd, 3),
-    "conv1d_toom": _conv1d_toom,  # what the convolution is, not what the method saves
+    "conv1d_toom": _conv1d_toom,
     "joint_attention_fwd": _attention_fwd,
     "joint_attention_jvp": _attention_jvp,
     "joint_attention_bwd": _attention_bwd,
-    "streams_project": _streams,
-    "streams_project_qkv": _streams,
+    "streams_project": _each(_product, 2),
+    "streams_project_qkv": _each(_product, 2),
 }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _backends, _dual, _native, _op
@@ -28,6 +29,7 @@ __all__ = [
     "modulate_bar",
     "modulate_dot",
     "normalise",
+    "normalised_and_modulated",
     "pick",
     "takes",
 ]
@@ -90,6 +92,12 @@ def _project_out(x: Tensor, n: Tensor) -> Tensor:
         x, n, n.shape[-1:], zeros, torch.ones_like(zeros), None, None, [True, False, False]
     )
     return projected
+
+
+def normalised_and_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Return y by PyTorch's functions, in one pass less over memory than the reference."""
+    n = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, n, 1 + scale).to(x.dtype)
 
 
 def modulate(n: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -28,16 +28,19 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mfmjt.kernels import _backends, _dual, _eager, _native, precision
 from mfmjt.kernels._eager import flatten, nest
 
 __all__ = [
+    "MaybeTensors",
     "Op",
+    "Tensors",
     "backend",
     "check",
     "check_tensors",
@@ -46,6 +49,10 @@ __all__ = [
     "use_reference",
     "work_dtype",
 ]
+
+Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
+"""What an op takes and returns: tensors, or tuples of those of several streams."""
+MaybeTensors = Tensor | Sequence[Tensor | None] | None
 
 _library = torch.library.Library("mfmjt", "FRAGMENT")
 _forced_reference = False
@@ -121,10 +128,8 @@ class Op:
             where a CPU is slow in its dtype (`precision`); then its floating inputs must be "x and
             weight of one dtype", in the words given here.
         streams: Whether tuples of streams are taken too.
+        single: Of an op over lists of streams, the op of one.
     """
-
-    over_streams: _Streams | None = None
-    required: Sequence[tuple[int, int]] = ()  # of jvp's lists, tangents that it must have, of what
 
     def __init__(
         self,
@@ -141,198 +146,151 @@ class Op:
         passes: dict[str, str] | None = None,
         autocasts: str = "",
         streams: bool = False,
+        single: Op | None = None,
     ) -> None:
         self.name, self.check, self.reference, self.plain = name, check, reference, plain
-        self.autocasts = autocasts
-        self.takes, self.fake, self.passes = takes, fake, passes or {}
+        self.takes, self.fake, self.autocasts, self.single = takes, fake, autocasts, single
         kinds = {n: str(p.annotation) for n, p in inspect.signature(fwd).parameters.items()}
         self.inputs = list(kinds)
         self.tensors = [n for n, kind in kinds.items() if "Tensor" in kind]
-        self.lists = any("list[Tensor" in kind for kind in kinds.values())
-        self.moving = [n[:-4] for n in _names(jvp) if n.endswith("_dot")]
-        self.fixed = [n for n in self.tensors if n not in self.moving]
-        bars = {n[:-4]: p for n, p in inspect.signature(bwd).parameters.items() if n[-4:] == "_bar"}
-        self.results = list(bars)
-        self.optional = {n for n, p in bars.items() if "None" in str(p.annotation)}
-        self.kept = [n for n in _names(bwd) if not n.endswith("_bar") and n != "needs"]
-        self.statistics = [n for n in self.kept if n not in (*self.inputs, *self.results)]
-        places = {n: i for i, n in enumerate((*self.inputs, *(f"{n}_dot" for n in self.inputs)))}
-        self.constants = [n for n in self.inputs if n not in self.tensors]
-        own, rest = (
-            [f"{n}_bar" for n in self.results],
-            [n for n in self.kept if n in self.constants],
-        )
-        saved = [n for n in self.kept if n not in rest]
-        of_bwd = (*own, *saved, *rest, "needs")
-        self.bwd_order = [of_bwd.index(n) for n in _names(bwd)]
+        self.lists = single is not None or any("list[Tensor" in kind for kind in kinds.values())
+        names = list(inspect.signature(jvp).parameters)
+        both = (*self.inputs, *(f"{n}_dot" for n in self.inputs))
+        self.order = list(map(both.index, names))  # of jvp's arguments among values and tangents
+        self.fixed = [n for n in self.tensors if f"{n}_dot" not in names]
+        bars = {n: p for n, p in inspect.signature(bwd).parameters.items() if n != "needs"}
+        self.results = [n[:-4] for n in bars if n[-4:] == "_bar"]
+        self.optional = [y for y in self.results if "None" in str(bars[f"{y}_bar"].annotation)]
+        kept = [n for n in bars if n[-4:] != "_bar"]
+        self.saved = [n for n in kept if n in self.tensors or n not in self.inputs]
+        self.constants = [n for n in kept if n not in self.saved]
+        own = [f"{y}_bar" for y in self.results]
+        of_bwd = (*own, *self.saved, *self.constants, "needs")
+        self.bwd_order = [of_bwd.index(n) for n in inspect.signature(bwd).parameters]
         self.passing = [
-            (self.tensors.index(n), self.results.index(y), saved.index(n))
-            for n, y in self.passes.items()
+            (self.tensors.index(x), self.results.index(y), of_bwd.index(x))
+            for x, y in (passes or {}).items()
         ]
-        self.places = [places[n] for n in _names(jvp)]
-        self.order = operator.itemgetter(*self.places)
+        self.statistics = [n for n in self.saved if n not in (*self.inputs, *self.results)]
         self.fwd, self.jvp, self.bwd = (
             Part(self, *part) for part in (("fwd", fwd), ("jvp", jvp), ("bwd", bwd))
         )
+        self.over_streams: Op | None = None
         if streams:
-            self.over_streams = _Streams(self)
+            self.over_streams = Op(
+                f"{name}_streams",
+                *map(_each, (fwd, jvp, bwd)),
+                plain=plain and _each(plain, fwd),
+                passes=passes,
+                autocasts=autocasts,
+                single=self,
+            )
 
     def __call__(self, *args: Any) -> Any:
         """Compute the results of fwd's arguments, dual where an input is; of streams for tuples."""
         if self.over_streams is not None and isinstance(args[0], (tuple, list)):
-            return self.over_streams.of(args)
+            return self._of_streams(self.over_streams, args)
         if self.check is not None:
             self.check(*args)
         if _forced_reference and self.reference is not None:
             return self.reference(*args)
-        results = None if torch.compiler.is_compiling() else _eager.run(self, args)
+        results = None
+        if not torch.compiler.is_compiling():
+            if self.plain is not None and forward_ad._current_level < 0:  # nothing moves
+                results = self.by_pytorch(args)
+            if results is None:
+                results = _eager.run(self, args)
         if results is None:
             results = self._dispatched(args)
         return results[0] if len(results) == 1 else results
 
+    def _of_streams(self, over_streams: Op, args: tuple[Any, ...]) -> Any:
+        """Compute the results, each a tuple of streams.
+
+        Raises:
+            ValueError: There are not as many streams of one argument as of another.
+        """
+        count = len(args[0])
+        lists, apart = list(args), _forced_reference or count == 1
+        for i, n in enumerate(self.inputs):
+            if n not in self.tensors:
+                continue
+            arg = lists[i] = [None] * count if args[i] is None else args[i]
+            if not isinstance(arg, (list, tuple)) or len(arg) != count:
+                got = len(arg) if isinstance(arg, (list, tuple)) else type(arg).__name__
+                needs = f"{n} for each of {count} streams"
+                raise ValueError(f"mfmjt.kernels.{self.name} needs {needs}; got {got}.")
+            lists[i] = list(arg)
+            # A library op has no gradient of a list with gaps
+            gaps = len({x is None for x in arg}) > 1
+            apart = apart or (gaps and n in self.tensors[: self.bwd.count])
+        columns = [x if isinstance(x, list) else [x] * count for x in lists]
+        streams = list(zip(*columns, strict=True))
+        if apart:
+            results = [self(*stream) for stream in streams]
+            return tuple(results) if len(self.results) == 1 else tuple(zip(*results, strict=True))
+        if self.check is not None:
+            for stream in streams:
+                self.check(*stream)
+        results = over_streams(*lists)
+        return tuple(results) if len(self.results) == 1 else tuple(map(tuple, results))
+
     def _dispatched(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute by the library ops, which compilers, modes and transforms see."""
-        values: list[Any] = list(args)
-        dots: list[Any] = [None] * len(args)
-        moves = False
+        values: Sequence[Any] = args
+        dots: Sequence[Any] | None = None
         if _dual.levels():
-            for i, name in enumerate(self.inputs):
-                if name in self.fixed:
-                    _dual.refuse_tangent(self.name, **_labelled(name, args[i]))
-                elif name in self.moving and isinstance(args[i], (list, tuple)):
-                    pairs = [_dual.split(x) for x in args[i]]
-                    values[i], dots[i] = [x for x, _ in pairs], [dot for _, dot in pairs]
-                    moves = moves or any(dot is not None for dot in dots[i])
-                elif name in self.moving:
-                    values[i], dots[i] = _dual.split(args[i])
-                    moves = moves or dots[i] is not None
-        if not moves and self.plain is not None:
+            flat, sizes = flatten(args)
+            pairs = [_dual.split(x) for x in flat]
+            if any(dot is not None for _, dot in pairs):
+                values, dots = (nest(half, sizes) for half in zip(*pairs, strict=True))
+                self.refuse_tangents(dots)
+        if dots is None:
             ys = self.by_pytorch(values)
             if ys is not None:
                 return ys
         if self.autocasts:
             values, dots = self.cast(values, dots)
         count = len(self.results)
-        if not moves:
-            ys = self.fwd.library(*values)
-            return ys[:count] if isinstance(ys, tuple) else (ys,)
+        if dots is None:
+            return _tuple(self.fwd.library(*values))[:count]
         both = (*values, *dots)
-        found = self.jvp.library(*self.moved([both[i] for i in self.places]))[: 2 * count]
-        joined: list[Any] = []
-        for y, y_dot in zip(found[::2], found[1::2], strict=True):
-            if isinstance(y, (list, tuple)):
-                joined.append([_dual.join(*pair) for pair in zip(y, y_dot, strict=True)])
-            else:
-                joined.append(_dual.join(y, y_dot))
-        return tuple(joined)
+        found = self.jvp.library(*[both[i] for i in self.order])[: 2 * count]
+        return tuple([_dual.join(*pair) for pair in zip(found[::2], found[1::2], strict=True)])
 
     def by_pytorch(self, values: Sequence[Any]) -> tuple[Any, ...] | None:
         """Return the results of `plain`; None where it leaves them, or PyTorch is slow."""
-        x = values[0][0] if isinstance(values[0], (list, tuple)) else values[0]
-        if self.plain is None or (self.autocasts and precision.is_slow(x)):
+        if self.plain is None or (self.autocasts and precision.is_slow(_flat(values[0])[0])):
             return None
         ys = self.plain(*values)
         return None if ys is NotImplemented else _tuple(ys)
 
-    def moved(self, args: Sequence[Any]) -> Sequence[Any]:
-        """Return arguments of jvp with zeros for tangents that some streams lack, but jvp needs."""
-        if self.required:
-            args = list(args)
-            for i, j in self.required:
-                pairs = zip(args[i], args[j], strict=True)
-                args[i] = [torch.zeros_like(x) if dot is None else dot for dot, x in pairs]
-        return args
-
-    def cast(self, values: Sequence[Any], dots: Any) -> tuple[list[Any], Any]:
+    def cast(self, values: Sequence[Any], dots: Any) -> tuple[Sequence[Any], Any]:
         """Cast under autocast, and raise unless floating inputs are then of one dtype."""
-        named = self._floating(values)
-        device = next(iter(named.values())).device.type
+        floats = [x for x in flatten(values)[0] if _is_float(x)]
+        device = floats[0].device.type if floats else "meta"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            values = [_cast(x, dtype) for x in values]
-            dots = None if dots is None else [_cast(x, dtype) for x in dots]
-            named = self._floating(values)
-        if len({x.dtype for x in named.values()}) > 1:
-            check(False, self.name, self.autocasts, **named)
-        return list(values), dots
+            values, dots = precision.to(values, dtype), precision.to(dots, dtype)
+            floats = [x for x in flatten(values)[0] if _is_float(x)]
+        if len({x.dtype for x in floats}) > 1:
+            named = self._labelled(values).items()
+            check(False, self.name, self.autocasts, **{n: x for n, x in named if _is_float(x)})
+        return values, dots
 
-    def _floating(self, values: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the floating inputs by name; all inputs if none is."""
-        pairs = zip(self.inputs, values, strict=True)
-        named = {
-            full: x
-            for name, value in pairs
-            if name in self.tensors
-            for full, x in _labelled(name, value).items()
-            if x is not None
-        }
-        return {name: x for name, x in named.items() if x.is_floating_point()} or named
-
-    def refuse_tangents(self, dots: list[Any]) -> None:
+    def refuse_tangents(self, dots: Sequence[Any]) -> None:
         """Raise if one of the inputs that must not move has a tangent."""
-        for name, dot in zip(self.inputs, dots, strict=True):
-            if name in self.fixed:
-                for full, one in _labelled(name, dot).items():
-                    if one is not None:
-                        raise _dual.no_tangent(self.name, full)
+        for name, dot in self._labelled(dots).items():
+            if dot is not None and name.partition("[")[0] in self.fixed:
+                raise _dual.no_tangent(self.name, name)
 
-
-class _Streams(Op):
-    """An op over tuples of streams: its library ops take and return lists."""
-
-    def __init__(self, single: Op) -> None:
-        self.single = single
-        formulas = [getattr(single, part).formula for part in ("fwd", "jvp", "bwd")]
-        super().__init__(
-            f"{single.name}_streams",
-            *(_each(formula) for formula in formulas),
-            fake=None if single.fake is None else _each(single.fake, like=formulas[0]),
-            plain=None if single.plain is None else _each(single.plain, like=formulas[0]),
-            passes=single.passes,
-            autocasts=single.autocasts,
-        )
-        self.lists = True
-        names, dots = self.jvp.names, inspect.signature(formulas[1]).parameters
-        self.required = [
-            (names.index(n), names.index(n[:-4]))
-            for n, p in dots.items()
-            if n.endswith("_dot") and "None" not in str(p.annotation)
-        ]
-
-    def of(self, args: tuple[Any, ...]) -> Any:
-        """Compute the results, each a tuple of streams.
-
-        Raises:
-            ValueError: There are not as many streams of one argument as of another.
-        """
-        count, name = len(args[0]), self.single.name
-        lists, apart = [], _forced_reference or count == 1
-        for n, arg in zip(self.inputs, args, strict=True):
-            if n in self.tensors:
-                arg = [None] * count if arg is None else arg
-                if not isinstance(arg, (list, tuple)) or len(arg) != count:
-                    got = len(arg) if isinstance(arg, (list, tuple)) else type(arg).__name__
-                    needs = f"{n} for each of {count} streams"
-                    raise ValueError(f"mfmjt.kernels.{name} needs {needs}; got {got}.")
-                # A library op has no gradient of a list with gaps
-                gaps = len({x is None for x in arg}) > 1
-                apart = apart or (gaps and n in self.tensors[: self.bwd.count])
-            lists.append(list(arg) if n in self.tensors else arg)
-        tensors = [n in self.tensors for n in self.inputs]
-        streams = [
-            [arg[i] if of else arg for arg, of in zip(lists, tensors, strict=True)]
-            for i in range(count)
-        ]
-        if apart:
-            results = [self.single(*stream) for stream in streams]
-            return tuple(results) if len(self.results) == 1 else tuple(zip(*results, strict=True))
-        if self.single.check is not None:
-            for stream in streams:
-                self.single.check(*stream)
-        results = self(*lists)
-        if len(self.results) == 1:
-            return tuple(results)
-        return tuple([tuple(ys) for ys in results])
+    def _labelled(self, args: Sequence[Any]) -> dict[str, Any]:
+        """Return arguments by their names, those of lists by their places too."""
+        return {
+            f"{name}[{i}]" if isinstance(arg, (list, tuple)) else name: x
+            for name, arg in zip(self.inputs, args, strict=True)
+            for i, x in enumerate(_flat(arg))
+        }
 
 
 class Part:
@@ -340,41 +298,40 @@ class Part:
 
     Attributes:
         library: The library op.
+        on_gpu: Computes on a GPU.
         count: How many of its leading results are differentiable; of bwd, how many there are.
     """
 
     def __init__(self, op: Op, part: str, formula: Callable[..., Any]) -> None:
         self.op, self.part, self.formula = op, part, formula
-        self.names, name = _names(formula), f"{op.name}_{part}"
+        self.names, name = list(inspect.signature(formula).parameters), f"{op.name}_{part}"
         pairs = [n for r in op.results for n in (r, f"{r}_dot")]
         self.outputs = (*(pairs if part == "jvp" else op.results), *op.statistics)
         both = (*self.names, *self.outputs)
         if part != "bwd":
-            self._kept = [both.index(n) for n in op.kept if n not in op.constants]
-            self._constants = [both.index(n) for n in op.kept if n in op.constants]
+            self._saved, self._constants = (
+                [both.index(n) for n in kept] for kept in (op.saved, op.constants)
+            )
             places = {n: i for i, n in enumerate(op.tensors)}
-            self._bars = [places.get(n) for n in self.names]
+            self._places = [places.get(n, -1) for n in self.names]
         operands = [i for i, n in enumerate(self.names) if n in (*op.tensors, *op.results)]
         self._operands = operator.itemgetter(*operands, operands[-1])  # a tuple, of one too
-        self._native, self._takes = None, op.takes or _native.floats
-        single = getattr(op, "single", None)
-        if single is None:
-            self._on_gpu = backend("triton", op.name, part, formula)
-            self._on_cpu = formula
-            if importlib.util.find_spec(f"mfmjt.kernels.cpu.{op.name}"):
-                self._on_cpu = backend("cpu", op.name, part, formula)
+        self._native = None
+        schema = torch.library.infer_schema(formula, mutates_args=())
+        if op.single is None:
+            self.on_gpu = backend("triton", op.name, part, formula)
+            self._on_cpu = backend("cpu", op.name, part, formula)
             if op.takes is not None:
                 self._native = _native.op(name, required=part == "fwd")
         else:
-            of_one = getattr(single, part)
-            one_by_one = _each(of_one.on_gpu, like=of_one.formula)
-            self._on_gpu = backend("triton", single.name, f"{part}_streams", one_by_one)
-            self._on_cpu = _each(of_one.on_cpu, like=of_one.formula)
-        if _backends.ON_CPU:
-            self._on_cpu, self._native = self._on_gpu, None
-        schema = torch.library.infer_schema(formula, mutates_args=())
-        if single is not None:
+            of_one = getattr(op.single, part)
+            one_by_one = _each(of_one.on_gpu, formula)
+            self.on_gpu = backend("triton", op.single.name, f"{part}_streams", one_by_one)
+            self._on_cpu = _each(of_one.on_cpu, formula)
             schema = re.sub(r"Tensor(\??)", r"Tensor\1[]", schema)
+            schema = re.sub(r"Tensor\[\] (\w+_dot\b)", r"Tensor?[] \1", schema)
+        if _backends.ON_CPU:
+            self._on_cpu, self._native = self.on_gpu, None
         self.library = register(name + schema, formula, self._fake(), self.on_cpu, self.on_gpu)
         returns = len(self.library._schema.returns)
         self.count = returns if part == "bwd" else returns - len(op.statistics)
@@ -389,9 +346,9 @@ class Part:
     def pick(self, on_cpu: bool, args: Sequence[Any]) -> Callable[..., Any]:
         """Return what computes this part of these arguments on their device."""
         if not on_cpu:
-            return self._on_gpu
-        native, takes = self._native, self._takes
-        if native is not None and _native.in_use and takes(*self._operands(args)[:-1]):
+            return self.on_gpu
+        native, takes = self._native, self.op.takes
+        if native is not None and _native.in_use and takes(*self._operands(args)[:-1]):  # type: ignore[misc]
             return native
         if self._is_widened(args):
             return self._in_float32
@@ -399,13 +356,12 @@ class Part:
 
     def _is_widened(self, args: Sequence[Any]) -> bool:
         """Return True for products without instructions, and float16, which C++ does not take."""
-        if _backends.ON_CPU or hasattr(self.op, "single"):  # every stream is asked
+        if _backends.ON_CPU or self.op.single is not None:  # every stream is asked
             return False
         if self.op.autocasts:
             return precision.dtype_of(args) in precision.SLOW
-        if self._native is None or not _native.in_use:
-            return False
-        return {x.dtype for x in self._operands(args) if x is not None} == {torch.float16}
+        dtypes = {x.dtype for x in self._operands(args) if x is not None}
+        return self._native is not None and _native.in_use and dtypes == {torch.float16}
 
     def _in_float32(self, *args: Any) -> Any:
         return precision.in_float32(self.on_cpu, args, self.count)
@@ -413,10 +369,6 @@ class Part:
     def on_cpu(self, *args: Any) -> Any:
         """Compute on a CPU."""
         return self.pick(True, args)(*args)
-
-    def on_gpu(self, *args: Any) -> Any:
-        """Compute on a GPU."""
-        return self._on_gpu(*args)
 
     def _fake(self) -> Callable[..., Any]:
         fake, op = self.op.fake, self.op
@@ -439,14 +391,12 @@ class Part:
     def keep(self, ctx: Any, args: Sequence[Any], outputs: tuple[Any, ...]) -> None:
         """Keep for `backward` what the parameters of bwd name."""
         both = (*args, *outputs)
-        kept: Sequence[Any] = [both[i] for i in self._kept]
+        kept: Sequence[Any] = [both[i] for i in self._saved]
         ctx.constants = [both[i] for i in self._constants]
         ctx.set_materialize_grads(False)
         if self.op.lists:
             kept, ctx.sizes_kept = flatten(kept)
-            results = [
-                _flat(y) for n, y in zip(self.outputs, outputs, strict=True) if n[-4:] != "_dot"
-            ]
+            results = outputs[: self.count : 1 if self.part == "fwd" else 2]
             ctx.likes = [[(y.shape, y.dtype, y.device) for y in ys] for ys in results]
             # PyTorch wants a None for each tensor of a list, and one for a list with gaps
             ctx.nothing = [
@@ -464,50 +414,42 @@ class Part:
         """Return the cotangents of all arguments from those of all results."""
         op, saved = self.op, ctx.saved_tensors  # once: checkpointing gives them once
         saved = nest(saved, ctx.sizes_kept) if op.lists else saved
-        own: list[Any]
+        own = list(bars[: self.count])
+        step = 1 if self.part == "fwd" else 2
+        columns = [own[i::step] for i in range(step)]  # of values, and of their tangents
         if op.lists:
-            own = [self._of_streams(i, ctx.likes[i], bars) for i in range(len(op.results))]
-        elif self.part == "jvp":
-            pairs = zip(bars[: self.count : 2], bars[1 : self.count : 2], strict=True)
-            own = [_dual.refuse_gradient(*pair) for pair in pairs]
-        else:
-            own = list(bars[: self.count])
+            own = list(map(self._bars_of, op.results, ctx.likes, *columns))
+        elif step == 2:
+            own = list(map(_dual.refuse_gradient, *columns))
         args = [*own, *saved, *ctx.constants]
         if "needs" in op.bwd.names:
             needs = {n: any(_flat(w)) for n, w in zip(self.names, wanted, strict=False)}
             args.append([needs[n] for n in op.tensors])
-        found = list(_tuple(_eager.call(op.bwd, *(args[i] for i in op.bwd_order))))
-        for bar, y_bar, x in op.passing:
-            if op.lists:
-                found[bar] = list(map(_passed, found[bar], own[y_bar], saved[x]))
-            else:
-                found[bar] = _passed(found[bar], own[y_bar], saved[x])
-        found += [None] * (len(op.tensors) - len(found))
-        if op.lists:
-            by_name = dict(zip(self.names, ctx.nothing, strict=True))
-            bars_of = zip(op.tensors, found, strict=True)
-            # No cotangent of what was None for every stream, such as a bias
-            by_name |= {n: bar for n, bar in bars_of if bar is not None and by_name[n] is not None}
-            return tuple(by_name[n] for n in self.names)
-        if "needs" in op.bwd.names:
-            found = [bar if needs[n] else None for n, bar in zip(op.tensors, found, strict=True)]
-        return tuple([None if i is None else found[i] for i in self._bars])
+        found = list(_tuple(_eager.call(op.bwd, *[args[i] for i in op.bwd_order])))
+        for i, y_bar, x in op.passing:
+            found[i] = _passed(found[i], args[y_bar], args[x])
+        found += [None] * (len(self.names) - len(found))  # the last one for what is no tensor
+        if not op.lists:
+            pairs = zip(self._places, wanted, strict=False)
+            return tuple([found[i] if wants else None for i, wants in pairs])
+        # No cotangent of what was None for every stream, such as a bias
+        return tuple(
+            [
+                nothing if nothing is None or found[i] is None else found[i]
+                for i, nothing in zip(self._places, ctx.nothing, strict=True)
+            ]
+        )
 
-    def _of_streams(self, result: int, likes: list[Any], bars: Sequence[Any]) -> list[Any]:
+    def _bars_of(self, result: str, likes: list[Any], *bars: Any) -> list[Any]:
         """Return the cotangents of a result's streams, zeros for None where bwd takes no None."""
-        of = slice(2 * result, 2 * result + 2) if self.part == "jvp" else slice(result, result + 1)
-        columns = ([None] * len(likes) if bar is None else bar for bar in bars[of])
+        columns = ([None] * len(likes) if bar is None else bar for bar in bars)
         own = [_dual.refuse_gradient(*each) for each in zip(*columns, strict=True)]
-        if self.op.results[result] in self.op.optional:
+        if result in self.op.optional:
             return own
         return [
             torch.zeros(shape, dtype=dtype, device=device) if bar is None else bar
             for bar, (shape, dtype, device) in zip(own, likes, strict=True)
         ]
-
-
-def _names(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:
@@ -518,28 +460,19 @@ def _flat(x: Any) -> Sequence[Any]:
     return x if isinstance(x, (list, tuple)) else (x,)
 
 
-def _labelled(name: str, value: Any) -> dict[str, Any]:
-    """Return a tensor by its name, or those of a list by their places."""
-    if isinstance(value, (list, tuple)):
-        return {f"{name}[{i}]": x for i, x in enumerate(value)}
-    return {name: value}
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_cast(x, dtype) for x in value]
-    casts = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if casts and value.dtype != torch.float64 else value
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _empty_like(x: Any) -> Any:
     return [t.new_empty(t.shape) for t in x] if isinstance(x, list) else x.new_empty(x.shape)
 
 
-def _passed(bar: Tensor, y_bar: Tensor | None, x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    return bar if y_bar is None or bar.shape == x.shape else y_bar.to(x.dtype)
+def _passed(bar: Any, y_bar: Any, x: Any) -> Any:
+    if isinstance(bar, list):
+        return list(map(_passed, bar, y_bar, x))
+    as_it_is = x is None or y_bar is None or bar.shape == x.shape
+    return bar if as_it_is else y_bar.to(x.dtype)
 
 
 def _each(
@@ -547,20 +480,33 @@ def _each(
 ) -> Callable[..., Any]:
     """Return a function of lists of streams that calls `function` for every stream.
 
+    A stream whose tangent is None gets zeros where the formula must have one.
+
     Args:
         function: A formula, or what has the parameters of one.
         like: That formula.
     """
     like = like or function
-    lists = ["Tensor" in str(p.annotation) for p in inspect.signature(like).parameters.values()]
+    kinds = {n: str(p.annotation) for n, p in inspect.signature(like).parameters.items()}
+    lists = ["Tensor" in kind for kind in kinds.values()]
+    names = list(kinds)
+    required = [
+        (i, names.index(n[:-4]))
+        for i, n in enumerate(names)
+        if n[-4:] == "_dot" and "None" not in kinds[n]
+    ]
+
+    def of_stream(*args: Any) -> Any:
+        filled = list(args)
+        for dot, x in required:
+            filled[dot] = torch.zeros_like(args[x]) if args[dot] is None else args[dot]
+        return function(*filled)
 
     @functools.wraps(like)
     def each(*args: Any) -> Any:
         count = next(len(arg) for arg, of in zip(args, lists, strict=True) if of)
-        results = [
-            function(*(arg[i] if of else arg for arg, of in zip(args, lists, strict=True)))
-            for i in range(count)
-        ]
+        columns = [arg if of else [arg] * count for arg, of in zip(args, lists, strict=True)]
+        results = list(map(of_stream, *columns))
         if any(result is NotImplemented for result in results):
             return NotImplemented
         if not isinstance(results[0], tuple):
@@ -579,30 +525,20 @@ def backend(
     such module or function, or it returns NotImplemented.
     """
     full = f"mfmjt.kernels.{package}.{module}"
-    if package == "triton" and not (_backends.AVAILABLE and importlib.util.find_spec(full)):
+    if (package == "triton" and not _backends.AVAILABLE) or not importlib.util.find_spec(full):
         return formula
 
     @functools.cache
-    def kernel() -> Callable[..., Any] | None:
-        return getattr(importlib.import_module(full), function, None)
+    def kernel() -> Callable[..., Any]:
+        return getattr(importlib.import_module(full), function, formula)
 
     def run(*args: Any) -> Any:
-        found = kernel()
-        if found is None:
-            return formula(*args)
-        with _current_device(args):
-            results = found(*args)
+        first = next(x for x in flatten(args)[0] if isinstance(x, Tensor))
+        with torch.cuda.device_of(first):  # on which Triton launches
+            results = kernel()(*args)
             return formula(*args) if results is NotImplemented else results
 
     return run
-
-
-def _current_device(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
-    """Make the arguments' device the current one, on which Triton launches."""
-    x = next(t for arg in args for t in _flat(arg) if isinstance(t, Tensor))
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def register(

@@ -14,19 +14,17 @@ backward, besides the modulations; x may have any rank, and modulations any shap
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
-from mfmjt.kernels._op import Op, work_dtype
+from mfmjt.kernels._op import MaybeTensors, Op, Tensors, work_dtype
 
 __all__ = ["adaln", "adaln_ref"]
 
 
 def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Plain PyTorch `adaln`; the definition of correct."""
+    """Compute `adaln` in plain PyTorch; the definition of correct."""
     y = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
     return y.to(x.dtype)
 
@@ -72,14 +70,16 @@ _op = Op(
     check=_norm.checked("adaln", "shift", "scale"),
     reference=adaln_ref,
     takes=_norm.takes,
-    plain=precision.float16_by(adaln_ref),
+    plain=precision.float16_by(adaln_ref, _norm.normalised_and_modulated),
     passes={"shift": "y"},
     streams=True,
 )
 
 
-def adaln(x: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None) -> Any:
-    """Adaptive layer norm: LN(x) (1 + scale) + shift, differentiable in both modes.
+def adaln(
+    x: Tensors, shift: Tensors, scale: Tensors, eps: float = 1e-6, rows: MaybeTensors = None
+) -> Tensors:
+    """Apply adaptive layer norm, LN(x) (1 + scale) + shift; differentiable in both modes.
 
     Args:
         x: Activations `(B, N, C)`, any floating dtype; statistics are taken in float32 at least.

@@ -33,13 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _backends, _jvp_rows, _op
+from mfmjt.kernels._op import MaybeTensors, Tensors
 from mfmjt.kernels.cpu import conv1d as _cpu
+from mfmjt.kernels.cpu.product import windows
 
 __all__ = ["conv1d", "conv1d_ref"]
 
 
 def conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """Plain PyTorch `conv1d`; the definition of correct."""
+    """Compute `conv1d` in plain PyTorch; the definition of correct."""
     padding = dilation * (weight.shape[-1] // 2)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=padding, dilation=dilation)
     return y.transpose(1, 2)
@@ -121,19 +123,10 @@ def _weight_bar(y_bar: Tensor, x: Tensor, taps: int, dilation: int) -> Tensor:
     """Return a product of one tensor and the windows of the other, that of fewer channels."""
     outs, channels = y_bar.shape[2], x.shape[2]
     if channels <= outs:
-        product = y_bar.reshape(-1, outs).t() @ _windows(x, taps, dilation)
+        product = y_bar.reshape(-1, outs).t() @ windows(x, taps, dilation).flatten(0, 1)
         return product.view(outs, taps, channels).transpose(1, 2).contiguous()
-    product = _windows(y_bar, taps, dilation).t() @ x.reshape(-1, channels)
+    product = windows(y_bar, taps, dilation).flatten(0, 1).t() @ x.reshape(-1, channels)
     return product.view(taps, outs, channels).flip(0).permute(1, 2, 0).contiguous()
-
-
-def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
-    """Return each token's K neighbours in a row, (B N, K C); zeros beyond the ends."""
-    (samples, tokens, channels), reach = x.shape, dilation * (taps // 2)
-    x = F.pad(x, (0, 0, reach, reach)).contiguous()
-    strides = (x.stride(0), channels, dilation * channels, 1)
-    windows = x.as_strided((samples, tokens, taps, channels), strides)
-    return windows.reshape(samples * tokens, taps * channels)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -143,7 +136,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Ten
     return _convolve(x, weight, bias, dilation)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Any, dilation: int) -> None:
     _op.check_tensors("conv1d", {"bias": bias}, x=x, weight=weight)
     fits = x.ndim == 3 and weight.ndim == 3 and x.shape[2] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
@@ -168,14 +161,14 @@ _conv1d = _op.Op(
 
 
 def conv1d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: Tensors,
+    weight: Tensors,
+    bias: MaybeTensors = None,
     dilation: int = 1,
     *,
     fast: bool = False,
-) -> Any:
-    """Convolution along the tokens, differentiable in both modes; autocasts as PyTorch's does.
+) -> Tensors:
+    """Convolve along the tokens, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:
         x: `(B, N, C)`. Or a tuple of streams, and so are weight and bias; sizes may differ.

@@ -13,14 +13,12 @@ the modulations; x may have any rank, and modulations any shape that broadcasts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
-from mfmjt.kernels._op import Op, work_dtype
+from mfmjt.kernels._op import MaybeTensors, Op, Tensors, work_dtype
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
@@ -28,7 +26,7 @@ __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 def gated_residual_adaln_ref(
     x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch `gated_residual_adaln`; the definition of correct."""
+    """Compute `gated_residual_adaln` in plain PyTorch; the definition of correct."""
     total = (x + gate * h).to(x.dtype)
     y = F.layer_norm(total, x.shape[-1:], eps=eps) * (1 + scale) + shift
     return total, y.to(x.dtype)
@@ -106,6 +104,13 @@ def _bwd(
     )
 
 
+def _in_float16(
+    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = torch.addcmul(x, gate, h).to(x.dtype)
+    return total, _norm.normalised_and_modulated(total, shift, scale, eps)
+
+
 _op = Op(
     "gated_residual_adaln",
     _fwd,
@@ -114,16 +119,22 @@ _op = Op(
     check=_norm.checked("gated_residual_adaln", "h", "gate", "shift", "scale"),
     reference=gated_residual_adaln_ref,
     takes=_norm.takes,
-    plain=precision.float16_by(gated_residual_adaln_ref),
+    plain=precision.float16_by(gated_residual_adaln_ref, _in_float16),
     passes={"shift": "y"},
     streams=True,
 )
 
 
 def gated_residual_adaln(
-    x: Any, h: Any, gate: Any, shift: Any, scale: Any, eps: float = 1e-6, rows: Any = None
-) -> tuple[Any, Any]:
-    """Gated residual add and adaptive layer norm of the sum, differentiable in both modes.
+    x: Tensors,
+    h: Tensors,
+    gate: Tensors,
+    shift: Tensors,
+    scale: Tensors,
+    eps: float = 1e-6,
+    rows: MaybeTensors = None,
+) -> tuple[Tensors, Tensors]:
+    """Add a gated residual and apply adaptive layer norm; differentiable in both modes.
 
     Args:
         x: Residual stream `(B, N, C)`, any floating dtype; or a tuple of streams, and so are the

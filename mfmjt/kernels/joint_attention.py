@@ -19,14 +19,13 @@ o and never stores S; the formulas below store blocks of it that fit a cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfmjt.kernels import _backends
-from mfmjt.kernels._attention import Heads, softmax, softmax_bar, valid_keys, without_padding
-from mfmjt.kernels._op import Op, check, check_tensors, use_reference, work_dtype
+from mfmjt.kernels import _attention, _backends
+from mfmjt.kernels._op import Op, Tensors, check, check_tensors, use_reference, work_dtype
 from mfmjt.kernels.cpu import joint_attention as cpu
 
 __all__ = ["joint_attention", "joint_attention_ref"]
@@ -47,22 +46,14 @@ def _limits(lengths: Lengths, keys: Sequence[Tensor]) -> list[Tensor | None]:
     return [lengths] if isinstance(lengths, Tensor) else list(lengths)
 
 
-@overload
 def joint_attention_ref(
-    q: Tensor, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
-) -> Tensor: ...
-@overload
-def joint_attention_ref(
-    q: Sequence[Tensor], k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
-) -> tuple[Tensor, ...]: ...
-def joint_attention_ref(
-    q: Streams, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
-) -> Tensor | tuple[Tensor, ...]:
+    q: Tensors, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
+) -> Tensors:
     """Compute `joint_attention` in plain PyTorch; the definition of correct."""
     queries, keys, values = _tuple(q), _tuple(k), _tuple(v)
-    valid = valid_keys(keys, _limits(lengths, keys))
+    valid = _attention.valid_keys(keys, _limits(lengths, keys))
     all_q, all_k, all_v = (torch.cat(s, dim=1) for s in (queries, keys, values))
-    all_k, all_v = without_padding(all_k, valid), without_padding(all_v, valid)
+    all_k, all_v = (_attention.without_padding(x, valid) for x in (all_k, all_v))
     scale = all_q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.promote_types(all_q.dtype, torch.float32)
     scores = torch.einsum("bnhd,bmhd->bhnm", all_q * scale, all_k).to(work)
@@ -85,11 +76,12 @@ def _jvp(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    valid, heads = valid_keys(k, lengths), Heads(q[0])
+    valid, heads = _attention.valid_keys(k, lengths), _attention.Heads(q[0])
     query, values, bias = heads.gather(q), heads.gather(v, valid), heads.additive(valid)
     keys = heads.without_mean(heads.gather(k, valid)).transpose(1, 2)
-    query_dot, values_dot = heads.gather_dots(q, q_dot), heads.gather_dots(v, v_dot, valid)
-    keys_dot = heads.gather_dots(k, k_dot, valid)
+    query_dot = heads.gather(_attention.tangents(q, q_dot))
+    keys_dot = heads.gather(_attention.tangents(k, k_dot), valid)
+    values_dot = heads.gather(_attention.tangents(v, v_dot), valid)
     if keys_dot is not None:
         keys_dot = heads.without_mean(keys_dot).transpose(1, 2)
     moves = query_dot is not None or keys_dot is not None
@@ -107,7 +99,7 @@ def _jvp(
                 w.baddbmm_(query[head, row], keys_dot[head])
         elif w is not None and keys_dot is not None:
             torch.bmm(query[head, row], keys_dot[head], out=w)
-        lse[head, row] = softmax(p, w, None if bias is None else bias[head], scale)
+        lse[head, row] = _attention.softmax(p, w, None if bias is None else bias[head], scale)
         torch.bmm(p, values[head], out=o[head, row])
         if w is not None:
             torch.bmm(w, values_of_w[head], out=o_dot[head, row])
@@ -135,7 +127,7 @@ def _bwd(
     lengths: list[Tensor | None],
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    valid, heads = valid_keys(k, lengths), Heads(q[0])
+    valid, heads = _attention.valid_keys(k, lengths), _attention.Heads(q[0])
     query, values, out_bar = heads.gather(q), heads.gather(v, valid), heads.gather(o_bar)
     keys, bias = heads.without_mean(heads.gather(k, valid)), heads.additive(valid)
     query_bar = torch.empty_like(query)
@@ -149,7 +141,7 @@ def _bwd(
         torch.bmm(query[head, row], keys[head].transpose(1, 2), out=p)
         torch.bmm(out_bar[head, row], values[head].transpose(1, 2), out=s_bar)
         of_rows = sums[head, row].contiguous()
-        softmax_bar(p, s_bar, None if bias is None else bias[head], of_rows, scale)
+        _attention.softmax_bar(p, s_bar, None if bias is None else bias[head], of_rows, scale)
         torch.bmm(s_bar, keys[head], out=query_bar[head, row])
         for bar, left, right in ((keys_bar, s_bar, query), (values_bar, p, out_bar)):
             if whole:
@@ -178,17 +170,9 @@ _op = Op(
 )
 
 
-@overload
 def joint_attention(
-    q: Tensor, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
-) -> Tensor: ...
-@overload
-def joint_attention(
-    q: Sequence[Tensor], k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
-) -> tuple[Tensor, ...]: ...
-def joint_attention(
-    q: Streams, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
-) -> Tensor | tuple[Tensor, ...]:
+    q: Tensors, k: Streams, v: Streams, scale: float | None = None, lengths: Lengths = None
+) -> Tensors:
     """Attend from every query to the keys of all streams, differentiable in both modes.
 
     Args:

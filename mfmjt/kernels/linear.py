@@ -17,19 +17,18 @@ several tensors by a weight each.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _jvp_rows, _op
+from mfmjt.kernels._op import Tensors
 
 __all__ = ["linear", "linear_ref"]
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Plain PyTorch `linear`; the definition of correct."""
+    """Compute `linear` in plain PyTorch; the definition of correct."""
     return F.linear(x, weight, bias)
 
 
@@ -82,8 +81,8 @@ _linear = _op.Op(
 )
 
 
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """Linear layer x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
+def linear(x: Tensors, weight: Tensors, bias: _op.MaybeTensors = None) -> Tensors:
+    """Return x W^T + b, differentiable in both modes; autocasts as PyTorch's does.
 
     Args:
         x: `(..., C)`. Or a tuple of streams, and so are weight and bias; sizes may differ.

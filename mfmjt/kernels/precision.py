@@ -16,7 +16,16 @@ from torch import Tensor
 
 from mfmjt.kernels import _backends
 
-__all__ = ["SLOW", "cost", "dtype_of", "fast_dtype", "float16_by", "in_float32", "is_slow"]
+__all__ = [
+    "SLOW",
+    "cost",
+    "dtype_of",
+    "fast_dtype",
+    "float16_by",
+    "in_float32",
+    "is_slow",
+    "to",
+]
 
 
 def _slow() -> frozenset[torch.dtype]:
@@ -57,16 +66,24 @@ def is_slow(x: Tensor) -> bool:
     return dtype in SLOW
 
 
-def float16_by(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an op's `plain` that is its reference for float16 on a CPU, and nothing else.
+def float16_by(
+    reference: Callable[..., Any], value: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Return an op's `plain` that is for float16 on a CPU, and nothing else.
 
-    The C++ kernels take no float16. Copies in float32 take longer than all that PyTorch's own do.
+    The C++ kernels take no float16, and copies in float32 often take longer than all that PyTorch
+    does in it.
+
+    Args:
+        reference: Computes where gradients may be wanted.
+        value: Computes where none are; the reference by default.
     """
 
     def plain(x: Tensor, *others: Any) -> Any:
         if x.dtype != torch.float16 or not x.is_cpu or _backends.ON_CPU:
             return NotImplemented
-        return reference(x, *others)
+        by = reference if value is None or torch.is_grad_enabled() else value
+        return by(x, *others)
 
     return plain
 
@@ -113,14 +130,15 @@ def in_float32(function: Callable[..., Any], args: Sequence[Any], rounded: int) 
     """
     dtype = dtype_of(args)
     assert dtype is not None
-    found = function(*(_to(x, torch.float32) for x in args))
+    found = function(*to(args, torch.float32))
     if not isinstance(found, tuple):
-        return _to(found, dtype)
-    return (*(_to(y, dtype) for y in found[:rounded]), *found[rounded:])
+        return to(found, dtype)
+    return (*to(found[:rounded], dtype), *found[rounded:])
 
 
-def _to(x: Any, dtype: torch.dtype) -> Any:
+def to(x: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor, or nested lists of tensors, in a dtype; float64 and others stay."""
     if isinstance(x, (list, tuple)):
-        return [_to(one, dtype) for one in x]
+        return [to(one, dtype) for one in x]
     casts = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return x.to(dtype) if casts else x

@@ -12,13 +12,11 @@ r of each head. The kernels move 6 B N H D elements, 12 with tangents, 8 for the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mfmjt.kernels import _native
-from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
+from mfmjt.kernels._op import MaybeTensors, Op, Tensors, check, check_tensors, work_dtype
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_ref"]
 
@@ -32,7 +30,7 @@ def _rotate_ref(x: Tensor, rope: Tensor) -> Tensor:
 def qk_norm_rope_ref(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None = None, eps: float = 2**-23
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch `qk_norm_rope`; the definition of correct."""
+    """Compute `qk_norm_rope` in plain PyTorch; the definition of correct."""
     work = torch.promote_types(qkv.dtype, torch.float32)
 
     def one(x: Tensor, weight: Tensor) -> Tensor:
@@ -190,8 +188,12 @@ _op = Op(
 
 
 def qk_norm_rope(
-    qkv: Any, q_weight: Any, k_weight: Any, rope: Any = None, eps: float = 2**-23
-) -> tuple[Any, Any, Any]:
+    qkv: Tensors,
+    q_weight: Tensors,
+    k_weight: Tensors,
+    rope: MaybeTensors = None,
+    eps: float = 2**-23,
+) -> tuple[Tensors, Tensors, Tensors]:
     """Split planar qkv, RMS-normalise q and k, rotate them; differentiable in both modes.
 
     Args:

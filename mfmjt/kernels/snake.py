@@ -17,7 +17,6 @@ signal with small banded matrices, about half the time of grouped convolutions (
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ _CHUNK = 2**18  # elements of z computed at a time, so that they stay in a core'
 
 
 def snake_ref(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """Plain PyTorch `snake`; the definition of correct."""
+    """Compute `snake` in plain PyTorch; the definition of correct."""
     channels = x.shape[1]
     filters = taps(x).expand(channels, 1, -1)
     up = F.conv_transpose1d(
@@ -186,8 +185,8 @@ _op = Op(
 )
 
 
-def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Any:
-    """Anti-aliased SnakeBeta activation of BigVGAN, differentiable in both modes.
+def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Apply BigVGAN's anti-aliased SnakeBeta activation; differentiable in both modes.
 
     Args:
         x: `(B, C, N)`, any floating dtype, N at least 1.

@@ -64,7 +64,7 @@ class Packed(NamedTuple):
 
     @property
     def out(self) -> int:
-        """Channels of the result."""
+        """Return the channels of the result."""
         return self.data.shape[0] // (2 if self.glu else 1)
 
 
@@ -318,22 +318,25 @@ def gated_residual_norm(
     Raises:
         ValueError: The shapes or dtypes do not fit.
     """
-    streams, row = tuple(xs), [None] * len(xs) if rows is None else list(rows)
-    fits = (hs is None) == (gates is None) and len(row) == len(streams) > 0
-    pairs = zip(streams, row, strict=True) if fits else ()
-    fits = fits and all(r is None or r.shape == x.shape[1:2] for x, r in pairs)
-    needs = "for each stream rows (N,) of integers or None; h and gate, or neither"
-    _op.check(fits, "streams.gated_residual_norm", needs, **_named(x=xs, h=hs, rows=row))
+    fits = (hs is None) == (gates is None) and len(xs) > 0
+    if rows is not None:
+        pairs = zip(xs, rows, strict=False)
+        fits = fits and len(rows) == len(xs)
+        fits = fits and all(row is None or row.shape == x.shape[1:2] for x, row in pairs)
+    if not fits:
+        needs = "for each stream rows (N,) of integers or None; h and gate, or neither"
+        _op.check(False, "streams.gated_residual_norm", needs, **_named(x=xs, h=hs, rows=rows))
 
     def spread(modulations: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        pairs = zip(modulations, streams, strict=True)
-        return tuple([m.expand(x.shape[0], -1, -1) for m, x in pairs])
+        pairs = zip(modulations, xs, strict=True)
+        return tuple(
+            [m if m.shape[0] == x.shape[0] else m.expand(len(x), -1, -1) for m, x in pairs]
+        )
 
     if hs is None or gates is None:
-        ys = adaln(streams, spread(shifts), spread(scales), eps, row)
-        return list(streams), list(ys)
+        return list(xs), list(adaln(tuple(xs), spread(shifts), spread(scales), eps, rows))
     modulations = (spread(gates), spread(shifts), spread(scales))
-    totals, ys = gated_residual_adaln(streams, tuple(hs), *modulations, eps, row)
+    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), *modulations, eps, rows)
     return list(totals), list(ys)
 
 

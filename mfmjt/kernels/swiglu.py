@@ -10,14 +10,12 @@ kept for backward: gate and up. A fused kernel moves 3 elements per element, 6 w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfmjt.kernels import _native, precision
-from mfmjt.kernels._op import Op, check, check_tensors, work_dtype
+from mfmjt.kernels._op import Op, Tensors, check, check_tensors, work_dtype
 
 __all__ = ["swiglu", "swiglu_ref"]
 
@@ -25,7 +23,7 @@ _silu_bar = torch.ops.aten.silu_backward
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
-    """Plain PyTorch `swiglu`; the definition of correct."""
+    """Compute `swiglu` in plain PyTorch; the definition of correct."""
     return F.silu(gate) * up
 
 
@@ -83,8 +81,8 @@ _op = Op(
 )
 
 
-def swiglu(gate: Any, up: Any) -> Any:
-    """Gated activation silu(gate) up, differentiable in both modes.
+def swiglu(gate: Tensors, up: Tensors) -> Tensors:
+    """Return the gated activation silu(gate) up, differentiable in both modes.
 
     Args:
         gate: Any shape and floating dtype; or a tuple of streams.

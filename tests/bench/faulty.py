@@ -51,4 +51,4 @@ for case in ("first", "second", "third"):
             job.synchronize()
             rows.add({**about, "status": "ok"})
 job.facts["compiled"] = 0
-job.close()
+job.note()

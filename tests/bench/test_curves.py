@@ -11,7 +11,7 @@ from bench.networks.curves import PROVIDERS, SEEDS, TARGETS, distances
 
 
 def rows(shift: float, step: int = 10) -> list[dict[str, object]]:
-    """References of 1.0, 1.1 and 1.2, and ours beside them; the last step of ours is moved."""
+    """Return references of 1.0, 1.1 and 1.2, and ours beside them, whose last step is moved."""
     return [
         {"provider": provider, "seed": seed, "step": at, "flow": value, "interval": 2 * value}
         for provider in PROVIDERS

@@ -24,7 +24,7 @@ EIGHT = {"summary.txt", "environment.json"} | {
 
 
 def run(tmp_path: Path, *names: str, seconds: float = 20.0, end: float = 60.0) -> bool:
-    """Pieces that work or break, all in one stage but the last."""
+    """Run pieces that work or break, all in one stage but the last."""
     out, work = tmp_path / "out", tmp_path / "work"
     out.mkdir(exist_ok=True)
     work.mkdir(exist_ok=True)

@@ -14,8 +14,7 @@ import torch
 
 from bench.case import cases, operands
 from bench.gpu import nano, piece
-from bench.gpu.networks import agreement, plans
-from bench.networks import generate
+from bench.networks import generate, step
 from bench.networks.generate import GenerationPlan
 from bench.rows import KEY, STEP, read
 from bench.run import truth_of
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a piece in this process, in the time that it is given."""
+    """Run a piece in this process, in the time that it is given."""
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
     places = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--device", "cpu"]
@@ -113,31 +112,29 @@ def test_nano_trains_on_clips_made_before(run, tmp_path):
 
 def test_what_is_not_reached_is_said(run, tmp_path):
     run("environment")
-    assert not run("kernels swiglu", seconds=3.0, smoke=False).get("kernels")
+    assert not run("kernels swiglu", seconds=8.0, smoke=False).get("kernels")
     assert note(tmp_path, "kernels_swiglu")["facts"]["not_reached"] >= 1
-    assert not run("step", seconds=3.0, smoke=False).get("train_step")
-    assert not run("latency", seconds=3.0, smoke=False).get("generate")
+    assert not run("step", seconds=8.0, smoke=False).get("train_step")
+    assert not run("latency", seconds=8.0, smoke=False).get("generate")
     assert note(tmp_path, "latency")["facts"]["first_not_reached"]["provider"] == "mfmjt"
 
 
 def test_the_first_steps_are_those_with_a_bar():
-    first, *_ = plans("headline", smoke=False)
+    first, *others = step.plans("cuda")
     assert (first.network, first.batch, first.ratios) == ("small_16k", 256, (0.1,))
     assert first.providers[:2] == ("flow", "mfmjt")
-    compiled = [name for plan in plans("compiled", smoke=False) for name in plan.providers]
-    rest = [
-        name for which in ("headline", "rest") for p in plans(which, False) for name in p.providers
-    ]
+    compiled = [name for plan in step.plans("cuda", "compiled") for name in plan.providers]
+    rest = [name for p in (*others, *step.plans("cuda", "rest")) for name in p.providers]
     assert any(name.endswith("compiled") for name in compiled)
     assert not any(name.endswith("compiled") for name in rest)
 
 
 def test_a_replay_may_differ_as_two_calls_do():
-    assert "status" not in agreement(1.0, 1.0, 0.0, 1e-5)
-    assert "status" not in agreement(1.0, 1.001, 1e-3, 3e-3)
-    assert agreement(1.0, 1.0, 1e-3, 1e-2)["status"] == "wrong"
-    assert "loss is 1.1" in agreement(1.0, 1.1, 0.0, 0.0)["reason"]
-    assert agreement(1.0, float("nan"), 0.0, 0.0)["status"] == "wrong"
+    assert "status" not in step.agreement(1.0, 1.0, 0.0, 1e-5)
+    assert "status" not in step.agreement(1.0, 1.001, 1e-3, 3e-3)
+    assert step.agreement(1.0, 1.0, 1e-3, 1e-2)["status"] == "wrong"
+    assert "loss is 1.1" in step.agreement(1.0, 1.1, 0.0, 0.0)["reason"]
+    assert step.agreement(1.0, float("nan"), 0.0, 0.0)["status"] == "wrong"
 
 
 def test_no_time_is_spent_on_compiling_before_ours_and_eager_have_rows():

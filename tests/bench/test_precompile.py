@@ -63,11 +63,10 @@ def test_what_is_compiled_is_what_is_launched(tmp_path, names):
     """A cache that a second run finds everything in, launchers and all."""
     given = (sys.executable, names, ("swiglu",), tmp_path, 1)
     options = {"smoke": True, "cache": tmp_path / "cache"}
-    counted = run_pieces(*given, dry=True, **options)
     compiled, again = run_pieces(*given, **options), run_pieces(*given, **options)
-    kernels = [row["kernels"] for row in counted]
+    kernels = [row["kernels"] for row in compiled]
     assert min(kernels) > 0
-    assert [row["kernels"] for row in compiled] == kernels == [row["kernels"] for row in again]
+    assert kernels == [row["kernels"] for row in again]
     assert sum(row["compiled"] for row in compiled) <= sum(kernels)
     assert all(row["compiled"] > 0 for row in compiled)
     assert all(row["launches"] >= row["kernels"] and not row["refused"] for row in compiled)

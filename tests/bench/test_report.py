@@ -63,7 +63,7 @@ def bench(monkeypatch, *arguments: object) -> int:
 def test_tables_have_every_row_the_slower_ones_too(tmp_path):
     rows = [row("mfmjt", 1.0), row("eager", 2.5), row("compile", 0.8), refusal("peer", "too old")]
     folder = write(tmp_path / "a", [*rows, row("eager", 3.0, malloc="raised")])
-    table, details = report.write_tables(folder, report.load(folder))
+    table, details = report.write_tables(folder, report.frame(report.load(folder)))
     for text in (table.read_text(), details.read_text()):
         assert "Some CPU, 2 threads; torch 2.13.0; copy 20 GB/s; float32 product 180" in text
         assert "| swiglu | dtype | mode | mfmjt, CPU ms | of the roofline | eager |" in text
@@ -78,10 +78,10 @@ def test_a_vocoder_s_activations_are_added_up(tmp_path):
         for i in range(len(BIGVGAN_CONFIGS["16k"].rates))
         for name, ms in (("mfmjt", 2.0), ("eager", 40.0), ("compile", 9.0))
     ]
-    table, _ = report.write_tables(write(tmp_path / "a", stages), stages)
+    table, _ = report.write_tables(write(tmp_path / "a", stages), report.frame(stages))
     # (6 stages x 18 + 1) x 2 ms on two threads
     assert "float32: mfmjt 0.109 s, eager 2.18 s" in table.read_text()
-    table, _ = report.write_tables(tmp_path / "a", stages[3:])
+    table, _ = report.write_tables(tmp_path / "a", report.frame(stages[3:]))
     assert "All activations" not in table.read_text()
 
 
@@ -112,7 +112,7 @@ def test_compare_finds_what_became_slower(tmp_path, monkeypatch, capsys):
 
 
 def made(provider: str, ms: float, **more: Any) -> dict[str, Any]:
-    """A row of generation."""
+    """Return a row of generation."""
     about = {"what": "latents", "network": "nano", "device": "cpu", "clips_per_s": 1e3 / ms}
     return row(provider, ms, **about | {"dtype": "bfloat16", "batch": 1} | more)
 
@@ -178,7 +178,7 @@ def test_training_steps_of_a_gpu_are_reported_without_kernels(tmp_path, monkeypa
 def test_headline_cases_are_the_short_table_whoever_was_timed(tmp_path):
     rows = [row("mfmjt", 1.0, headline=True), row("eager", 2.0, headline=True)]
     rows += [row("mfmjt", 3.0, headline=False, case="small_16k B=1")]
-    table, details = report.write_tables(write(tmp_path / "a", rows), rows)
+    table, details = report.write_tables(write(tmp_path / "a", rows), report.frame(rows))
     assert "small_16k B=2" in table.read_text()
     assert "small_16k B=1" not in table.read_text()
     assert "small_16k B=1" in details.read_text()

@@ -35,11 +35,9 @@ TIMED = [
 @pytest.mark.parametrize(("case", "mode", "provider"), TIMED)
 def test_speed(benchmark, case, mode, provider):
     given = operands(case, torch.float32, CPU)
-    good, bad = prepare(case, mode, [provider], given, truth_of(case, given))
-    if provider.name in bad:
-        row = bad[provider.name]
+    row, call = prepare(provider, mode, given, truth_of(case, given))
+    if call is None:
         assert row["status"] == "unsupported", row["reason"]
         pytest.skip(row["reason"])
-    call, _ = good[provider.name]
     benchmark.group = f"{case.op} {case.name} {mode}"
     benchmark(call, given)

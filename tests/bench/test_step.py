@@ -15,22 +15,22 @@ from bench.networks.step import (
     TARGETS,
     Method,
     Training,
-    TrainingPlan,
-    counted,
-    judged,
 )
 
 CPU = torch.device("cpu")
-TINY = TrainingPlan("nano", 4, 16, (0.5,))
+
+
+def tiny() -> Training:
+    return Training(("nano", 4, 16), CPU, torch.float32, tiny=True)
 
 
 def test_counts_of_small_16k_are_within_their_bars():
     """A tangent in every tenth row, and in each, at the network's own lengths."""
     with FakeTensorMode():
-        training = Training(TrainingPlan("small_16k", 10, 250, (0.1,)), CPU, torch.float32)
-        flow = counted(training, 0.1, "flow")
+        training = Training(("small_16k", 10, 250), CPU, torch.float32)
+        flow = training.count(0.1, "flow")
         some, all_rows = (
-            {name: value / flow[name] for name, value in counted(training, ratio, "mfmjt").items()}
+            {name: value / flow[name] for name, value in training.count(ratio, "mfmjt").items()}
             for ratio in (0.1, 1.0)
         )
     assert 1 < some["flops"] <= TARGETS["FLOPs at 0.1, over flow"].limit < all_rows["flops"]
@@ -40,9 +40,9 @@ def test_counts_of_small_16k_are_within_their_bars():
 
 def test_counts_without_memory_are_those_of_a_step():
     def count(column):
-        training = Training(TINY, CPU, torch.float32, tiny=True)
+        training = tiny()
         names = ("flow", "mfmjt", "jvp", "jvp_no_grad")
-        return {name: counted(training, 0.5, name)[column] for name in names}
+        return {name: training.count(0.5, name)[column] for name in names}
 
     with FakeTensorMode():
         flops = count("flops")
@@ -60,10 +60,10 @@ def test_only_what_is_exact_passes():
         raise RuntimeError("no such step\nand more")
 
     torch.manual_seed(0)
-    training = Training(TINY, CPU, torch.float32, tiny=True)
+    training = tiny()
     asked = {name: method for name, method in METHODS.items() if not method.compiled}
     asked |= {"rateless": Method(without_rate), "broken": Method(broken)}
-    verdicts = {name: judged(training, method) for name, method in asked.items()}
+    verdicts = {name: training.judge(method) for name, method in asked.items()}
     assert {name for name, row in verdicts.items() if row["status"] == "wrong"} == {"rateless"}
     reason = "RuntimeError: no such step"
     assert verdicts.pop("broken") == {"status": "unsupported", "reason": reason}
@@ -115,7 +115,6 @@ def test_everything_runs_tiny(tmp_path, capsys):
         assert found["status"] == "ok"
         assert min(found[k] for k in ("ms_p50", "over_flow", "cpu_over_flow", "of_gemm")) > 0
         assert found["provider"] != "flow" or found["over_flow"] == found["cpu_over_flow"] == 1
-    assert sum(found["what"] == "counted" for found in rows) == len(timed)
     out = capsys.readouterr().out
     assert "ratio 0.1" in out
     assert all(f"not measured  {name}" in out for name in TARGETS)

@@ -585,8 +585,9 @@ def test_values_and_gradients_are_those_of_the_library_op(name, below):
         found = results(wanted)
         assert all(below)
         with through_functorch():
+            below.clear()
             assert_same(found, results(wanted))
-        assert not below[-1]
+        assert not any(below)
         return found
 
     value = both_ways()

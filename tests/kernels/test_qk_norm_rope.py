@@ -91,8 +91,8 @@ def test_streams(case, dtype):
 def test_streams_share_launches(monkeypatch):
     streams = [inputs(2, n, 3, 8) for n in (7, 5, 3)]
     found = launches(qk_norm_rope, streams, ("qkv",), monkeypatch, rope=(angles(7, 8), None, None))
-    parts = ("fwd", "bwd", "sum")
-    assert found == [f"_qk_norm_rope_{part}_kernel" for part in parts]
+    parts = ("qk_norm_rope_fwd", "qk_norm_rope_bwd", "sum")
+    assert found == [f"_{part}_kernel" for part in parts]
 
 
 @pytest.mark.parametrize("used", [(0, 0), (1, 1), (2, 0)])

@@ -1,4 +1,8 @@
-"""The published networks that judge sounds, each `from_state_dict` of its published weights."""
+"""The published networks that judge sounds, each `from_state_dict` of its published weights.
+
+They are for judging only: parameters need no gradients, and everything but the front ends, which
+compute in float64, is float32.
+"""
 
 from mfmjt.evaluate.networks.clap import CLAP, CLAP_FILES
 from mfmjt.evaluate.networks.cnn14 import CNN14_FILES, Cnn14, Tagged

@@ -19,7 +19,7 @@ __all__ = ["StoredLogMel", "check_waveform", "mel_filters", "power", "resized"]
 
 
 def check_waveform(waveform: Tensor, least: int, what: str, rate: int) -> None:
-    """Refuse what is no batch of mono clips long enough for a network.
+    """Check that this is a batch of mono clips long enough for a network.
 
     Args:
         waveform: Should be floating point `(B, samples)`.

@@ -221,10 +221,10 @@ class CLAP(nn.Module):
         state = network.spectrum.take(state, _AUDIO, "CLAP")
         load_published(network, state, "CLAP", _unused)
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Log-mel power in dB of 10 s.
+        """Return log-mel power in dB of 10 s.
 
         Shorter sounds are repeated as often as they fit in whole, and zeros follow; of longer ones
         the first 10 s are taken, where the public code takes 10 s at random.
@@ -243,7 +243,7 @@ class CLAP(nn.Module):
         return self.spectrum(resized(waveform.repeat(1, times), _SAMPLES))
 
     def hidden(self, waveform: Tensor) -> Tensor:
-        """State of sounds `(B, 1024)` before the projection, of `(B, S)` as for `log_mel`."""
+        """Return states `(B, 1024)`, before the projection, of `(B, S)` as for `log_mel`."""
         return self.audio_branch(self.log_mel(waveform))
 
     def encode_audio(self, waveform: Tensor) -> Tensor:

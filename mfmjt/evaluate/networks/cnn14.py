@@ -47,7 +47,7 @@ _STFT = "spectrogram_extractor.stft.conv_real.weight"
 
 
 class Tagged(NamedTuple):
-    """What a tagging network says of sounds.
+    """Results of a network that tags sounds.
 
     Attributes:
         embedding: `(B, width)`.
@@ -158,10 +158,10 @@ class Cnn14(nn.Module):
         for block in network._blocks:
             block.fold()
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Log-mel power in dB.
+        """Return log-mel power in dB.
 
         Args:
             waveform: `(B, S)` float in [-1, 1], at the network's rate, 0.31 s at least.

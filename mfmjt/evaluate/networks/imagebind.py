@@ -211,12 +211,12 @@ class ImageBind(nn.Module):
             network, state, "ImageBind", lambda name: name.partition(".")[2].startswith(_OTHERS)
         )
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Log-mel power of three clips of 2 s: the first, the middle and the last ones.
+        """Return log-mel power of three clips of 2 s: the first, the middle and the last ones.
 
-        The mean of a clip over all channels is taken away, and the first channel is heard. Clips of
+        The mean of a clip over all channels is subtracted, and the first channel is taken. Clips of
         a shorter sound are all of it, and end in zeros of the logarithm.
 
         Args:

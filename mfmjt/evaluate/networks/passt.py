@@ -104,10 +104,10 @@ class PaSST(nn.Module):
             network = cls()
         load_published(network, state, "PaSST", lambda name: name.startswith("head_dist."))
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Log-mel power of the first 10 s, centered and scaled as in training.
+        """Return log-mel power of the first 10 s, centered and scaled as in training.
 
         Args:
             waveform: `(B, S)` float in [-1, 1], at 32 kHz; zeros follow up to 10 s.

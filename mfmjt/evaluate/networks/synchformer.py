@@ -1,4 +1,4 @@
-"""The whole Synchformer: how far sound is from picture in time, in 21 classes from -2 s to 2 s.
+"""The whole Synchformer: how far sound is from the frames in time, in 21 classes from -2 s to 2 s.
 
 Iashin et al., "Synchformer", 2024, arXiv:2401.16423, in its parameter names. The visual half is
 `mfmjt.encoders.Synchformer`. The audio half is an audio spectrogram transformer (Gong et al., 2021,
@@ -163,7 +163,7 @@ class _Block(nn.Module):
 
 
 class _Bridge(nn.Module):
-    """Tokens of pictures and of sound -> logits of the offset between them."""
+    """Tokens of frames and of sound -> logits of the offset between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class _Bridge(nn.Module):
 
 
 class Synchformer(nn.Module):
-    """Features of pictures and of sound, and the offset between them.
+    """Features of frames and of sound, and the offset between them.
 
     Attributes:
         sample_rate: 16,000 Hz.
@@ -233,10 +233,10 @@ class Synchformer(nn.Module):
         if any(name.startswith(_VISUAL) for name in state):
             network.visual = Visual.from_state_dict(state)
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Log-mel power of segments of 0.64 s, half of which overlaps the next.
+        """Return log-mel power of segments of 0.64 s, half of which overlaps the next.
 
         Args:
             waveform: `(B, samples)` float in [-1, 1], at 16 kHz, at least 10,240 samples.
@@ -252,7 +252,7 @@ class Synchformer(nn.Module):
         return self._audio.log_mel(segments.flatten(0, 1)).unflatten(0, segments.shape[:2])
 
     def encode_audio(self, waveform: Tensor) -> Tensor:
-        """Features of segments of 0.64 s of sound.
+        """Return features of segments of 0.64 s of sound.
 
         Args:
             waveform: As for `log_mel`.
@@ -269,7 +269,7 @@ class Synchformer(nn.Module):
         return found.unflatten(0, segments.shape[:2])
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """Features of segments of 16 frames, half of which overlap the next.
+        """Return features of segments of 16 frames, half of which overlap the next.
 
         Args:
             frames: `(B, T, 3, 224, 224)` in [-1, 1] at 25 frames per second, T >= 16.
@@ -291,7 +291,7 @@ class Synchformer(nn.Module):
         return torch.cat([self.visual(part) for part in segments.split(8, dim=1)], dim=1)
 
     def compare(self, video: Tensor, audio: Tensor) -> Tensor:
-        """Logits of the offset between 14 segments of pictures and of sound.
+        """Return logits of the offset between 14 segments of frames and of sound.
 
         Args:
             video: `(B, 14, 8, 768)`.
@@ -312,7 +312,7 @@ class Synchformer(nn.Module):
         return self.transformer(self.vproj(video.flatten(1, 2)), self.aproj(audio.flatten(1, 2)))
 
     def forward(self, video: Tensor, audio: Tensor) -> Tensor:
-        """Logits of the offset at the beginning and at the end of clips.
+        """Return logits of the offset at the beginning and at the end of clips.
 
         Args:
             video: `(B, S, 8, 768)` as of `encode_video`, S >= 14, which are 4.8 s.
@@ -326,7 +326,7 @@ class Synchformer(nn.Module):
         """
         if min(video.shape[1], audio.shape[1]) < _WHOLE or video.shape[1] != audio.shape[1]:
             raise InputError(
-                f"There are {video.shape[1]} segments of pictures and {audio.shape[1]} of sound: "
+                f"There are {video.shape[1]} segments of frames and {audio.shape[1]} of sound: "
                 f"at least {_WHOLE} (4.8 s) and as many of one as of the other are needed."
             )
         first, last = slice(_WHOLE), slice(-_WHOLE, None)
@@ -335,7 +335,7 @@ class Synchformer(nn.Module):
 
     @staticmethod
     def offsets(logits: Tensor) -> Tensor:
-        """Most probable distance in time between pictures and sound, in seconds.
+        """Return the most probable distance in time between frames and sound, in seconds.
 
         The mean over both windows of all clips is the DeSync score.
 

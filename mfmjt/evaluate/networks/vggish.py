@@ -93,10 +93,10 @@ class VGGish(nn.Module):
                 weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
                 layer.weight = nn.Parameter(weight)
         network.notes = notes
-        return network.eval()
+        return network.eval().requires_grad_(False)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Log-mel magnitudes of pieces that follow one another; what is left at the end is cut off.
+        """Return log-mel magnitudes of pieces that follow one another; a shorter rest is cut off.
 
         Args:
             waveform: `(B, S)` float in [-1, 1], at 16 kHz, S >= 15,600.

@@ -48,7 +48,7 @@ _library_op = _op.register(
 )
 
 
-def pays(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
+def pays(x: Tensor, weight: Tensor, bias: Any, dilation: int) -> bool:
     """Return True if no derivative is wanted and samples make up for transforming the weights."""
     given = (x, weight) if bias is None else (x, weight, bias)
     return (

@@ -22,6 +22,7 @@ from mfmjt.kernels._attention import (
     joined,
     multiplies_bfloat16,
     parted,
+    tangents,
     valid_keys,
     without_padding,
 )
@@ -59,7 +60,8 @@ def fwd(
     if by == "flash":
         o, lse = _by_flash(q, k, v, lengths, scale)
         return parted(o, q), lse.contiguous()
-    o, _, lse = _by_rows(q, k, v, None, None, None, lengths, scale)
+    fixed: list[Tensor | None] = [None] * len(k)
+    o, _, lse = _by_rows(q, k, v, [None] * len(q), fixed, fixed, lengths, scale)
     return parted(o, q), lse
 
 
@@ -85,9 +87,9 @@ def _by_rows(
     q: list[Tensor],
     k: list[Tensor],
     v: list[Tensor],
-    q_dot: Any,
-    k_dot: Any,
-    v_dot: Any,
+    q_dot: list[Tensor | None],
+    k_dot: list[Tensor | None],
+    v_dot: list[Tensor | None],
     lengths: list[Tensor | None],
     scale: float,
 ) -> Any:
@@ -95,7 +97,7 @@ def _by_rows(
     streams = ((q, None), (k, valid), (v, valid))
     values = [joined(x, padding) for x, padding in streams]
     dots = [
-        None if dot is None else joined(x, padding, dot)
+        joined(tangents(x, dot), padding)
         for (x, padding), dot in zip(streams, (q_dot, k_dot, v_dot), strict=True)
     ]
     assert _rows is not None
@@ -122,7 +124,7 @@ def bwd(
         assert _rows_bar is not None
         q_bar, k_bar, v_bar = _rows_bar(*operands, lse, additive(valid, torch.float32), scale)
     else:
-        heads_first = [x.transpose(1, 2) for x in (*operands, joined(o)) if x is not None]
+        heads_first = [x.transpose(1, 2) for x in (*operands, joined(o))]
         bars = _flash_bar(
             *heads_first, lse, 0.0, False, attn_mask=_mask(valid, lse.dtype), scale=scale
         )
@@ -144,7 +146,7 @@ def _by_flash(
 ) -> tuple[Tensor, Tensor]:
     valid = valid_keys(k, lengths)
     operands = joined(q), joined(k, valid), joined(v, valid)
-    heads_first = [x.transpose(1, 2) for x in operands if x is not None]
+    heads_first = [x.transpose(1, 2) for x in operands]
     o, lse = _flash(*heads_first, attn_mask=_mask(valid, work_dtype(q[0])), scale=scale)
     return o.transpose(1, 2), lse
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mfmjt.kernels import _backends, precision
 from mfmjt.kernels.cpu import winograd
 
-__all__ = ["blocked", "product"]
+__all__ = ["blocked", "product", "windows"]
 
 _ROWS = 512  # for which a weight is arranged: tokens of a guided step
 
@@ -50,7 +50,7 @@ def product(x: Tensor, data: Tensor, arranged: Tensor | None, bias: Tensor | Non
         return y if bias is None else y.add_(bias)
     flat = bias if bias is not None and bias.ndim == 1 and bias.dtype == x.dtype else None
     # Rows of all samples in one matrix: matmul makes a product of each, and copies the weight.
-    rows = _windows(x, data.shape[1]).flatten(0, 1)
+    rows = windows(x, data.shape[1]).flatten(0, 1)
     if arranged is None or rows.shape[0] == 0:
         y = F.linear(rows, data.flatten(1), flat)
     else:
@@ -59,12 +59,12 @@ def product(x: Tensor, data: Tensor, arranged: Tensor | None, bias: Tensor | Non
     return y if bias is None or flat is not None else y.add_(bias)
 
 
-def _windows(x: Tensor, taps: int) -> Tensor:
+def windows(x: Tensor, taps: int, dilation: int = 1) -> Tensor:
     """Return the tokens around every token of (B, N, C), (B, N, K C); zeros beyond the ends."""
     if taps == 1:
         return x
-    batch, tokens, channels = x.shape
-    padded = F.pad(x, (0, 0, taps // 2, taps // 2))
+    (batch, tokens, channels), reach = x.shape, dilation * (taps // 2)
+    padded = F.pad(x, (0, 0, reach, reach))
     sample, token, channel = padded.stride()
-    size, stride = (batch, tokens, taps, channels), (sample, token, token, channel)
+    size, stride = (batch, tokens, taps, channels), (sample, token, dilation * token, channel)
     return padded.as_strided(size, stride).reshape(batch, tokens, taps * channels)

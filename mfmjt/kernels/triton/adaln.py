@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
 
-from mfmjt.kernels.triton import one_stream
+from mfmjt.kernels.triton.launching import of_one
 from mfmjt.kernels.triton.norm import forward
 from mfmjt.kernels.triton.norm_bwd import backward
 
@@ -16,8 +15,7 @@ __all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 
 def fwd_streams(xs: list[Tensor], shifts: list[Tensor], scales: list[Tensor], eps: float) -> Any:
     """Compute results and statistics of all streams."""
-    found = forward(None, xs, shifts, scales, None, eps)
-    return found if found is NotImplemented else (found[2], *found[4:])
+    return forward(None, xs, shifts, scales, None, eps)
 
 
 def jvp_streams(
@@ -31,8 +29,7 @@ def jvp_streams(
 ) -> Any:
     """Compute results, tangents and statistics of all streams."""
     dots = (x_dots, None, None, shift_dots, scale_dots)
-    found = forward(None, xs, shifts, scales, dots, eps)
-    return found if found is NotImplemented else found[2:]
+    return forward(None, xs, shifts, scales, dots, eps)
 
 
 def bwd_streams(
@@ -47,6 +44,4 @@ def bwd_streams(
     return backward(None, y_bars, xs, None, shifts, scales, means, rstds)
 
 
-fwd = functools.partial(one_stream, fwd_streams)
-jvp = functools.partial(one_stream, jvp_streams)
-bwd = functools.partial(one_stream, bwd_streams)
+fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

@@ -8,7 +8,6 @@ left to the formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
-from mfmjt.kernels.triton.product import aligned, dense, precision, project, strides, takes, window
+from mfmjt.kernels.triton.launching import dense, launch, of_one, strides
+from mfmjt.kernels.triton.product import precision, project, takes, window, windows
 
 __all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 
 
 @jit
 def _conv1d_bwd_weight_kernel(
-    source,  # pointer, tokens, channels, taps and strides of x; the last two in units
+    source,  # `Windows` of x
     y_bar,
     y_strides,  # of samples and tokens, in units
     parts,  # (splits, outs, taps * channels), contiguous, in the dtype of sums
@@ -36,8 +36,7 @@ def _conv1d_bwd_weight_kernel(
     BLOCK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens = source[1]
-    depth = source[3] * source[2] * UNIT
+    depth = source.taps[0] * source.channels[0] * UNIT
     depth_blocks = tl.cdiv(depth, BLOCK_DEPTH)
     out = (tl.program_id(0) // depth_blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS)
     k = (tl.program_id(0) % depth_blocks) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
@@ -47,11 +46,10 @@ def _conv1d_bwd_weight_kernel(
     for step in range(split * steps, last):
         row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = row < rows
-        x, first, count, _ = window(source, row, inside, UNIT)
+        x, first, count, _, sample, token = window(source, 0, row, inside, UNIT)
         i = first + k[None, :]
         b = tl.load(x + k[None, :], (i >= 0) & (i < count) & (k < depth)[None, :], 0.0)
-        sample = (row // tokens).to(tl.int64)
-        at = sample * y_strides[0] + (row - sample * tokens) * y_strides[1]
+        at = sample.to(tl.int64) * y_strides[0] + token * y_strides[1]
         exists = (out < outs * UNIT)[:, None] & inside[None, :]
         a = tl.load(y_bar + at[None, :] * UNIT + out[:, None], exists, 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
@@ -63,27 +61,20 @@ def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     outs, channels, taps = weight.shape
     if x.numel() == 0 or y_bar.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    y_bar, x = dense(y_bar), dense(x, taps)
-    sample, token = strides(x)[0], channels if taps > 1 else strides(x)[1]
-    unit = aligned(sample, token, channels, outs, *strides(y_bar), at=[x, y_bar])
+    y_bar = dense(y_bar)
+    source, unit = windows([x], [taps], outs, *strides(y_bar), beside=[y_bar])
     rows, depth = x.shape[0] * x.shape[1], taps * channels
-    blocks, num_warps, num_stages, splits = tuning.conv1d_weight(
-        rows, outs, depth, x.element_size()
-    )
-    block_outs, block_depth, block_rows = blocks
+    options, splits = tuning.conv1d_weight(rows, outs, depth, x.element_size())
     parts = x.new_empty(splits, outs, taps, channels, dtype=work_dtype(x))
-    _conv1d_bwd_weight_kernel[(cdiv(outs, block_outs) * cdiv(depth, block_depth), splits)](
-        (x, x.shape[1], channels // unit, taps, sample // unit, token // unit),
-        *(y_bar, tuple(n // unit for n in strides(y_bar)), parts),
-        *(rows, outs // unit, cdiv(cdiv(rows, block_rows), splits)),
+    blocks = cdiv(outs, options["BLOCK_OUTS"]) * cdiv(depth, options["BLOCK_DEPTH"])
+    launch(
+        _conv1d_bwd_weight_kernel,
+        (blocks, splits),
+        *(source, y_bar, [n // unit for n in strides(y_bar)], parts),
+        *(rows, outs // unit, cdiv(cdiv(rows, options["BLOCK_ROWS"]), splits)),
         UNIT=unit,
-        BLOCK_OUTS=block_outs,
-        BLOCK_DEPTH=block_depth,
-        BLOCK_ROWS=block_rows,
         PRECISION=precision(),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **tuning.registers(num_warps),
+        **options,
     )
     return x.new_empty(weight.shape).copy_(parts.sum(0).transpose(1, 2))
 
@@ -139,16 +130,4 @@ def bwd_streams(
     return x_bar, weight_bar, bias_bar
 
 
-def _of_one(over_streams: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the launcher of one stream."""
-
-    def launch(*args: Any) -> Any:
-        results = over_streams(*([a] if a is None or isinstance(a, Tensor) else a for a in args))
-        if isinstance(results, tuple):
-            return tuple([of_streams[0] for of_streams in results])
-        return results if results is NotImplemented else results[0]
-
-    return launch
-
-
-fwd, jvp, bwd = _of_one(fwd_streams), _of_one(jvp_streams), _of_one(bwd_streams)
+fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
 
-from mfmjt.kernels.triton import one_stream
+from mfmjt.kernels.triton.launching import of_one
 from mfmjt.kernels.triton.norm import forward
 from mfmjt.kernels.triton.norm_bwd import backward
 
@@ -23,8 +22,7 @@ def fwd_streams(
     eps: float,
 ) -> Any:
     """Compute sums, results and statistics of all streams."""
-    found = forward((hs, gates), xs, shifts, scales, None, eps)
-    return found if found is NotImplemented else (found[0], found[2], *found[4:])
+    return forward((hs, gates), xs, shifts, scales, None, eps)
 
 
 def jvp_streams(
@@ -60,6 +58,4 @@ def bwd_streams(
     return backward(total_bars, y_bars, totals, (hs, gates), shifts, scales, means, rstds)
 
 
-fwd = functools.partial(one_stream, fwd_streams)
-jvp = functools.partial(one_stream, jvp_streams)
-bwd = functools.partial(one_stream, bwd_streams)
+fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

@@ -18,19 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
-from mfmjt.kernels.triton import (
-    View,
-    cdiv,
-    choose,
-    choose_view,
-    filled,
-    jit,
-    locate,
-    tl,
-    tuning,
-)
+from mfmjt.kernels.triton import cdiv, jit, tl, tuning
+from mfmjt.kernels.triton.device import at, choose, locate, put
+from mfmjt.kernels.triton.launching import alike, empty, filled, launch, views
 
-__all__ = ["MAX_WIDTH", "by_rows", "columns", "forward", "load", "mean", "meta", "views"]
+__all__ = ["MAX_WIDTH", "by_rows", "columns", "fits", "forward", "load", "mean"]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
 
@@ -43,15 +35,10 @@ def columns(SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def load(view, sample, token, col, inside, WORK: tl.constexpr):
-    """Load a block (K, R, V) of a view's rows in the dtype of sums, zero outside."""
-    pointer, sample_stride, token_stride, _ = view
-    at = pointer + (token * 0 + col)
-    if sample_stride is not None:
-        at += sample * sample_stride
-    if token_stride is not None:
-        at += token * token_stride
-    return tl.load(at, inside, 0.0).to(WORK)
+def load(tensors, stream, sample, token, col, inside, WORK: tl.constexpr):
+    """Load a block (K, R, V) of rows of one of a tuple of `View`s, zero outside, in dtype WORK."""
+    pointers = at(tensors, stream, sample, token) + (token * 0 + col)
+    return tl.load(pointers, inside, 0.0).to(WORK)
 
 
 @jit
@@ -104,36 +91,35 @@ def _norm_fwd_kernel(
             if picks[s] is not None:
                 picked = tl.load(picks[s] + token, exists & (stream == s), 0).to(tl.int64)
                 of = tl.where(stream == s, picked, of)
-    x = load(choose_view(xs, stream), sample, token, col, inside, WORK)
+    x = load(xs, stream, sample, token, col, inside, WORK)
     if hs is not None:
-        h = load(choose_view(hs, stream), sample, token, col, inside, WORK)
-        gate = load(choose_view(gates, stream), sample, of, col, inside, WORK)
+        h = load(hs, stream, sample, token, col, inside, WORK)
+        gate = load(gates, stream, sample, of, col, inside, WORK)
         total = (x + gate * h).to(STORED)  # what is normalised is what is stored
-        tl.store(choose(totals, stream) + out, total, inside)
+        put(totals, stream, out, total, inside)
         x = total.to(WORK)
     x_dot = None
     if x_dots is not None:
-        x_dot = load(choose_view(x_dots, stream), sample, token, col, inside, WORK)
+        x_dot = load(x_dots, stream, sample, token, col, inside, WORK)
     if total_dots is not None:
         if x_dot is None:
             x_dot = tl.zeros_like(x)
         if h_dots is not None:
-            x_dot += gate * load(choose_view(h_dots, stream), sample, token, col, inside, WORK)
+            x_dot += gate * load(h_dots, stream, sample, token, col, inside, WORK)
         if gate_dots is not None:
-            x_dot += h * load(choose_view(gate_dots, stream), sample, of, col, inside, WORK)
-        tl.store(choose(total_dots, stream) + out, x_dot, inside)
+            x_dot += h * load(gate_dots, stream, sample, of, col, inside, WORK)
+        put(total_dots, stream, out, x_dot, inside)
     centre = mean(x, width)
     x = tl.where(inside, x - centre, 0.0)
     rest = mean(x, width)  # what rounding left in it
     variance = mean(x * x, width) - rest * rest
     rstd = tl.rsqrt(tl.maximum(variance, 0.0) + EPS)
-    if means is not None:
-        tl.store(choose(means, stream) + row, centre + rest, exists)
-        tl.store(choose(rstds, stream) + row, rstd, exists)
+    put(means, stream, row, centre + rest, exists)
+    put(rstds, stream, row, rstd, exists)
     n = x * rstd - rest * rstd
-    factor = 1 + load(choose_view(scales, stream), sample, of, col, inside, WORK)
-    y = n * factor + load(choose_view(shifts, stream), sample, of, col, inside, WORK)
-    tl.store(choose(ys, stream) + out, y, inside)
+    factor = 1 + load(scales, stream, sample, of, col, inside, WORK)
+    y = n * factor + load(shifts, stream, sample, of, col, inside, WORK)
+    put(ys, stream, out, y, inside)
     if y_dots is not None:
         y_dot = tl.zeros_like(n)
         if x_dot is not None:
@@ -141,45 +127,23 @@ def _norm_fwd_kernel(
             projection = rstd * mean(x * x_dot, width)  # x, unlike n, is zero outside
             y_dot += (x_dot - n * projection) * (rstd * factor)
         if scale_dots is not None:
-            y_dot += n * load(choose_view(scale_dots, stream), sample, of, col, inside, WORK)
+            y_dot += n * load(scale_dots, stream, sample, of, col, inside, WORK)
         if shift_dots is not None:
-            y_dot += load(choose_view(shift_dots, stream), sample, of, col, inside, WORK)
-        tl.store(choose(y_dots, stream) + out, y_dot, inside)
+            y_dot += load(shift_dots, stream, sample, of, col, inside, WORK)
+        put(y_dots, stream, out, y_dot, inside)
 
 
 def fits(xs: Sequence[Tensor], *modulations: Sequence[Tensor], picked: bool = False) -> bool:
     """Return True if one launch serves these streams, with modulations per sample or per token."""
-    first = xs[0]
-    if first.ndim != 3 or not 0 < first.shape[2] <= MAX_WIDTH:
+    if xs[0].ndim != 3 or xs[0].shape[2] > MAX_WIDTH or not alike(xs, *modulations):
         return False
-    batch, _, width = first.shape
-    for x in xs:
-        if x.ndim != 3 or x.shape[::2] != (batch, width) or x.dtype != first.dtype or not x.numel():
-            return False
-    for ms in modulations:
-        for x, m in zip(xs, ms, strict=True):
-            shapes = (x.shape, (batch, 1, width))
-            if m.dtype != ms[0].dtype or not (m.shape in shapes or (picked and m.ndim == 3)):
-                return False
-    return True
-
-
-def views(tensors: Sequence[Tensor] | None) -> tuple[View, ...] | None:
-    """Return rows (B or 1, N or 1, C) of each stream as the kernels read them."""
-    return None if tensors is None else tuple(map(_view, tensors))
-
-
-def _view(x: Tensor) -> View:
-    x = x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
-    sample, token = (d if n > 1 else 0 for n, d in zip(x.shape[:2], x.stride()[:2], strict=True))
-    return View(x, sample or None, token or None)
-
-
-def meta(width: int, tokens: int, element_size: int, teams: int) -> dict[str, Any]:
-    """Return the sizes of a block, see `tuning.norm`, and warps and registers of its launch."""
-    segments, block_rows, block_cols, num_warps = tuning.norm(width, tokens, element_size, teams)
-    blocks = {"SEGMENTS": segments, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
-    return {**blocks, "num_warps": num_warps, **tuning.registers(num_warps)}
+    batch, _, width = xs[0].shape
+    if any(x.ndim != 3 or x.shape[::2] != (batch, width) for x in xs):
+        return False
+    pairs = [pair for ms in modulations for pair in zip(xs, ms, strict=True)]
+    if picked:
+        return all(m.ndim == 3 for _, m in pairs)
+    return all(m.shape in (x.shape, (batch, 1, width)) for x, m in pairs)
 
 
 def forward(
@@ -204,50 +168,44 @@ def forward(
         picks: (N,) integers for each stream, or None; then there are no statistics.
 
     Returns:
-        Of each stream: totals, their tangents, results, their tangents, means and rstds; None for
+        Of each stream: totals, their tangents, results, their tangents, means and rstds, without
         what was not asked for. Or NotImplemented.
     """
     hs, gates = added or (None, None)
     modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
     if not fits(xs, *modulations, picked=picks is not None):
         return NotImplemented
-
-    def alike() -> list[Tensor]:
-        return [x.new_empty(x.shape) for x in xs]
-
-    def statistics() -> list[Tensor] | None:
-        shape = [(*x.shape[:2], 1) for x in xs]
-        dtype = work_dtype(xs[0])
-        return None if picks else [xs[0].new_empty(s, dtype=dtype) for s in shape]
-
-    moves = dots is not None
-    likes = (xs, hs, gates, shifts, scales)
+    moving = (xs, hs, gates, shifts, scales)
     tangents = [
-        None if d is None or like is None else views(filled(d, like))
-        for d, like in zip(dots or (None,) * 5, likes, strict=True)
+        None if dot is None or x is None else views(filled(dot, x))
+        for dot, x in zip(dots or (None,) * 5, moving, strict=True)
     ]
+    work = work_dtype(xs[0])
+    means = None if picks else [x.new_empty((*x.shape[:2], 1), dtype=work) for x in xs]
     results = (
-        None if hs is None else alike(),
-        alike() if moves and hs is not None else None,
-        alike(),
-        alike() if moves else None,
-        statistics(),
-        statistics(),
+        None if hs is None else empty(xs),
+        None if hs is None or dots is None else empty(xs),
+        empty(xs),
+        None if dots is None else empty(xs),
+        means,
+        means and empty(means),
     )
-    counts = tuple(x.shape[0] * x.shape[1] for x in xs)
-    sizes = meta(xs[0].shape[2], max(counts), xs[0].element_size(), 1)
-    _norm_fwd_kernel[(sum(cdiv(n, sizes["BLOCK_ROWS"]) for n in counts),)](
-        *map(views, likes),
+    counts, width = [x.shape[0] * x.shape[1] for x in xs], xs[0].shape[2]
+    options = tuning.norm(width, max(counts), xs[0].element_size(), 1)
+    launch(
+        _norm_fwd_kernel,
+        (sum(cdiv(n, options["BLOCK_ROWS"]) for n in counts),),
+        *map(views, moving),
         *tangents,
-        None if picks is None else tuple(p if p is None else p.contiguous() for p in picks),
-        *(None if result is None else tuple(result) for result in results),
+        picks and [p if p is None else p.contiguous() for p in picks],
+        *results,
         counts,
-        tuple(x.shape[1] for x in xs),
-        xs[0].shape[2],
+        [x.shape[1] for x in xs],
+        width,
         EPS=eps,
-        **sizes,
+        **options,
     )
-    return results
+    return tuple([ys for ys in results if ys is not None])
 
 
 def by_rows(
@@ -261,4 +219,4 @@ def by_rows(
 ) -> Any:
     """Run the kernel of inference, with rows of modulations to pick."""
     found = forward((hs, gates) if hs else None, xs, shifts, scales, None, eps, rows)
-    return found if found is NotImplemented else (found[0] or [], found[2])
+    return found if found is NotImplemented or hs else ([], *found)

@@ -14,8 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
-from mfmjt.kernels.triton import cdiv, choose, choose_view, filled, jit, locate, tl, tuning
-from mfmjt.kernels.triton.norm import columns, fits, load, mean, meta, views
+from mfmjt.kernels.triton import cdiv, jit, tl, tuning
+from mfmjt.kernels.triton.device import choose, locate, put
+from mfmjt.kernels.triton.launching import empty, filled, launch, views
+from mfmjt.kernels.triton.norm import columns, fits, load, mean
+from mfmjt.kernels.triton.sums import Sum, add_up
 
 __all__ = ["backward"]
 
@@ -32,11 +35,8 @@ def _norm_bwd_kernel(
     rstds,
     x_bars,
     h_bars,
-    gate_bars,  # (B, N, C) each, or
-    gate_sums,  # (B, chunks, C) each; the other is None
-    shift_sums,  # None where the cotangent of shift is y_bar, or is zero
-    scale_bars,  # as for gate, both None where it is zero
-    scale_sums,
+    bars,  # of gate, shift and scale, (B, N, C) each; that of shift is y_bar, and not written; or
+    sums,  # (B, chunks, C) each; the other is None, and both are where it is zero
     counts,  # programs of each stream
     tokens,
     chunks,  # programs of a sample
@@ -63,9 +63,9 @@ def _norm_bwd_kernel(
         out = row * width + col
         x_bar = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), WORK)
         if y_bars is not None:
-            x = load(choose_view(xs, stream), sample, token, col, inside, WORK)
-            y_bar = load(choose_view(y_bars, stream), sample, token, col, inside, WORK)
-            factor = 1 + load(choose_view(scales, stream), sample, token, col, inside, WORK)
+            x = load(xs, stream, sample, token, col, inside, WORK)
+            y_bar = load(y_bars, stream, sample, token, col, inside, WORK)
+            factor = 1 + load(scales, stream, sample, token, col, inside, WORK)
             rstd = tl.load(choose(rstds, stream) + row, exists, 0.0)
             x = tl.where(inside, x - tl.load(choose(means, stream) + row, exists, 0.0), 0.0)
             rest = mean(x, width)
@@ -74,49 +74,23 @@ def _norm_bwd_kernel(
             projection = rstd * (mean(n_bar * x, width) - rest * mean_bar)
             n = x * rstd - rest * rstd
             x_bar = rstd * (n_bar - mean_bar - n * projection)
-            if scale_bars is not None:
-                tl.store(choose(scale_bars, stream) + out, y_bar * n, inside)
-            if scale_sums is not None:
-                scale_total += y_bar * n
-            if shift_sums is not None:
-                shift_total += y_bar
+            scale_bar = y_bar * n
+            put(bars[2], stream, out, scale_bar, inside)
+            shift_total += y_bar
+            scale_total += scale_bar
         if total_bars is not None:
-            x_bar += load(choose_view(total_bars, stream), sample, token, col, inside, WORK)
-        tl.store(choose(x_bars, stream) + out, x_bar, inside)
+            x_bar += load(total_bars, stream, sample, token, col, inside, WORK)
+        put(x_bars, stream, out, x_bar, inside)
         if hs is not None:
-            gate = load(choose_view(gates, stream), sample, token, col, inside, WORK)
-            tl.store(choose(h_bars, stream) + out, x_bar * gate, inside)
-            gate_bar = x_bar * load(choose_view(hs, stream), sample, token, col, inside, WORK)
-            if gate_bars is not None:
-                tl.store(choose(gate_bars, stream) + out, gate_bar, inside)
-            if gate_sums is not None:
-                gate_total += gate_bar
-    sums = program.to(tl.int64) * width + col
-    if gate_sums is not None:
-        total = tl.sum(gate_total, 1, keep_dims=True)
-        tl.store(choose(gate_sums, stream) + sums, total, col < width)
-    if shift_sums is not None:
-        total = tl.sum(shift_total, 1, keep_dims=True)
-        tl.store(choose(shift_sums, stream) + sums, total, col < width)
-    if scale_sums is not None:
-        total = tl.sum(scale_total, 1, keep_dims=True)
-        tl.store(choose(scale_sums, stream) + sums, total, col < width)
-
-
-@jit
-def _norm_sum_kernel(sums, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Run the second step: for each (parts (B, chunks, C), chunks, result (B, 1, C))."""
-    blocks = tl.cdiv(width, BLOCK_COLS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    col = (tl.program_id(0) % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    for i in tl.static_range(len(sums)):
-        parts, chunks, result = sums[i]
-        total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), parts.dtype.element_ty)
-        for start in range(0, chunks, BLOCK_ROWS):
-            row = start + tl.arange(0, BLOCK_ROWS)[:, None]
-            at = parts + (sample * chunks + row) * width + col[None, :]
-            total += tl.load(at, (row < chunks) & (col[None, :] < width), 0.0)
-        tl.store(result + sample * width + col, tl.sum(total, 0), col < width)
+            gate = load(gates, stream, sample, token, col, inside, WORK)
+            put(h_bars, stream, out, x_bar * gate, inside)
+            gate_bar = x_bar * load(hs, stream, sample, token, col, inside, WORK)
+            put(bars[0], stream, out, gate_bar, inside)
+            gate_total += gate_bar
+    part = program.to(tl.int64) * width + col
+    put(sums[0], stream, part, tl.sum(gate_total, 1, keep_dims=True), col < width)
+    put(sums[1], stream, part, tl.sum(shift_total, 1, keep_dims=True), col < width)
+    put(sums[2], stream, part, tl.sum(scale_total, 1, keep_dims=True), col < width)
 
 
 def backward(
@@ -147,88 +121,66 @@ def backward(
         NotImplemented.
     """
     hs, gates = added or (None, None)
-    modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
-    if not fits(xs, *modulations):
+    modulations: tuple[Any, ...] = (gates, shifts, scales)
+    if not fits(xs, *filter(None, modulations)):
         return NotImplemented
-    bars_of = [None if bars is None else filled(bars, xs) for bars in (total_bars, y_bars)]
-    x_bars = [x.new_empty(x.shape) for x in xs]
-    h_bars = None if hs is None else [h.new_empty(h.shape) for h in hs]
-    bars = [[m.new_empty(m.shape) for m in ms] for ms in modulations]
+    bars: list[Any] = [None if ms is None else empty(ms) for ms in modulations]
+    _, shift_bars, scale_bars = bars
     for i, y_bar in enumerate(y_bars):
         if y_bar is None:  # the kernel may leave them as they are
-            bars[-2][i].zero_()
-            bars[-1][i].zero_()
+            shift_bars[i].zero_()
+            scale_bars[i].zero_()
         elif shifts[i].shape == xs[i].shape:
-            bars[-2][i] = shifts[i].new_empty(0)
-    kinds: dict[tuple[bool, ...], list[int]] = {}
-    for i, x in enumerate(xs):
-        kinds.setdefault(tuple(ms[i].shape == x.shape for ms in modulations), []).append(i)
-    sums: list[tuple[Tensor, int, Tensor]] = []
-    given = (*bars_of, xs, hs, gates, scales, means, rstds, x_bars, h_bars)
-    for whole, group in kinds.items():
-        streams = [None if ts is None else tuple([ts[i] for i in group]) for ts in (*given, *bars)]
-        sums += _first_step(whole, *streams)
-    if sums:
-        samples, _, width = sums[0][0].shape
-        block_rows, block_cols, num_warps = tuning.sums(max(n for _, n, _ in sums), width)
-        _norm_sum_kernel[(samples * cdiv(width, block_cols),)](
-            tuple(sums),
-            width,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLS=block_cols,
-            num_warps=num_warps,
-        )
-    return (x_bars, *bars) if h_bars is None else (x_bars, h_bars, *bars)
+            shift_bars[i] = shifts[i].new_empty(0)
+    x_bars, h_bars = empty(xs), hs and empty(hs)
+    tensors: list[Any] = [ts and filled(ts, xs) for ts in (total_bars, y_bars)]
+    tensors += [xs, hs, gates, scales, means, rstds, x_bars, h_bars, *bars]
+    per_token = [
+        tuple([bool(ms) and ms[i].shape == x.shape for ms in modulations]) for i, x in enumerate(xs)
+    ]
+    sums: list[Sum] = []
+    for kinds in dict.fromkeys(per_token):
+        group = [i for i, own in enumerate(per_token) if own == kinds]
+        sums += _first_step(kinds, [ts and [ts[i] for i in group] for ts in tensors])
+    add_up(sums)
+    return tuple([ts for ts in (x_bars, h_bars, *bars) if ts is not None])
 
 
-def _first_step(
-    whole: tuple[bool, ...],
-    total_bars: Any,
-    y_bars: Any,
-    xs: Any,
-    hs: Any,
-    gates: Any,
-    scales: Any,
-    means: Any,
-    rstds: Any,
-    x_bars: Any,
-    h_bars: Any,
-    *bars: Any,
-) -> list[tuple[Tensor, int, Tensor]]:
-    """Launch for streams of one kind; all but `whole` are tuples, as of the kernel's parameters.
+def _first_step(per_token: tuple[bool, ...], tensors: list[Any]) -> list[Sum]:
+    """Launch for streams of one kind: `per_token` says which of gate, shift and scale are.
 
-    `whole` says which modulations are per token, of gate (where there is one), shift and scale;
-    `bars` are their cotangents. Returns parts of sums, their number in a sample, and the result.
+    Returns the sums over programs that are still to do.
     """
+    total_bars, y_bars, xs, hs, gates, scales, means, rstds, x_bars, h_bars, *bars = tensors
     samples, _, width = xs[0].shape
-    tokens = tuple([x.shape[1] for x in xs])
-    blocks = meta(width, max(tokens), xs[0].element_size(), 4)
-    rows = blocks["BLOCK_ROWS"]
-    most = tuning.norm_chunk(samples * sum(tokens), rows, not all(whole))
-    chunks = tuple([cdiv(n, most) for n in tokens])
-    sizes = tuple([cdiv(n, chunk * rows) * rows for n, chunk in zip(tokens, chunks, strict=True)])
-    counts = tuple([samples * chunk for chunk in chunks])
-    sums: list[tuple[Tensor, int, Tensor]] = []
-    memory: list[Any] = [] if hs is not None else [None, None]  # of gate, shift and scale
-    for kind, results in zip(whole[-3:], bars, strict=True):
-        if y_bars is None and results is not bars[0]:
-            memory += [None, None]
-        elif kind:
-            memory += [results, None]
+    tokens = [x.shape[1] for x in xs]
+    options = tuning.norm(width, max(tokens), xs[0].element_size(), 4)
+    rows = options["BLOCK_ROWS"]
+    all_whole = all(whole for whole, results in zip(per_token, bars, strict=True) if results)
+    most = tuning.norm_chunk(samples * sum(tokens), rows, not all_whole)
+    chunks = [cdiv(n, most) for n in tokens]
+    sizes = [cdiv(n, chunk * rows) * rows for n, chunk in zip(tokens, chunks, strict=True)]
+    counts = [samples * chunk for chunk in chunks]
+    sums: list[Sum] = []
+    written: list[Any] = [None] * 3
+    parts: list[Any] = [None] * 3
+    for i, results in enumerate(bars):
+        if results is None or (y_bars is None and i > 0):
+            continue
+        if per_token[i]:
+            written[i] = results
         else:
-            parts = [
+            parts[i] = [
                 bar.new_empty((samples, chunk, width), dtype=work_dtype(bar))
                 for bar, chunk in zip(results, chunks, strict=True)
             ]
-            sums += zip(parts, chunks, results, strict=True)
-            memory += [None, tuple(parts)]
-    gate_bars, gate_sums, _, shift_sums, scale_bars, scale_sums = memory
-    _norm_bwd_kernel[(sum(counts),)](
+            sums += zip(parts[i], chunks, results, strict=True)
+    launch(
+        _norm_bwd_kernel,
+        (sum(counts),),
         *map(views, (total_bars, y_bars, xs, hs, gates, scales)),
-        tuple([t.contiguous() for t in means]),
-        tuple([t.contiguous() for t in rstds]),
-        *(x_bars, h_bars, gate_bars, gate_sums, shift_sums, scale_bars, scale_sums),
-        *(counts, tokens, chunks, sizes, width),
-        **blocks,
+        *([t.contiguous() for t in ts] for ts in (means, rstds)),
+        *(x_bars, h_bars, written, parts, counts, tokens, chunks, sizes, width),
+        **options,
     )
     return sums

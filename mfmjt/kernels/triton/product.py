@@ -11,117 +11,120 @@ that the code, and its registers, are those of one stream.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mfmjt.kernels._backends import INTERPRETED
-from mfmjt.kernels.triton import cdiv, choose, jit, target, tl, tuning
+from mfmjt.kernels.triton import cdiv, jit, target, tl, tuning
+from mfmjt.kernels.triton.device import choose, locate, put
+from mfmjt.kernels.triton.launching import dense, launch, present, strides
+from mfmjt.kernels.triton.qk_norm_rope import angles, rotated
 
-__all__ = ["dense", "precision", "project", "project_qkv", "strides", "takes", "window"]
+__all__ = ["precision", "project", "project_qkv", "takes", "window", "windows"]
 
 MAX_HEAD = 128  # width of a head that fits into registers, beside the products that make it
 
 
-@jit
-def _tile(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Return the stream of this program, and its blocks of rows and columns there.
+class Windows(NamedTuple):
+    """The sequences whose windows are multiplied, every field for all streams.
 
-    Programs of one block of rows are neighbours: they read the same rows.
+    Attributes:
+        xs: (B, N, C), channels dense; for more taps than one, tokens one after the other.
+        tokens: N.
+        channels: C, in units: elements of an aligned load.
+        taps: K.
+        samples: Units from one sample to the next.
+        steps: Units from one token to the next.
     """
-    stream, local = 0, tl.program_id(0)
-    blocks = tl.cdiv(columns[0], BLOCK_COLS)
-    passed = tl.cdiv(rows[0], BLOCK_ROWS) * blocks
-    for s in tl.static_range(1, len(rows)):
-        here = tl.program_id(0) >= passed
-        of_stream = tl.cdiv(columns[s], BLOCK_COLS)
-        stream = tl.where(here, s, stream)
-        local = tl.where(here, tl.program_id(0) - passed, local)
-        blocks = tl.where(here, of_stream, blocks)
-        passed += tl.cdiv(rows[s], BLOCK_ROWS) * of_stream
-    return stream, local // blocks, local % blocks
+
+    xs: tuple[Tensor, ...]
+    tokens: tuple[int, ...]
+    channels: tuple[int, ...]
+    taps: tuple[int, ...]
+    samples: tuple[int, ...]
+    steps: tuple[int, ...]
 
 
 @jit
-def window(source, row, inside, UNIT: tl.constexpr):
-    """Return where the windows of rows begin, and the places of their first numbers.
+def window(sources, stream, row, inside, UNIT: tl.constexpr):
+    """Return where the windows of rows (R,) begin, and the places of their first numbers.
 
-    Returns pointers (R, 1), places (R, 1) counted from the sample's first number, how many numbers
-    a sample has, and a window. All are multiples of UNIT: so are groups of a mask, and a group is
-    one load.
+    Args:
+        sources: `Windows`.
+        stream: One of them.
+        row: Numbers of tokens, counted over all samples.
+        inside: Which there are.
+        UNIT: Elements per aligned load.
+
+    Returns:
+        Pointers (R, 1), places (R, 1) counted from the sample's first number, how many numbers a
+        sample has, and a window; sample and token of each row. All but the last two are multiples
+        of UNIT: so are groups of a mask, and a group is one load.
     """
-    x, tokens, channels, taps, sample_stride, token_stride = source
+    tokens, channels = choose(sources.tokens, stream), choose(sources.channels, stream)
+    taps = choose(sources.taps, stream)
     sample = row // tokens
     token = row - sample * tokens
     begin = token - taps // 2
-    at = sample.to(tl.int64) * sample_stride + begin.to(tl.int64) * token_stride
+    at = sample.to(tl.int64) * choose(sources.samples, stream)
+    at += begin.to(tl.int64) * choose(sources.steps, stream)
     first = tl.where(inside, begin * channels, tokens * channels)  # a row that is not has nothing
     return (
-        x + at[:, None] * UNIT,
+        choose(sources.xs, stream) + at[:, None] * UNIT,
         first[:, None] * UNIT,
         tokens * channels * UNIT,
         taps * channels * UNIT,
-    )
-
-
-@jit
-def _source(sources, stream):
-    """Return pointer, tokens, channels, taps and strides of a stream."""
-    xs, tokens, channels, taps, sample_strides, token_strides = sources
-    return (
-        choose(xs, stream),
-        choose(tokens, stream),
-        choose(channels, stream),
-        choose(taps, stream),
-        choose(sample_strides, stream),
-        choose(token_strides, stream),
+        sample,
+        token,
     )
 
 
 @jit
 def _products(
-    windows,
-    filters,  # pointers (1, O)
-    more,  # likewise for the other half of a gated unit, or None
-    out_inside,  # (1, O)
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUTS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
+    operands,
+    stream,
+    row,  # (R,)
+    inside,
+    out,  # (1, O)
+    exists,  # likewise
+    apart,  # outputs between the halves of a gated unit, or None
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    TYPE: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
 ):
-    """Return products of windows and filters, (R, O), and those with `more`."""
-    x, first, count, depth = windows
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTS), TYPE)
+    """Return products of windows and filters, (R, O), those of the other half, and tokens (R,)."""
+    sources, weights, biases = operands
+    STORED: tl.constexpr = weights[0].dtype.element_ty
+    TYPE: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
+    x, first, count, depth, _, token = window(sources, stream, row, inside, UNIT)
+    filters = choose(weights, stream) + out.to(tl.int64) * depth
+    if apart is not None:
+        more = filters + apart.to(tl.int64) * depth
+    total = tl.zeros((row.shape[0], out.shape[1]), TYPE)
     other = total
     for start in range(0, depth, BLOCK_DEPTH):
         k = start + tl.arange(0, BLOCK_DEPTH)
         i = first + k[None, :]
         a = tl.load(x + k[None, :], (i >= 0) & (i < count) & (k < depth)[None, :], 0.0)
-        inside = (k < depth)[:, None] & out_inside
-        b = tl.load(filters + k[:, None], inside, 0.0)
+        here = (k < depth)[:, None] & exists
+        b = tl.load(filters + k[:, None], here, 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TYPE)
-        if more is not None:
-            c = tl.load(more + k[:, None], inside, 0.0)
-            other = tl.dot(a, c, other, input_precision=PRECISION, out_dtype=TYPE)
-    return total, other
-
-
-@jit
-def _biased(total, biases, stream, token, inside, column, columns, PER_TOKEN: tl.constexpr):
-    """Add the bias of a stream: pointers, token strides and whether there is one."""
+        if apart is not None:
+            b = tl.load(more + k[:, None], here, 0.0)
+            other = tl.dot(a, b, other, input_precision=PRECISION, out_dtype=TYPE)
     if biases is not None:
-        pointers, token_strides, present = biases
-        bias = choose(pointers, stream) + column
-        here = columns & (choose(present, stream) == 1)  # (1, O)
-        if PER_TOKEN:
-            bias += token[:, None].to(tl.int64) * choose(token_strides, stream)
-            here = here & inside[:, None]
-        total += tl.load(bias, here, 0.0).to(total.dtype)
-    return total
+        pointers, steps, given = biases
+        bias = choose(pointers, stream) + out
+        if given is not None:
+            exists = exists & (choose(given, stream) == 1)
+        if steps is not None:
+            bias += token[:, None].to(tl.int64) * choose(steps, stream)
+            exists = exists & inside[:, None]
+        total += tl.load(bias, exists, 0.0).to(TYPE)
+    return total, other, token
 
 
 @jit
@@ -131,122 +134,80 @@ def _silu(x):
 
 @jit
 def _product_kernel(
-    sources,  # of streams: pointers, tokens, channels, taps, strides; the last two in units
-    weights,
-    biases,  # (pointers, token strides, 1 where there is one), or None
-    acts,
+    operands,  # `Windows`, weights, and biases as `_operands` returns them
+    acts,  # 1 for silu, 2 for selu; None where no stream has an activation
     ys,
+    tiles,  # programs of each stream
     rows,
     outs,
     GLU: tl.constexpr,
-    ACTIVE: tl.constexpr,  # whether any stream has an activation
-    PER_TOKEN: tl.constexpr,  # whether any has a bias for each token
-    UNIT: tl.constexpr,  # elements per aligned load
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    STORED: tl.constexpr = ys[0].dtype.element_ty
-    TYPE: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
-    stream, row_block, out_block = _tile(rows, outs, BLOCK_ROWS, BLOCK_OUTS)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < choose(rows, stream)
-    out = (out_block * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS))[None, :]
+    stream, tile, _ = locate(tiles, tl.program_id(0), 1)
     count = choose(outs, stream)
-    source = _source(sources, stream)
-    windows = window(source, row, inside, UNIT)
-    filters = choose(weights, stream) + out.to(tl.int64) * windows[3]
-    more = None
-    if GLU:
-        more = filters + count.to(tl.int64) * windows[3]
-    total, other = _products(
-        windows, filters, more, out < count, BLOCK_ROWS, BLOCK_OUTS, BLOCK_DEPTH, PRECISION, TYPE
+    blocks = tl.cdiv(count, BLOCK_OUTS)  # neighbours, which read the same rows
+    row = (tile // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < choose(rows, stream)
+    out = ((tile % blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS))[None, :]
+    apart = count if GLU else None
+    total, other, _ = _products(
+        operands, stream, row, inside, out, out < count, apart, UNIT, PRECISION, BLOCK_DEPTH
     )
     if GLU:
         total = _silu(total) * other
-    else:
-        total = _biased(total, biases, stream, row % source[1], inside, out, out < count, PER_TOKEN)
-        if ACTIVE:
-            act = choose(acts, stream)
-            selu = 1.0507009873554805 * tl.where(
-                total > 0, total, 1.6732632423543772 * (tl.exp(tl.minimum(total, 0.0)) - 1)
-            )
-            total = tl.where(act == 1, _silu(total), tl.where(act == 2, selu, total))
-    y = choose(ys, stream) + row[:, None].to(tl.int64) * count + out
-    tl.store(y, total, inside[:, None] & (out < count))
+    if acts is not None:
+        act = choose(acts, stream)
+        selu = 1.0507009873554805 * tl.where(
+            total > 0, total, 1.6732632423543772 * (tl.exp(tl.minimum(total, 0.0)) - 1)
+        )
+        total = tl.where(act == 1, _silu(total), tl.where(act == 2, selu, total))
+    place = row[:, None].to(tl.int64) * count + out
+    put(ys, stream, place, total, inside[:, None] & (out < count))
 
 
 @jit
 def _product_qkv_kernel(
-    sources,
-    weights,
-    biases,
+    operands,
     norms,  # of queries, of keys
-    ropes,  # (pointers, 1 where there is one), or None
+    ropes,  # as `angles` takes them
     ys,  # queries, keys, values
+    tiles,
     rows,
-    parts,  # for each stream 3 H
+    heads,
     width,
-    PER_TOKEN: tl.constexpr,
-    UNIT: tl.constexpr,
     EPS: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    STORED: tl.constexpr = ys[0][0].dtype.element_ty
-    TYPE: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
-    stream, row_block, part = _tile(rows, parts, BLOCK_ROWS, 1)  # one head of q, k or v
-    heads = parts[0] // 3
+    stream, tile, _ = locate(tiles, tl.program_id(0), 1)
+    part = tile % (3 * heads)  # one head of q, k or v
     which = part // heads
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tile // (3 * heads) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < choose(rows, stream)
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
     exists = inside[:, None] & (column < width)
-    source = _source(sources, stream)
-    windows = window(source, row, inside, UNIT)
-    out = part * width + column
-    filters = choose(weights, stream) + out.to(tl.int64) * windows[3]
-    total, _ = _products(
-        windows,
-        filters,
-        None,
-        column < width,
-        BLOCK_ROWS,
-        BLOCK_WIDTH,
-        BLOCK_DEPTH,
-        PRECISION,
-        TYPE,
+    out, none = part * width + column, None
+    total, _, token = _products(
+        operands, stream, row, inside, out, column < width, none, UNIT, PRECISION, BLOCK_DEPTH
     )
-    token = row % source[1]
-    total = _biased(total, biases, stream, token, inside, out, column < width, PER_TOKEN)
-    norm = tl.where(which == 0, choose(norms[0], stream), choose(norms[1], stream))
-    weight = tl.load(norm + column, (column < width) & (which < 2), 0.0).to(TYPE)
+    norm = choose((choose(norms[0], stream), choose(norms[1], stream)), which)
+    weight = tl.load(norm + column, (column < width) & (which < 2), 0.0).to(total.dtype)
     square = tl.sum(total * total, 1)[:, None] / width
     total = tl.where(which == 2, total, total * tl.rsqrt(square + EPS) * weight)
-    if ropes is not None:
-        pointers, present = ropes
-        here = exists & (which < 2) & (choose(present, stream) == 1)
-        at = choose(pointers, stream) + token[:, None].to(tl.int64) * width + column
-        rotation = tl.load(at, here, 0.0).to(TYPE)
-        rotation = tl.where(here, rotation, tl.where(column % 2 == 0, 1.0, 0.0))  # or none at all
-        cos, sin = _even_odd(rotation)
-        even, odd = _even_odd(total)
-        total = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-        total = tl.reshape(total, (BLOCK_ROWS, BLOCK_WIDTH))
-    y = choose(ys[0], stream)
-    y = tl.where(which == 1, choose(ys[1], stream), y)
-    y = tl.where(which == 2, choose(ys[2], stream), y)
+    turns = exists & (which < 2)
+    token = token[:, None].to(tl.int64)
+    cos, sin = angles(ropes, stream, token, column, width, turns, total.dtype)
+    total = rotated(total, cos, sin)
+    y = choose((choose(ys[0], stream), choose(ys[1], stream), choose(ys[2], stream)), which)
     y += (row[:, None].to(tl.int64) * heads + (part - which * heads)) * width + column
     tl.store(y, total, exists)
-
-
-@jit
-def _even_odd(x):
-    """Return the even and the odd columns of (R, D), each (R, D/2)."""
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 def takes(xs: list[Tensor]) -> bool:
@@ -256,72 +217,65 @@ def takes(xs: list[Tensor]) -> bool:
     return not double and all(rows < 2**31 and numbers < 2**30 for rows, numbers in counts)
 
 
-def strides(x: Tensor) -> tuple[int, int]:
-    """Return those of samples and tokens; 0 where there is only one, which counts as aligned."""
-    sample, token = (d if n > 1 else 0 for n, d in zip(x.shape[:2], x.stride()[:2], strict=True))
-    return sample, token
-
-
-def dense(x: Tensor, taps: int = 1) -> Tensor:
-    """Return x with dense channels; for more taps than one, tokens one after the other."""
-    in_order = taps == 1 or x.shape[1] <= 1 or x.stride(1) == x.shape[2]
-    return x if in_order and (x.shape[2] <= 1 or x.stride(2) == 1) else x.contiguous()
-
-
-def _sources(xs: list[Tensor], weights: list[Tensor]) -> tuple[tuple[Any, ...], Any, int]:
-    """Return what both kernels take of x, the weights, and the unit of sizes and strides.
-
-    A unit is what one load may take at most: 16 bytes, and fewer where some row is no multiple of
-    it (the 20 channels of a latent are 8-byte units).
-    """
-    taps = [weight.shape[1] for weight in weights]
-    weights = [weight.contiguous() for weight in weights]
-    xs = [dense(x, k) for x, k in zip(xs, taps, strict=True)]
-    # A window of one token only may begin before it, by the tokens that are not there
-    steps = [
-        (strides(x)[0], x.shape[2] if k > 1 else strides(x)[1])
-        for x, k in zip(xs, taps, strict=True)
-    ]
-    unit = aligned(*(n for pair in steps for n in pair), *(x.shape[2] for x in xs), at=xs + weights)
-    sources = (
-        tuple(xs),
-        tuple(x.shape[1] for x in xs),
-        tuple(x.shape[2] // unit for x in xs),
-        tuple(taps),
-        tuple(sample // unit for sample, _ in steps),
-        tuple(token // unit for _, token in steps),
-    )
-    return sources, tuple(weights), unit
-
-
-def aligned(*sizes: int, at: list[Tensor]) -> int:
-    """Return how many elements one load may take, at most 16 bytes, for sizes and memory."""
-    starts = [x.data_ptr() // x.element_size() for x in at]
-    return math.gcd(16 // at[0].element_size(), *sizes, *starts)
-
-
-def _present(given: list[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[int, ...]] | None:
-    """Return tensors of one dtype, another's for each that is absent, and which are there."""
-    found = [t for t in given if t is not None]
-    if not found:
-        return None
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in found))
-    tensors = tuple((found[0] if t is None else t).to(dtype).contiguous() for t in given)
-    return tensors, tuple(int(t is not None) for t in given)
-
-
-def _bias_arguments(biases: list[Tensor | None]) -> tuple[Any, bool]:
-    """Return pointers, token strides and presence of biases; whether some are per token."""
-    found = _present(biases)
-    if found is None:
-        return None, False
-    steps = tuple(0 if b is None or b.ndim == 1 else b.shape[1] for b in biases)
-    return (found[0], steps, found[1]), any(steps)
-
-
 def precision() -> str:
     """Return how float32 is multiplied: in full on AMD, elsewhere by three products in tf32."""
     return "ieee" if target()[0] == "hip" else "tf32x3"
+
+
+def windows(
+    xs: list[Tensor], taps: list[int], *sizes: int, beside: list[Tensor]
+) -> tuple[Windows, int]:
+    """Return windows of streams, and the unit of their sizes and strides.
+
+    A unit is what one load may take at most: 16 bytes, and fewer where some row is no multiple of
+    it (the 20 channels of a latent are 8-byte units).
+
+    Args:
+        xs: Of each stream.
+        taps: Of each stream.
+        *sizes: What else is to be a multiple of the unit.
+        beside: What else is loaded by units.
+    """
+    packed = [
+        x if k == 1 or x.shape[1] <= 1 or x.stride(1) == x.shape[2] else x.contiguous()
+        for x, k in zip(map(dense, xs), taps, strict=True)
+    ]
+    # A window of one token only may begin before it, by the tokens that are not there
+    steps = [
+        (strides(x)[0], x.shape[2] if k > 1 else strides(x)[1])
+        for x, k in zip(packed, taps, strict=True)
+    ]
+    starts = [x.data_ptr() // x.element_size() for x in (*packed, *beside)]
+    channels = [x.shape[2] for x in packed]
+    unit = math.gcd(
+        16 // xs[0].element_size(), *sizes, *channels, *starts, *(n for pair in steps for n in pair)
+    )
+    fields: tuple[list[Any], ...] = (
+        packed,
+        [x.shape[1] for x in packed],
+        [n // unit for n in channels],
+        taps,
+        [sample // unit for sample, _ in steps],
+        [token // unit for _, token in steps],
+    )
+    return Windows(*map(tuple, fields)), unit
+
+
+def _operands(
+    xs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+) -> tuple[tuple[Any, ...], int]:
+    """Return windows, weights and biases as kernels take them, and the unit.
+
+    Biases are pointers, elements from one token's to the next or None where none is per token, and
+    which are there or None where all are; or None.
+    """
+    packed = tuple([weight.contiguous() for weight in weights])
+    sources, unit = windows(xs, [weight.shape[1] for weight in weights], beside=[*packed])
+    bias = present(biases)
+    if bias is not None:
+        steps = tuple([0 if b is None or b.ndim == 1 else b.shape[1] for b in biases])
+        bias = (bias[0], steps if any(steps) else None, bias[1])
+    return (sources, packed, bias), unit
 
 
 def _not_empty(results: list[Tensor], *lists: list[Any]) -> list[list[Any]]:
@@ -343,29 +297,23 @@ def project(
     pairs = zip(xs, weights, strict=True)
     results = [x.new_empty(*x.shape[:2], w.shape[0] // (2 if glu else 1)) for x, w in pairs]
     xs, weights, biases, acts, ys = _not_empty(results, xs, weights, biases, acts, results)
-    if not ys:
-        return results
-    rows, outs = tuple(y.shape[0] * y.shape[1] for y in ys), tuple(y.shape[2] for y in ys)
-    blocks, num_warps, num_stages = tuning.product(rows, outs, xs[0].element_size(), glu)
-    block_rows, block_outs, block_depth = blocks
-    sources, packed, unit = _sources(xs, weights)
-    programs = sum(
-        cdiv(n, block_rows) * cdiv(o, block_outs) for n, o in zip(rows, outs, strict=True)
-    )
-    bias, per_token = _bias_arguments(biases)
-    _product_kernel[(programs,)](
-        *(sources, packed, bias, tuple(acts), tuple(ys), rows, outs),
-        GLU=glu,
-        ACTIVE=any(acts),
-        PER_TOKEN=per_token,
-        UNIT=unit,
-        PRECISION=precision(),
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUTS=block_outs,
-        BLOCK_DEPTH=block_depth,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    if ys:
+        rows, outs = [y.shape[0] * y.shape[1] for y in ys], [y.shape[2] for y in ys]
+        options = tuning.product(rows, outs, xs[0].element_size(), glu)
+        tiles = [
+            cdiv(n, options["BLOCK_ROWS"]) * cdiv(o, options["BLOCK_OUTS"])
+            for n, o in zip(rows, outs, strict=True)
+        ]
+        operands, unit = _operands(xs, weights, biases)
+        launch(
+            _product_kernel,
+            (sum(tiles),),
+            *(operands, acts if any(acts) else None, ys, tiles, rows, outs),
+            GLU=glu,
+            UNIT=unit,
+            PRECISION=precision(),
+            **options,
+        )
     return results
 
 
@@ -384,33 +332,24 @@ def project_qkv(
     if not takes(xs) or width > MAX_HEAD:
         return NotImplemented
     shapes = [(*x.shape[:2], num_heads, width) for x in xs]
-    qs, ks, vs = ([x.new_empty(s) for x, s in zip(xs, shapes, strict=True)] for _ in range(3))
+    results = [[x.new_empty(s) for x, s in zip(xs, shapes, strict=True)] for _ in range(3)]
     xs, weights, biases, q_norms, k_norms, ropes, *ys = _not_empty(
-        qs, xs, weights, biases, q_norms, k_norms, ropes, qs, ks, vs
+        results[0], xs, weights, biases, q_norms, k_norms, ropes, *results
     )
-    if not xs:
-        return qs, ks, vs
-    rows = tuple(x.shape[0] * x.shape[1] for x in xs)
-    parts = (3 * num_heads,) * len(xs)
-    size = xs[0].element_size()
-    blocks, num_warps, num_stages = tuning.product_heads(rows, parts[0], width, size)
-    block_rows, block_width, block_depth = blocks
-    sources, packed, unit = _sources(xs, weights)
-    bias, per_token = _bias_arguments(biases)
-    found = _present([*q_norms, *k_norms])
-    assert found is not None
-    norms = found[0]
-    _product_qkv_kernel[(parts[0] * sum(cdiv(n, block_rows) for n in rows),)](
-        *(sources, packed, bias, (norms[: len(xs)], norms[len(xs) :]), _present(ropes)),
-        *(tuple(map(tuple, ys)), rows, parts, width),
-        PER_TOKEN=per_token,
-        UNIT=unit,
-        EPS=eps,
-        PRECISION=precision(),
-        BLOCK_ROWS=block_rows,
-        BLOCK_WIDTH=block_width,
-        BLOCK_DEPTH=block_depth,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
-    return qs, ks, vs
+    if xs:
+        rows = [x.shape[0] * x.shape[1] for x in xs]
+        options = tuning.product_heads(rows, 3 * num_heads, width, xs[0].element_size())
+        operands, unit = _operands(xs, weights, biases)
+        norms = present([*q_norms, *k_norms])[0]
+        tiles = [3 * num_heads * cdiv(n, options["BLOCK_ROWS"]) for n in rows]
+        launch(
+            _product_qkv_kernel,
+            (sum(tiles),),
+            *(operands, (norms[: len(xs)], norms[len(xs) :]), present(ropes)),
+            *(ys, tiles, rows, num_heads, width),
+            EPS=eps,
+            UNIT=unit,
+            PRECISION=precision(),
+            **options,
+        )
+    return tuple(results)

@@ -22,7 +22,9 @@ from typing import Any  # noqa: F401 - for mypy, in comments that Triton does no
 from torch import Tensor
 
 from mfmjt.kernels._filter import FILTER
-from mfmjt.kernels.triton import View, cdiv, jit, tl, tuning, wide
+from mfmjt.kernels.triton import cdiv, jit, tl, tuning
+from mfmjt.kernels.triton.device import wide
+from mfmjt.kernels.triton.launching import View, dense
 
 __all__ = ["fwd"]
 
@@ -147,7 +149,7 @@ def _snake_fwd_kernel(
 def fwd(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Run the kernel for the value."""
     y = x.new_empty(x.shape)
-    x = x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
+    x = dense(x)
     batch, channels, length = x.shape
     n_rows = batch * channels
     lanes, num_warps = tuning.snake()

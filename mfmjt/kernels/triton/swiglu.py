@@ -6,27 +6,15 @@ run the formulas.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfmjt.kernels.triton import (
-    View,
-    cdiv,
-    choose,
-    choose_view,
-    filled,
-    jit,
-    locate,
-    one_stream,
-    rows,
-    tl,
-    tuning,
-    wide,
-)
+from mfmjt.kernels.triton import cdiv, jit, tl, tuning
+from mfmjt.kernels.triton.device import at, locate, put, wide
+from mfmjt.kernels.triton.launching import alike, empty, filled, launch, of_one, views
 
 __all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 
@@ -43,9 +31,8 @@ def _tile(counts, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 
 @jit
-def _load(views, stream, row, col, inside):
-    pointer, _, stride, _ = choose_view(views, stream)
-    return wide(tl.load(pointer + row * stride + col, inside, 0.0))
+def _load(rows, stream, row, col, inside):
+    return wide(tl.load(at(rows, stream, 0, row) + col, inside, 0.0))
 
 
 @jit
@@ -67,7 +54,7 @@ def _swiglu_fwd_kernel(
     sigmoid = 1 / (1 + tl.exp(-gate))
     s = gate * sigmoid
     out = row * width + col
-    tl.store(choose(ys, stream) + out, s * up, inside)
+    put(ys, stream, out, s * up, inside)
     if y_dots is not None:
         y_dot = tl.zeros_like(gate)
         if gate_dots is not None:
@@ -75,7 +62,7 @@ def _swiglu_fwd_kernel(
             y_dot += (sigmoid + s * (1 - sigmoid)) * gate_dot * up
         if up_dots is not None:
             y_dot += s * _load(up_dots, stream, row, col, inside)
-        tl.store(choose(y_dots, stream) + out, y_dot, inside)
+        put(y_dots, stream, out, y_dot, inside)
 
 
 @jit
@@ -97,46 +84,34 @@ def _swiglu_bwd_kernel(
     sigmoid = 1 / (1 + tl.exp(-gate))
     s = gate * sigmoid
     out = row * width + col
-    gate_bar = y_bar * up * (sigmoid + s * (1 - sigmoid))
-    tl.store(choose(gate_bars, stream) + out, gate_bar, inside)
-    tl.store(choose(up_bars, stream) + out, y_bar * s, inside)
+    put(gate_bars, stream, out, y_bar * up * (sigmoid + s * (1 - sigmoid)), inside)
+    put(up_bars, stream, out, y_bar * s, inside)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return (..., F) as (rows, F)."""
+    x = torch.atleast_1d(x)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _launch(kernel: Any, inputs: Sequence[Any], results: Sequence[Any]) -> bool:
     """Run an element-wise kernel over all rows of all streams; return False for what it leaves."""
-    first = inputs[0]
-    width = first[0].shape[-1] if first[0].ndim else 1
-    for tensors in filter(None, inputs):
-        for x in tensors:
-            alike = x.dtype == tensors[0].dtype and x.numel() > 0
-            if not alike or (x.shape[-1] if x.ndim else 1) != width:
-                return False
-    counts = tuple([x.numel() // width for x in first])
-    block_rows, block_cols, num_warps = tuning.elementwise(max(counts), width)
-    kernel[(sum(cdiv(n, block_rows) for n in counts) * cdiv(width, block_cols),)](
-        *(None if tensors is None else tuple(map(_view, tensors)) for tensors in inputs),
-        *(None if tensors is None else tuple(tensors) for tensors in results),
-        counts,
-        width,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-        num_warps=num_warps,
-    )
+    if not alike(*inputs):
+        return False
+    rows = [ts and [_rows(t) for t in ts] for ts in inputs]
+    counts, widths = zip(*[x.shape for x in rows[0]], strict=True)
+    if len(set(widths)) > 1:
+        return False
+    options = tuning.elementwise(max(counts), widths[0])
+    blocks = sum(cdiv(n, options["BLOCK_ROWS"]) for n in counts)
+    grid = (blocks * cdiv(widths[0], options["BLOCK_COLS"]),)
+    launch(kernel, grid, *map(views, rows), *results, counts, widths[0], **options)
     return True
-
-
-def _view(x: Tensor) -> View:
-    flat = rows(torch.atleast_1d(x))
-    return View(flat, token=flat.stride(0))
-
-
-def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in tensors]
 
 
 def fwd_streams(gates: list[Tensor], ups: list[Tensor]) -> Any:
     """Compute the values of all streams."""
-    ys = _alike(gates)
+    ys = empty(gates)
     launched = _launch(_swiglu_fwd_kernel, (gates, ups, None, None), (ys, None))
     return ys if launched else NotImplemented
 
@@ -148,7 +123,7 @@ def jvp_streams(
     up_dots: list[Tensor | None],
 ) -> Any:
     """Compute values and tangents of all streams."""
-    ys, y_dots = _alike(gates), _alike(gates)
+    ys, y_dots = empty(gates), empty(gates)
     inputs = (gates, ups, filled(gate_dots, gates), filled(up_dots, ups))
     launched = _launch(_swiglu_fwd_kernel, inputs, (ys, y_dots))
     return (ys, y_dots) if launched else NotImplemented
@@ -156,11 +131,9 @@ def jvp_streams(
 
 def bwd_streams(y_bars: list[Tensor], gates: list[Tensor], ups: list[Tensor]) -> Any:
     """Compute the cotangents of all streams."""
-    bars = _alike(gates), _alike(ups)
+    bars = empty(gates), empty(ups)
     launched = _launch(_swiglu_bwd_kernel, (y_bars, gates, ups), bars)
     return bars if launched else NotImplemented
 
 
-fwd = functools.partial(one_stream, fwd_streams)
-jvp = functools.partial(one_stream, jvp_streams)
-bwd = functools.partial(one_stream, bwd_streams)
+fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

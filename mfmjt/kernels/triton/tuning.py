@@ -2,12 +2,13 @@
 
 Functions of sizes and of the GPU's compute capability, checked without a GPU: every configuration
 that they can return for the network's shapes compiles for sm_80, sm_90, sm_100 and gfx942 without
-spills (`python -m bench.aot`). None has been tuned on a GPU yet.
+spills (`python -m bench aot`). None has been tuned on a GPU yet.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from mfmjt.kernels.triton import cdiv, power_of_2, target
 
@@ -23,9 +24,10 @@ __all__ = [
     "product_heads",
     "registers",
     "snake",
-    "sum_of_rows",
     "sums",
 ]
+
+Options = dict[str, int]  # of a launch: sizes of blocks, warps, stages
 
 
 def _warps(threads: int) -> int:
@@ -33,8 +35,8 @@ def _warps(threads: int) -> int:
     return threads // (64 if target()[0] == "hip" else 32)
 
 
-def elementwise(rows: int, width: int) -> tuple[int, int, int]:
-    """Return block of rows, block of columns and warps of an element-wise kernel on (rows, width).
+def elementwise(rows: int, width: int) -> Options:
+    """Return the options of an element-wise kernel on (rows, width).
 
     A thread has 8 elements of every tensor, 16 bytes of bf16: with 16, five float32 tensors spill
     on sm_80. The block of columns is the one that covers the width with the fewest idle lanes.
@@ -42,44 +44,57 @@ def elementwise(rows: int, width: int) -> tuple[int, int, int]:
     widest = min(1024, power_of_2(width))
     blocks = [b for b in (1024, 512, 256, 128) if b <= widest] or [widest]
     block_cols = min(blocks, key=lambda b: cdiv(width, b) * b)
-    return min(power_of_2(rows), 1024 // block_cols), block_cols, _warps(128)
+    block_rows = min(power_of_2(rows), 1024 // block_cols)
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "num_warps": _warps(128)}
 
 
-Tile = tuple[tuple[int, int, int], int, int]
+class Tile(NamedTuple):
+    """Of a matrix product: blocks of rows, columns and the contraction, warps, stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
 
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
-# Tiles of a matrix product that do not spill: rows x columns x contraction, warps, stages; by the
-# side, how fast they are assumed to be against the first. None: what any other GPU gets.
+# Tiles that do not spill; by the side, how fast they are assumed to be against the first. None: for
+# any other GPU.
 _PRODUCTS: dict[Any, dict[Tile, float]] = {
     100: {
-        ((128, 256, 64), 8, 4): 1.0,
-        ((128, 128, 64), 8, 3): 0.85,
-        ((64, 64, 64), 8, 4): 0.5,
-        ((64, 32, 128), 4, 3): 0.4,
+        Tile(128, 256, 64, 8, 4): 1.0,
+        Tile(128, 128, 64, 8, 3): 0.85,
+        Tile(64, 64, 64, 8, 4): 0.5,
+        Tile(64, 32, 128, 4, 3): 0.4,
     },
     90: {
-        ((128, 256, 64), 8, 4): 1.0,
-        ((128, 128, 64), 8, 3): 0.85,
-        ((64, 64, 64), 4, 4): 0.6,
-        ((64, 32, 128), 4, 3): 0.4,
+        Tile(128, 256, 64, 8, 4): 1.0,
+        Tile(128, 128, 64, 8, 3): 0.85,
+        Tile(64, 64, 64, 4, 4): 0.6,
+        Tile(64, 32, 128, 4, 3): 0.4,
     },
     None: {
-        ((128, 256, 32), 8, 3): 1.0,
-        ((128, 128, 32), 8, 3): 0.95,
-        ((64, 64, 64), 4, 3): 0.7,
-        ((64, 32, 64), 4, 4): 0.5,
+        Tile(128, 256, 32, 8, 3): 1.0,
+        Tile(128, 128, 32, 8, 3): 0.95,
+        Tile(64, 64, 64, 4, 3): 0.7,
+        Tile(64, 32, 64, 4, 4): 0.5,
     },
     "gfx942": {
-        ((128, 128, 64), 8, 2): 1.0,
-        ((64, 64, 64), 4, 2): 0.7,
-        ((64, 32, 64), 4, 2): 0.5,
+        Tile(128, 128, 64, 8, 2): 1.0,
+        Tile(64, 64, 64, 4, 2): 0.7,
+        Tile(64, 32, 64, 4, 2): 0.5,
     },
 }
 _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
-    100: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 8, 3): 0.7, ((64, 32, 32), 8, 3): 0.6},
-    90: {((128, 128, 32), 8, 3): 1.0, ((64, 64, 32), 8, 3): 0.7, ((64, 32, 32), 4, 3): 0.6},
-    None: {((64, 64, 32), 8, 3): 1.0, ((64, 32, 32), 4, 3): 0.8},
-    "gfx942": {((128, 128, 32), 8, 2): 1.0, ((64, 64, 32), 4, 2): 0.7, ((64, 32, 32), 4, 2): 0.6},
+    100: {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 8, 3): 0.7, Tile(64, 32, 32, 8, 3): 0.6},
+    90: {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 8, 3): 0.7, Tile(64, 32, 32, 4, 3): 0.6},
+    None: {Tile(64, 64, 32, 8, 3): 1.0, Tile(64, 32, 32, 4, 3): 0.8},
+    "gfx942": {
+        Tile(128, 128, 32, 8, 2): 1.0,
+        Tile(64, 64, 32, 4, 2): 0.7,
+        Tile(64, 32, 32, 4, 2): 0.6,
+    },
 }
 _STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
 
@@ -90,12 +105,12 @@ def _product_tiles(element_size: int, widest: bool = True) -> tuple[dict[Tile, f
     table = _PRODUCTS if element_size == 2 else _PRODUCTS_FLOAT32
     tiles = table.get(arch, table[None])
     if not widest:
-        tiles = {t: v for t, v in tiles.items() if t[0][0] * t[0][1] * element_size <= 2**15}
+        tiles = {t: v for t, v in tiles.items() if t.rows * t.columns * element_size <= 2**15}
     return tiles, _MULTIPROCESSORS.get(arch, 108)
 
 
-def product(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu: bool) -> Tile:
-    """Return blocks of rows, outputs and contraction, warps and stages of products of streams.
+def product(rows: Sequence[int], outs: Sequence[int], element_size: int, glu: bool) -> Options:
+    """Return the options of products of streams.
 
     The tile with the least time, by the waves of programs and what a step of one takes. A gated
     unit has two sums, and takes half as many outputs. The widest tiles leave no registers for that,
@@ -103,60 +118,63 @@ def product(rows: tuple[int, ...], outs: tuple[int, ...], element_size: int, glu
     """
     tiles, processors = _product_tiles(element_size, widest=not glu and len(rows) <= 2)
 
-    def blocks(tile: Tile) -> tuple[int, int, int]:
-        block_rows, block_outs, depth = tile[0]
-        return block_rows, block_outs // 2 if glu and block_outs > 32 else block_outs, depth
+    def columns(tile: Tile) -> int:
+        return tile.columns // 2 if glu and tile.columns > 32 else tile.columns
 
     def time(tile: Tile) -> float:
-        block_rows, block_outs, depth = blocks(tile)
         pairs = zip(rows, outs, strict=True)
-        programs = sum(cdiv(n, block_rows) * cdiv(o, block_outs) for n, o in pairs)
-        area = block_rows * block_outs * (2 if glu else 1)
-        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / depth)
+        programs = sum(cdiv(n, tile.rows) * cdiv(o, columns(tile)) for n, o in pairs)
+        area = tile.rows * columns(tile) * (2 if glu else 1)
+        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / tile.depth)
 
     best = min(tiles, key=time)
-    return blocks(best), best[1], best[2]
+    blocks = {"BLOCK_ROWS": best.rows, "BLOCK_OUTS": columns(best), "BLOCK_DEPTH": best.depth}
+    return {**blocks, "num_warps": best.warps, "num_stages": best.stages}
 
 
-def product_heads(rows: tuple[int, ...], parts: int, width: int, element_size: int) -> Tile:
-    """Return the same of a projection to whole heads, `parts` of that width, one to a program."""
+def product_heads(rows: Sequence[int], parts: int, width: int, element_size: int) -> Options:
+    """Return those of a projection to whole heads, `parts` of that width, one to a program."""
     columns = max(16, power_of_2(width))
     tiles, processors = _product_tiles(element_size, widest=False)
     large, *_, least = tiles
     wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
-    (block_rows, _, depth), warps, stages = large if wide and columns <= 64 else least
-    return (block_rows, columns, depth), 8 if columns > 64 else warps, stages
+    tile = large if wide and columns <= 64 else least
+    blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_WIDTH": columns, "BLOCK_DEPTH": tile.depth}
+    warps = 8 if columns > 64 else tile.warps
+    return {**blocks, "num_warps": warps, "num_stages": tile.stages}
 
 
-def conv1d_weight(
-    rows: int, outs: int, depth: int, element_size: int
-) -> tuple[tuple[int, int, int], int, int, int]:
-    """Return blocks of outputs, depth and rows, warps, stages and splits of a weight's gradient.
+def conv1d_weight(rows: int, outs: int, depth: int, element_size: int) -> tuple[Options, int]:
+    """Return the options of a weight's gradient, and splits of its rows.
 
     Splits make two waves of programs, but each adds up eight blocks of rows or more: a part costs
     as much memory as a float32 weight. The widest tiles spill on sm_100, whose loads are turned.
     """
     tiles, processors = _product_tiles(element_size)
-    tiles = {tile: speed for tile, speed in tiles.items() if 64 <= tile[0][1] <= 128}
+    tiles = {tile: speed for tile, speed in tiles.items() if 64 <= tile.columns <= 128}
 
     def programs(tile: Tile) -> int:
-        return cdiv(outs, tile[0][0]) * cdiv(depth, tile[0][1])
+        return cdiv(outs, tile.rows) * cdiv(depth, tile.columns)
 
-    best = min(tiles, key=lambda t: programs(t) * t[0][0] * t[0][1] / tiles[t])
-    blocks, warps, stages = best
-    steps = cdiv(rows, blocks[2])
-    return blocks, warps, stages, max(1, min(2 * processors // programs(best), steps // 8))
+    best = min(tiles, key=lambda t: programs(t) * t.rows * t.columns / tiles[t])
+    steps = cdiv(rows, best.depth)
+    splits = max(1, min(2 * processors // programs(best), steps // 8))
+    blocks = {"BLOCK_OUTS": best.rows, "BLOCK_DEPTH": best.columns, "BLOCK_ROWS": best.depth}
+    launch = {"num_warps": best.warps, "num_stages": best.stages, **registers(best.warps)}
+    return {**blocks, **launch}, splits
 
 
-def heads(width: int, element_size: int) -> tuple[int, int, int]:
-    """Return block of rows, block of columns and warps of a kernel over heads of that width.
+def heads(width: int, element_size: int) -> Options:
+    """Return the options of a kernel over heads of that width.
 
     A thread has 16 bytes of every tensor, 32 in heads of 256 in float32: what the gradient's
     registers hold without spills on every GPU with every Triton.
     """
     block_width = max(16, power_of_2(width))
     elements = 1024 if element_size <= 2 or block_width == 256 else 512
-    return max(1, elements // block_width), block_width, _warps(128)
+    block_rows = max(1, elements // block_width)
+    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": block_width}
+    return {**blocks, "num_warps": _warps(128), **registers(_warps(128))}
 
 
 REDUCING_PROGRAMS = 1024
@@ -164,13 +182,17 @@ REDUCING_PROGRAMS = 1024
 more, and so few rows that adding them up takes no time."""
 
 
-def sum_of_rows(n: int) -> tuple[int, int, int]:
-    """Return block of rows, block of columns and warps of a sum over n short rows of parts."""
-    return min(128, max(16, power_of_2(n))), 16, 4
+def registers(warps: int) -> Options:
+    """Return the most registers of a thread in kernels that hold rows, as an option of a launch.
+
+    More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
+    spills 8 bytes here and there. A program has 65536, which 16 warps would exceed.
+    """
+    return {"maxnreg": min(208, 65536 // (32 * warps))} if target()[0] == "cuda" else {}
 
 
-def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, int, int, int]:
-    """Return blocks and warps of a kernel that holds whole rows in registers.
+def norm(width: int, tokens: int, element_size: int, teams: int) -> Options:
+    """Return the options of a kernel that holds whole rows in registers.
 
     A block is (K, R, V): R rows of K segments of V columns. V is what a team of warps reads in one
     go, 16 bytes a thread; a team is as many as 16 elements a thread ask for. Rows up to 512 wide
@@ -181,9 +203,6 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
         tokens: Rows that a program may take: of a sample, or of all.
         element_size: Bytes of an element.
         teams: Groups of warps per program, each on its own rows. Use 1 if rows share no data.
-
-    Returns:
-        K, R, V and warps.
     """
     lanes = 64 if target()[0] == "hip" else 32
     cols = power_of_2(width)
@@ -191,16 +210,9 @@ def norm(width: int, tokens: int, element_size: int, teams: int) -> tuple[int, i
     teams = min(teams, max(1, 4 // team))
     block_cols = min(cols, team * lanes * 16 // element_size)
     rows = min(power_of_2(tokens), max(1, teams * team * 16 * lanes // cols))
-    return cols // block_cols, rows, block_cols, max(1, rows * cols // (16 * lanes))
-
-
-def registers(warps: int) -> dict[str, int]:
-    """Return the most registers of a thread in kernels that hold rows, as an option of a launch.
-
-    More than they need: NVIDIA's assembler, left alone, takes fewer for the sake of occupancy and
-    spills 8 bytes here and there. A program has 65536, which 16 warps would exceed.
-    """
-    return {"maxnreg": min(208, 65536 // (32 * warps))} if target()[0] == "cuda" else {}
+    blocks = {"SEGMENTS": cols // block_cols, "BLOCK_ROWS": rows, "BLOCK_COLS": block_cols}
+    warps = max(1, rows * cols // (16 * lanes))
+    return {**blocks, "num_warps": warps, **registers(warps)}
 
 
 def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:
@@ -212,9 +224,11 @@ def norm_chunk(rows: int, block_rows: int, summed: bool) -> int:
     return max(block_rows, min(128, power_of_2(rows // 1024))) if summed else block_rows
 
 
-def sums(chunks: int, width: int) -> tuple[int, int, int]:
-    """Return block of rows, block of columns and warps of the sum over (chunks, width)."""
-    return min(power_of_2(chunks), 32), min(64, power_of_2(width)), 4
+def sums(rows: int, width: int) -> Options:
+    """Return the options of a sum over rows of parts."""
+    block_rows = min(128, power_of_2(rows))
+    block_cols = min(64, 2048 // block_rows, power_of_2(width))
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "num_warps": 4}
 
 
 def snake() -> tuple[int, int]:
@@ -271,8 +285,11 @@ _ATTENTION_FLOAT32 = {
 
 def attention(
     part: str, pairs: int, tokens: tuple[int, ...], width: int, element_size: int
-) -> tuple[tuple[int, int, int, int], int, int]:
-    """Blocks, warps and pipeline stages of an attention kernel.
+) -> Options:
+    """Return the options of an attention kernel.
+
+    BLOCK_N and BLOCK_M are blocks of queries and of keys, BLOCK_IN of the columns that go into the
+    scores, BLOCK_OUT of those of the result in one program.
 
     Args:
         part: "value", "tangent", "bwd_q" or "bwd_kv".
@@ -280,10 +297,6 @@ def attention(
         tokens: Of each stream that is cut into blocks: queries, or keys for "bwd_kv".
         width: Of a head.
         element_size: Bytes.
-
-    Returns:
-        Blocks of queries, of keys, of the columns that go into the scores and of those of the
-        result in one program; warps; stages.
     """
     columns = max(16, power_of_2(width))
     backend, arch = target()
@@ -292,12 +305,15 @@ def attention(
     if element_size == 4 or columns > 128 or crowded:
         table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
         (queries, keys, ins, outs), warps, stages = table[part]
-        return (queries, keys, min(ins, columns), min(outs, columns)), warps, stages
-    large, small, wide = _ATTENTION[kind][part]
-    block = large[1] if part == "bwd_kv" else large[0]
-    large_blocks = sum(cdiv(n, block) for n in tokens)
-    small_blocks = sum(cdiv(n, 64) for n in tokens)
-    idle = large_blocks * block > 1.125 * small_blocks * 64
-    few = large_blocks * pairs < _MULTIPROCESSORS.get(kind, 108)
-    queries, keys, warps, stages = wide if columns > 64 else small if idle or few else large
-    return (queries, keys, columns, columns), warps, stages
+    else:
+        large, small, wide = _ATTENTION[kind][part]
+        block = large[1] if part == "bwd_kv" else large[0]
+        large_blocks = sum(cdiv(n, block) for n in tokens)
+        small_blocks = sum(cdiv(n, 64) for n in tokens)
+        idle = large_blocks * block > 1.125 * small_blocks * 64
+        few = large_blocks * pairs < _MULTIPROCESSORS.get(kind, 108)
+        queries, keys, warps, stages = wide if columns > 64 else small if idle or few else large
+        ins = outs = columns
+    blocks = {"BLOCK_N": queries, "BLOCK_M": keys}
+    blocks |= {"BLOCK_IN": min(ins, columns), "BLOCK_OUT": min(outs, columns)}
+    return {**blocks, "num_warps": warps, "num_stages": stages}

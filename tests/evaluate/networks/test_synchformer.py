@@ -81,7 +81,7 @@ def test_features_of_other_shapes_are_refused(public) -> None:
     network, _ = public
     video, audio = torch.zeros(1, 24, 8, 768), torch.zeros(1, 24, 6, 768)
     for segments, sounds in ((13, 13), (24, 23)):
-        with pytest.raises(InputError, match=f"{segments} segments of pictures and {sounds} of"):
+        with pytest.raises(InputError, match=f"{segments} segments of frames and {sounds} of"):
             network(video[:, :segments], audio[:, :sounds])
     with pytest.raises(InputError, match=re.escape("(1, 13, 8, 768) and (1, 14, 6, 768)")):
         network.compare(video[:, :13], audio[:, :14])
