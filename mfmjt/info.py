@@ -8,7 +8,9 @@ import platform
 import sys
 from pathlib import Path
 
-__all__ = ["main", "report"]
+from mfmjt.errors import InputError, short
+
+__all__ = ["main", "report", "terms"]
 
 PACKAGES = ("torch", "numpy", "safetensors", "av", "soundfile", "soxr", "typer", "rich")
 OPTIONAL = {
@@ -48,6 +50,28 @@ def report() -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def terms(model: str) -> str:
+    """Return under which terms a model may be used, in a line for each network of it.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    from mfmjt.families.licenses import terms_of
+
+    if found := terms_of(model):
+        return "\n".join(map(str, found))
+    if not os.path.exists(model):
+        raise InputError(
+            f"There is no model {model}: it is neither a file, nor a folder, nor a name or a "
+            "repository that docs/licenses.md lists. Give one of these."
+        )
+    return (
+        f"{short(model, 200)}: not known by its name. A network is under the terms of whoever "
+        "trained it, and of the one that it began from; docs/licenses.md lists those of published "
+        "ones."
+    )
 
 
 def main() -> None:

@@ -193,7 +193,13 @@ def test_the_tables_of_nano_are_the_measured_ones() -> None:
         assert figures == lines[name]
 
 
-PAGES = ("README.md", "docs/quickstart.md", "docs/inputs.md", "docs/extend.md")
+PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    "docs/inputs.md",
+    "docs/extend.md",
+    "docs/score.md",
+)
 
 
 @pytest.mark.parametrize("name", PAGES)

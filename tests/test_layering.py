@@ -32,15 +32,15 @@ ALLOWED: dict[str, str] = {
     "plotting": "errors files codec",
     "data": "errors files plotting",
     "media": "errors files",
-    "families": "errors cuda_graph checkpoints kernels model meanflow codec encoders",
+    "families": "errors memory cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
+    "extract": "errors files devices progress encoders media families features",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
-    "families features",
+    "media families features extract",
     "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
     "encoders plotting data families features evaluate",
     "pipeline": "errors files devices progress checkpoints kernels model meanflow codec encoders "
     "media families",
-    "extract": "errors files devices progress encoders media families features",
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",
 }

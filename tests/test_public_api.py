@@ -22,7 +22,9 @@ NAMES = {
     "codec": "MelSpectrogram NanoCodec",
     "encoders": "NanoEncoders",
     "data": "foley",
-    "evaluate": "",
+    "evaluate": "score statistics networks",
+    "evaluate.statistics": "frechet kl_softmax inception_score kernel_distance",
+    "evaluate.networks": "VGGish Cnn14 PaSST Synchformer CLAP ImageBind",
     "testing": "check_op check_compiled Truth draw runner poisoned",
 }
 PARAMETERS = {
@@ -40,6 +42,8 @@ PARAMETERS = {
     "kernels.linear": "x weight bias",
     "kernels.conv1d": "x weight bias dilation",
     "kernels.snake": "x alpha beta",
+    "evaluate.score": "generated reference captions videos metrics weights protocol",
+    "evaluate.statistics.inception_score": "logits splits seed",
     "testing.check_op": "op reference inputs moving dtype terms fused repeat",
     "testing.check_compiled": "op inputs moving terms backend",
 }
@@ -74,7 +78,7 @@ def test_configurations() -> None:
 
 def test_commands() -> None:
     commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert {"generate", "train", "evaluate", "info"} <= commands
+    assert {"generate", "train", "evaluate", "info", "score"} <= commands
 
 
 def test_errors() -> None:

@@ -18,6 +18,7 @@ from mfmjt.errors import InputError, short, some
 __all__ = ["Weights", "about", "load_published", "weights_in"]
 
 _DEPTH = 4  # of dictionaries in each other
+_SMALL = 2**14  # numbers, of which a copy costs nothing
 _PART = re.compile(r"-\d{5}-of-\d{5}\.")
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What compiling, sharding and recomputing put into names, between any two modules."""
@@ -163,6 +164,8 @@ def load_published(
             "Give the file as its publisher keeps it."
         )
     values = {name: state[name].detach().to("cpu", torch.float32) for name in expected}
+    # A part that computes its large weights from those of a mapped file then lets the file go.
+    values = {n: x.clone() if x.numel() < _SMALL else x for n, x in values.items()}
     extra = {name: values.pop(name) for name in beside}
     module.load_state_dict(values, assign=True)
     return extra

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mfmjt.cli import check, convert, data, evaluate, extract, generate, info, serve, train
+from mfmjt.cli import check, convert, data, evaluate, extract, generate, info, score, serve, train
 from mfmjt.errors import MfmjtError, reason, short
 
 __all__ = ["app", "main"]
@@ -79,6 +79,7 @@ for _command in (
     extract.extract,
     train.train,
     evaluate.evaluate,
+    score.score,
     convert.convert,
     info.info,
 ):

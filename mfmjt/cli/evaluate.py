@@ -31,6 +31,9 @@ def evaluate(
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric of your own: package.module:name. Repeatable.")
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Published weights for such a metric; docs/score.md.")
+    ] = None,
     suite: Annotated[
         Path | None, typer.Option(help="Folder for the whole table: reports at 1, 4 and 25 steps.")
     ] = None,
@@ -59,7 +62,7 @@ def evaluate(
 
     - `mfmjt evaluate --model output/mine --conditions text --plot gallery.svg`
 
-    - `mfmjt evaluate --model output/mine --data videos`
+    - `mfmjt evaluate --metric mfmjt.evaluate.metrics:FD_PANNS --weights weights`
 
     - `mfmjt evaluate --suite output/results --against flow.safetensors`
     """
@@ -71,6 +74,7 @@ def evaluate(
         from mfmjt.devices import choose_device
         from mfmjt.evaluate import examples as given
         from mfmjt.evaluate import plots, report, run
+        from mfmjt.evaluate.listening import Networks
         from mfmjt.evaluate.metrics import METRICS, load_metric
         from mfmjt.evaluate.sounds import generate
         from mfmjt.extract.run import stored
@@ -96,7 +100,8 @@ def evaluate(
         else:
             examples = given.stored(store, bundle, clips, seed, split, progress=progress)
         options: dict[str, Any] = {"conditions": conditions, "progress": progress}
-        judged: dict[str, Any] = {"metrics": metrics, **options}
+        networks = Networks(weights, device=bundle.device)
+        judged: dict[str, Any] = {"metrics": metrics, "networks": networks, **options}
         if suite is None:
             name = Path(model).name
             reports = [run.evaluate(bundle, examples, sampling, model=name, **judged)]

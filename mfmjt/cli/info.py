@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from mfmjt.cli._common import Debug
@@ -9,11 +11,20 @@ from mfmjt.cli._common import Debug
 __all__ = ["info"]
 
 
-def info(debug: Debug = False) -> None:
-    """Print versions, hardware, and what runs where.
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model's name, file, folder or repository: print its terms of use."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Print versions, hardware, and what runs where, or under which license a model is.
 
-    For example: `mfmjt info`
+    For example:
+    - `mfmjt info`
+
+    - `mfmjt info weights/mmaudio_small_16k.pth`
     """
-    from mfmjt.info import report
+    from mfmjt.info import report, terms
 
-    typer.echo(report())
+    typer.echo(report() if model is None else terms(model))

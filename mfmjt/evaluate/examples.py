@@ -25,7 +25,7 @@ from mfmjt.families import Bundle
 from mfmjt.features.store import FeatureStore
 from mfmjt.progress import Progress
 
-__all__ = ["Examples", "procedural", "silent", "stored", "timed"]
+__all__ = ["Examples", "Known", "procedural", "silent", "stored", "timed"]
 
 
 def silent(stage: str, done: float) -> None:
@@ -40,8 +40,36 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
+class Known:
+    """What is known to be true of clips, whoever makes sound for them.
+
+    Attributes:
+        captions: One sentence each; "" where there is none.
+        labels: Index of each class in `foley.CLASSES`, (n,) int64; None where unknown.
+        events: Times of each clip's onsets in seconds, empty for continuous classes; None where
+            unknown.
+    """
+
+    captions: list[str]
+    labels: Tensor | None
+    events: list[np.ndarray] | None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def classes(self) -> list[str]:
+        """Name of each clip's class; empty where classes are unknown."""
+        return [] if self.labels is None else [foley.CLASSES[label] for label in self.labels]
+
+    @property
+    def impact(self) -> np.ndarray:
+        """Which clips have events, by their class, (m,) int64."""
+        return np.flatnonzero([name in foley.IMPACT_CLASSES for name in self.classes])
+
+
 @dataclass
-class Examples:
+class Examples(Known):
     """Conditions as the network gets them, and the truth.
 
     Attributes:
@@ -73,23 +101,10 @@ class Examples:
     procedural: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     @property
     def duration(self) -> float:
         """Length of each example in seconds."""
         return self.audio.shape[1] / self.sample_rate
-
-    @property
-    def classes(self) -> list[str]:
-        """Name of each example's class; empty where classes are unknown."""
-        return [] if self.labels is None else [foley.CLASSES[label] for label in self.labels]
-
-    @property
-    def impact(self) -> np.ndarray:
-        """Which examples have events, by their class, (m,) int64."""
-        return np.flatnonzero([name in foley.IMPACT_CLASSES for name in self.classes])
 
     def first(self, count: int) -> Examples:
         """Return the first `count` examples, or all if there are fewer."""

@@ -45,7 +45,8 @@ def plot_steps(
     ticks = sorted({report.steps for report in reports})
     with figure(path, (2.6 * len(panels) + 0.4, 3.2)) as drawn:
         axes = drawn.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (key, title, _, real, _) in zip(axes, panels, strict=True):
+        for axis, panel in zip(axes, panels, strict=True):
+            key, title, real = panel.key, panel.title, panel.real
             for name, color in zip(names, COLORS, strict=False):
                 rows = [r for r in reports if r.model == name and r.figures.get(key) is not None]
                 rows.sort(key=lambda report: report.steps)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mfmjt.evaluate.classifier import Classifier, load_classifier
 from mfmjt.evaluate.examples import Examples, silent
+from mfmjt.evaluate.listening import Networks
 from mfmjt.evaluate.metrics import METRICS, Metric
 from mfmjt.evaluate.report import Report, environment, table, write_report
 from mfmjt.evaluate.sounds import Made
@@ -32,6 +33,7 @@ def evaluate(
     classifier: Classifier | None = None,
     *,
     metrics: Sequence[Metric] = METRICS,
+    networks: Networks | None = None,
     conditions: str = "both",
     batch: int = 20,
     model: str = "nano",
@@ -45,6 +47,7 @@ def evaluate(
         sampling: Steps and guidance; by default what the network is made for.
         classifier: Judge of class and embedding; the shipped one by default.
         metrics: What to measure. One whose truth the examples lack leaves its figures out.
+        networks: Judges with published weights, for the metrics that need them.
         conditions: `both`, `video` or `text`.
         batch: Sounds made at once.
         model: What to call the network in the report.
@@ -54,7 +57,7 @@ def evaluate(
         The report.
 
     Raises:
-        InputError: Unknown conditions, or too few clips.
+        InputError: Unknown conditions, too few clips, or weights that a metric needs are missing.
         RunError: The network makes samples that are not finite.
     """
     made = Made(
@@ -65,6 +68,7 @@ def evaluate(
         conditions=conditions,
         batch=batch,
         progress=progress,
+        networks=networks,
     )
     real = made.like(examples.audio, examples.sample_rate)
     classes = examples.classes

@@ -11,7 +11,9 @@ from torch import Tensor
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier
 from mfmjt.evaluate.examples import Examples, silent, timed
+from mfmjt.evaluate.listening import LISTENERS, Networks
 from mfmjt.evaluate.onsets import detect_onsets
+from mfmjt.evaluate.resample import resample
 from mfmjt.families import Bundle
 from mfmjt.meanflow import Sampling
 from mfmjt.progress import Progress
@@ -101,7 +103,13 @@ class Sounds:
         sample_rate: In Hz.
         classifier: Judge of classes and embeddings.
         seconds: Where to add the wall time of the stage `judge`.
+        networks: Further judges, those with published weights.
+
+    Attributes:
+        rng: Source of the metrics' random numbers.
     """
+
+    rng: np.random.Generator
 
     def __init__(
         self,
@@ -109,11 +117,45 @@ class Sounds:
         sample_rate: int,
         classifier: Classifier,
         seconds: dict[str, float] | None = None,
+        networks: Networks | None = None,
     ) -> None:
         self.waves = waves
         self.sample_rate = sample_rate
         self.classifier = classifier
         self.seconds = {} if seconds is None else seconds
+        self.networks = networks or Networks()
+        self.rng = np.random.default_rng(0)
+        self._heard: dict[str, list[dict[str, np.ndarray]]] = {}
+
+    def heard(self, network: str, output: str, purpose: str = "") -> list[np.ndarray]:
+        """Return what a network with published weights makes of each sound.
+
+        Args:
+            network: Its name in `LISTENERS`.
+            output: Name of the array, such as `embedding`.
+            purpose: Metric that it is for: a protocol may give each its own set of clips.
+
+        Raises:
+            Unheard: The weights are not there.
+        """
+        if network not in self._heard:
+            rate = LISTENERS[network].rate
+            with timed(self.seconds, "judge"):
+                waves = resample(self.waves - self.waves.mean(1, True), self.sample_rate, rate)
+                self._heard[network] = [self.networks.listen(network, w[None]) for w in waves]
+        return [features[output] for features in self._heard[network]]
+
+    def told(self, network: str, captions: list[str]) -> list[np.ndarray]:
+        """Return a network's embedding of each caption."""
+        return self.networks.read(network, captions)
+
+    def seen(self, network: str) -> list[np.ndarray] | None:
+        """Return a network's features of each clip's video; None where there are no videos."""
+        return None
+
+    def offsets(self) -> np.ndarray | None:
+        """Return seconds between sound and video at the beginning and the end of each, (n, 2)."""
+        return None
 
     @functools.cached_property
     def onsets(self) -> list[np.ndarray]:
@@ -158,9 +200,7 @@ class Made(Sounds):
         conditions: As for `generate`.
         batch: As for `generate`.
         progress: As for `generate`.
-
-    Attributes:
-        rng: Source of the metrics' random numbers.
+        networks: As for `Sounds`.
     """
 
     def __init__(
@@ -173,21 +213,23 @@ class Made(Sounds):
         conditions: str = "both",
         batch: int = 20,
         progress: Progress = silent,
+        networks: Networks | None = None,
     ) -> None:
         self.bundle, self.examples = bundle, examples
         self.sampling = sampling or bundle.sampling
         self.conditions, self.batch = conditions, batch
-        self.rng = np.random.default_rng(examples.seed)
         self._generate = functools.partial(
             generate, bundle, sampling=self.sampling, batch=batch, progress=progress
         )
         seconds = dict(examples.seconds)
         waves = self._generate(examples, conditions=conditions, seconds=seconds)
-        super().__init__(waves, bundle.codec.sample_rate, classifier, seconds)
+        super().__init__(waves, bundle.codec.sample_rate, classifier, seconds, networks)
+        self.rng = np.random.default_rng(examples.seed)
 
     def like(self, waves: Tensor, sample_rate: int | None = None) -> Sounds:
         """Give other waveforms (n, S) to the same judges; by default of the same rate in Hz."""
-        return Sounds(waves, sample_rate or self.sample_rate, self.classifier, self.seconds)
+        rate = sample_rate or self.sample_rate
+        return Sounds(waves, rate, self.classifier, self.seconds, self.networks)
 
     @functools.cached_property
     def again(self) -> Sounds:

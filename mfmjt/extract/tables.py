@@ -17,14 +17,15 @@ from typing import Any
 
 from mfmjt.errors import InputError, reason, some
 
-__all__ = ["LAYOUTS", "SUFFIXES", "Row", "read_folder", "read_table"]
+__all__ = ["LAYOUTS", "MEDIA", "SUFFIXES", "Row", "read_folder", "read_table", "records"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Suffixes of the tables that can be read."""
-_MEDIA = {
+MEDIA = {
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".3gp"),
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".wma"),
 }
+"""Suffixes of files that may hold video or sound."""
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -133,7 +134,7 @@ def read_table(
     wanted = split and _SPLITS.get(split, split)
     rows: list[Row] = []
     seen: dict[tuple[str, str], int] = {}
-    for line, record in enumerate(_records(path, form), start=1):
+    for line, record in enumerate(records(path, form.header, form.inside), start=1):
         fields = {**record, **{ours: record.get(theirs) for ours, theirs in renamed.items()}}
         if line == 1:
             _check_columns(path, form, fields, renamed)
@@ -166,7 +167,7 @@ def read_folder(folder: str | os.PathLike[str], split: str) -> list[Row]:
     Raises:
         InputError: There are none.
     """
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in _MEDIA)
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in MEDIA)
     if not found:
         raise InputError(f"{folder} holds neither a feature store nor videos. Give one of both.")
     names = [str(path.relative_to(folder)) for path in found]
@@ -201,7 +202,19 @@ def _check_columns(path: Path, form: _Layout, fields: _Fields, renamed: Mapping[
             )
 
 
-def _records(path: Path, form: _Layout) -> Iterator[dict[str, Any]]:
+def records(
+    path: Path, header: tuple[str, ...] | None = None, inside: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table as dictionaries, whatever its columns.
+
+    Args:
+        path: The table, of one of `SUFFIXES`.
+        header: Names of the columns, for a `.csv` or `.tsv` without them.
+        inside: Name of the list in a `.json` that is an object.
+
+    Raises:
+        InputError: No such table, or a form that cannot be read.
+    """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path} is no table that is known. Give one of {', '.join(SUFFIXES)}.")
@@ -211,14 +224,14 @@ def _records(path: Path, form: _Layout) -> Iterator[dict[str, Any]]:
         if suffix == ".parquet":
             yield from _parquet(path)
         elif suffix == ".json":
-            yield from _objects(json.loads(path.read_text()), form.inside)
+            yield from _objects(json.loads(path.read_text()), inside)
         else:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 if suffix == ".jsonl":
                     yield from _objects([json.loads(line) for line in file if line.strip()], None)
                 else:
                     mark = "\t" if suffix == ".tsv" else ","
-                    for row in csv.DictReader(file, form.header, delimiter=mark):
+                    for row in csv.DictReader(file, header, delimiter=mark):
                         yield dict(row)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise InputError(
@@ -272,7 +285,7 @@ class _Files:
                 return path
         for name in names:
             stem = Path(name)
-            known = stem.suffix.lower() in _MEDIA
+            known = stem.suffix.lower() in MEDIA
             found = self._names().get(stem.stem if known else stem.name)
             # A name with folders is a path, and is not to be found elsewhere.
             if found is not None and stem.name == name:
@@ -286,6 +299,6 @@ class _Files:
                 inside.sort()
                 for name in sorted(files):
                     path = Path(folder, name)
-                    if path.suffix.lower() in _MEDIA:
+                    if path.suffix.lower() in MEDIA:
                         self._by_name.setdefault(path.stem, path)
         return self._by_name

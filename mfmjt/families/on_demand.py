@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import chain
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from mfmjt.errors import RunError
+from mfmjt.memory import return_memory
 
 __all__ = ["OnDemand"]
 
@@ -52,6 +54,9 @@ class OnDemand:
                 other.named_parameters(recurse=False), other.named_buffers(recurse=False)
             ):
                 setattr(module, name, value)
+        del fresh, other
+        gc.collect()  # `torch.load` leaves files mapped in cycles of references
+        return_memory()
 
     def drop(self) -> None:
         """Free the weights on the device, and in memory where there are files of them."""
@@ -59,3 +64,6 @@ class OnDemand:
         self._module.to("cpu" if self._open_again is None else "meta")
         if kind == "cuda":
             torch.cuda.empty_cache()
+        elif kind == "cpu" and self._open_again is not None:
+            gc.collect()
+            return_memory()

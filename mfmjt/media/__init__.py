@@ -4,7 +4,7 @@ Pictures are read on a uniform time grid. `mux` copies a video's packets as they
 sound track beside them; only what no container holds is encoded, once.
 """
 
-from mfmjt.media.audio import read_audio
+from mfmjt.media.audio import native_audio, read_audio
 from mfmjt.media.check import Report, check
 from mfmjt.media.pictures import Pictures, as_source, content
 from mfmjt.media.video import Fit, Pick, Video, VideoStream, read_video, thumbnails
@@ -33,6 +33,7 @@ __all__ = [
     "content",
     "default_suffix",
     "mux",
+    "native_audio",
     "read_audio",
     "read_video",
     "refuse_same",

@@ -17,7 +17,7 @@ from mfmjt.errors import InputError
 from mfmjt.media._decode import first_time
 from mfmjt.media._open import open_container, sound_stream, video_streams
 
-__all__ = ["read_audio"]
+__all__ = ["native_audio", "read_audio"]
 
 
 CANCELLED = 0.01
@@ -62,6 +62,25 @@ def read_audio(
             )
     resampled: np.ndarray = soxr.resample(whole, rate, sample_rate)
     return resampled
+
+
+def native_audio(
+    path: str | os.PathLike[str], duration: float | None = None
+) -> tuple[np.ndarray, int]:
+    """Read the sound track of a file at its own rate, as the mean of its channels.
+
+    Args:
+        path: As for `read_audio`.
+        duration: As for `read_audio`.
+
+    Returns:
+        float32 `(samples,)` and their rate in Hz.
+
+    Raises:
+        InputError: As for `read_audio`.
+    """
+    wave, rate, _ = _read(Path(path), duration, None)
+    return wave, rate
 
 
 def _read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,11 @@ class Video:
     notes: tuple[str, ...]
 
 
-Pick = Literal["shown", "next"]
-"""Which picture stands for a time: the one on the screen then, or the next that comes."""
+Pick = Literal["shown", "next", "nearest"]
+"""Which picture stands for a time: the one on the screen then, the next that comes, or the last
+whose time, rounded to multiples of 1 / rate, is no later, as FFmpeg's filter `fps` picks it."""
+Rate = int | Fraction
+"""Pictures per second."""
 Fit = Callable[[np.ndarray], Any]
 """Makes a uint8 `(1, H, W, 3)` picture, as it is decoded, what a network is given."""
 
@@ -136,7 +140,7 @@ class VideoStream:
     def __init__(
         self,
         path: str | os.PathLike[str] | Pictures,
-        rates: Sequence[int] = (8, 25),
+        rates: Sequence[Rate] = (8, 25),
         size: int | Sequence[int] = 64,
         duration: float | None = None,
         limit: float | None = None,
@@ -163,6 +167,7 @@ class VideoStream:
         path, asked, limit = self.path, self._asked, self._limit
         samplers = self._samplers
         counts = [] if asked is None else [_frame_count(asked, s.rate) for s in samplers]
+        rates_are_high = all(sampler.rate >= 1 for sampler in samplers)
         with decoding(path, self._formats) as (decoder, decoded):
             declared = decoder.declared
             self.declared = None if declared is None else float(declared)
@@ -179,7 +184,9 @@ class VideoStream:
                 picture = Picture(frame, decoder.hdr)
                 for sampler in samplers:
                     sampler.push(time, picture)
-                if counts and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
+                # Frames of a low rate are all there long before the end, which is asked for, too.
+                there = asked is not None and (rates_are_high or time + decoder.step >= asked)
+                if there and all(s.count >= n for s, n in zip(samplers, counts, strict=True)):
                     break
         end = self._end(decoder)
         self.duration, self.fps = float(end), float(1 / decoder.step)
@@ -260,7 +267,7 @@ class Picture:
 class _Sampler:
     """Keeps, for each k / rate, the frame that stands for that time."""
 
-    def __init__(self, rate: int, size: int, fit: Fit | None, pick: Pick) -> None:
+    def __init__(self, rate: Rate, size: int, fit: Fit | None, pick: Pick) -> None:
         self.rate, self.count = rate, 0
         self._size, self._fit, self._pick = size, fit, pick
         self._reformatter = VideoReformatter()
@@ -272,6 +279,9 @@ class _Sampler:
         if self._pick == "next":
             while Fraction(self.count, self.rate) <= time + _TIME_ROUNDING:
                 self._keep(picture)
+        elif self._held is not None and self._pick == "nearest":
+            while self.count < math.floor(time * self.rate + Fraction(1, 2)):
+                self._keep(self._held)
         elif self._held is not None:
             while Fraction(self.count, self.rate) + _TIME_ROUNDING < time:
                 self._keep(self._held)
@@ -330,7 +340,7 @@ def thumbnails(
     return shown, min(seconds, len(shown) * part / rate)
 
 
-def _frame_count(duration: float | Fraction, rate: int) -> int:
+def _frame_count(duration: float | Fraction, rate: Rate) -> int:
     return max(1, round(duration * rate))
 
 

@@ -231,7 +231,7 @@ def family_of(state: Mapping[str, Tensor]) -> str:
             return family
     raise InputError(
         f"This is a network of no known family: it has {MARK}, and none of "
-        f"{', '.join(_FAMILIES)}. Networks of {', '.join(dict.fromkeys(_FAMILIES.values()))} "
+        f"{', '.join(_FAMILIES)}. Networks of {', '.join(_FAMILIES.values())} "
         "can be read."
     )
 

@@ -334,7 +334,8 @@ class MFMJT(nn.Module):
 
     def embed(self, r: Tensor, t: Tensor) -> Tensor:
         """Return the embedding (B, D) of intervals from t back to r, (B,) each."""
-        begin = 1 - t if self.config.towards_data else t
+        # A copy, as of t itself torch.compile takes no view in forward mode.
+        begin = 1 - t if self.config.towards_data else t.clone()
         return self.t_embed(begin) + self.r_embed(r if self.config.second_time == "r" else t - r)
 
     def jvp_rows(

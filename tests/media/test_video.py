@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from mfmjt.media import (
 from tests.support.clips import (
     decoded_sound,
     frame_index,
+    grey,
     packets,
     rotate,
     write_sound,
@@ -281,6 +283,31 @@ def test_the_next_frame_is_that_of_mmaudio(tmp_path: Path, duration: float | Non
         assert frame_index(np.concatenate(pieces)) == expected
     with pytest.raises(InputError, match="No pick 'both'"):
         VideoStream(path, pick="both")  # type: ignore[arg-type]
+
+
+def of_many(index: int, height: int, width: int) -> np.ndarray:
+    return grey(index % 50, height, width)
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate", "expected"),
+    [
+        # As FFmpeg's filter picks them: the last frame before the middle between two times.
+        (25, Fraction(1, 2), [24, 74, 124, 174]),
+        (30, Fraction(1, 2), [29, 89, 149, 209]),
+        (24, Fraction(1, 2), [23, 71, 119, 167]),
+        (30, 25, [0, 1, 2, 4, 5, 6, 7, 8, 10]),
+        (25, 25, list(range(9))),
+    ],
+)
+def test_the_nearest_frame_is_that_of_ffmpeg_s_filter(
+    tmp_path: Path, fps: int, rate: int | Fraction, expected: list[int]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=8 * fps + 1, rate=fps, picture=of_many)
+    stream = VideoStream(path, (rate,), duration=8, pick="nearest")
+    frames = np.concatenate([frame for (block,) in stream for frame in block])
+    assert len(frames) == 8 * rate
+    assert frame_index(frames[: len(expected)]) == [index % 50 for index in expected]
 
 
 def test_only_frames_that_are_picked_are_converted_and_fitted_once(tmp_path: Path) -> None:

@@ -401,6 +401,31 @@ def test_the_objective_is_that_of_its_definition(kind):
     close(loss, truth)
 
 
+@pytest.mark.parametrize("way", ["recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_gradients_are_the_same_in_another_way(kind, way):
+    net, z, _, _, cond = kind
+    r, t = torch.tensor([0.1, 0.6]).double(), torch.tensor([0.7, 0.6]).double()
+
+    def loss():
+        noise = torch.ones_like(z)
+        return meanflow.loss(net, z, cond, intervals=1, noise=noise, r=r, t=t)
+
+    def gradients(function):
+        net.zero_grad()
+        function().backward()
+        return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+    truth = gradients(loss)
+    if way == "compiled":
+        found = gradients(torch.compile(loss, backend="aot_eager", fullgraph=True))
+    else:
+        net.recompute_blocks()
+        found = gradients(loss)
+    assert truth.keys() == found.keys()
+    for name, value in truth.items():
+        close(found[name], value, TERMS * z.shape[1])
+
+
 def test_it_is_saved_and_read(kind, tmp_path):
     net, *_ = kind
     net.float().save(tmp_path / "net.safetensors")

@@ -28,6 +28,7 @@ class Mean(torch.nn.Module):
     def __init__(self, network: MFMJT) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.dtype = self.weight.dtype
         self.config = network.config
         self.conditions, self.unnormalize = network.conditions, network.unnormalize
 
