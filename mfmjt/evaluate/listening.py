@@ -26,6 +26,8 @@ from mfmjt.checkpoints import (
     read_content,
     there,
 )
+from mfmjt.encoders.clap import CLAP_FILE, ROBERTA, CLAPText
+from mfmjt.encoders.text_model import TextModel, folders_of, open_config
 from mfmjt.errors import InputError, short
 from mfmjt.evaluate import networks as published
 from mfmjt.evaluate.classifier import load_classifier
@@ -53,7 +55,7 @@ class Listener:
         load: Makes it, of what the weight file holds.
         listen: Takes it and sound (1, S) at `rate`, and gives arrays by name.
         file: Its weights, as published; None where they ship with mfmjt.
-        read: Takes it and captions, and gives embeddings (n, d); None where it reads none.
+        text: Sizes and tokenizer of its half for captions; None where it reads none.
         watch: Takes it, a video's path and the seconds that are judged, and gives arrays by name;
             None where it watches none.
     """
@@ -64,7 +66,7 @@ class Listener:
     load: Callable[[Any], Any]
     listen: Callable[[Any, Tensor], dict[str, np.ndarray]]
     file: PublishedFile | None = None
-    read: Callable[[Any, list[str]], Tensor] | None = None
+    text: TextModel | None = None
     watch: Callable[[Any, Path, float], dict[str, np.ndarray]] | None = None
 
 
@@ -151,6 +153,7 @@ LISTENERS = {
             published.CLAP.from_state_dict,
             _encoded,
             published.CLAP_FILES[0],
+            text=ROBERTA,
         ),
         Listener("classifier", 16000, 0.1, lambda _: load_classifier(), _judged),
         Listener("onsets", 16000, 0.1, lambda _: None, _onsets),
@@ -200,6 +203,7 @@ class Networks:
         self.check, self.device = check, torch.device(device)
         self._found: dict[str, Found] = {}
         self._loaded: dict[str, Any] = {}
+        self._readers: dict[str, CLAPText] = {}
 
     def find(self, name: str) -> Found:
         """Return the weights of a network.
@@ -282,13 +286,38 @@ class Networks:
             raise InputError(f"{name} watches no videos.")
         return watch(network, video, seconds)
 
+    def text_folder(self, name: str) -> Path:
+        """Return the folder with sizes and tokenizer of a network's half for captions.
+
+        Raises:
+            Unheard: There is none.
+        """
+        text = LISTENERS[name].text
+        if text is None:
+            raise Unheard(f"{name} takes no captions.")
+        found = [] if self.folder is None else folders_of(text, self.folder)
+        if not found:
+            raise Unheard(
+                f"Captions need config.json and tokenizer.json of {text.name}, and neither "
+                f"{self.folder} nor the hub's cache has them: get them from {text.publisher}."
+            )
+        return found[0]
+
     @torch.inference_mode()
     def read(self, name: str, captions: list[str]) -> list[np.ndarray]:
-        """Return the embedding (d,) of each caption."""
-        read, network = LISTENERS[name].read, self.load(name)
-        if read is None:
-            raise InputError(f"{name} takes no captions.")
-        return [_array(read(network, [caption])) for caption in captions]
+        """Return the embedding (d,) of each caption.
+
+        Raises:
+            Unheard: The weights, or what `text_folder` returns, are not there.
+            InputError: These are not what their names say, or transformers is not installed.
+        """
+        if name not in self._readers:
+            path = self._path(LISTENERS[name])
+            _, config, tokens = open_config(ROBERTA, self.text_folder(name))
+            with about(path, CLAP_FILE):
+                reader = CLAPText.from_state_dict(read_content(path), config, tokens)
+            self._readers[name] = reader.to(self.device)
+        return [_array(self._readers[name]([caption])) for caption in captions]
 
 
 def file_digest(path: Path) -> str:

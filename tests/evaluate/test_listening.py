@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mfmjt.checkpoints import PublishedFile
+from mfmjt.encoders.clap import CLAPText
 from mfmjt.errors import InputError
 from mfmjt.evaluate import listening
 from mfmjt.evaluate.listening import LISTENERS, Networks, Unheard, file_digest
+from tests.support.texts import needs_transformers, write_clap, write_roberta
 
 NAME = "vggish-10086976.pth"
 
@@ -77,3 +80,25 @@ def test_judges_that_ship_have_a_digest_of_their_weights() -> None:
     found = Networks().find("classifier")
     assert found.path is None
     assert len(found.digest) == 64
+
+
+def test_captions_are_read_by_clap_of_one_file_and_the_sizes_beside_it(tmp_path: Path) -> None:
+    needs_transformers()
+    roberta = write_roberta(tmp_path / "roberta")
+    file = write_clap(tmp_path, roberta)
+    captions = ["a dog barks twice", "rain falls on a tin roof"]
+    expected = CLAPText.from_files(file, roberta)(captions)
+    found = Networks(tmp_path, "name").read("clap", captions)
+    # One caption or two at a time: sums of up to 512 float32 products in another order.
+    assert torch.allclose(torch.from_numpy(np.stack(found)), expected, atol=1e-6)
+
+
+def test_captions_without_the_sizes_of_their_half_say_where_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(Unheard, match=r"tokenizer\.json of FacebookAI/roberta-base.*huggingface"):
+        Networks(tmp_path).text_folder("clap")
+    with pytest.raises(Unheard, match="vggish takes no captions"):
+        Networks(tmp_path).text_folder("vggish")
