@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_published, weights_in
-from mfmjt.encoders.clap import CLAP_FILE
+from mfmjt.encoders.clap import CLAP_FILE, CLAPText
+from mfmjt.encoders.text_model import import_transformers
+from mfmjt.errors import InputError
 from mfmjt.evaluate.networks._frontend import StoredLogMel, check_waveform, resized
 from mfmjt.evaluate.networks._layers import MLP, Attention, BatchNorm
 
@@ -171,10 +174,12 @@ class CLAP(nn.Module):
 
     Attributes:
         sample_rate: 48,000 Hz.
+        text: The half for captions, `mfmjt.encoders.CLAPText`; None until the first caption.
         notes: One line each on what was odd about the file that it was read from.
     """
 
     sample_rate = 48000
+    text: CLAPText | None
     notes: tuple[str, ...] = ()
 
     def __init__(
@@ -184,6 +189,8 @@ class CLAP(nn.Module):
         heads: Sequence[int] = (4, 8, 16, 32),
     ) -> None:
         super().__init__()
+        self.text = None
+        self._text_state: dict[str, Tensor] = {}
         self.spectrum = StoredLogMel(self.sample_rate, 1024, 480, _BANDS, 50.0, 14000.0)
         self.audio_branch = _HTSAT(dim, depths, heads)
         self.audio_projection = nn.Sequential(
@@ -213,6 +220,7 @@ class CLAP(nn.Module):
             network = cls(dim, depths, heads)
         state = network.spectrum.take(state, _AUDIO, "CLAP")
         load_published(network, state, "CLAP", _unused)
+        network._text_state = {k: v for k, v in state.items() if k.startswith(_TEXT)}
         network.notes = notes
         return network.eval().requires_grad_(False)
 
@@ -252,6 +260,53 @@ class CLAP(nn.Module):
             InputError: As for `log_mel`.
         """
         return F.normalize(self.audio_projection(self.hidden(waveform)), dim=-1)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embed captions, with RoBERTa as it is in transformers, which the extra `text` brings.
+
+        Args:
+            ids: Token ids `(B, N)`: `<s>`, the caption's, `</s>`, and 1 as padding, up to 77.
+            mask: `(B, N)`, 1 for tokens and 0 for padding.
+
+        Returns:
+            `(B, 512)` float32 of unit length.
+
+        Raises:
+            InputError: The state dict has no half for captions or a wrong one, or transformers is
+                not installed.
+        """
+        if self.text is None:
+            text = _captions(self._text_state).requires_grad_(False)
+            self.text = text.to(self.spectrum.window.device)
+        return self.text.encode(ids.long(), mask.long())
+
+
+def _captions(state: Mapping[str, Tensor]) -> CLAPText:
+    """Return the half for captions, of the sizes of its tensors."""
+    words, places = (
+        state.get(f"text_branch.embeddings.{name}_embeddings.weight")
+        for name in ("word", "position")
+    )
+    if words is None or places is None:
+        raise InputError("This CLAP has no half for captions: there were no text_branch.*.")
+    depth = next(
+        i
+        for i in itertools.count()
+        if f"text_branch.encoder.layer.{i}.attention.self.query.weight" not in state
+    )
+    config = import_transformers().RobertaConfig(
+        vocab_size=words.shape[0],
+        hidden_size=words.shape[1],
+        num_hidden_layers=max(1, depth),
+        num_attention_heads=max(1, words.shape[1] // 64),
+        intermediate_size=4 * words.shape[1],
+        max_position_embeddings=places.shape[0],
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+    )
+    tokenizer: Any = None  # captions come as ids
+    return CLAPText.from_state_dict(state, config, tokenizer)
 
 
 def _stage_sizes(state: Mapping[str, Tensor], stage: int, dim: int) -> tuple[int, int]:

@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mfmjt.encoders.clap import CLAPText
+from mfmjt.encoders.text_model import import_transformers
 from mfmjt.errors import InputError
 from mfmjt.evaluate.networks import CLAP
+from tests.support.texts import needs_transformers
 from tests.support.weights import read
 
 TERMS = 4096
@@ -88,3 +91,36 @@ def test_every_wrong_entry_is_named(small) -> None:
     table = "audio_branch.layers.1.blocks.0.attn.relative_position_bias_table"
     with pytest.raises(InputError, match=rf"{table} has shape \(225, 3\), not \(225, 1\)"):
         CLAP.from_state_dict(small.state_dict() | {table: torch.zeros(225, 3)})
+
+
+def test_captions_go_through_roberta(small) -> None:
+    needs_transformers()
+    config = import_transformers().RobertaConfig(
+        vocab_size=50,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=20,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    text = CLAPText(config, None).eval()
+    state = text.state_dict() | small.state_dict() | {"text_branch.embeddings.position_ids": ids(9)}
+    network = CLAP.from_state_dict({f"module.{name}": value for name, value in state.items()})
+    assert network.text is None
+    given = ids(7).expand(2, -1).clone()
+    mask = torch.ones_like(given)
+    given[1, 5:], mask[1, 5:] = 1, 0
+    with torch.inference_mode():
+        found = network.encode_text(given.int(), mask.int())
+        torch.testing.assert_close(found, text.encode(given, mask))
+        # Padding is seen by no token.
+        torch.testing.assert_close(network.encode_text(given[1:, :5], mask[1:, :5]), found[1:])
+    assert not network.text.training
+    with pytest.raises(InputError, match=r"no half for captions: there were no text_branch"):
+        CLAP.from_state_dict(small.state_dict()).encode_text(given, mask)
+
+
+def ids(count: int) -> torch.Tensor:
+    return torch.arange(2, 2 + count)[None]
