@@ -79,12 +79,24 @@ def open_folder(
     if isinstance(network, Path) and is_ours(network):
         assert codec is not None
         find_all(folder, [*codec_files(codec), *ENCODER_FILES])
-        load = partial(MFMJT.load, network)
+        load = partial(_ours, network)
         return _bundle(load, folder, codec, dtype=dtype, low_memory=low_memory)
     if network is True:
         return open_published(folder, dtype=dtype, low_memory=low_memory)
     known = next((name for name, path in _networks(folder).items() if path == network), None)
     return open_published(folder, known or network, dtype=dtype, low_memory=low_memory)
+
+
+def _ours(path: Path) -> MFMJT:
+    """Return a network of ours that MMAudio's encoders serve."""
+    network = MFMJT.load(path)
+    if network.config.pooled_dim is not None:
+        raise InputError(
+            f"{path} takes video and a vector of the whole text, and no encoders here give both: "
+            "MMAudio's give no vector. Call the network itself, with features of your own "
+            "(text=, pooled=, video=, sync=)."
+        )
+    return network
 
 
 def open_published(

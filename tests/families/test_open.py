@@ -17,7 +17,7 @@ from mfmjt import families
 from mfmjt.codec import NanoCodec
 from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError
-from mfmjt.families import PRETRAINED, Bundle, open_bundle
+from mfmjt.families import PRETRAINED, Bundle, mmaudio, open_bundle
 from mfmjt.kernels import precision
 from mfmjt.meanflow import Sampling
 from mfmjt.model import MFMJT
@@ -201,3 +201,10 @@ def test_a_precision_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None
         assert bundle.network.dtype == torch.bfloat16
         dtypes = {p.dtype for p in bundle.encoders.parameters()}
         assert dtypes == {torch.float32 if slow else torch.bfloat16}
+
+
+def test_a_network_of_video_and_of_a_whole_text_has_no_encoders(tmp_path: Path) -> None:
+    sizes = {"depth": 2, "fused_depth": 1, "video": "gated", "pooled_dim": 8}
+    MFMJT.from_config("nano", **sizes).save(tmp_path / "gated.safetensors")
+    with pytest.raises(InputError, match=r"gated\.safetensors takes video and a vector"):
+        mmaudio._ours(tmp_path / "gated.safetensors")
