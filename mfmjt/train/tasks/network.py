@@ -81,7 +81,7 @@ class NetworkTask(Task):
             self.null_text = encoders.encode_text([""])[0]
         self.network = self._network()
         self.codec = _codec(config.codec, self.network.config) if config.codec else None
-        if self.codec is not None:
+        if self.codec is not None and processes.first:
             self.codec.to(self.device)
         self.listening: Listening | None = None
         if config.metrics and processes.first:
