@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from mfmjt.checkpoints.published import PublishedFile
 from mfmjt.errors import InputError, short, some
+from mfmjt.memory import release
 
 __all__ = ["Weights", "about", "load_published", "weights_in"]
 
 _DEPTH = 4  # of dictionaries in each other
 _SMALL = 2**14  # numbers, of which a copy costs nothing
+_HALF = (torch.float16, torch.bfloat16)
 _PART = re.compile(r"-\d{5}-of-\d{5}\.")
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What compiling, sharding and recomputing put into names, between any two modules."""
@@ -127,6 +129,7 @@ def load_published(
     what: str,
     unused: Callable[[str], bool] = lambda name: False,
     also: Iterable[tuple[str, tuple[int, ...]]] = (),
+    as_stored: bool = False,
 ) -> dict[str, Tensor]:
     """Check `state` against `module` name by name, then move it in, as float32 on the CPU.
 
@@ -136,6 +139,7 @@ def load_published(
         what: Whose state this should be, for the message.
         unused: Says of a name whether the publisher's file carries it and nothing needs it.
         also: Names and shapes that the file must hold beside those of the module.
+        as_stored: Leave float16 and bfloat16 as they are, for who converts them.
 
     Returns:
         The entries of `also`.
@@ -163,12 +167,22 @@ def load_published(
             f"This is no state dict of {what}: {some(problems, '; ')}. "
             "Give the file as its publisher keeps it."
         )
-    values = {name: state[name].detach().to("cpu", torch.float32) for name in expected}
+    kept = _HALF if as_stored else ()
+    values = {name: _float32(state[name].detach(), kept) for name in expected}
     # A part that computes its large weights from those of a mapped file then lets the file go.
     values = {n: x.clone() if x.numel() < _SMALL else x for n, x in values.items()}
     extra = {name: values.pop(name) for name in beside}
     module.load_state_dict(values, assign=True)
     return extra
+
+
+def _float32(value: Tensor, kept: tuple[torch.dtype, ...]) -> Tensor:
+    """Return a tensor in float32, unless its dtype is one of those that are kept."""
+    if value.dtype in (torch.float32, *kept):
+        return value
+    converted = value.float()
+    release(value)
+    return converted
 
 
 def _repeats(value: Tensor) -> bool:

@@ -17,6 +17,7 @@ from mfmjt.errors import RunError
 from mfmjt.families.on_demand import OnDemand
 from mfmjt.kernels import precision
 from mfmjt.meanflow import OneStep, Sampling
+from mfmjt.memory import release
 from mfmjt.model import MFMJT
 
 __all__ = ["NEGATIVE", "Bundle", "default_sampling"]
@@ -94,7 +95,8 @@ class Bundle:
         """Open parts that belong together.
 
         Args:
-            network: Opens the network.
+            network: Opens the network. Whatever dtype its weights are stored in, it becomes float32
+                where `to` names no other.
             codec: Opens the codec.
             encoders: Opens the encoders.
             sampling: As for `Bundle`.
@@ -104,12 +106,14 @@ class Bundle:
         net = network()
         sampling = sampling or default_sampling(net)
         if not low_memory:
-            return cls(net, codec(), encoders(), sampling)
+            bundle = cls(net, codec(), encoders(), sampling)
+            bundle._dtype = torch.float32
+            return bundle
         kept: dict[Part, OnDemand] = {"network": OnDemand(net, network)}
         kept["codec"] = OnDemand(made := codec(), codec)  # the network's weights have gone by now
         kept["encoders"] = OnDemand(read := encoders(), encoders)
         bundle = cls(net, made, read, sampling)
-        bundle._on_demand = kept
+        bundle._on_demand, bundle._dtype = kept, torch.float32
         return bundle
 
     @property
@@ -128,7 +132,7 @@ class Bundle:
         On a CPU without instructions for their dtype, the network computes in float32 from weights
         in it, codec and encoders become float32; `notes` say so.
         """
-        self._device, self._dtype = torch.device(device), dtype or self.network.dtype
+        self._device, self._dtype = torch.device(device), dtype or self._dtype
         self._note_precision()
         for part in PARTS:
             self._settle(part)
@@ -152,7 +156,7 @@ class Bundle:
         module: nn.Module = getattr(self, part)
         device = None if next(module.parameters()).is_meta else self._device
         if part == "network":
-            module.to(device, self._dtype)
+            _convert(module, device, self._dtype)
         else:
             module.to(device)
             if self._too_slow(module):
@@ -307,3 +311,13 @@ class Bundle:
                 "another checkpoint."
             )
         return waveforms
+
+
+def _convert(module: nn.Module, device: torch.device | None, dtype: torch.dtype) -> None:
+    """Do as `module.to` does, with the memory of mapped files given back after each layer."""
+    for layer in reversed(list(module.modules())):  # what is inside comes before its outside
+        held = [(value, value.detach()) for value in layer.parameters(recurse=False)]
+        layer.to(device, dtype)
+        for value, before in held:
+            if value.data_ptr() != before.data_ptr():
+                release(before)

@@ -92,7 +92,8 @@ def open_published(
     find_encoders(folder, check, clap=clap, also=codec_files(codec))
 
     def network() -> MFMJT:
-        net = MFMJT.load(path) if is_ours(path) else load_meanaudio(path)
+        load = MFMJT.load if is_ours(path) else load_meanaudio
+        net = load(path, as_stored=True)
         net.notes += (note,) if note else ()
         return net
 

@@ -89,7 +89,7 @@ def open_folder(
 
 def _ours(path: Path) -> MFMJT:
     """Return a network of ours that MMAudio's encoders serve."""
-    network = MFMJT.load(path)
+    network = MFMJT.load(path, as_stored=True)
     if network.config.pooled_dim is not None:
         raise InputError(
             f"{path} takes video and a vector of the whole text, and no encoders here give both: "
@@ -139,7 +139,7 @@ def open_published(
         )
 
     def load() -> MFMJT:
-        net = load_network(network, config)
+        net = load_network(network, config, as_stored=True)
         if network.name == _SELVA:
             net.notes += (
                 "SelVA's generator is made for synchronization features that its own encoder "

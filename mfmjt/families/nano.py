@@ -44,7 +44,7 @@ def open_folder(
         if network is False:
             with torch.device("meta"):
                 return MFMJT(config_for("nano"))
-        return MFMJT.load(folder / NETWORK if network is True else network)
+        return MFMJT.load(folder / NETWORK if network is True else network, as_stored=True)
 
     return Bundle.opened(
         opened,

@@ -58,6 +58,8 @@ def open_bundle(
 ) -> Bundle:
     """Open a network, a codec and encoders that belong together, on the CPU.
 
+    The network's weights may be in 16 bits, as they are stored, until `Bundle.to`.
+
     Args:
         name: "nano", which ships; a folder with `network.safetensors`, `codec.safetensors` and
             `encoders.safetensors`, or with the published files of MMAudio (docs/mmaudio.md) or of

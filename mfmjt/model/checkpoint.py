@@ -32,8 +32,12 @@ def save(net: MFMJT, path: str | os.PathLike[str], dtype: torch.dtype | None = N
     save_module(path, net, net.config, dtype)
 
 
-def load(path: str | os.PathLike[str]) -> MFMJT:
+def load(path: str | os.PathLike[str], as_stored: bool = False) -> MFMJT:
     """Read a network written by `save`, with float32 parameters on the CPU.
+
+    Args:
+        path: The file.
+        as_stored: Leave float16 and bfloat16 as they are, for who converts them.
 
     Raises:
         InputError: The file is missing, damaged or of something else.
@@ -42,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> MFMJT:
     try:
         sizes = json.loads(metadata["config"])
         check_depths(sizes, len(state))
-        return build(ModelConfig(**sizes), state)
+        return build(ModelConfig(**sizes), state, as_stored)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # what is in the file decides what its sizes lead to
@@ -62,12 +66,12 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MFMJT:
-    """Return a network of `config` that holds `state`.
+def build(config: ModelConfig, state: Mapping[str, Tensor], as_stored: bool = False) -> MFMJT:
+    """Return a network of `config` that holds `state`, as float32 or `as_stored`.
 
     Built without memory first, so that a wrong file costs nothing and a right one is held once.
     """
     with torch.device("meta"):
         net = MFMJT(config)
-    load_published(net, state, f"the {config.name} network")
+    load_published(net, state, f"the {config.name} network", as_stored=as_stored)
     return net

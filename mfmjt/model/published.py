@@ -19,6 +19,7 @@ from torch import Tensor
 from mfmjt.checkpoints import PublishedFile, about, read_content, weights_in
 from mfmjt.checkpoints.weights import Weights
 from mfmjt.errors import InputError
+from mfmjt.memory import release
 from mfmjt.model.checkpoint import build
 from mfmjt.model.conditioning import r_embedding, time_frequencies
 from mfmjt.model.config import CONFIGS, ModelConfig, config_for
@@ -90,7 +91,9 @@ _DROPPED = re.compile(r"[trs]_embed\.freqs|(latent|clip|text)_rot|(.*[._])?_extr
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
-def load_mmaudio(source: Source, config: str | None = None, **overrides: Any) -> MFMJT:
+def load_mmaudio(
+    source: Source, config: str | None = None, *, as_stored: bool = False, **overrides: Any
+) -> MFMJT:
     """Import a published MMAudio network; u(z, t, t) is then minus its velocity at time 1 − t.
 
     The configuration is inferred from names and shapes, unless it is named. The embedding of t − r
@@ -103,6 +106,7 @@ def load_mmaudio(source: Source, config: str | None = None, **overrides: Any) ->
             unpickled.
         config: Name of the configuration that every shape must agree with, such as "small_16k";
             None infers it.
+        as_stored: Leave float16 and bfloat16 as they are, for who converts them.
         **overrides: Fields of `ModelConfig` that shapes do not tell, such as `latent_length`.
 
     Returns:
@@ -113,10 +117,12 @@ def load_mmaudio(source: Source, config: str | None = None, **overrides: Any) ->
         InputError: Unreadable file, no such configuration, or a parameter is missing, unexpected
             or of another shape.
     """
-    return _load(source, "MMAudio", config, overrides)
+    return _load(source, "MMAudio", config, overrides, as_stored)
 
 
-def load_meanaudio(source: Source, config: str | None = None, **overrides: Any) -> MFMJT:
+def load_meanaudio(
+    source: Source, config: str | None = None, *, as_stored: bool = False, **overrides: Any
+) -> MFMJT:
     """Import a published network of MeanAudio's family: MeanAudio, FluxAudio or Resonate.
 
     Those with an embedding of r give u as published. FluxAudio and Resonate give their velocity for
@@ -126,6 +132,7 @@ def load_meanaudio(source: Source, config: str | None = None, **overrides: Any) 
         source: As for `load_mmaudio`.
         config: Name of the configuration that every shape must agree with, such as "meanaudio_s";
             None infers it.
+        as_stored: As for `load_mmaudio`.
         **overrides: Fields of `ModelConfig`. `video="gated"` makes a network of video of it, which
             gives what it gave without until it is trained; see `mfmjt.model.blocks.JointBlock`.
 
@@ -135,10 +142,12 @@ def load_meanaudio(source: Source, config: str | None = None, **overrides: Any) 
     Raises:
         InputError: As `load_mmaudio`.
     """
-    return _load(source, "MeanAudio", config, overrides)
+    return _load(source, "MeanAudio", config, overrides, as_stored)
 
 
-def load_foleydash(source: Source, config: str | None = None, **overrides: Any) -> MFMJT:
+def load_foleydash(
+    source: Source, config: str | None = None, *, as_stored: bool = False, **overrides: Any
+) -> MFMJT:
     """Import a published FoleyDash network as one of MMAudio's with an embedding of t − r.
 
     FoleyDash counts time towards noise and embeds s − t, the negative span of the interval. Both
@@ -148,6 +157,7 @@ def load_foleydash(source: Source, config: str | None = None, **overrides: Any) 
     Args:
         source: As for `load_mmaudio`.
         config: As for `load_mmaudio`.
+        as_stored: As for `load_mmaudio`.
         **overrides: As for `load_mmaudio`.
 
     Returns:
@@ -156,15 +166,17 @@ def load_foleydash(source: Source, config: str | None = None, **overrides: Any) 
     Raises:
         InputError: As `load_mmaudio`.
     """
-    return _load(source, "FoleyDash", config, overrides)
+    return _load(source, "FoleyDash", config, overrides, as_stored)
 
 
-def load_network(source: Source, config: str | None = None, **overrides: Any) -> MFMJT:
+def load_network(
+    source: Source, config: str | None = None, *, as_stored: bool = False, **overrides: Any
+) -> MFMJT:
     """Import a published network of any of these families, told apart by the names of parameters.
 
     Arguments, result and errors are those of `load_mmaudio`.
     """
-    return _load(source, None, config, overrides)
+    return _load(source, None, config, overrides, as_stored)
 
 
 def to_mmaudio_state_dict(net: MFMJT) -> dict[str, Tensor]:
@@ -237,7 +249,11 @@ def family_of(state: Mapping[str, Tensor]) -> str:
 
 
 def _load(
-    source: Source, family: str | None, config: str | None, overrides: Mapping[str, Any]
+    source: Source,
+    family: str | None,
+    config: str | None,
+    overrides: Mapping[str, Any],
+    as_stored: bool,
 ) -> MFMJT:
     if not isinstance(source, Mapping):
         content = read_content(source)
@@ -245,7 +261,7 @@ def _load(
             family = family or family_of(_weights(content, None).tensors)
         wanted = NETWORK_FILES.get(config or "", _WANTED[family])
         with about(source, wanted):
-            return _load(content, family, config, overrides)
+            return _load(content, family, config, overrides, as_stored)
     given, notes = _weights(source, family)
     found = family_of(given)
     if family not in (None, found):
@@ -271,6 +287,7 @@ def _load(
             # (heads, head_dim, 3, ...) to (3, heads, head_dim, ...)
             parts = value.unflatten(0, (sizes.num_heads, sizes.head_dim, 3))
             state[key] = parts.movedim(2, 0).flatten(0, 2)
+            release(value)
     if found == "FoleyDash":
         state = _turned_around(state)
     elif sizes.second_time == "t - r" or "second_time" in overrides:
@@ -278,7 +295,7 @@ def _load(
     null = state.get("empty_string_feat")
     if found == "MeanAudio" and null is not None and null.shape[1:] == (sizes.pooled_dim,):
         state.setdefault("empty_string_feat_c", null.mean(0))
-    net = build(sizes, state)
+    net = build(sizes, state, as_stored)
     net.notes = notes
     if not gated:
         return net

@@ -143,11 +143,11 @@ class MFMJT(nn.Module):
         return cls(config_for(name, **overrides))
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> MFMJT:
+    def load(path: str | os.PathLike[str], as_stored: bool = False) -> MFMJT:
         """Read a network written by `save`; see `mfmjt.model.load`."""
         from mfmjt.model.checkpoint import load
 
-        return load(path)
+        return load(path, as_stored)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write parameters and configuration to one safetensors file; see `mfmjt.model.save`."""

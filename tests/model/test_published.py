@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -10,7 +12,7 @@ from safetensors import safe_open
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow import guide
-from mfmjt.model import CONFIGS, MFMJT, load_mmaudio, to_mmaudio_state_dict
+from mfmjt.model import CONFIGS, MFMJT, load_mmaudio, load_network, to_mmaudio_state_dict
 from tests.oracle import allowance, error
 from tests.support.weights import draw, read
 
@@ -152,3 +154,21 @@ def test_rule_draws_are_stable():
     assert value.shape == (4, 256)
     assert torch.equal(value, draw("t_embed.mlp.0.weight", [4, 256], 0))
     assert not torch.equal(value, draw("t_embed.mlp.0.weight", [4, 256], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["net_tiny", "foleydash_tiny", "meanaudio_tiny", "fluxaudio_tiny"])
+def test_16_bits_as_stored_are_those_of_float32(name, dtype, tmp_path):
+    load = functools.partial(
+        load_network, **(TINY if name in ("net_tiny", "foleydash_tiny") else {})
+    )
+    state = {key: value.to(dtype) for key, value in read("model", name)[0].items()}
+    torch.save(state, tmp_path / "net.pth")
+    whole, stored = load(state), load(tmp_path / "net.pth", as_stored=True)
+    assert whole.dtype == torch.float32
+    assert stored.dtype == dtype
+    for asked in (torch.float32, torch.float16, torch.bfloat16):
+        expected, found = (copy.deepcopy(net).to(asked).state_dict() for net in (whole, stored))
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
