@@ -29,7 +29,8 @@ def evaluate(
         Path | None, typer.Option(help="Feature store, table or folder of videos to judge on.")
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="Metric of your own: package.module:name. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Also fd, kl, ..., or your own: package.module:name. Repeatable."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Published weights for such a metric; docs/score.md.")
@@ -62,7 +63,7 @@ def evaluate(
 
     - `mfmjt evaluate --model output/mine --conditions text --plot gallery.svg`
 
-    - `mfmjt evaluate --metric mfmjt.evaluate.metrics:FD_PANNS --weights weights`
+    - `mfmjt evaluate --metric fd_panns --weights weights`
 
     - `mfmjt evaluate --suite output/results --against flow.safetensors`
     """
@@ -75,7 +76,7 @@ def evaluate(
         from mfmjt.evaluate import examples as given
         from mfmjt.evaluate import plots, report, run
         from mfmjt.evaluate.listening import Networks
-        from mfmjt.evaluate.metrics import METRICS, load_metric
+        from mfmjt.evaluate.metrics import METRICS, PUBLISHED, choose_metrics
         from mfmjt.evaluate.sounds import generate
         from mfmjt.extract.run import stored
         from mfmjt.families import open_bundle
@@ -89,7 +90,7 @@ def evaluate(
             path.mkdir(exist_ok=True)
     if plot is not None:
         check_matplotlib()
-    metrics = (*METRICS, *map(load_metric, metric or ()))
+    metrics = tuple(dict.fromkeys((*METRICS, *choose_metrics(metric or (), PUBLISHED))))
     bundle = open_bundle(model).to(choose_device(device))
     sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
     with ExitStack() as stack:

@@ -30,7 +30,7 @@ def train(
 
     - `mfmjt train network nano steps=20000 lr=5e-4`
 
-    - `mfmjt train network recipe.json device=cuda`
+    - `mfmjt train network recipe.json device=cuda metrics=onsets,classes`
     """
     with defer_interrupts():
         from mfmjt.train.stages import run

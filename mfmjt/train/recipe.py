@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mfmjt.errors import InputError, reason
+from mfmjt.evaluate.metrics import METRICS, PUBLISHED, Metric, choose_metrics
 from mfmjt.meanflow.targets import load_target
 from mfmjt.model.lora import LoRA
 
@@ -151,6 +152,11 @@ class NetworkTraining(Loop):
         c: Its offset.
         preview_every: Steps between previews: audio and spectrograms of validation clips.
         preview_clips: Clips in a preview.
+        metrics: What to measure at each validation of the sound that the network then makes, such
+            as `onsets,classes`: names of `mfmjt.evaluate.metrics`, or metrics of your own,
+            `package.module:name`. Nothing by default.
+        metric_clips: The first so many validation clips that they are measured on.
+        metric_weights: Folder of the published weights that some of them need; see docs/score.md.
     """
 
     out: str = "output/nano/network"
@@ -188,6 +194,9 @@ class NetworkTraining(Loop):
     c: float = 1e-2
     preview_every: int = 2000
     preview_clips: int = 4
+    metrics: tuple[str, ...] = ()
+    metric_clips: int = 32
+    metric_weights: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that could not train, before anything is loaded."""
@@ -226,8 +235,23 @@ class NetworkTraining(Loop):
                 f"preview_every={self.preview_every} and codec=null: previews are sound, which the "
                 "codec decodes. Give preview_every=0, or a codec."
             )
+        self.chosen_metrics()  # refused before anything is loaded
+        if self.metrics and (self.codec is None or not self.validate_every):
+            raise InputError(
+                f"metrics={','.join(self.metrics)} with codec={self.codec or 'null'} and "
+                f"validate_every={self.validate_every}: sound is measured, at validations, and the "
+                "codec decodes it. Give a codec and validate_every=500, or leave out metrics."
+            )
         if not self.ema:
             raise InputError("ema=[]: give at least one decay, such as ema=[0.999].")
+
+    def chosen_metrics(self) -> list[Metric]:
+        """Return what `metrics` names.
+
+        Raises:
+            InputError: There is no such metric.
+        """
+        return choose_metrics(self.metrics, tuple(dict.fromkeys((*METRICS, *PUBLISHED))))
 
 
 def load_config(kind: type[C], recipe: str, section: str, overrides: Sequence[str] = ()) -> C:
@@ -294,7 +318,7 @@ def _read(recipe: str) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Return `value` as the type `hint`, widening int to float and list to tuple only."""
+    """Return `value` as the type `hint`: int as float, a list or names with commas as tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
@@ -307,6 +331,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return Path(value)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _build(cast("type[Any]", hint), value, name)
+    if origin is tuple and arguments[0] is str and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
     if origin is tuple and isinstance(value, list | tuple):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):

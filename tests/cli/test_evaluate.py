@@ -76,4 +76,5 @@ def test_misuse_of_evaluate(here: Path) -> None:
     refused(run("evaluate", "--against", "flow.safetensors"), 2, "--suite")
     refused(run("evaluate", "--suite", "results", "--steps", 4), 2, "--steps")
     refused(run("evaluate", "--metric", "no.such:thing"), 2, "cannot be imported")
+    refused(run("evaluate", "--metric", "loudness"), 2, "no metric 'loudness'")
     refused(run("evaluate", "--guidance-mode", "none at all"), 2, "none at all")

@@ -5,7 +5,7 @@ are in `METRICS`; those of the field, which `mfmjt score` computes, in `PUBLISHE
 goes to `mfmjt evaluate --metric package.module:name`.
 """
 
-from mfmjt.evaluate.metrics.base import Figure, Metric, Score, load_metric
+from mfmjt.evaluate.metrics.base import Figure, Metric, Score, choose_metrics, load_metric
 from mfmjt.evaluate.metrics.clap import CLAP
 from mfmjt.evaluate.metrics.classes import CLASSES
 from mfmjt.evaluate.metrics.divergence import KL_PANNS, KL_PASST
@@ -25,6 +25,7 @@ __all__ = [
     "Metric",
     "Score",
     "bootstrap",
+    "choose_metrics",
     "derangement",
     "load_metric",
 ]

@@ -13,7 +13,7 @@ from mfmjt.errors import InputError, reason
 from mfmjt.evaluate.examples import Known
 from mfmjt.evaluate.sounds import Sounds
 
-__all__ = ["Figure", "Metric", "Score", "by_class", "load_metric"]
+__all__ = ["Figure", "Metric", "Score", "by_class", "choose_metrics", "load_metric"]
 
 
 class Figure(NamedTuple):
@@ -91,6 +91,34 @@ def load_metric(name: str) -> Metric:
             "mfmjt.evaluate.metrics."
         )
     return found
+
+
+def choose_metrics(names: Sequence[str | Metric], known: Sequence[Metric]) -> list[Metric]:
+    """Return the metrics that are named, each once.
+
+    Args:
+        names: Names of metrics in `known`, families that these begin with, such as `fd`, and
+            metrics of your own: `package.module:name`, or the metric itself.
+        known: What there is to choose from.
+
+    Raises:
+        InputError: A name that none has; what `load_metric` raises.
+    """
+    found: dict[str, Metric] = {}
+    for name in names:
+        if isinstance(name, Metric):
+            own = [name]
+        elif ":" in name:
+            own = [load_metric(name)]
+        else:
+            own = [m for m in known if m.name == name or m.name.startswith(f"{name}_")]
+        if not own:
+            raise InputError(
+                f"There is no metric {name!r}. Choose of {', '.join(m.name for m in known)}, a "
+                "family, such as fd, or package.module:name."
+            )
+        found |= {metric.name: metric for metric in own}
+    return list(found.values())
 
 
 def by_class(classes: Sequence[str], score: Callable[[np.ndarray], float]) -> dict[str, float]:

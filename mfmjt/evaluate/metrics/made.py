@@ -79,14 +79,14 @@ def _codec(made: Sounds, real: Sounds, examples: Known) -> Score | None:
 
 
 FRECHET = Metric(
-    "Fréchet",
+    "frechet",
     (Figure("frechet", "Fréchet", 2, "frechet_real", "frechet_codec"), Figure("frechet_real")),
     _frechet,
     ("classifier",),
 )
 DIVERSITY = Metric("diversity", (Figure("diversity", "diversity", 2, 1.0),), _diversity)
 TEXT_ONLY = Metric(
-    "text only",
+    "text_only",
     (
         Figure("text_class_accuracy", "text only: class", 3),
         Figure("text_frechet", "text only: Fréchet", 2),

@@ -15,7 +15,7 @@ from mfmjt.devices import choose_device
 from mfmjt.errors import InputError, some
 from mfmjt.evaluate.examples import silent
 from mfmjt.evaluate.listening import LISTENERS, Networks, Unheard
-from mfmjt.evaluate.metrics import PUBLISHED, Metric, Score
+from mfmjt.evaluate.metrics import PUBLISHED, Metric, Score, choose_metrics
 from mfmjt.evaluate.metrics.base import by_class
 from mfmjt.evaluate.report import environment
 from mfmjt.evaluate.scoring.benchmark import benchmark_pairs
@@ -136,24 +136,13 @@ def score(
 
 
 def _chosen(names: Sequence[str | Metric] | None) -> list[Metric]:
-    """Return the metrics of names, or of the families that they begin with."""
+    """Return the metrics that are named; all where there are no names."""
     if names is None:
         return list(PUBLISHED)
-    found: dict[str, Metric] = {}
-    for name in names:
-        if isinstance(name, Metric):
-            found[name.name] = name
-            continue
-        own = [m for m in PUBLISHED if m.name == name or m.name.startswith(f"{name}_")]
-        if not own:
-            raise InputError(
-                f"There is no metric {name!r}. Choose of {', '.join(m.name for m in PUBLISHED)}, "
-                "or a family, such as fd."
-            )
-        found |= {metric.name: metric for metric in own}
+    found = choose_metrics(names, PUBLISHED)
     if not found:
         raise InputError("No metric was chosen. Name one, or leave the choice out for all.")
-    return list(found.values())
+    return found
 
 
 def _commonest(listing: Listing) -> float:

@@ -27,6 +27,7 @@ from mfmjt.model.checkpoint import is_ours
 from mfmjt.model.config import config_for
 from mfmjt.model.lora import add_lora, merged_state, save_adapter
 from mfmjt.train import parallel, preview
+from mfmjt.train.listen import Listening
 from mfmjt.train.log import TrainingLog
 from mfmjt.train.parallel import Processes
 from mfmjt.train.recipe import NetworkTraining
@@ -80,6 +81,12 @@ class NetworkTask(Task):
             self.null_text = encoders.encode_text([""])[0]
         self.network = self._network()
         self.codec = _codec(config.codec, self.network.config) if config.codec else None
+        if self.codec is not None and processes.first:
+            self.codec.to(self.device)
+        self.listening: Listening | None = None
+        if config.metrics and processes.first:
+            assert self.codec is not None  # the recipe was checked
+            self.listening = Listening(config, self.validation, self.codec, self._plain())
         super().__init__(config, config, self.network)
         self.title = f"train {config.model}"
         self.notes = tuple(self.network.notes)
@@ -187,7 +194,11 @@ class NetworkTask(Task):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses on fixed clips, times and noise: flow matching, and one MeanFlow step."""
+        """Losses on fixed clips, times and noise: flow matching, and one MeanFlow step.
+
+        With them are figures of the sound, if the recipe wants some. The first process computes
+        those, while others wait for its next step.
+        """
         flow, mean, count = torch.zeros(len(FLOW_TIMES)), 0.0, 0
         clips = min(VALIDATION_CLIPS, len(self.validation))
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -201,7 +212,11 @@ class NetworkTask(Task):
             mean += float(self._fixed_loss(x, cond, noise, zero, one)) * len(rows)
             count += len(rows)
         each = {f"flow_t{t}": float(v) / count for t, v in zip(FLOW_TIMES, flow, strict=True)}
-        return {"flow": float(flow.mean()) / count, "mean_r0_t1": mean / count} | each
+        found = {"flow": float(flow.mean()) / count, "mean_r0_t1": mean / count} | each
+        if self.config.metrics:
+            state = self._state()
+            found |= self.listening.measure(self._plain(state)) if self.listening else {}
+        return found
 
     def _fixed_loss(
         self, x: Tensor, cond: dict[str, Tensor], noise: Tensor, r: Tensor, t: Tensor
@@ -221,10 +236,10 @@ class NetworkTask(Task):
         made = meanflow.OneStep(self.network, guidance=1.5, compile=False)(noise, **cond)
         # The network has the same statistics, but in shards where it is sharded.
         mean, std = self.store.latent_mean, self.store.latent_std
-        pair = [(latent * std + mean).cpu() for latent in (x, made)]
+        pair = [latent * std + mean for latent in (x, made)]
         if not self.processes.first:
             return
-        real, fake = (self.codec.decode(latent) for latent in pair)
+        real, fake = (self.codec.decode(latent).cpu() for latent in pair)
         folder = Path(self.config.out) / "previews"
         folder.mkdir(exist_ok=True)
         rate = self.codec.sample_rate
@@ -240,24 +255,31 @@ class NetworkTask(Task):
     def export(self) -> Path:
         """Write `network.safetensors` in fp16, adapters merged, and the adapters alone."""
         path = Path(self.config.out) / NETWORK
-        # Every process helps to put the shards together.
-        state = {k: parallel.whole(v) for k, v in self.network.state_dict().items()}
+        state = self._state()
         if not self.processes.first:
             return path
-        lora = self.config.lora
-        with torch.device("meta"):
-            net = MFMJT(self.network.config)
-        net.load_state_dict(merged_state(state, lora) if lora else state, assign=True)
         try:
-            net.save(path, torch.float16)
-            if lora:
-                save_adapter(state, lora, path.parent / ADAPTER)
+            self._plain(state).save(path, torch.float16)
+            if self.config.lora:
+                save_adapter(state, self.config.lora, path.parent / ADAPTER)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"Cannot write {path}: {reason(error)}. The training state is saved: make "
                 "room, and the same command writes it."
             ) from error
         return path
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the network's tensors; every process helps to put the shards together."""
+        return {k: parallel.whole(v) for k, v in self.network.state_dict().items()}
+
+    def _plain(self, state: dict[str, Tensor] | None = None) -> MFMJT:
+        """Return a network of these tensors, without copies of them, adapters merged."""
+        state, lora = state or self._state(), self.config.lora
+        with torch.device("meta"):
+            net = MFMJT(self.network.config)
+        net.load_state_dict(merged_state(state, lora) if lora else state, assign=True)
+        return net
 
 
 def _encoders(path: str) -> Encoders:

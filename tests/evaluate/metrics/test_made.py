@@ -69,7 +69,7 @@ def test_real_sound_in_place_of_the_network_reaches_the_bounds(
     classes = SCORE["classes"](best, real, clips).figures
     assert classes["class_accuracy"] == classes["class_accuracy_real"]
     scale = float(np.square(real.embedding).sum())
-    frechet = SCORE["Fréchet"](best, real, clips).figures["frechet"]
+    frechet = SCORE["frechet"](best, real, clips).figures["frechet"]
     assert frechet <= scale * np.sqrt(np.finfo(np.float64).eps)
 
 
