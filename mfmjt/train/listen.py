@@ -12,7 +12,7 @@ from mfmjt.encoders import NanoEncoders
 from mfmjt.errors import InputError, RunError
 from mfmjt.evaluate.classifier import load_classifier
 from mfmjt.evaluate.examples import silent, stored
-from mfmjt.evaluate.listening import Networks, Unheard
+from mfmjt.evaluate.listening import Networks
 from mfmjt.evaluate.sounds import Made, Sounds
 from mfmjt.families import Bundle
 from mfmjt.features.store import FeatureStore
@@ -84,7 +84,7 @@ class Listening:
         try:
             for network in needs:
                 self.networks.find(network)
-        except Unheard as error:
+        except InputError as error:
             raise InputError(
                 f"metrics={name}: {error} Name its folder with metric_weights=."
             ) from error

@@ -215,7 +215,7 @@ def test_without_anything_to_compute_it_is_an_error(
     weights = tmp_path / "weights"
     weights.mkdir()
     torch.save({"features.0.weight": torch.zeros(3)}, weights / "vggish-10086976.pth")
-    with pytest.raises(InputError, match=r"has 0.1M bytes, not 275.2M"):
+    with pytest.raises(InputError, match=r"vggish-10086976\.pth has 0\.1M bytes"):
         score(*folders, metrics=["fd_vggish"], weights=weights, cache=cache)
     with pytest.raises(InputError, match="no state dict of VGGish"):
         score(
