@@ -2,7 +2,8 @@
 
 Lee et al., "BigVGAN", 2023, arXiv:2206.04658. Each stage raises the rate by a transposed
 convolution; then the mean of three residual blocks with kernels 3, 7 and 11, whose activation is
-the anti-aliased SnakeBeta (`mfmjt.kernels.snake`).
+the anti-aliased SnakeBeta (`mfmjt.kernels.snake`). Making sound on a GPU, the blocks of a stage
+share their launches, channels last (`mfmjt.kernels.vocoder`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_published, weights_in
 from mfmjt.errors import InputError
-from mfmjt.kernels import conv1d, snake
+from mfmjt.kernels import conv1d, snake, vocoder
 
 __all__ = ["BIGVGAN_CONFIGS", "BigVGAN", "BigVGANConfig"]
 
@@ -101,6 +102,32 @@ class _AMPBlock(nn.Module):
             h = first(self.activations[2 * i](x))
             x = x + second(self.activations[2 * i + 1](h))
         return x
+
+
+def _stage(x: Tensor, blocks: list[_AMPBlock]) -> Tensor:
+    """Return the mean of residual blocks of x (B, N, C), all in the same launches."""
+    xs, last = [x] * len(blocks), len(_DILATIONS) - 1
+    for i, dilation in enumerate(_DILATIONS):
+        first, second = [b.convs1[i] for b in blocks], [b.convs2[i] for b in blocks]
+        hs = _activated(xs, [b.activations[2 * i] for b in blocks])
+        hs = _activated(
+            vocoder.convolve(hs, *_parameters(first), dilation),
+            [b.activations[2 * i + 1] for b in blocks],
+        )
+        xs = vocoder.convolve(hs, *_parameters(second), residuals=xs, mean=i == last)
+    return xs[0]
+
+
+def _activated(xs: list[Tensor], snakes: list[Any]) -> list[Tensor]:
+    return vocoder.activate(xs, [s.alpha for s in snakes], [s.beta for s in snakes])
+
+
+def _parameters(convolutions: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return weights, arranged as `vocoder.convolve` reads them, and biases, if there are."""
+    for module in convolutions:
+        vocoder.arrange(module.weight, 2, 0, 1)
+    biases = [module.bias for module in convolutions if module.bias is not None]
+    return [module.weight for module in convolutions], biases
 
 
 class BigVGAN(nn.Module):
@@ -191,8 +218,10 @@ class BigVGAN(nn.Module):
                 f"Mel spectrogram of shape {tuple(mel.shape)} cannot be used: (batch, "
                 f"{self.config.bands} bands, frames >= 1) is needed."
             )
-        x = self.conv_pre(mel.to(self.conv_pre.weight.dtype))
-        kinds = len(_KERNELS)
+        x, kinds = mel.to(self.conv_pre.weight.dtype), len(_KERNELS)
+        if self._halves and vocoder.suits(x, self.parameters()):
+            return self._limited(self._channels_last(x.transpose(1, 2)).transpose(1, 2))
+        x = self.conv_pre(x)
         for i, up in enumerate(self.ups):
             x = up(x)
             first, *others = self.resblocks[i * kinds : (i + 1) * kinds]
@@ -200,8 +229,27 @@ class BigVGAN(nn.Module):
             for block in others:
                 total = total + block(x)
             x = total / kinds
-        x = self.conv_post(self.activation_post(x))
+        return self._limited(self.conv_post(self.activation_post(x)))
+
+    def _limited(self, x: Tensor) -> Tensor:
         return torch.tanh(x) if self.config.tanh else x.clamp(-1.0, 1.0)
+
+    @property
+    def _halves(self) -> bool:
+        """Return True if each transposed convolution is twice as long as its stride, and even."""
+        pairs = zip(self.config.rates, self.config.kernels, strict=True)
+        return all(kernel == 2 * rate and rate % 2 == 0 for rate, kernel in pairs)
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        """Return (B, T hop, 1) of a mel (B, T, bands)."""
+        (x,) = vocoder.convolve([x], *_parameters([self.conv_pre]))
+        kinds = len(_KERNELS)
+        for i, (up, rate) in enumerate(zip(self.ups, self.config.rates, strict=True)):
+            vocoder.arrange(up[0].weight, 2, 1, 0)
+            x = vocoder.upsample(x, up[0].weight, up[0].bias, rate)
+            x = _stage(x, list(self.resblocks[i * kinds : (i + 1) * kinds]))
+        xs = _activated([x], [self.activation_post])
+        return vocoder.convolve(xs, *_parameters([self.conv_post]))[0]
 
 
 def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ that no library op of ours computed).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 
 from mfmjt.kernels import _eager
 
-__all__ = ["join", "levels", "no_tangent", "refuse_gradient", "seal", "split"]
+__all__ = ["join", "levels", "no_tangent", "refuse_derivatives", "refuse_gradient", "seal", "split"]
 
 _JVP = torch._C._functorch.TransformType.Jvp
 _NO_TANGENT = (
@@ -126,6 +127,21 @@ def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
             wait = not _eager.is_intercepted()
             y_bar = torch.ops.mfmjt.refuse_gradient.default(y_bar, y_dot_bar, wait)
     return y_bar
+
+
+def refuse_derivatives(op: str, instead: str, tensors: Sequence[Tensor]) -> None:
+    """Raise if a gradient or a tangent is wanted of an op for inference.
+
+    Raises:
+        NotImplementedError: Names the ops to use instead.
+    """
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if gradient or any(split(t)[1] is not None for t in tensors):
+        raise NotImplementedError(
+            f"mfmjt.kernels.{op} is for inference and has no derivatives; an input "
+            f"{'requires a gradient' if gradient else 'carries a tangent'}. Use mfmjt.kernels."
+            f"{instead}, or torch.no_grad() where no gradient is wanted."
+        )
 
 
 class _Sealed(torch.autograd.Function):

@@ -164,14 +164,7 @@ def _run(op: Any, formula: Any, instead: str, weights: list[Packed], *args: Any)
     packed = [weight.data for weight in weights]
     tensors = [t for arg in (packed, *args) if isinstance(arg, list) for t in arg]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if gradient or any(_dual.split(t)[1] is not None for t in tensors):
-        raise NotImplementedError(
-            f"mfmjt.kernels.streams.{formula.__name__[1:]} is for inference and has no "
-            f"derivatives; an input {'requires a gradient' if gradient else 'carries a tangent'}. "
-            f"Use mfmjt.kernels.{instead} for each stream, or torch.no_grad() where no gradient is "
-            "wanted."
-        )
+    _dual.refuse_derivatives(f"streams.{formula.__name__[1:]}", f"{instead} for each stream", tensors)
     if any(weight.blocked is not None for weight in weights) and not _is_intercepted():
         return formula(xs, weights, *others)
     return op(xs, packed, *others)

@@ -24,6 +24,7 @@ __all__ = [
     "product_heads",
     "registers",
     "snake",
+    "snake_last",
     "sums",
 ]
 
@@ -237,6 +238,46 @@ def snake() -> tuple[int, int]:
     Few, because a program at an end of a row does more work.
     """
     return 64, _warps(64)
+
+
+def snake_last(rows: int, elements: int) -> Options:
+    """Return the options of the activation channels last: a thread has two channels of a run.
+
+    A run costs about 300 instructions before its first output and 44 for each. The run is the one
+    with the least work for the busiest scheduler.
+
+    Args:
+        rows: Samples in a row.
+        elements: Of all tensors.
+    """
+    schedulers = 4 * _MULTIPROCESSORS.get(target()[1], 108)
+
+    def work(run: int) -> int:
+        warps = cdiv(elements // rows * cdiv(rows, run), 64)
+        return cdiv(warps, schedulers) * (300 + 44 * run)
+
+    run = min(range(8, 65, 8), key=work)
+    return {"RUN": run, "STEP": 8, "LANES": 256, "num_warps": _warps(128)}
+
+
+# Convolutions of a vocoder: blocks of rows, of outputs, of further outputs, of the contraction,
+# warps, stages; for few outputs first.
+_VOCODER: dict[Any, dict[int, tuple[int, int, int, int, int, int]]] = {
+    90: {
+        32: (128, 32, 0, 64, 4, 3),
+        64: (128, 64, 0, 64, 4, 3),
+        128: (128, 64, 32, 64, 8, 3),
+        192: (128, 128, 64, 64, 8, 4),
+    },
+}
+
+
+def vocoder(rows: int, outs: int, branches: int, element_size: int) -> Options:
+    """Return the options of a convolution of a vocoder's blocks."""
+    table = _VOCODER[90]
+    r, o, m, d, w, s = next(table[n] for n in table if outs <= n or n == 192)
+    blocks = {"BLOCK_ROWS": r, "BLOCK_OUTS": o, "BLOCK_MORE": m, "BLOCK_DEPTH": d}
+    return {**blocks, "num_warps": w, "num_stages": s}
 
 
 # Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the
