@@ -293,7 +293,7 @@ def faults(row: Row) -> list[str]:
     if int(row["tensor_memory"]) > TENSOR_MEMORY:  # Triton then gives an empty kernel, silently
         found.append(f"needs {row['tensor_memory']} of {TENSOR_MEMORY} columns of tensor memory")
     product = row["op"] in MATRIX_OPS and re.search(r"_(fwd|jvp|bwd\w*)_kernel", row["kernel"])
-    product = product or row["kernel"].startswith("_product")
+    product = product or row["kernel"].startswith(("_product", "_convolve"))
     if product and row["dtype"] == "bfloat16" and not row["matrix"]:
         found.append("no matrix instruction")
     return found

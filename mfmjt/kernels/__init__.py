@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mfmjt.kernels import _flops, streams
+from mfmjt.kernels import _flops, streams, vocoder
 from mfmjt.kernels._accelerate import accelerate_jvp
 from mfmjt.kernels._jvp_rows import jvp_rows
 from mfmjt.kernels._op import reference
@@ -30,6 +30,7 @@ __all__ = [
     "snake",
     "streams",
     "swiglu",
+    "vocoder",
 ]
 
 _flops.install()

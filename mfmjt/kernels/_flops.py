@@ -116,6 +116,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "joint_attention_bwd": _attention_bwd,
     "streams_project": _each(_product, 2),
     "streams_project_qkv": _each(_product, 2),
+    "vocoder_convolve": _each(_product, 2),
+    "vocoder_upsample": _product,
 }
 
 

@@ -164,7 +164,9 @@ def _run(op: Any, formula: Any, instead: str, weights: list[Packed], *args: Any)
     packed = [weight.data for weight in weights]
     tensors = [t for arg in (packed, *args) if isinstance(arg, list) for t in arg]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
-    _dual.refuse_derivatives(f"streams.{formula.__name__[1:]}", f"{instead} for each stream", tensors)
+    _dual.refuse_derivatives(
+        f"streams.{formula.__name__[1:]}", f"{instead} for each stream", tensors
+    )
     if any(weight.blocked is not None for weight in weights) and not _is_intercepted():
         return formula(xs, weights, *others)
     return op(xs, packed, *others)

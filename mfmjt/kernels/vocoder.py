@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfmjt.kernels import _backends, _dual, _op
 from mfmjt.kernels._eager import flatten
@@ -46,7 +46,7 @@ def suits(x: Tensor, parameters: Iterable[Tensor]) -> bool:
     return all(_dual.split(t)[1] is None for t in given)
 
 
-def arrange(weight: nn.Parameter, *order: int) -> None:
+def arrange(weight: Tensor, *order: int) -> None:
     """Rearrange a weight's memory so that its axes in this order are dense; it stays what it is.
 
     Done once: kernels then read it without a copy. Compilers, which watch, take the copy.
@@ -145,7 +145,11 @@ def activate(
         ValueError: The shapes or dtypes do not fit.
         NotImplementedError: A gradient or a tangent is wanted.
     """
-    _alike("activate", "x (B, N, C), alpha and beta (C,) of each block", xs, alphas, betas)
+    needs = "x (B, N, C), alpha and beta (C,) of each block"
+    _alike("activate", needs, xs, alphas, betas)
+    rows = [*alphas, *betas]
+    fits = len(rows) == 2 * len(xs) and all(t.shape == xs[0].shape[2:] for t in rows)
+    _op.check(fits, "vocoder.activate", needs, x=xs[0], **{str(i): t for i, t in enumerate(rows)})
     ys: list[Tensor] = _run(_activate_op, _activate, list(xs), list(alphas), list(betas))
     return ys
 

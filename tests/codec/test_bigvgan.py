@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mfmjt import kernels
 from mfmjt.codec.bigvgan import BIGVGAN_CONFIGS, BigVGAN, BigVGANConfig
 from mfmjt.errors import InputError
 from mfmjt.kernels.snake import snake_ref
@@ -68,6 +69,19 @@ def test_sounds_as_the_formulas_say(config, frames):
     assert result.shape == (2, 1, frames * vocoder.hop)
     assert error(result, truth) <= allowance(truth, torch.float32, TERMS)
     assert truth.abs().max() > 0.9
+
+
+def test_channels_last_is_the_same_sound():
+    """What a GPU does, here by its formulas or in Triton's interpreter; weights are rearranged."""
+    vocoder = BigVGAN.from_state_dict(draw_all(vocoder_shapes(TINY), seed=3), TINY)
+    mel = torch.randn(1, TINY.bands, 3)
+    with torch.inference_mode(), kernels.reference():
+        truth = vocoder(mel)
+        last = vocoder._channels_last(mel.transpose(1, 2)).transpose(1, 2).tanh()
+    with torch.no_grad():
+        result = vocoder(mel)
+    assert error(last, truth) <= allowance(truth, torch.float32, TERMS)
+    assert error(result, truth) <= allowance(truth, torch.float32, TERMS)
 
 
 def test_all_layouts_of_the_weights_give_the_same_sound():

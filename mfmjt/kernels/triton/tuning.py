@@ -260,24 +260,42 @@ def snake_last(rows: int, elements: int) -> Options:
     return {"RUN": run, "STEP": 8, "LANES": 256, "num_warps": _warps(128)}
 
 
-# Convolutions of a vocoder: blocks of rows, of outputs, of further outputs, of the contraction,
-# warps, stages; for few outputs first.
+# Convolutions of a vocoder, by the most outputs: blocks of rows, of outputs, of further outputs and
+# of the contraction, warps, stages. 3/4 of a power of two are two blocks.
 _VOCODER: dict[Any, dict[int, tuple[int, int, int, int, int, int]]] = {
     90: {
         32: (128, 32, 0, 64, 4, 3),
         64: (128, 64, 0, 64, 4, 3),
-        128: (128, 64, 32, 64, 8, 3),
+        96: (128, 64, 32, 64, 8, 3),
         192: (128, 128, 64, 64, 8, 4),
     },
+    None: {
+        32: (128, 32, 0, 64, 4, 3),
+        64: (128, 64, 0, 64, 4, 3),
+        96: (128, 64, 32, 32, 8, 3),
+        192: (128, 128, 64, 32, 8, 3),
+    },
+    "gfx942": {
+        32: (128, 32, 0, 64, 4, 2),
+        64: (128, 64, 0, 64, 4, 2),
+        96: (128, 64, 32, 32, 4, 2),
+        192: (128, 128, 64, 32, 8, 2),
+    },
 }
+_VOCODER_FLOAT32 = {32: (64, 32, 0, 32, 4, 2), 64: (64, 64, 0, 32, 8, 2)}
 
 
-def vocoder(rows: int, outs: int, branches: int, element_size: int) -> Options:
+def vocoder(rows: int, outs: int, element_size: int) -> Options:
     """Return the options of a convolution of a vocoder's blocks."""
-    table = _VOCODER[90]
-    r, o, m, d, w, s = next(table[n] for n in table if outs <= n or n == 192)
-    blocks = {"BLOCK_ROWS": r, "BLOCK_OUTS": o, "BLOCK_MORE": m, "BLOCK_DEPTH": d}
-    return {**blocks, "num_warps": w, "num_stages": s}
+    arch = target()[1]
+    table = _VOCODER.get(90 if arch == 100 else arch, _VOCODER[None])
+    if element_size > 2:
+        table = _VOCODER_FLOAT32
+    tile = next((table[most] for most in table if outs <= most), table[max(table)])
+    blocks = dict(
+        zip(("BLOCK_ROWS", "BLOCK_OUTS", "BLOCK_MORE", "BLOCK_DEPTH"), tile[:4], strict=True)
+    )
+    return {**blocks, "num_warps": tile[4], "num_stages": tile[5]}
 
 
 # Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the

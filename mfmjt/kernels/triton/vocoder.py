@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
@@ -176,7 +175,7 @@ def _run(
     mean: bool = False,
 ) -> None:
     samples, length, channels = xs[0].shape
-    options = tuning.vocoder(samples * length, outs, len(ys), xs[0].element_size())
+    options = tuning.vocoder(samples * length, outs, xs[0].element_size())
     width = options["BLOCK_OUTS"] + options["BLOCK_MORE"]
     tiles = cdiv(samples * length, options["BLOCK_ROWS"]) * cdiv(outs, width)
     starts = [t.data_ptr() // t.element_size() for t in (*xs, *weights)]
