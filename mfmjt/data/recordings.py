@@ -104,4 +104,4 @@ class Recordings:
     def sound(self, recording: Recording) -> NDArray[np.float32]:
         """Return the samples of a recording, float32 in [-1, 1]."""
         part = self._samples[recording.start : recording.start + recording.samples]
-        return part.astype(np.float32) / 32767
+        return part.astype(np.float32) / np.float32(32767)
