@@ -26,6 +26,7 @@ __all__ = [
     "snake",
     "snake_last",
     "sums",
+    "vocoder",
 ]
 
 Options = dict[str, int]  # of a launch: sizes of blocks, warps, stages
@@ -282,20 +283,21 @@ _VOCODER: dict[Any, dict[int, tuple[int, int, int, int, int, int]]] = {
         192: (128, 128, 64, 32, 8, 2),
     },
 }
-_VOCODER_FLOAT32 = {32: (64, 32, 0, 32, 4, 2), 64: (64, 64, 0, 32, 8, 2)}
+_VOCODER_FLOAT32: dict[Any, dict[int, tuple[int, int, int, int, int, int]]] = {
+    90: {32: (64, 32, 0, 32, 4, 3), 64: (64, 64, 0, 32, 8, 3), 128: (128, 128, 0, 32, 8, 3)},
+    None: {32: (64, 32, 0, 32, 4, 3), 64: (64, 64, 0, 32, 8, 3)},
+    "gfx942": {32: (64, 32, 0, 32, 4, 2), 64: (64, 64, 0, 32, 4, 2)},
+}
 
 
-def vocoder(rows: int, outs: int, element_size: int) -> Options:
+def vocoder(outs: int, element_size: int) -> Options:
     """Return the options of a convolution of a vocoder's blocks."""
-    arch = target()[1]
-    table = _VOCODER.get(90 if arch == 100 else arch, _VOCODER[None])
-    if element_size > 2:
-        table = _VOCODER_FLOAT32
-    tile = next((table[most] for most in table if outs <= most), table[max(table)])
-    blocks = dict(
-        zip(("BLOCK_ROWS", "BLOCK_OUTS", "BLOCK_MORE", "BLOCK_DEPTH"), tile[:4], strict=True)
-    )
-    return {**blocks, "num_warps": tile[4], "num_stages": tile[5]}
+    arch = 90 if target()[1] == 100 else target()[1]
+    tables = _VOCODER if element_size == 2 else _VOCODER_FLOAT32
+    table = tables.get(arch, tables[None])
+    tile = table[next((most for most in table if outs <= most), max(table))]
+    names = ("BLOCK_ROWS", "BLOCK_OUTS", "BLOCK_MORE", "BLOCK_DEPTH", "num_warps", "num_stages")
+    return dict(zip(names, tile, strict=True))
 
 
 # Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the

@@ -175,7 +175,7 @@ def _run(
     mean: bool = False,
 ) -> None:
     samples, length, channels = xs[0].shape
-    options = tuning.vocoder(samples * length, outs, xs[0].element_size())
+    options = tuning.vocoder(outs, xs[0].element_size())
     width = options["BLOCK_OUTS"] + options["BLOCK_MORE"]
     tiles = cdiv(samples * length, options["BLOCK_ROWS"]) * cdiv(outs, width)
     starts = [t.data_ptr() // t.element_size() for t in (*xs, *weights)]
