@@ -248,10 +248,10 @@ def test_the_command(sources: Path, tmp_path: Path) -> None:
     asked = run(tmp_path / "none")
     assert asked.exit_code == 2
     assert "https://github.com/ETdoFresh/kenney.nl  45df48c4d45f" in asked.output
-    assert "Give one of --sources, with these repositories in it, and --clips." in asked.output
+    assert "Give either --sources, with these repositories in it, or --clips." in asked.output
     both = run(out, "--sources", sources, "--clips", "clips.csv")
     assert both.exit_code == 2
-    assert "github.com" not in both.output
+    assert "Give either" in both.output
     assert not (tmp_path / "none").exists()
 
     blocked = tmp_path / "file"
