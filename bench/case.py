@@ -197,7 +197,8 @@ def norm_cases(
     """Return the cases of a modulated norm.
 
     Modulation is per token; where ops are checked, a sample's tokens share all but `scale`, and
-    where they are compiled, `scale` too.
+    where they are compiled, `scale` too. In a second case tokens pick rows of fewer modulations, as
+    the latent's tokens do of the frames of a video.
 
     Args:
         op: Its name.
@@ -219,7 +220,21 @@ def norm_cases(
             costs = {"elements": moved.times(math.prod(s.rows)), "terms": max(s.length, s.dim)}
             about = {"name": name, "function": function, "reference": reference, **costs}
             found.append(s.case(op, inputs | {"scale": second}, **about))
+        count = 192 * s.length // 250 or 1
+        few = (s.batch, count, s.dim)
+        index = functools.partial(_picked_rows, s.length, count)
+        inputs |= {"scale": few, "rows": Input((s.length,), constant=index)}
+        inputs |= dict.fromkeys(("gate", "shift") if "h" in rows else ("shift",), few)
+        m = len(inputs) - len(rows) - 1  # modulations; y_bar is the cotangent of shift
+        fewer = Cost(m, m, 2 * m - 1).times((s.length - count) * s.batch * s.dim)
+        costs["elements"] = Cost(*(a - b for a, b in zip(costs["elements"], fewer, strict=True)))
+        name = f"{s.name} picked rows"
+        found.append(s.case(op, inputs, **about | costs | {"name": name, "compile_too": False}))
     return found
+
+
+def _picked_rows(tokens: int, rows: int) -> Tensor:
+    return torch.arange(tokens) * rows // tokens
 
 
 VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}
