@@ -221,15 +221,15 @@ def norm_cases(
             about = {"name": name, "function": function, "reference": reference, **costs}
             found.append(s.case(op, inputs | {"scale": second}, **about))
         count = 192 * s.length // 250 or 1
-        few = (s.batch, count, s.dim)
-        index = functools.partial(_picked_rows, s.length, count)
-        inputs |= {"scale": few, "rows": Input((s.length,), constant=index)}
-        inputs |= dict.fromkeys(("gate", "shift") if "h" in rows else ("shift",), few)
-        m = len(inputs) - len(rows) - 1  # modulations; y_bar is the cotangent of shift
-        fewer = Cost(m, m, 2 * m - 1).times((s.length - count) * s.batch * s.dim)
-        costs["elements"] = Cost(*(a - b for a, b in zip(costs["elements"], fewer, strict=True)))
-        name = f"{s.name} picked rows"
-        found.append(s.case(op, inputs, **about | costs | {"name": name, "compile_too": False}))
+        names = [n for n in (*inputs, "scale") if n not in rows]  # modulations
+        few = dict.fromkeys(names, Input((s.batch, count, s.dim)))
+        index = Input((s.length,), constant=functools.partial(_picked_rows, s.length, count))
+        # Backward reads all modulations but shift, and writes the cotangents of all
+        saved = Cost(len(names), len(names), 2 * len(names) - 1)
+        saved = saved.times((s.length - count) * s.batch * s.dim)
+        least = Cost(*(a - b for a, b in zip(moved.times(math.prod(s.rows)), saved, strict=True)))
+        about |= {"name": f"{s.name} picked rows", "elements": least, "compile_too": False}
+        found.append(s.case(op, {**inputs, **few, "rows": index}, **about))
     return found
 
 
