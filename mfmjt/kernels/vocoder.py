@@ -32,11 +32,11 @@ __all__ = ["activate", "arrange", "convolve", "suits", "upsample"]
 def suits(x: Tensor, parameters: Iterable[Tensor]) -> bool:
     """Return True if there are kernels for x, and neither gradients nor tangents are wanted.
 
-    float64, for which a GPU has no matrix units, and autocasts are left to PyTorch.
+    Left to PyTorch: float64, for which a GPU has no matrix units, autocasts, and nothing at all.
     """
     if _op.use_reference() or not (_backends.ON_CPU or (_backends.AVAILABLE and x.is_cuda)):
         return False
-    if x.dtype == torch.float64 and not _backends.INTERPRETED:
+    if x.numel() == 0 or (x.dtype == torch.float64 and not _backends.INTERPRETED):
         return False
     given = (x, *parameters)
     if torch.is_autocast_enabled(x.device.type):
@@ -49,10 +49,11 @@ def suits(x: Tensor, parameters: Iterable[Tensor]) -> bool:
 def arrange(weight: Tensor, *order: int) -> None:
     """Rearrange a weight's memory so that its axes in this order are dense; it stays what it is.
 
-    Done once: kernels then read it without a copy. Compilers, which watch, take the copy.
+    Done once: kernels then read it without a copy. Compilers, which watch, take the copy, and so
+    do weights that were made in inference mode.
     """
     packed = weight.detach().permute(order)
-    if packed.is_contiguous() or torch.compiler.is_compiling():
+    if packed.is_contiguous() or weight.is_inference() or torch.compiler.is_compiling():
         return
     with torch.inference_mode(False), torch.no_grad():
         back = sorted(range(len(order)), key=order.__getitem__)

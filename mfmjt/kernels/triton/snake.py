@@ -17,7 +17,7 @@ that they are stored together. Channels last, neighbours have the next channels,
 
 In bfloat16 and float16 NVIDIA's unit for cosines does the activation in 7 instructions instead of
 13; in float32 its error would show. An output takes 49 instructions on sm_90 channels last, 74 of a
-row, and 99 in float32. Tangent and gradient, which making sound does not need, are PyTorch
+row, and about 100 in float32. Tangent and gradient, which making sound does not need, are PyTorch
 formulas.
 """
 
