@@ -243,11 +243,12 @@ class BigVGAN(nn.Module):
     def _channels_last(self, x: Tensor) -> Tensor:
         """Return (B, T hop, 1) of a mel (B, T, bands)."""
         (x,) = vocoder.convolve([x], *_parameters([self.conv_pre]))
-        kinds = len(_KERNELS)
-        for i, (up, rate) in enumerate(zip(self.ups, self.config.rates, strict=True)):
-            vocoder.arrange(up[0].weight, 2, 1, 0)
-            x = vocoder.upsample(x, up[0].weight, up[0].bias, rate)
-            x = _stage(x, list(self.resblocks[i * kinds : (i + 1) * kinds]))
+        ups: list[Any] = [up[0] for up in self.ups]  # type: ignore[index]
+        blocks: list[Any] = list(self.resblocks)
+        for i, (up, rate) in enumerate(zip(ups, self.config.rates, strict=True)):
+            vocoder.arrange(up.weight, 2, 1, 0)
+            x = vocoder.upsample(x, up.weight, up.bias, rate)
+            x = _stage(x, blocks[i * len(_KERNELS) : (i + 1) * len(_KERNELS)])
         xs = _activated([x], [self.activation_post])
         return vocoder.convolve(xs, *_parameters([self.conv_post]))[0]
 

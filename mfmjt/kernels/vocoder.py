@@ -73,10 +73,8 @@ def _convolve(
     residuals: list[Tensor],
     mean: bool,
 ) -> list[Tensor]:
-    ys = [
-        conv1d_ref(x, weight, bias, dilation)
-        for x, weight, bias in zip(xs, weights, biases or [None] * len(xs), strict=True)
-    ]
+    given = zip(xs, weights, list(biases) or [None] * len(xs), strict=True)  # type: ignore[list-item]
+    ys = [conv1d_ref(x, weight, bias, dilation) for x, weight, bias in given]
     if residuals:
         ys = [y + r for y, r in zip(ys, residuals, strict=True)]
     if mean:

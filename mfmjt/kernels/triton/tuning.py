@@ -297,7 +297,8 @@ def vocoder(outs: int, element_size: int) -> Options:
     table = tables.get(arch, tables[None])
     tile = table[next((most for most in table if outs <= most), max(table))]
     names = ("BLOCK_ROWS", "BLOCK_OUTS", "BLOCK_MORE", "BLOCK_DEPTH", "num_warps", "num_stages")
-    return dict(zip(names, tile, strict=True))
+    more = registers(tile[4]) if arch not in tables else {}
+    return {**dict(zip(names, tile, strict=True)), **more}
 
 
 # Attention: blocks of queries and of keys, warps, stages. By kernel: for heads up to 64 wide, the
