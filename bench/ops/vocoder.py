@@ -75,8 +75,8 @@ def _case(model: str, channels: int, samples: int, rate: int) -> Case:
 def cases(scale: str) -> list[Case]:
     """Return the cases of a scale; to compile, stages of different tiles."""
     if scale == "aot":
-        stages = [("small_16k", 96), ("bigvgan_16k", 192), ("bigvgan_16k", 24)]
-        return [_case(model, c, 3072000 // c, 2) for model, c in stages]
+        few = (("small_16k", 96), ("bigvgan_16k", 192), ("bigvgan_16k", 24))
+        return [_case(model, c, 3072000 // c, 2) for model, c in few]
     found = []
     stages = vocoder_stages(scale)
     for (model, channels, samples), before in zip(stages, [*stages[1:], None], strict=True):
