@@ -284,7 +284,6 @@ _VOCODER: dict[Any, dict[int, tuple[int, int, int, int, int, int]]] = {
     },
 }
 _VOCODER_FLOAT32: dict[Any, dict[int, tuple[int, int, int, int, int, int]]] = {
-    90: {32: (64, 32, 0, 32, 4, 3), 64: (64, 64, 0, 32, 8, 3), 128: (128, 128, 0, 32, 8, 3)},
     None: {32: (64, 32, 0, 32, 4, 3), 64: (64, 64, 0, 32, 8, 3)},
     "gfx942": {32: (64, 32, 0, 32, 4, 2), 64: (64, 64, 0, 32, 4, 2)},
 }
