@@ -63,7 +63,9 @@ def names(name: str, operands: Sequence[str]) -> tuple[set[str], set[str]]:
 
 def _written(name: str, operands: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the registers and the predicates that an instruction writes, and what it reads."""
-    left, registers, flags = list(operands), [], []
+    left = list(operands)
+    registers: list[str] = []
+    flags: list[str] = []
     if left and (first := re.match(r"U?R(Z|\d+)", left[0])):
         left.pop(0)
         wide = ".WIDE" in name or re.search(r"\.64\b", name) or name == "CS2R" or name[0] == "D"

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -36,6 +36,8 @@ from bench.cost.sass import Code, disassemble, follow
 from bench.rows import Row
 
 __all__ = ["NODE", "cost", "operand_bytes"]
+
+Counts = defaultdict[str, float]
 
 PROCESSORS, CLOCK = 132, 1.75e9
 TENSOR, MEMORY = 790e12, 4.3e12
@@ -89,9 +91,9 @@ def _tensor_rate(name: str) -> float:
     return (0.5 if "TF32" in name else 1.0) * (1.0 if name.startswith("HGMMA") else 0.62)
 
 
-def _counts(code: Code, times: Sequence[float], span: range | None = None) -> Counter[str]:
+def _counts(code: Code, times: Sequence[float], span: range | None = None) -> Counts:
     """Return what a warp issues, by kind; of a loop, what it issues each time around."""
-    found: Counter[str] = Counter()
+    found: Counts = defaultdict(float)
     for i in span or range(len(times)):
         one, n = code.instructions[i], times[i]
         if not n:
@@ -213,7 +215,7 @@ def cost(launch: Launch) -> Row:
     spans = [range(loop.first, loop.last + 1) for loop in code.loops]
     span = max(spans, key=issued, default=range(0))
     turns = mean[span[-1]] if span else 0
-    each = _counts(code, [n / turns for n in mean], span) if turns else Counter()
+    each = _counts(code, [n / turns for n in mean], span) if turns else defaultdict(float)
     cycles = each["bf16_flops"] * warps / (TENSOR / PROCESSORS / CLOCK)
     row = {
         "kernel": used["kernel"],

@@ -45,14 +45,12 @@ def cost_op(op: str, quick: bool) -> Iterator[Row]:
     calls: list[tuple[str, str, torch.dtype, Callable[[], None]]] = []
     if op in aot.NETWORKS:
         for s in shapes("aot"):
-            run = functools.partial(aot.NETWORKS[op], s, torch.bfloat16)
-            calls.append((s.name, "all", torch.bfloat16, run))
+            network = functools.partial(aot.NETWORKS[op], s, torch.bfloat16)
+            calls.append((s.name, "all", torch.bfloat16, network))
     else:
         headline = [c for c in cases(op, "gpu") if c.compile_too]
         for dtype in aot.DTYPES:
-            for case in (
-                [*headline, *cases(op, "aot")] if dtype == torch.bfloat16 else cases(op, "aot")
-            ):
+            for case in [*(headline if dtype == torch.bfloat16 else []), *cases(op, "aot")]:
                 modes = (VALUE, BACKWARD, JVP_BACKWARD) if BACKWARD in case.modes else (VALUE,)
                 for mode in modes:
                     run = functools.partial(_run, case, dtype, mode)
