@@ -57,7 +57,8 @@ from mfmjt.model.blocks import FrameCondition, JointBlock, Pending
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
 __all__ = ["DTYPES", "NETWORKS", "OPS", "TARGETS", "Chip", "Launch", "faults", "main", "offline"]
-__all__ += ["occupancy", "offline_driver", "resources"]
+__all__ += ["compile_launch", "occupancy", "offline_driver", "read_table", "resources"]
+__all__ += ["table_of", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,24 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
+_compile = JITFunction.run
+
+
+def compile_launch(function: Any, args: Any, grid: Any, options: dict[str, Any]) -> Launch:
+    """Compile what would be launched."""
+    kernel = _compile(function, *args, grid=grid, warmup=True, **options)
+    x, y, z = (*grid, 1, 1)[:3]
+    return Launch(kernel, (x, y, z), dict(zip(function.arg_names, args, strict=False)) | options)
+
+
 @contextlib.contextmanager
 def offline(target: GPUTarget) -> Iterator[list[Launch]]:
     """Compile for `target` in place of a launch inside; yield the launches."""
     compiled: list[Launch] = []
-    run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        x, y, z = (*grid, 1, 1)[:3]
-        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        compiled.append(Launch(kernel, (x, y, z), given))
-        return kernel
+        compiled.append(compile_launch(self, args, grid, kwargs))
+        return compiled[-1].kernel
 
     with offline_driver(target), patch.object(JITFunction, "run", compile_only):
         yield compiled
@@ -325,19 +332,25 @@ def _name(row: Row) -> str:
     return " ".join(str(row[key]) for key in ("target", "op", "shape", "dtype", "kernel"))
 
 
-def _read(path: Path) -> pandas.DataFrame:
+def table_of(kind: str, folder: str) -> Path:
+    """Return the path of a table of this Triton."""
+    version = "_".join(triton.__version__.split(".")[:2])
+    return Path(folder) / f"{kind}triton_{version}.csv"
+
+
+def read_table(path: Path) -> pandas.DataFrame:
     """Return a table, all of it text."""
     if not path.exists():
         return pandas.DataFrame(columns=["target", "op"])
     return pandas.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def _write(rows: list[Row], path: Path) -> None:
-    """Write rows into a table, in place of those of the same ops and targets."""
-    new, old = pandas.DataFrame(rows).astype(str), _read(path)
+def write_table(rows: list[Row], path: Path, names: Sequence[str]) -> None:
+    """Write rows into a table, in place of those of the same ops and targets; `names` order it."""
+    new, old = pandas.DataFrame(rows).astype(str), read_table(path)
     replaced = old.set_index(["op", "target"]).index.isin(new.set_index(["op", "target"]).index)
     table = pandas.concat([old[~replaced], new])
-    order = {name: i for i, name in enumerate((*OPS, *TARGETS))}
+    order = {name: i for i, name in enumerate((*names, *TARGETS))}
     table = table.sort_values(["op", "target"], key=lambda c: c.map(order), kind="stable")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
@@ -346,7 +359,7 @@ def _write(rows: list[Row], path: Path) -> None:
 
 def _differences(rows: list[Row], path: Path) -> list[str]:
     """Return the rows that the committed table of this Triton does not have."""
-    known = set(_read(path).itertuples(index=False, name=None))
+    known = set(read_table(path).itertuples(index=False, name=None))
     if not known:
         print(f"There is no {path}: of this Triton only faults are looked for.")
     return [
@@ -389,12 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")
         return 1
-    table = (
-        f"{'cost_' if given.cost else ''}triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
-    )
+    kind = "cost_" if given.cost else ""
     if given.out:
-        _write(rows, Path(given.out) / table)
+        write_table(rows, table_of(kind, given.out), OPS)
     if given.compare:
-        wrong += _differences(rows, Path(given.compare) / table)
+        wrong += _differences(rows, table_of(kind, given.compare))
     sys.stderr.writelines(f"{line}\n" for line in wrong)
     return 1 if wrong else 0

@@ -35,7 +35,7 @@ from bench.aot import TARGETS, Launch, occupancy, resources
 from bench.cost.sass import Code, disassemble, follow
 from bench.rows import Row
 
-__all__ = ["NODE", "cost", "operand_bytes"]
+__all__ = ["MEMORY", "NODE", "TENSOR", "arguments", "code_of", "cost", "operand_bytes"]
 
 Counts = defaultdict[str, float]
 
@@ -163,7 +163,8 @@ def operand_bytes(launch: Launch) -> int:
 
 
 @lru_cache(None)
-def _code(cubin: bytes) -> Code:
+def code_of(cubin: bytes) -> Code:
+    """Return a kernel's code, read once."""
     return disassemble(cubin)
 
 
@@ -174,7 +175,7 @@ def _times(cubin: bytes, grid: tuple[int, int, int], given: bytes) -> tuple[list
     found = []
     for p in picked:
         program = p % grid[0], p // grid[0] % grid[1], p // (grid[0] * grid[1])
-        found.append(follow(_code(cubin), program, grid, given))
+        found.append(follow(code_of(cubin), program, grid, given))
     return tuple(found)
 
 
@@ -183,7 +184,7 @@ def cost(launch: Launch) -> Row:
     chip, used = TARGETS["sm_90"], resources(launch.kernel)
     warps, programs = used["warps"], math.prod(launch.grid)
     cubin = launch.kernel.asm["cubin"]
-    code = _code(cubin)
+    code = code_of(cubin)
     followed = _times(cubin, launch.grid, arguments(launch))
     mean = [sum(column) / len(followed) for column in zip(*followed, strict=True)]
     longest = max(map(sum, followed))

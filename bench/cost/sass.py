@@ -145,8 +145,9 @@ def follow(code: Code, program: Sequence[int], grid: Sequence[int], arguments: b
         if jump >= 0:
             if one.name.startswith("BRA.U") and len(one.operands) == 2:
                 holds = predicate(one.operands[0])(state) if holds else holds
-            if (holds is None and jump <= at) or left <= 0:
-                raise RunError(f"Instruction {at} branches back for as long as data say.")
+            skipped = any(at < loop.first and loop.last < jump for loop in code.loops)
+            if (holds is None and (jump <= at or skipped)) or left <= 0:
+                raise RunError(f"A loop at instruction {at} goes on for as long as data say.")
             at = jump if holds or holds is None else at + 1
             continue
         if run and holds != 0:
