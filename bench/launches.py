@@ -22,14 +22,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,10 +44,11 @@ from mfmjt.meanflow import tangent
 from mfmjt.model import MFMJT, conditioning
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["MOST", "Event", "counted", "main", "meanflow_step", "network", "traced"]
+__all__ = ["MOST", "Event", "counted", "in_bfloat16", "main", "meanflow_step", "network", "traced"]
 
 MOST = {"small_16k": 120}
 """Launches that a guided step may take."""
+Module = TypeVar("Module", bound=nn.Module)
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
 FREE |= {"atleast_1d", "promote_types", "is_same_size", "_has_same_storage_numel", "device"}
 FREE |= {"_efficientzerotensor"}
@@ -132,11 +133,16 @@ def traced(call: Callable[[], Any], compiles: bool = False) -> list[Event]:
     return mode.found
 
 
+def in_bfloat16(net: Module) -> Module:
+    """Give a network without memory other weights: `Module.to` refuses to."""
+    weights = {k: v.to(torch.bfloat16) for k, v in net.state_dict().items()}
+    net.load_state_dict(weights, assign=True)
+    return net
+
+
 def network(name: str) -> tuple[MFMJT, Tensor, dict[str, Tensor]]:
     """Return a named network in bfloat16, latents of one sound, and its features."""
-    dtype = torch.bfloat16
-    net = MFMJT.from_config(name)
-    net.load_state_dict({k: v.to(dtype) for k, v in net.state_dict().items()}, assign=True)
+    dtype, net = torch.bfloat16, in_bfloat16(MFMJT.from_config(name))
     z = torch.zeros(1, net.config.latent_length, net.config.latent_dim)
     return net, z, {n: x.to(dtype) for n, x in features(net.config, 1).items()}
 

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import parser
 from bench.aot import table_of, write_table
 from bench.cost.model import MEMORY, NODE, TENSOR, cost
-from bench.launches import Event, meanflow_step, network, traced
+from bench.launches import Event, in_bfloat16, meanflow_step, network, traced
 from bench.rows import Row
 from mfmjt import meanflow
 from mfmjt.codec.bigvgan import BigVGAN
@@ -62,7 +62,7 @@ def _guided_step() -> list[Event]:
 
 @torch.no_grad()
 def _vocoder() -> list[Event]:
-    net = BigVGAN("16k").to(torch.bfloat16)
+    net = in_bfloat16(BigVGAN("16k"))
     mel = torch.zeros(1, net.config.bands, 500, dtype=torch.bfloat16)
     return traced(lambda: net(mel), compiles=True)
 

@@ -40,7 +40,8 @@ from mfmjt.kernels.triton import jit, tl
 def looping_kernel(x, n, columns, step):
     row = tl.program_id(0) // columns
     for i in range(5 * row + tl.program_id(0) % columns, n, step):
-        for j in range(i % 3):
+        for j in range(0, i, columns):
+            tl.debug_barrier()
             tl.store(x + i * 100 + j + tl.arange(0, 128), tl.load(x + i + tl.arange(0, 128)))
 
 @jit
@@ -68,11 +69,11 @@ with aot.offline(aot.TARGETS["sm_90"].target) as launches:
 looping, waiting, product = launches
 
 code, given = model.code_of(looping.kernel.asm["cubin"]), model.arguments(looping)
-stores = [i for i, one in enumerate(code.instructions) if one.name.startswith("STG")]
+barriers = [i for i, one in enumerate(code.instructions) if one.name.startswith("BAR")]
 for program in (0, 1, 6, 7, 200, 500, 973, 999):
     times = follow(code, (program, 0, 0), looping.grid, given)
     first = 5 * (program // 7) + program % 7
-    assert sum(times[i] for i in stores) == sum(i % 3 for i in range(first, 700, 4)), program
+    assert sum(times[i] for i in barriers) == sum(-(-i // 7) for i in range(first, 700, 4)), program
 
 try:
     model.cost(waiting)
