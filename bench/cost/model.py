@@ -181,11 +181,15 @@ def _times(cubin: bytes, grid: tuple[int, int, int], given: bytes) -> tuple[list
 
 def cost(launch: Launch) -> Row:
     """Return the figures of a launch on sm_90."""
-    chip, used = TARGETS["sm_90"], resources(launch.kernel)
-    warps, programs = used["warps"], math.prod(launch.grid)
-    cubin = launch.kernel.asm["cubin"]
-    code = code_of(cubin)
-    followed = _times(cubin, launch.grid, arguments(launch))
+    return dict(_cost(launch.kernel, launch.grid, arguments(launch), operand_bytes(launch)))
+
+
+@lru_cache(None)
+def _cost(kernel: Any, grid: tuple[int, int, int], given: bytes, moved: int) -> Row:
+    chip, used = TARGETS["sm_90"], resources(kernel)
+    warps, programs = used["warps"], math.prod(grid)
+    code = code_of(kernel.asm["cubin"])
+    followed = _times(kernel.asm["cubin"], grid, given)
     mean = [sum(column) / len(followed) for column in zip(*followed, strict=True)]
     longest = max(map(sum, followed))
     total = _counts(code, mean)
@@ -205,7 +209,6 @@ def cost(launch: Launch) -> Row:
     slots = {unit: microseconds(busiest * warps * n) for unit, n in slots.items()}
     slots["issue"] = max(slots["issue"], microseconds(math.ceil(waves) * longest * ALONE))
     slots["tensor"] = busiest * PROCESSORS * warps * total["bf16_flops"] / TENSOR * 1e6
-    moved = operand_bytes(launch)
     slots["memory"] = moved / MEMORY * 1e6
     bound = max(slots, key=lambda unit: slots[unit])
     units = max(slots[unit] for unit in ("integer", "special", "shared", "port"))
@@ -220,7 +223,7 @@ def cost(launch: Launch) -> Row:
     cycles = each["bf16_flops"] * warps / (TENSOR / PROCESSORS / CLOCK)
     row = {
         "kernel": used["kernel"],
-        "grid": "x".join(map(str, launch.grid)),
+        "grid": "x".join(map(str, grid)),
         "warps": warps,
         "registers": used["registers"],
         "shared": used["shared"],
