@@ -169,8 +169,10 @@ def meanflow_step(name: str, batch: int, intervals: int, one_call: bool = False)
     clips |= dict.fromkeys(("video_mask", "text_mask"), no)
     x, r = z.to(torch.bfloat16).expand(batch, -1, -1), torch.zeros(batch)
     with patch.object(tangent, "one_call_is_cheaper", lambda *_: one_call):
-        given = {"noise": x, "r": r, "t": r + 1, "intervals": intervals}
-        meanflow.loss_and_errors(net, x, clips, **given)[0].backward()
+        loss, *_ = meanflow.loss_and_errors(
+            net, x, clips, noise=x, r=r, t=r + 1, intervals=intervals
+        )
+        loss.backward()
 
 
 def _count(call: Callable[[], Any]) -> Counter[str]:

@@ -6,6 +6,7 @@ In bfloat16; beside these the cases to look at first on a GPU, and a vocoder's.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +15,7 @@ from bench import aot
 from bench.case import Case, cases, shapes
 from bench.cost.model import cost
 from bench.rows import Row, dtype_name
-from mfmjt.testing import BACKWARD, JVP_BACKWARD, VALUE, Operands, as_tuple, runner
+from mfmjt.testing import VALUE, Operands, as_tuple, runner
 
 __all__ = ["cost_op", "line_of"]
 
@@ -22,51 +23,48 @@ DTYPE = torch.bfloat16
 """What networks run in on a GPU."""
 
 
-def _run(case: Case, mode: str) -> None:
-    """Call an op in one mode, on memory that is never touched."""
+def _calls(case: Case) -> dict[str, Callable[[], object]]:
+    """Return what calls an op in each of its modes, on memory that is never touched."""
     inputs = {
         name: torch.empty(i.shape, dtype=DTYPE) if i.constant is None else i.constant()
         for name, i in case.inputs.items()
     }
-    if mode == VALUE:
-        with torch.no_grad():
-            case.function(**inputs)
-        return
+    if case.modes == (VALUE,):
+        return {VALUE: torch.no_grad()(functools.partial(case.function, **inputs))}
     for name, i in case.inputs.items():
         inputs[name].requires_grad_(i.constant is None)
     tangents = {name: torch.empty_like(inputs[name]) for name in case.moving}
-    cotangents = tuple(torch.empty_like(y) for y in as_tuple(case.function(**inputs)))
-    runner(case.function, mode)(Operands(inputs, tangents, cotangents))
+    with aot.offline(aot.TARGETS["sm_90"].target):
+        results = as_tuple(case.function(**inputs))
+    given = Operands(inputs, tangents, tuple(map(torch.empty_like, results)))
+    return {m: functools.partial(runner(case.function, m), given) for m in case.modes}
 
 
 def cost_op(op: str, quick: bool) -> Iterator[Row]:
-    """Yield a row for each kernel that a case of an op launches, once where modes share it.
+    """Yield a row for each kernel that a case of an op launches in a mode, and how often.
 
     Args:
         op: One of `aot.OPS`.
         quick: The first case only.
     """
-    calls: list[tuple[str, str, Callable[[], None]]] = []
+    calls: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {}
     if op in aot.NETWORKS:
         for s in shapes("aot"):
-            calls.append((s.name, "all", functools.partial(aot.NETWORKS[op], s, DTYPE)))
+            network = functools.partial(aot.NETWORKS[op], s, DTYPE)
+            calls[s.name] = functools.partial(dict, {"all": network})
     else:
         for case in [*(c for c in cases(op, "gpu") if c.compile_too), *cases(op, "aot")]:
-            modes = (VALUE, BACKWARD, JVP_BACKWARD) if BACKWARD in case.modes else (VALUE,)
-            calls += [(case.name, mode, functools.partial(_run, case, mode)) for mode in modes]
-    seen = set()
-    for shape, mode, run in calls:
-        if quick and shape != calls[0][0]:
-            continue
-        with aot.offline(aot.TARGETS["sm_90"].target) as launches:
-            run()
-        for launch in launches:
+            calls[case.name] = functools.partial(_calls, case)
+    for shape in list(calls)[: 1 if quick else None]:
+        for mode, run in calls[shape]().items():
+            with aot.offline(aot.TARGETS["sm_90"].target) as launches:
+                run()
             first = {"target": "sm_90", "op": op, "shape": shape, "dtype": dtype_name(DTYPE)}
-            figures = cost(launch)
-            key = *first.values(), *figures.values()
-            if key not in seen:
-                seen.add(key)
-                yield {**first, "kernel": figures.pop("kernel"), "mode": mode, **figures}
+            found = Counter(tuple(cost(launch).items()) for launch in launches)
+            for items, n in found.items():
+                figures = dict(items)
+                kernel = {"kernel": figures.pop("kernel"), "mode": mode, "launches": n}
+                yield first | kernel | figures
 
 
 def line_of(row: Row) -> str:
@@ -74,4 +72,6 @@ def line_of(row: Row) -> str:
     name = " ".join(str(row[key]) for key in ("op", "shape", "dtype", "mode", "kernel"))
     loop = f"{row['turns']} x {row['loop_instructions']}"
     times = "  ".join(f"{k} {row[f'{k}_us']}" for k in ("issue", "units", "tensor", "memory"))
-    return f"{name:90} {row['us']:>8} us by {row['bound']:8} {times}  loop {loop}"
+    return (
+        f"{name:90} {row['launches']} x {row['us']:>8} us by {row['bound']:8} {times}  loop {loop}"
+    )

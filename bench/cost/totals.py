@@ -30,7 +30,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import parser
-from bench.aot import table_of, write_table
+from bench.aot import Launch, table_of, write_table
 from bench.cost.model import MEMORY, NODE, TENSOR, cost
 from bench.launches import Event, in_bfloat16, meanflow_step, network, traced
 from bench.rows import Row
@@ -86,6 +86,11 @@ def _library(event: Event) -> Row:
     return {"kernel": event.name, **about, "us": times[bound] * 1e6, "bound": bound}
 
 
+def _overlaps(launch: Launch) -> bool:
+    """Return whether a kernel begins before the one before it has ended."""
+    return bool(getattr(launch.kernel.metadata, "launch_pdl", False))
+
+
 def total(name: str) -> list[Row]:
     """Return a row for each kind of launch of one of `TOTALS`, the dearest first, and their sum."""
     with FakeTensorMode():
@@ -93,12 +98,10 @@ def total(name: str) -> list[Row]:
         found: dict[Any, Row] = {}
         for event in events:
             each = cost(event.launch) if event.launch else _library(event)
-            ahead = bool(event.launch and getattr(event.launch.kernel.metadata, "launch_pdl", 0))
             figures = {k: each[k] for k in ("kernel", "grid", "gflop", "megabytes", "us", "bound")}
-            figures["us"], gap = float(f"{figures['us']:.4g}"), NODE[ahead]
-            row = found.setdefault(
-                (*figures.values(), gap), {"launches": 0, **figures, "gap_us": gap}
-            )
+            figures["us"] = float(f"{figures['us']:.4g}")
+            figures["gap_us"] = NODE[bool(event.launch and _overlaps(event.launch))]
+            row = found.setdefault(tuple(figures.values()), {"launches": 0, **figures})
             row["launches"] += 1
     rows = list(found.values())
     for row in rows:

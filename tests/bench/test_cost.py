@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bench.cost.page import write_costs
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,3 +101,29 @@ def test_costs_are_as_the_table_says(op):
     done = python("-m", "bench", "aot", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"{op} " in done.stdout
+
+
+def test_the_page_has_the_tables(tmp_path):
+    """Made anew from the committed rows, it is the same."""
+    text = (ROOT / "docs" / "kernel-costs.md").read_text()
+    for path in (ROOT / "bench" / "results" / "aot").glob("*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = write_costs(tmp_path).read_text()
+    assert f"<!-- bench/results/aot/costs.md -->\n{table}<!-- end -->" in text
+    assert table == (ROOT / "bench" / "results" / "aot" / "costs.md").read_text()
+
+
+def test_a_measured_time_stands_beside_the_modelled_one(tmp_path):
+    row = {"op": "swiglu", "case": "small_16k B=256", "dtype": "bfloat16", "mode": "value"}
+    timed = row | {"provider": "mfmjt", "malloc": "cuda", "ms_p50": 0.25}
+    slow = timed | {"provider": "eager", "ms_p50": 9.0}
+    (tmp_path / "h200").mkdir()
+    rows = "".join(json.dumps(r) + "\n" for r in (timed, slow))
+    (tmp_path / "h200" / "kernels.jsonl").write_text(rows)
+    (tmp_path / "aot").mkdir()
+    header = "op,shape,dtype,mode,launches,us,bound\n"
+    lines = [f"swiglu,small_16k B=256,bfloat16,{mode},2,50,memory\n" for mode in ("value", "jvp")]
+    (tmp_path / "aot" / "cost_triton_3_7.csv").write_text(header + "".join(lines))
+    table = write_costs(tmp_path / "aot").read_text()
+    assert "| swiglu | small_16k B=256 | value | 2 | 100 | memory | 2.50 |" in table
+    assert "| swiglu | small_16k B=256 | jvp | 2 | 100 | memory | not measured |" in table
