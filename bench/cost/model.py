@@ -4,8 +4,10 @@ One warp of some programs is followed through the code (`bench.cost.sass`) and w
 counted; all warps of a program are taken to do the same. A launch then takes as long as the
 busiest of these, on the multiprocessor that has most programs:
 
-    issue     every instruction takes one of the four issue slots of a cycle; and a warp, which
-              waits for its own results, issues at most every other cycle, wave after wave
+    issue     every instruction takes one of the four issue slots of a cycle
+    chain     a warp waits for its own results: it issues at most every other cycle, and matrix
+              products that its code waits for at once (all that are not left in flight) come on
+              top; programs that a multiprocessor holds do so side by side, the others after them
     units     integer and comparison at 64 lanes a cycle, exponentials, sines, reciprocals and
               scalar conversions at 16, shared memory at 128 bytes, loads from L2 at 64 bytes
     tensor    operations of matrix instructions at 790 TFLOP/s of dense bf16 on all
@@ -91,6 +93,14 @@ def _tensor_rate(name: str) -> float:
     return (0.5 if "TF32" in name else 1.0) * (1.0 if name.startswith("HGMMA") else 0.62)
 
 
+def _waited(code: Code, at: int) -> bool:
+    """Return whether all matrix products are waited for after one, before anything else of use."""
+    for one in code.instructions[at:]:
+        if one.name.startswith("WARPGROUP.DEPBAR"):
+            return one.operands[-1] == "0x0"
+    return True  # those of a warp deliver as any instruction does
+
+
 def _counts(code: Code, times: Sequence[float], span: range | None = None) -> Counts:
     """Return what a warp issues, by kind; of a loop, what it issues each time around."""
     found: Counts = defaultdict(float)
@@ -109,6 +119,8 @@ def _counts(code: Code, times: Sequence[float], span: range | None = None) -> Co
                 found["loaded_bytes"] += n * _bytes(one.name)
         if kind == "tensor":
             flops = n * _flops(one.name)
+            waited = "waited_flops" if _waited(code, i) else "flying_flops"
+            found[waited] += flops / _tensor_rate(one.name)
             found["flops"] += flops
             found["bf16_flops"] += flops / _tensor_rate(one.name)
             if base == "HGMMA":  # B, and A unless it is in registers, come from shared memory
@@ -207,7 +219,10 @@ def _cost(kernel: Any, grid: tuple[int, int, int], given: bytes, moved: int) -> 
         "port": total["loaded_bytes"] / PORT_BYTES,
     }
     slots = {unit: microseconds(busiest * warps * n) for unit, n in slots.items()}
-    slots["issue"] = max(slots["issue"], microseconds(math.ceil(waves) * longest * ALONE))
+    rate = TENSOR / PROCESSORS / CLOCK
+    flying, waited = (total[f"{k}_flops"] * warps / rate for k in ("flying", "waited"))
+    chain = max(longest * ALONE, flying) + waited
+    slots["chain"] = microseconds(math.ceil(busiest / resident) * chain)
     slots["tensor"] = busiest * PROCESSORS * warps * total["bf16_flops"] / TENSOR * 1e6
     slots["memory"] = moved / MEMORY * 1e6
     bound = max(slots, key=lambda unit: slots[unit])
@@ -220,7 +235,7 @@ def _cost(kernel: Any, grid: tuple[int, int, int], given: bytes, moved: int) -> 
     span = max(spans, key=issued, default=range(0))
     turns = mean[span[-1]] if span else 0
     each = _counts(code, [n / turns for n in mean], span) if turns else defaultdict(float)
-    cycles = each["bf16_flops"] * warps / (TENSOR / PROCESSORS / CLOCK)
+    cycles = each["bf16_flops"] * warps / rate
     row = {
         "kernel": used["kernel"],
         "grid": "x".join(map(str, grid)),
@@ -241,6 +256,7 @@ def _cost(kernel: Any, grid: tuple[int, int, int], given: bytes, moved: int) -> 
         "gflop": total["flops"] * warps * programs / 1e9,
         "megabytes": moved / 1e6,
         "issue_us": slots["issue"],
+        "chain_us": slots["chain"],
         "units_us": units,
         "tensor_us": slots["tensor"],
         "memory_us": slots["memory"],

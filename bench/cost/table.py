@@ -71,7 +71,9 @@ def line_of(row: Row) -> str:
     """Return a row as it is printed."""
     name = " ".join(str(row[key]) for key in ("op", "shape", "dtype", "mode", "kernel"))
     loop = f"{row['turns']} x {row['loop_instructions']}"
-    times = "  ".join(f"{k} {row[f'{k}_us']}" for k in ("issue", "units", "tensor", "memory"))
+    times = "  ".join(
+        f"{k} {row[f'{k}_us']}" for k in ("issue", "chain", "units", "tensor", "memory")
+    )
     return (
         f"{name:90} {row['launches']} x {row['us']:>8} us by {row['bound']:8} {times}  loop {loop}"
     )
