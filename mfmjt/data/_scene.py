@@ -23,15 +23,18 @@ class Scene:
 
     Attributes:
         draw: Paints the moving things of time t (s) onto a canvas.
-        audio: The sound, `(samples,)`, any level.
+        audio: Makes the synthetic sound, `(samples,)`, any level. It draws random numbers: once.
         events: Times of the audible onsets in seconds; empty for continuous sounds.
+        strength: How hard each event is, (0, 1], of the same length; of continuous sounds their
+            amplitude at every sample, `(samples,)`.
         pace: "slow", "fast" or "", for the caption.
         setting: Paints what does not move.
     """
 
     draw: Callable[[Canvas, float], None]
-    audio: Array
+    audio: Callable[[], Array]
     events: Array
+    strength: Array
     pace: str = ""
     setting: Callable[[Canvas], None] = field(default=lambda canvas: None)
 

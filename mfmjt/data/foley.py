@@ -113,7 +113,7 @@ def clip(
     entropy = np.random.SeedSequence([seed, SPLITS.index(split), index, label])
     world, look, words, level = (np.random.Generator(np.random.PCG64(s)) for s in entropy.spawn(4))
     scene = SOURCES[CLASSES[label]](world, duration)
-    audio = scene.audio
+    audio = scene.audio()
     peak = float(np.abs(audio).max())
     audio = audio * (0.9 * 10.0 ** (-level.uniform(0.0, 9.0) / 20.0) / max(peak, 1e-6))
     audio = audio + 10.0 ** (-level.uniform(62.0, 75.0) / 20.0) * level.standard_normal(audio.size)
