@@ -43,6 +43,7 @@ ALLOWED: dict[str, str] = {
     "media families",
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",
+    "listen": "errors files extract",
 }
 TOP = {"cli", "info", "__init__"}
 TRAINING = ["train", *ALLOWED["train"].split()]
