@@ -31,11 +31,13 @@ _BLOCK = SAMPLE_RATE // 1000  # samples in a millisecond, in which levels are lo
 _HOP, _WINDOW = SAMPLE_RATE // 200, 256  # samples between spectra, and of each
 _LAG = 3  # spectra: what is new is new against that much earlier
 _FLOOR = 10**-5.5  # of the greatest power of a band
-_STROKE, _AGAIN = 6.0, 3.0  # dB, mean rise over the bands: of a stroke, and of anything new
+_STROKE, _AGAIN = 6.0, 1.8  # dB, mean rise over the bands: of a stroke, and of anything new
 _NEAR = 8  # spectra (40 ms) within which there is one beginning
+_WRAP = 512  # samples of silence, into which what rings before an attack wraps around
 _SHORTEST, _LONGEST = 0.06, 2.5  # s of a take
 _LEAD, _FADE = SAMPLE_RATE // 500, SAMPLE_RATE // 200  # samples before the onset, and of the end
-_STEADY = 8.0  # dB between the loudest tenth and the median of what goes on and on
+_STEADY = 8.0  # dB between the loudest parts and the median of what goes on and on
+_STROKES = 3.0  # dB, rise of what is heard in it as a stroke: one in four seconds at most
 
 
 class Take(NamedTuple):
@@ -135,9 +137,10 @@ def struck(take: Take, strength: float) -> Array:
         take: As recorded, which is the hardest.
         strength: Of the stroke, (0, 1].
     """
-    spectrum = np.fft.rfft(take.sound)
-    octaves = np.log2(np.fft.rfftfreq(len(take.sound), 1 / SAMPLE_RATE).clip(300) / 300)
-    duller = np.fft.irfft(spectrum * 2 ** (0.5 * (strength - 1) * octaves), len(take.sound))
+    size = _fast(len(take.sound) + _WRAP)
+    octaves = np.log2(np.fft.rfftfreq(size, 1 / SAMPLE_RATE).clip(300) / 300)
+    spectrum = np.fft.rfft(take.sound, size) * 2 ** (0.5 * (strength - 1) * octaves)
+    duller = np.fft.irfft(spectrum, size)[: len(take.sound)]
     return (duller * strength**1.2).astype(np.float32)
 
 
@@ -182,7 +185,7 @@ def shifted(sound: Array, semitones: float) -> tuple[Array, float]:
     Returns:
         The sound, and how many times faster it is.
     """
-    before = _fast(len(sound))
+    before = _fast(len(sound) + _WRAP)
     after = _fast(before / 2 ** (semitones / 12))
     spectrum = np.fft.rfft(sound, before)[: after // 2 + 1]
     ratio = before / after
@@ -222,13 +225,16 @@ def loudness(sound: Array) -> float:
 
 
 def is_steady(sound: Array) -> bool:
-    """Return whether a sound of a second and a half or more goes on at about one level."""
+    """Return whether a sound of a second and a half or more goes on at one level, without strokes."""
     levels = _levels(sound)
     levels = levels[: len(levels) // 20 * 20].reshape(-1, 20).mean(1)
     if len(levels) < 75:
         return False
     high, middle = np.quantile(levels, [0.97, 0.5])
-    return bool(high <= 10 ** (_STEADY / 10) * middle)
+    if high > 10 ** (_STEADY / 10) * middle:
+        return False
+    strokes = (_rises(sound)[_NEAR:-_NEAR] > _STROKES).sum()
+    return bool(strokes <= len(sound) / SAMPLE_RATE / 4)
 
 
 def spread(rng: np.random.Generator, sound: Array, samples: int) -> Array:

@@ -55,7 +55,9 @@ _MATERIALS = {
 }  # fmt: skip
 _TAKES = 4  # strokes of one source that take turns
 _COLORED = 0.3  # share of balls that look like what they are made of
-_SECOND, _OFF_SCREEN = 0.2, 0.35  # shares of scenes with a second source, and with one unseen
+_SECOND, _OFF_SCREEN = 0.15, 0.35  # shares of scenes with a second source, and with one unseen
+_BELOW, _FAR_BELOW = (3, 9), (8, 20)  # dB, of loudness, by which these are below the first
+_SWELL = SAMPLE_RATE // 2  # samples within which it rises
 _APART = 0.05  # s between two events that are told apart
 
 
@@ -210,14 +212,16 @@ class OpenSet:
             if others:
                 other = others[rng.integers(len(others))]
                 second = self._seen(draws, other, split, duration, None, first.label)
-                parts.append(_quieter(second, rng.uniform(4, 12)))
+                quieter = _FAR_BELOW if other in _CONTINUOUS else _BELOW
+                parts.append(_below(first, second, rng.uniform(*quieter)))
                 text = captions.together(words, text, second.text, split)
         elif also < _SECOND + _OFF_SCREEN:
-            labels = [s for s in self.labels(split) if s != first.label and self._steady(split, s)]
-            if labels:
-                label = labels[rng.integers(len(labels))]
+            order = rng.permutation(len(self.labels(split)))
+            labels = (self.labels(split)[i] for i in order)
+            label = next((s for s in labels if s != first.label and self._steady(split, s)), None)
+            if label is not None:
                 second = self._going_on(draws, label, split, duration)
-                parts.append(_quieter(second, rng.uniform(6, 20) + 6 * struck))
+                parts.append(_below(first, second, rng.uniform(*_FAR_BELOW)))
                 if words.uniform() < 0.5:
                     text = captions.beside(words, text, second.text, split)
         return parts, text
@@ -262,7 +266,7 @@ class OpenSet:
             semitones = rng.uniform(-2, 2)
             takes = [_takes.transposed(strokes[i][1], semitones) for i in chosen]
             track = _takes.place(takes, scene.events, scene.strength, round(duration * SAMPLE_RATE))
-            heard = _sentence(draws.words, strokes[chosen[0]][0], split)
+            heard = strokes[chosen[0]][0].caption
         track = track / max(float(np.abs(track).max()), 1e-6)
         return _Part(label, track, captions.scene(draws.words, source, heard, split), scene)
 
@@ -273,7 +277,10 @@ class OpenSet:
         sound = self._shifted(draws.sound, recording, duration)
         track = _takes.lasting(draws.sound, sound, round(duration * SAMPLE_RATE))
         track = track / max(float(np.abs(track).max()), 1e-6)
-        return _Part(label, track, _sentence(draws.words, recording, split))
+        # From silence on: what begins with the clip would be an onset that the picture lacks.
+        fade = min(_SWELL, len(track) // 4)
+        track[:fade] *= np.linspace(0, 1, fade, dtype=np.float32) ** 2
+        return _Part(label, track, recording.caption)
 
     def _text_alone(
         self, draws: _Draws, kind: str, split: str, duration: float, class_name: str | None
@@ -283,9 +290,9 @@ class OpenSet:
         first, sound = self._any(draws, split, duration, class_name)
         if kind == "single":
             track = _takes.spread(rng, sound, samples)
-            return [_Part(first.label, track, "")], _sentence(words, first, split)
+            return [_Part(first.label, track, "")], first.caption
         second, other = self._any(draws, split, duration, None, first.label)
-        texts = [_sentence(words, first, split), _sentence(words, second, split)]
+        texts = [first.caption, second.caption]
         if kind == "sequence":
             cut = round(rng.uniform(0.35, 0.65) * samples)
             spans, quieter = ((0, cut), (cut, samples)), rng.uniform(-6, 6)
@@ -294,13 +301,12 @@ class OpenSet:
             spans, quieter = ((0, samples), (0, samples)), rng.uniform(0, 12)
             text = captions.together(words, *texts[:: rng.choice([1, -1])], split)
         parts = []
-        for recording, heard, (begin, end), down in (
-            (first, sound, spans[0], 0.0), (second, other, spans[1], quieter)
-        ):  # fmt: skip
+        given = ((first, sound, spans[0], 0.0), (second, other, spans[1], quieter))
+        for recording, heard, (begin, end), down in given:
             track = np.zeros(samples, np.float32)
             track[begin:end] = _takes.spread(rng, heard, end - begin)
-            part = _Part(recording.label, track / _takes.loudness(track), "")
-            parts.append(_quieter(part, down))
+            part = _Part(recording.label, track, "")
+            parts.append(_below(parts[0], part, down) if parts else part)
         return parts, text
 
     def _any(
@@ -349,12 +355,10 @@ class OpenSet:
         return self._lasting[split, label]
 
 
-def _sentence(rng: np.random.Generator, recording: Recording, split: str) -> str:
-    return recording.caption
-
-
-def _quieter(part: _Part, decibels: float) -> _Part:
-    return part._replace(track=part.track * np.float32(10 ** (-decibels / 20)))
+def _below(first: _Part, second: _Part, decibels: float) -> _Part:
+    """Return the second part, so much less loud than the first."""
+    ratio = _takes.loudness(first.track) / _takes.loudness(second.track)
+    return second._replace(track=second.track * np.float32(ratio * 10 ** (-decibels / 20)))
 
 
 def _apart(events: Sequence[Array]) -> NDArray[np.float32]:
