@@ -34,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "media": "errors files",
     "families": "errors memory cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
-    "extract": "errors files devices progress encoders media families features",
+    "extract": "errors files devices progress encoders data media families features",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
     "media families features extract",
     "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
