@@ -225,7 +225,7 @@ def loudness(sound: Array) -> float:
 
 
 def is_steady(sound: Array) -> bool:
-    """Return whether a sound of a second and a half or more goes on at one level, without strokes."""
+    """Return whether a sound of 1.5 s or more goes on at one level, without strokes."""
     levels = _levels(sound)
     levels = levels[: len(levels) // 20 * 20].reshape(-1, 20).mean(1)
     if len(levels) < 75:

@@ -59,6 +59,7 @@ class Clip:
         index: Number of the clip within its split.
         split: "train", "validation" or "test".
         class_name: Name of the class.
+        seen: What the picture shows, the same word for all that look the same; "" without one.
     """
 
     frames: NDArray[np.uint8] | None
@@ -69,6 +70,7 @@ class Clip:
     index: int
     split: str
     class_name: str
+    seen: str = ""
 
 
 def clip(
@@ -106,7 +108,8 @@ def clip(
     audio = leveled(level, scene.audio())
     frames = film(look, [scene], shown_at(duration), size) if render else None
     text = caption(words, CLASSES[label], scene.pace, split)
-    return Clip(frames, audio, text, label, scene.events, index, split, CLASSES[label])
+    name = CLASSES[label]
+    return Clip(frames, audio, text, label, scene.events, index, split, name, name)
 
 
 def check(index: int, split: str, duration: float) -> None:

@@ -1,16 +1,17 @@
-"""The open set: real recordings, with the moving pictures of the procedural set or with text alone.
+"""The open set: real recordings, with the procedural set's moving pictures or with text alone.
 
-In a scene, recorded strokes sound at the moments at which the picture shows a contact, as hard as it
-shows them, and recordings that go on follow what is seen. The picture leaves the rest open: what a
-gray ball is made of, what the ground is, which of many recordings it is, what else sounds off the
+In a scene, recorded strokes sound at the moments at which the picture shows a contact, as hard as
+it shows them, and recordings that go on follow what is seen. The picture leaves the rest open: what
+a gray ball is made of, what the ground is, which of many recordings it is, what else sounds off the
 screen. Other clips have no picture: one recording, two at once, or one after the other. A clip is a
 pure function of (split, seed, index) and the recordings, of which it takes those of its split.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,10 @@ from mfmjt.data._scenes import SOURCES
 from mfmjt.data._sound import SAMPLE_RATE, leveled
 from mfmjt.data.foley import DURATION, FRAME_SIZE, SPLITS, Clip
 from mfmjt.data.recordings import Recording, Recordings
+from mfmjt.data.wordings import caption, phrase
 from mfmjt.errors import InputError, some
 
-__all__ = ["KINDS", "SOUNDS", "OpenSet", "is_scene"]
+__all__ = ["KINDS", "SOUNDS", "OpenSet", "clips_of", "has_picture", "open_set"]
 
 Array = NDArray[np.floating[Any]]
 
@@ -61,9 +63,32 @@ _SWELL = SAMPLE_RATE // 2  # samples within which it rises
 _APART = 0.05  # s between two events that are told apart
 
 
-def is_scene(index: int) -> bool:
-    """Return whether clip number `index` has a picture: every second one has."""
-    return _TURNS[index % len(_TURNS)] == "scene"
+def has_picture(index: int, recordings: Path | None) -> bool:
+    """Return whether clip number `index` has a picture: all procedural and every second open one.
+
+    Args:
+        index: Number of the clip.
+        recordings: Of the open set; None means the procedural set.
+    """
+    return recordings is None or _TURNS[index % len(_TURNS)] == "scene"
+
+
+def clips_of(recordings: Path | None) -> Callable[..., Clip]:
+    """Return what makes clips: of the open set of these recordings, or of the procedural set.
+
+    Args:
+        recordings: Folder that `mfmjt data real` wrote, or None.
+
+    Raises:
+        InputError: What `OpenSet` raises.
+    """
+    return foley.clip if recordings is None else open_set(recordings).clip
+
+
+@functools.cache
+def open_set(recordings: Path) -> OpenSet:
+    """Return the open set of these recordings, of which a process reads each once."""
+    return OpenSet(recordings)
 
 
 class _Draws(NamedTuple):
@@ -84,12 +109,14 @@ class _Part(NamedTuple):
         track: Samples of the whole clip (n,).
         text: Sentence about it.
         scene: What is seen of it, if anything is.
+        seen: Its source, one of `SOUNDS`, or "".
     """
 
     label: str
     track: Array
     text: str
     scene: Scene | None = None
+    seen: str = ""
 
 
 class OpenSet:
@@ -113,11 +140,13 @@ class OpenSet:
         # Takes of one thing have one caption; every thing is as likely as another of its label.
         self._groups: dict[str, dict[str, list[list[Recording]]]] = {}
         for split in SPLITS:
-            grouped: dict[str, dict[str, list[Recording]]] = {}
+            groups: dict[str, dict[tuple[str, str], list[Recording]]] = {}
             for row in rows:
                 if row.split == split and row.label in counts:
-                    grouped.setdefault(row.label, {}).setdefault(row.caption, []).append(row)
-            self._groups[split] = {k: list(grouped[k].values()) for k in self.classes if k in grouped}
+                    things = groups.setdefault(row.label, {})
+                    things.setdefault((row.set, row.caption), []).append(row)
+            known = (label for label in self.classes if label in groups)
+            self._groups[split] = {label: list(groups[label].values()) for label in known}
             if len(self._groups[split]) < 2:
                 raise InputError(
                     f"{recordings} has recordings of {some(self._groups[split]) or 'nothing'} in "
@@ -187,6 +216,7 @@ class OpenSet:
             index,
             split,
             parts[0].label,
+            parts[0].seen,
         )
 
     def _scene(
@@ -206,9 +236,11 @@ class OpenSet:
         struck = source not in _CONTINUOUS
         if also < _SECOND and struck:
             others = [
-                s for s in dict.fromkeys(_ORDER)
-                if s not in (source, "engine", "fan") and self._labels_of(s, split, None, first.label)
-            ]  # fmt: skip
+                other
+                for other in dict.fromkeys(_ORDER)
+                if other not in (source, "engine", "fan")
+                and self._labels_of(other, split, but=first.label)
+            ]
             if others:
                 other = others[rng.integers(len(others))]
                 second = self._seen(draws, other, split, duration, None, first.label)
@@ -266,9 +298,9 @@ class OpenSet:
             semitones = rng.uniform(-2, 2)
             takes = [_takes.transposed(strokes[i][1], semitones) for i in chosen]
             track = _takes.place(takes, scene.events, scene.strength, round(duration * SAMPLE_RATE))
-            heard = strokes[chosen[0]][0].caption
+            heard = phrase(draws.words, strokes[chosen[0]][0], split)
         track = track / max(float(np.abs(track).max()), 1e-6)
-        return _Part(label, track, captions.scene(draws.words, source, heard, split), scene)
+        return _Part(label, track, captions.scene(draws.words, source, heard, split), scene, source)
 
     def _going_on(self, draws: _Draws, label: str, split: str, duration: float) -> _Part:
         """Take a piece of a steady recording, of peak 1."""
@@ -280,7 +312,7 @@ class OpenSet:
         # From silence on: what begins with the clip would be an onset that the picture lacks.
         fade = min(_SWELL, len(track) // 4)
         track[:fade] *= np.linspace(0, 1, fade, dtype=np.float32) ** 2
-        return _Part(label, track, recording.caption)
+        return _Part(label, track, phrase(draws.words, recording, split))
 
     def _text_alone(
         self, draws: _Draws, kind: str, split: str, duration: float, class_name: str | None
@@ -290,9 +322,9 @@ class OpenSet:
         first, sound = self._any(draws, split, duration, class_name)
         if kind == "single":
             track = _takes.spread(rng, sound, samples)
-            return [_Part(first.label, track, "")], first.caption
+            return [_Part(first.label, track, "")], caption(words, first, split)
         second, other = self._any(draws, split, duration, None, first.label)
-        texts = [first.caption, second.caption]
+        texts = [phrase(words, first, split), phrase(words, second, split)]
         if kind == "sequence":
             cut = round(rng.uniform(0.35, 0.65) * samples)
             spans, quieter = ((0, cut), (cut, samples)), rng.uniform(-6, 6)
@@ -337,7 +369,11 @@ class OpenSet:
         if (split, label) not in self._found:
             groups = self._groups[split].get(label, [])
             found = [
-                [(row, take) for row in group for take in _takes.find_takes(self.recordings.sound(row))]
+                [
+                    (row, take)
+                    for row in group
+                    for take in _takes.find_takes(self.recordings.sound(row))
+                ]
                 for group in groups
             ]
             self._found[split, label] = [strokes for strokes in found if strokes]
