@@ -324,15 +324,16 @@ class OpenSet:
             track = _takes.spread(rng, sound, samples)
             return [_Part(first.label, track, "")], caption(words, first, split)
         second, other = self._any(draws, split, duration, None, first.label)
-        texts = [phrase(words, first, split), phrase(words, second, split)]
+        texts = phrase(words, first, split), phrase(words, second, split)
         if kind == "sequence":
             cut = round(rng.uniform(0.35, 0.65) * samples)
             spans, quieter = ((0, cut), (cut, samples)), rng.uniform(-6, 6)
-            text = captions.then(words, *texts, split)
+            text = captions.then(words, texts[0], texts[1], split)
         else:
             spans, quieter = ((0, samples), (0, samples)), rng.uniform(0, 12)
-            text = captions.together(words, *texts[:: rng.choice([1, -1])], split)
-        parts = []
+            earlier = rng.integers(2)
+            text = captions.together(words, texts[earlier], texts[1 - earlier], split)
+        parts: list[_Part] = []
         given = ((first, sound, spans[0], 0.0), (second, other, spans[1], quieter))
         for recording, heard, (begin, end), down in given:
             track = np.zeros(samples, np.float32)
