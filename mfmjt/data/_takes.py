@@ -246,7 +246,7 @@ def spread(rng: np.random.Generator, sound: Array, samples: int) -> Array:
     track = np.zeros(samples, np.float32)
     if len(sound) >= samples:
         loud = int(np.abs(sound).argmax())
-        first = rng.integers(len(sound) - samples + 1)
+        first = int(rng.integers(len(sound) - samples + 1))
         piece = sound[first : first + samples]
         if np.abs(piece).max() < 0.2 * np.abs(sound[loud]):
             first = int(np.clip(loud - rng.integers(samples), 0, len(sound) - samples))

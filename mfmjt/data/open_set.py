@@ -290,7 +290,7 @@ class OpenSet:
             scene = SOURCES[source](draws.world, duration)
         if source in _CONTINUOUS:
             part = self._going_on(draws, label, split, duration)
-            track, heard = part.track * scene.strength, part.text
+            track, heard = np.multiply(part.track, scene.strength), part.text
         else:
             groups = self._strokes(split, label)
             strokes = groups[rng.integers(len(groups))]
@@ -299,7 +299,7 @@ class OpenSet:
             takes = [_takes.transposed(strokes[i][1], semitones) for i in chosen]
             track = _takes.place(takes, scene.events, scene.strength, round(duration * SAMPLE_RATE))
             heard = phrase(draws.words, strokes[chosen[0]][0], split)
-        track = track / max(float(np.abs(track).max()), 1e-6)
+        track /= max(float(np.abs(track).max()), 1e-6)
         return _Part(label, track, captions.scene(draws.words, source, heard, split), scene, source)
 
     def _going_on(self, draws: _Draws, label: str, split: str, duration: float) -> _Part:

@@ -55,9 +55,10 @@ def contact_sheet(path: Path, clips: list[Clip], columns: int = 8) -> None:
             axes = row.subplots(1, columns + 2, width_ratios=[1.0] * columns + [2.0, 2.0])
             for axis in axes:
                 axis.set_axis_off()
-            shown = [] if item.frames is None else range(12, 12 + 2 * columns, 2)
-            for axis, i in zip(axes, shown, strict=False):
-                axis.imshow(item.frames[min(i, len(item.frames) - 1)])
+            shown = slice(12, 12 + 2 * columns, 2)
+            frames = () if item.frames is None else item.frames[shown]
+            for axis, frame in zip(axes, frames, strict=False):
+                axis.imshow(frame)
             spectrogram(axes[-2], torch.from_numpy(item.audio), SAMPLE_RATE)
             axes[-1].plot(np.arange(item.audio.size) / SAMPLE_RATE, item.audio, linewidth=0.3)
             axes[-1].vlines(item.events, -1, 1, colors="crimson", linewidth=0.6)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,51 +8,14 @@ import pytest
 from mfmjt.data import _open_captions, _takes, foley, open_set, wordings
 from mfmjt.data.foley import SAMPLE_RATE, SPLITS
 from mfmjt.data.open_set import KINDS, SOUNDS, OpenSet, clips_of, has_picture
-from mfmjt.data.recordings import COLUMNS, SOUND, TABLE
+from mfmjt.data.recordings import SOUND, TABLE
 from mfmjt.errors import InputError
-
-STRUCK = ("footsteps", "wood hit", "glass hit", "bell", "clock")
-LASTING = ("rain", "engine", "machine", "wind")
-PITCH = {split: 400.0 * 3**i for i, split in enumerate(SPLITS)}
-"""Hz of all that sounds in a split: two semitones do not make one of them another."""
-
-
-def _stroke(rng: np.random.Generator, pitch: float) -> np.ndarray:
-    t = np.arange(SAMPLE_RATE // 3) / SAMPLE_RATE
-    rung = np.sin(2 * np.pi * pitch * t) + 0.5 * rng.standard_normal(len(t)) * np.exp(-t / 0.004)
-    return rung * np.exp(-t / 0.04)
-
-
-def _lasting(rng: np.random.Generator, pitch: float) -> np.ndarray:
-    t = np.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
-    return np.sin(2 * np.pi * pitch * t) + 0.05 * rng.standard_normal(len(t))
+from tests.support.open_corpus import LASTING, PITCH, STRUCK, stroke, write_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two recordings of each label and split: of two strokes with silence around, or of noise."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng, rows, parts, start = np.random.default_rng(0), [], [], 0
-    for split in SPLITS:
-        for label in STRUCK + LASTING:
-            for take in range(2):
-                if label in STRUCK:
-                    pause = np.zeros(SAMPLE_RATE // 5)
-                    strokes = [_stroke(rng, PITCH[split]) for _ in range(2)]
-                    sound = np.concatenate([pause, strokes[0], pause, 0.8 * strokes[1]])
-                else:
-                    sound = _lasting(rng, PITCH[split])
-                parts.append(np.round(sound / np.abs(sound).max() * 30000).astype(np.int16))
-                row = dict.fromkeys(COLUMNS, "x") | {"id": f"{split}_{label}_{take}"}
-                row |= {"start": start, "samples": len(sound), "split": split}
-                rows.append(row | {"label": label, "caption": f"the {label}"})
-                start += len(sound)
-    np.save(folder / SOUND, np.concatenate(parts))
-    with (folder / TABLE).open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +95,7 @@ def test_a_take_is_put_with_its_onset_on_the_sample() -> None:
 
 def test_softer_is_quieter_and_duller() -> None:
     rng = np.random.default_rng(0)
-    take = _takes.Take(_stroke(rng, 2000.0).astype(np.float32), 0)
+    take = _takes.Take(stroke(rng, 2000.0).astype(np.float32), 0)
     hard, soft = _takes.struck(take, 1.0), _takes.struck(take, 0.3)
     # A whole strength changes nothing; float32's rounding through two transforms of 2^13.
     assert np.abs(hard - take.sound).max() < 13 * np.finfo(np.float32).eps * np.abs(hard).max()
@@ -145,8 +107,8 @@ def test_softer_is_quieter_and_duller() -> None:
 
 def test_two_strokes_of_a_recording_are_two_takes_and_a_double_none() -> None:
     rng = np.random.default_rng(1)
-    stroke, pause = _stroke(rng, 1000.0), np.zeros(SAMPLE_RATE // 4)
-    recording = np.concatenate([pause, stroke, pause, 0.7 * stroke]).astype(np.float32)
+    one, pause = stroke(rng, 1000.0), np.zeros(SAMPLE_RATE // 4)
+    recording = np.concatenate([pause, one, pause, 0.7 * one]).astype(np.float32)
     takes = _takes.find_takes(recording)
     assert len(takes) == 2
     assert all(np.abs(take.sound).max() == pytest.approx(1.0) for take in takes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class EncodersTraining(ProceduralTraining):
         on_disk: Keep the rendered frames in `out`; otherwise in memory.
         recordings: Corpus of the open set, from `mfmjt data real`, of which clips with a picture
             are taken; null for the procedural set.
+        init_from: Encoders to start the frame and sync encoders from, of the same sizes.
         text_from: Encoders whose text encoder is taken and stays as it is, such as the stage
             `text` makes; null to train one.
         model: Sizes of the encoders.
@@ -70,6 +71,7 @@ class EncodersTraining(ProceduralTraining):
     validation_clips: int = 96
     on_disk: bool = True
     recordings: Path | None = None
+    init_from: Path | None = None
     text_from: Path | None = None
     save_every: int = 200
     model: NanoEncodersConfig = field(default_factory=NanoEncodersConfig)
@@ -239,9 +241,10 @@ class EncodersTask(ProceduralTask):
             torch.manual_seed(recipe.seed)
             self.towers = _Towers(recipe.model)
         encoders = self.towers.encoders
+        if recipe.init_from is not None:
+            _take(encoders, recipe.init_from, "frame_encoder", "sync_encoder")
         if recipe.text_from is not None:
-            given = _given_text(recipe.text_from, recipe.model)
-            encoders.text_encoder.load_state_dict(given.text_encoder.state_dict())
+            given = _take(encoders, recipe.text_from, "text_encoder")
             encoders.text_encoder.requires_grad_(False)
         super().__init__(recipe, self.towers)
         self.clips = _Clips("train", recipe.clips, recipe)
@@ -349,14 +352,17 @@ def train_encoders(recipe: EncodersTraining) -> TrainingResult:
     return train(recipe.loop(), lambda _: EncodersTask(recipe))
 
 
-def _given_text(path: Path, config: NanoEncodersConfig) -> NanoEncoders:
-    """Return encoders whose text encoder has the sizes of a configuration."""
+def _take(encoders: NanoEncoders, path: Path, *names: str) -> NanoEncoders:
+    """Give encoders some of the encoders in a file; return all of these."""
     given = NanoEncoders.load(path)
-    channels = {"frame_channels": config.frame_channels, "sync_channels": config.sync_channels}
-    if replace(given.config, **channels) != config:
-        raise InputError(
-            f"{path} holds a text encoder of other sizes, {given.config}. Give its sizes as model."
-        )
+    for name in names:
+        state = getattr(given, name).state_dict()
+        own = getattr(encoders, name).state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise InputError(
+                f"The {name} in {path} has other sizes: {given.config}. Give its sizes as model."
+            )
+        getattr(encoders, name).load_state_dict(state)
     return given
 
 
