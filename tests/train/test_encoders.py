@@ -72,7 +72,7 @@ def test_a_given_text_encoder_stays_as_it_is(whole: Path, tmp_path: Path) -> Non
     ]
     assert 0 < max(moved) < 0.01
     assert made.vocabulary == before.vocabulary
-    with pytest.raises(InputError, match="text_encoder in .* has other sizes"):
+    with pytest.raises(InputError, match="text_encoder in"):
         train_encoders(
             dataclasses.replace(recipe, model=dataclasses.replace(TINY.model, buckets=8))
         )
