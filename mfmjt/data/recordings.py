@@ -84,11 +84,11 @@ class Recordings:
                 )
             self.rows = [
                 Recording(
-                    **{name: line[name] for name in COLUMNS}
-                    | {"start": int(line["start"]), "samples": int(line["samples"])}
+                    line["id"], int(line["start"]), int(line["samples"]), line["split"],
+                    line["label"], line["caption"], line["set"], line["licence"], line["credit"],
                 )
                 for line in lines
-            ]
+            ]  # fmt: skip
         self._samples: NDArray[np.int16] = np.load(sound, mmap_mode="r")
         last = max((row.start + row.samples for row in self.rows), default=0)
         if self._samples.dtype != np.int16 or self._samples.ndim != 1 or len(self._samples) < last:
