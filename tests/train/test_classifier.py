@@ -43,7 +43,7 @@ def test_a_few_steps_lower_the_loss_and_leave_weights_and_a_log(tmp_path: Path) 
     for name, value in stored.items():
         assert torch.equal(value, state[f"net.{name}"].half().to(value.dtype)), name
     waves, labels = classifier.load_audio("validation", TINY.validation_clips, TINY.duration)
-    judged = classifier.accuracy(Classifier.load(result.file), waves, labels)
+    judged = classifier.accuracy(Classifier.load(result.file), [waves], labels)
     assert {name: validation[name] for name in judged} == judged
 
 

@@ -31,6 +31,7 @@ from mfmjt.train.tasks.procedural import (
 from mfmjt.train.tasks.recorded import mixture, shares
 from mfmjt.train.trainer import Batch, TrainingResult, train
 
+
 __all__ = ["CodecTask", "CodecTraining", "SpectralLoss", "train_codec"]
 
 
@@ -72,7 +73,8 @@ class SpectralLoss(nn.Module):
     ones the pitch. At 64 ms the mel is MMAudio's own, by which others judge the sound.
     """
 
-    scales = ((64, 12), (128, 20), (256, 32), (512, 48), (2048, 160))
+    longest = 2048
+    scales = ((64, 12), (128, 20), (256, 32), (512, 48), (longest, 160))
 
     def __init__(self, sample_rate: int = 16000) -> None:
         super().__init__()
@@ -207,7 +209,8 @@ class CodecTask(ProceduralTask):
     def _through(self, sounds: Iterable[np.ndarray[Any, Any]]) -> dict[str, float]:
         spectral, figures = self.spectral, []
         for row in sounds:
-            target = torch.from_numpy(row)[None]
+            # The longest window needs that much; silence follows a short recording.
+            target = torch.from_numpy(np.pad(row, (0, max(0, spectral.longest - len(row)))))[None]
             mean, logvar = self.codec.encode(target)
             sound = self.codec.decode(mean)[:, : target.shape[1]]
             log, linear = spectral(sound, target)
