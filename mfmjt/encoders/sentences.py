@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.checkpoints import load_published, read_content
-from mfmjt.encoders.text_model import TextModel, Tokens, import_transformers, open_config
+from mfmjt.encoders.text_model import TextModel, import_transformers, open_config
 from mfmjt.errors import InputError
 
 __all__ = ["MINILM", "SentenceEncoder"]

@@ -17,7 +17,8 @@ def test_a_crop_is_a_tone_up_to_two_semitones_and_a_third_away() -> None:
     found = set()
     for seed in range(40):
         cut = crop(wave, SAMPLES, np.random.default_rng(seed))
-        assert cut.shape == (SAMPLES,) and cut.dtype == np.float32
+        assert cut.shape == (SAMPLES,)
+        assert cut.dtype == np.float32
         window = np.hanning(SAMPLES)
         found.add(round(16000 / SAMPLES * np.abs(np.fft.rfft(cut * window)).argmax() / 62.5))
     # Factors 14/16 to 18/16 of 1000 Hz, which are multiples of 62.5 Hz.

@@ -206,9 +206,7 @@ class _Procedural:
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         samples = _length(self.training, self.waves.shape[1], self.generator)
-        rows = torch.randint(
-            len(self.waves), (self.training.batch,), generator=self.generator
-        )
+        rows = torch.randint(len(self.waves), (self.training.batch,), generator=self.generator)
         crops = augment(_crops(self.waves, rows, samples, self.generator), self.generator)
         self.drawn += 1
         return crops, self.labels[rows]
@@ -230,7 +228,9 @@ class _Recorded:
         for row in self.recordings.of("train"):
             rows.setdefault(row.label, []).append(row)
         self.rows = {
-            label: rows[label] for label in sorted(rows) if label and len(rows[label]) >= recipe.fewest
+            label: rows[label]
+            for label in sorted(rows)
+            if label and len(rows[label]) >= recipe.fewest
         }
         if not self.rows:
             raise InputError(
@@ -255,10 +255,11 @@ class _Recorded:
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         rows = self.rows[label]
         wave = self.recordings.sound(rows[rng.integers(len(rows))])
-        times = 1
+        sound = crop(wave, samples, rng)
         if len(wave) < samples // 2 and rng.uniform() < 0.5:
             times = int(rng.integers(2, 2 + 4 * samples // SAMPLE_RATE))
-        sound = sum(crop(wave, samples, rng) * rng.uniform(0.3, 1) for _ in range(times))
+            gains = zip(rng.integers(samples, size=times), rng.uniform(0.3, 1, times), strict=True)
+            sound = np.sum([gain * np.roll(sound, place) for place, gain in gains], axis=0)
         if rng.uniform() < _BEHIND:
             others = self.rows[self.classes[rng.choice(len(self.classes), p=self.chances)]]
             other = crop(self.recordings.sound(others[rng.integers(len(others))]), samples, rng)

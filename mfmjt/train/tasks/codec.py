@@ -31,7 +31,6 @@ from mfmjt.train.tasks.procedural import (
 from mfmjt.train.tasks.recorded import mixture, shares
 from mfmjt.train.trainer import Batch, TrainingResult, train
 
-
 __all__ = ["CodecTask", "CodecTraining", "SpectralLoss", "train_codec"]
 
 

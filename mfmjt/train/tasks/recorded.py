@@ -39,13 +39,13 @@ def crop(wave: Wave, samples: int, rng: np.random.Generator) -> Wave:
 
     Args:
         wave: A recording.
-        samples: Length of the crop, a multiple of 16.
+        samples: Length of the crop.
         rng: Of every draw.
 
     Returns:
         `(samples,)`.
     """
-    whole = samples + 2 * _MARGIN
+    whole = 16 * _fast(-(-(samples + 2 * _MARGIN) // 16))
     taken = whole * int(rng.integers(14, 19)) // 16
     room = len(wave) - taken
     low, high = min(0, room), max(0, room)
@@ -58,7 +58,16 @@ def crop(wave: Wave, samples: int, rng: np.random.Generator) -> Wave:
     octaves = np.log2(np.maximum(np.fft.rfftfreq(whole, 1 / SAMPLE_RATE), 125) / 125)
     decibels = np.interp(octaves, np.arange(6) * 1.2, rng.normal(0, 3, 6))
     shaped = np.fft.irfft(kept * 10 ** (decibels / 20), whole) * (whole / taken)
-    return shaped[_MARGIN:-_MARGIN].astype(np.float32)
+    return shaped[_MARGIN : _MARGIN + samples].astype(np.float32)
+
+
+def _fast(count: int) -> int:
+    """Return the next number without prime factors above 11, of whose size FFTs are fast."""
+    rest = count
+    for factor in (2, 3, 5, 7, 11):
+        while rest % factor == 0:
+            rest //= factor
+    return count if rest == 1 else _fast(count + 1)
 
 
 def wave_at(wave: Wave, start: int, samples: int) -> Wave:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
+from mfmjt.encoders.nano import word_pieces
 from mfmjt.errors import InputError, reason
 from mfmjt.train.tasks.procedural import ProceduralTask, ProceduralTraining, whole_batch
 from mfmjt.train.tasks.teacher import named_right
@@ -24,6 +25,8 @@ from mfmjt.train.trainer import Batch, TrainingResult, train
 
 __all__ = ["TextTask", "TextTraining", "train_text"]
 
+_ROUNDS = 60  # of the conjugate gradients, for the rows to start from
+_RIDGE = 1e-3
 _HELD_OUT = 50  # one text of so many is kept for validation
 _ALIKE = 5.0  # weight of the error of likenesses, whose squares are small
 
@@ -55,10 +58,6 @@ class _Student(nn.Module):
         super().__init__()
         self.encoders = NanoEncoders(config)
         self.text = self.encoders.text_encoder
-        # Adam moves a row a little with each of its few texts: the random start must not outweigh
-        # that.
-        with torch.no_grad():
-            self.text.rows.weight.mul_(0.05)
         self.head = nn.Linear(config.dim, dim)
 
     def pooled(self, texts: list[str]) -> Tensor:
@@ -82,6 +81,12 @@ class TextTask(ProceduralTask):
             torch.manual_seed(recipe.seed)
             self.student = _Student(recipe.model, self.embeddings.shape[1])
         self.student.encoders.vocabulary = frozenset(words)
+        alone = {text: i for i, text in enumerate(self.texts)}
+        known = [word for word in words if word in alone]
+        taught = torch.from_numpy(self.embeddings[[alone[word] for word in known]]).float()
+        rows = self.student.text.rows
+        with torch.no_grad():
+            rows.weight.copy_(starting_rows(known, taught, *rows.weight.shape))
         super().__init__(recipe, self.student)
         held_out = np.arange(len(self.texts)) % _HELD_OUT == _HELD_OUT - 1
         self.training, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -129,6 +134,48 @@ class TextTask(ProceduralTask):
         path = Path(self.loop.out) / "text.safetensors"
         self.student.encoders.save(path, torch.float16)
         return path
+
+
+def starting_rows(words: list[str], taught: Tensor, buckets: int, dim: int) -> Tensor:
+    """Return rows `(buckets, dim)` whose means over each word's pieces are what is taught of it.
+
+    That is the regularized least-squares solution, by conjugate gradients, for the embeddings'
+    principal components at unit mean square. A text has few of the words: gradients of texts would
+    take long to move all rows there. What the words that share a piece have in common goes to the
+    piece, from which unknown words are read.
+
+    Args:
+        words: Words.
+        taught: Their embeddings `(n, D)`.
+        buckets: Number of rows.
+        dim: Width of a row; what D lacks of it stays 0.
+    """
+    centered = taught - taught.mean(0)
+    _, axes = torch.linalg.eigh(centered.T @ centered)
+    target = centered @ axes.flip(1)[:, :dim]
+    target = F.pad(target / target.square().mean().sqrt(), (0, dim - target.shape[1]))
+    pieces = [word_pieces(word, buckets) for word in words]
+    lengths = torch.tensor([len(some) for some in pieces])
+    owner = torch.arange(len(words)).repeat_interleave(lengths)
+    index = torch.tensor([piece for some in pieces for piece in some])
+    share = (1 / lengths)[owner, None]
+
+    def means(rows: Tensor) -> Tensor:
+        return torch.zeros(len(words), dim).index_add_(0, owner, rows[index] * share)
+
+    def back(values: Tensor) -> Tensor:
+        return torch.zeros(buckets, dim).index_add_(0, index, values[owner] * share)
+
+    rows = torch.zeros(buckets, dim)
+    rest = back(target)
+    direction, size = rest, rest.square().sum()
+    for _ in range(_ROUNDS):
+        change = back(means(direction)) + _RIDGE * direction
+        step = size / (direction * change).sum().clamp(min=1e-30)
+        rows, rest = rows + step * direction, rest - step * change
+        before, size = size, rest.square().sum()
+        direction = rest + size / before.clamp(min=1e-30) * direction
+    return rows
 
 
 def _read(path: Path) -> tuple[list[str], list[str], np.ndarray]:
