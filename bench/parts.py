@@ -8,7 +8,7 @@ holds is judged:
   loss (log mel magnitudes in nepers, spectral convergence), `stft` their sum. Beside them stands
   Griffin-Lim: 32 iterations on the true mel.
 * Text: the share of phrases that are nearest to their own label, those kept back for tests and
-  those of words that no caption has.
+  those of words that no caption has; among all labels, and among the 30 with most recordings.
 * Classifier: the share of recordings that it gives their label, where its classes are labels.
 
 Examples:
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from mfmjt.train.tasks.teacher import named_right
 __all__ = ["griffin_lim", "main", "reconstructions"]
 
 ITERATIONS = 32
+LARGEST = 30  # labels
 
 
 def griffin_lim(mel: Tensor, samples: int) -> Tensor:
@@ -109,6 +111,17 @@ def _codec(file: Path, sounds: Iterator[np.ndarray[Any, Any]]) -> dict[str, floa
     return reconstructions(lambda wave: codec.decode(codec.encode(wave)[0]), sounds)
 
 
+def _text(file: Path, recordings: Recordings) -> dict[str, dict[str, float]]:
+    encoders = NanoEncoders.load(file)
+    counts = Counter(row.label for row in recordings.of("train"))
+    largest = [label for label, _ in counts.most_common(LARGEST)]
+
+    def embed(texts: list[str]) -> Tensor:
+        return encoders.encode_text(texts).mean(1)
+
+    return {"all": named_right(embed), "largest": named_right(embed, largest)}
+
+
 def _classifier(file: Path, recordings: Recordings, split: str) -> dict[str, Any]:
     judge = Classifier.load(file)
     waves, labels = judged_recordings(recordings, judge.config.classes, split)
@@ -146,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (file := folder / "codec.safetensors").is_file():
             found["codec"] = _codec(file, sounds())
         if (file := folder / "encoders.safetensors").is_file():
-            encoders = NanoEncoders.load(file)
-            found["text"] = named_right(lambda texts: encoders.encode_text(texts).mean(1))  # noqa: B023
+            found["text"] = _text(file, recordings)
         if (file := folder / "classifier.safetensors").is_file():
             found["classifier"] = _classifier(file, recordings, args.split)
         sys.stderr.write(f"{folder.name}: {json.dumps(found)}\n")

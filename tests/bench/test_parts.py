@@ -43,17 +43,20 @@ def test_griffin_lim_gives_a_sound_with_that_mel() -> None:
 def test_a_folder_is_judged_by_what_it_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    corpus = write_recordings(tmp_path / "corpus", labels=("low", "high"))
+    corpus = write_recordings(tmp_path / "corpus", labels=("dog", "rain"))
     model = tmp_path / "model"
     model.mkdir()
     write_ends(model)
-    Classifier(ClassifierConfig(classes=("low",))).save(model / "classifier.safetensors")
+    Classifier(ClassifierConfig(classes=("dog",))).save(model / "classifier.safetensors")
     out = tmp_path / "results"
     assert parts.main([str(corpus), str(model), "--out", str(out)]) == 0
     found = json.loads((out / "parts.json").read_text())
     assert found == json.loads(capsys.readouterr().out)
     assert found["recordings"] == 4
     assert set(found["model"]) == {"codec", "text", "classifier"}
-    # Two recordings are low, and it knows nothing else.
-    assert found["model"]["classifier"] == {"all": [1.0, 2], "low": [1.0, 2]}
+    # Two recordings are of dogs, and it knows nothing else.
+    assert found["model"]["classifier"] == {"all": [1.0, 2], "dog": [1.0, 2]}
+    # Of two labels none is hard to guess, of all some are.
+    text = found["model"]["text"]
+    assert text["largest"]["reworded"] > text["all"]["reworded"]
     assert set(found["griffin_lim"]) == set(found["model"]["codec"])

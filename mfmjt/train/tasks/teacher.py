@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,9 @@ def texts_to_embed(recipe: TeacherStage, vocabulary: Sequence[str]) -> tuple[lis
     return words, list(dict.fromkeys(texts))
 
 
-def named_right(embed: Callable[[list[str]], Tensor]) -> dict[str, float]:
+def named_right(
+    embed: Callable[[list[str]], Tensor], names: Collection[str] | None = None
+) -> dict[str, float]:
     """Return how often the nearest label of a phrase is its own, as shares of phrases.
 
     A label lies at the mean of its phrases of training. `reworded` are those kept back for tests,
@@ -110,8 +112,9 @@ def named_right(embed: Callable[[list[str]], Tensor]) -> dict[str, float]:
 
     Args:
         embed: Embeddings `(n, d)` of n texts.
+        names: The labels to choose from, all by default.
     """
-    labels = wordings().values()
+    labels = [w for label, w in wordings().items() if names is None or label in names]
     means = [F.normalize(embed(list(w.training)), dim=-1).mean(0) for w in labels]
     centers = F.normalize(torch.stack(means), dim=-1)
     result = {}
