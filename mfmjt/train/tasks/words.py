@@ -23,7 +23,7 @@ from mfmjt.train.tasks.procedural import ProceduralTask, ProceduralTraining, who
 from mfmjt.train.tasks.teacher import named_right
 from mfmjt.train.trainer import Batch, TrainingResult, train
 
-__all__ = ["TextTask", "TextTraining", "train_text"]
+__all__ = ["TextTask", "TextTraining", "starting_rows", "train_text"]
 
 _ROUNDS = 60  # of the conjugate gradients, for the rows to start from
 _RIDGE = 1e-3
@@ -40,6 +40,8 @@ class TextTraining(ProceduralTraining):
         batch: Texts per step.
         model: Sizes of the encoders; those of frames are written as they start, for the stage
             `encoders` to train.
+
+    No clips are rendered: `clips`, `validation_clips` and `workers` are not looked at.
     """
 
     out: Path = Path("runs/text")
