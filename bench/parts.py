@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bench import parser
 from mfmjt.codec import MelSpectrogram, NanoCodec
-from mfmjt.codec.mel import filterbank
+from mfmjt.codec.mel import filterbank, stft
 from mfmjt.data.recordings import Recordings
 from mfmjt.encoders import NanoEncoders
 from mfmjt.evaluate.classifier import Classifier
@@ -60,10 +60,6 @@ def griffin_lim(mel: Tensor, samples: int) -> Tensor:
     front = MelSpectrogram("16k")
     basis = filterbank(16000, front.config.window, front.config.bands)
     magnitude = (torch.linalg.pinv(basis) @ 10**mel).clamp(min=0)
-    settings = {
-        "n_fft": front.config.window, "hop_length": front.config.hop, "window": front.window,
-        "center": False,
-    }  # fmt: skip
     margin = (front.config.window - front.config.hop) // 2
     generator = torch.Generator().manual_seed(0)
     turns = torch.exp(2j * torch.pi * torch.rand(magnitude.shape, generator=generator))
@@ -80,7 +76,7 @@ def griffin_lim(mel: Tensor, samples: int) -> Tensor:
         return (F.fold(frames, **fold) / F.fold(weight, **fold).clamp(min=1e-3)).flatten(1)
 
     for _ in range(ITERATIONS):
-        found = torch.stft(sound(magnitude * turns), return_complex=True, **settings)
+        found = stft(sound(magnitude * turns), front.window, front.config.hop)
         turns = found - 0.99 / 1.99 * before
         turns, before = turns / turns.abs().clamp(min=1e-9), found
     return F.pad(sound(magnitude * turns)[:, margin:], (0, samples))[:, :samples]
