@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Recordings:
 
     Attributes:
         rows: All recordings, in the order of the table.
+        digest: Of the table, hexadecimal: what is made of other recordings is not mixed up.
 
     Raises:
         InputError: No such folder, a table without a column, or an array that is not as it says.
@@ -97,6 +99,7 @@ class Recordings:
                     f"{table} or {SOUND} beside it is damaged: {reason(error)}. "
                     "Make both anew with `mfmjt data real`."
                 ) from error
+        self.digest = hashlib.sha256(table.read_bytes()).hexdigest()[:32]
         last = max((row.start + row.samples for row in self.rows), default=0)
         first = min((min(row.start, row.samples) for row in self.rows), default=0)
         fits = self._samples.dtype == np.int16 and self._samples.ndim == 1 and first >= 0
