@@ -225,7 +225,7 @@ def _cost(kernel: Any, grid: tuple[int, int, int], given: bytes, moved: int) -> 
     slots["chain"] = microseconds(math.ceil(busiest / resident) * chain)
     slots["tensor"] = busiest * PROCESSORS * warps * total["bf16_flops"] / TENSOR * 1e6
     slots["memory"] = moved / MEMORY * 1e6
-    bound = max(slots, key=lambda unit: slots[unit])
+    bound = max(slots, key=lambda unit: (slots[unit], unit != "chain"))
     units = max(slots[unit] for unit in ("integer", "special", "shared", "port"))
 
     def issued(span: range) -> float:
