@@ -18,7 +18,7 @@ from mfmjt.kernels.triton import cdiv, jit, tl, tuning
 from mfmjt.kernels.triton.launching import dense, launch, of_one, strides
 from mfmjt.kernels.triton.product import precision, project, takes, window, windows
 
-__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
+__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams", "weight_sums"]
 
 
 @jit
@@ -57,10 +57,11 @@ def _conv1d_bwd_weight_kernel(
     tl.store(parts + part, total, (out < outs * UNIT)[:, None] & (k < depth)[None, :])
 
 
-def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    outs, channels, taps = weight.shape
+def weight_sums(y_bar: Tensor, x: Tensor, taps: int) -> Tensor:
+    """Return the gradient of a weight over windows of x, (O, C, K), in the dtype of sums."""
+    outs, channels = y_bar.shape[2], x.shape[2]
     if x.numel() == 0 or y_bar.numel() == 0:
-        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        return x.new_zeros(outs, channels, taps, dtype=work_dtype(x))
     y_bar = dense(y_bar)
     source, unit = windows([x], [taps], outs, *strides(y_bar), beside=[y_bar])
     rows, depth = x.shape[0] * x.shape[1], taps * channels
@@ -76,7 +77,7 @@ def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         PRECISION=precision(),
         **options,
     )
-    return x.new_empty(weight.shape).copy_(parts.sum(0).transpose(1, 2))
+    return (parts.sum(0) if splits > 1 else parts[0]).transpose(1, 2)
 
 
 def fwd_streams(
@@ -124,7 +125,9 @@ def bwd_streams(
         turned = [w.flip(2).permute(1, 2, 0) for w in weight]
         x_bar = project(y_bar, turned, [None] * len(x), [0] * len(x), False)
     if needs[1]:
-        weight_bar = [_weight_bar(*one) for one in zip(y_bar, x, weight, strict=True)]
+        triples = zip(y_bar, x, weight, strict=True)
+        sums = [weight_sums(bar, t, w.shape[2]) for bar, t, w in triples]
+        weight_bar = [w.new_empty(w.shape).copy_(one) for w, one in zip(weight, sums, strict=True)]
     if needs[2]:
         bias_bar = [bar.sum((0, 1), dtype=work_dtype(bar)).to(bar.dtype) for bar in y_bar]
     return x_bar, weight_bar, bias_bar

@@ -109,26 +109,26 @@ def _product_tiles(element_size: int, widest: bool = True) -> tuple[dict[Tile, f
     return tiles, _MULTIPROCESSORS.get(arch, 108)
 
 
-def product(rows: Sequence[int], outs: Sequence[int], element_size: int, glu: bool) -> Options:
+def product(
+    rows: Sequence[int], outs: Sequence[int], element_size: int, gated: bool = False
+) -> Options:
     """Return the options of products of streams.
 
-    The tile with the least time, by the waves of programs and what a step of one takes. A gated
-    unit has two sums, and takes half as many outputs. The widest tiles leave no registers for that,
-    nor for a choice among more streams than a value and its tangent.
+    The tile with the least time, by the waves of programs and what a step of one takes. The widest
+    tiles leave no registers for activations and a choice among more streams than a value and its
+    tangent; on sm_80 none for a gated unit.
     """
-    tiles, processors = _product_tiles(element_size, widest=not glu and len(rows) <= 2)
-
-    def columns(tile: Tile) -> int:
-        return tile.columns // 2 if glu and tile.columns > 32 else tile.columns
+    widest = target()[1] in (90, 100) if gated else len(rows) <= 2
+    tiles, processors = _product_tiles(element_size, widest)
 
     def time(tile: Tile) -> float:
         pairs = zip(rows, outs, strict=True)
-        programs = sum(cdiv(n, tile.rows) * cdiv(o, columns(tile)) for n, o in pairs)
-        area = tile.rows * columns(tile) * (2 if glu else 1)
-        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / tile.depth)
+        programs = sum(cdiv(n, tile.rows) * cdiv(o, tile.columns) for n, o in pairs)
+        area = tile.rows * tile.columns / tiles[tile]
+        return cdiv(programs, processors) * (area + _STEP * 64 / tile.depth)
 
     best = min(tiles, key=time)
-    blocks = {"BLOCK_ROWS": best.rows, "BLOCK_OUTS": columns(best), "BLOCK_DEPTH": best.depth}
+    blocks = {"BLOCK_ROWS": best.rows, "BLOCK_OUTS": best.columns, "BLOCK_DEPTH": best.depth}
     return {**blocks, "num_warps": best.warps, "num_stages": best.stages}
 
 
