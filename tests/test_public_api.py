@@ -13,8 +13,8 @@ from mfmjt.errors import InputError, MfmjtError, RunError
 NAMES = {
     "MFMJT": "from_config load save conditions forward",
     "Pipeline": "from_pretrained from_mmaudio __call__",
-    "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu swiglu_product linear "
-    "conv1d snake reference accelerate_jvp jvp_rows streams",
+    "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu linear conv1d snake "
+    "swiglu_product reference accelerate_jvp jvp_rows streams",
     "kernels.streams": "gated_residual_norm guide pack pool project project_qkv silu_conditions",
     "meanflow": "loss sample guide OneStep mean_velocity improved_mean_velocity alpha_flow "
     "finite_difference guided_velocity",

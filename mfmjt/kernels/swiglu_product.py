@@ -158,14 +158,14 @@ def swiglu_product(x: Tensors, gate_weight: Tensors, up_weight: Tensors) -> Tens
         ValueError: Shapes, dtypes or devices do not fit, or K is even.
         NotImplementedError: A weight carries a tangent.
     """
-    together = isinstance(x, tuple)
-    xs, gates, ups = (
-        arg if together else (arg,) for arg in (x, gate_weight, up_weight)
-    )
-    if not _fuses(xs[0]):
+    given: Any = (x, gate_weight, up_weight)
+    xs, gates, ups = given if isinstance(x, tuple) else [(arg,) for arg in given]
+    if _fuses(xs[0]):
+        found: Any = _swiglu_product(*given)
+    else:
         for stream in zip(xs, gates, ups, strict=True):
             _check(*stream)
         ys = swiglu(_products(xs, gates), _products(xs, ups))
-        return ys if together else ys[0]
-    found: Tensors = _swiglu_product(x, gate_weight, up_weight)
-    return found
+        found = ys if isinstance(x, tuple) else ys[0]
+    result: Tensors = found
+    return result

@@ -128,7 +128,7 @@ def feed_forward(modules: Sequence[SwiGLU], xs: Sequence[Tensor]) -> tuple[Tenso
     """Apply a SwiGLU to each stream."""
     gates, ups = [m.w1 for m in modules], [m.w3 for m in modules]
     if all(map(_is_plain, (*gates, *ups))):
-        weights = (tuple([m.weight for m in modules]) for modules in (gates, ups))
+        weights: Any = [tuple([m.weight for m in layers]) for layers in (gates, ups)]
         ys = swiglu_product(tuple(xs), *weights)
     else:
         ys = swiglu(layer(gates, xs), layer(ups, xs))

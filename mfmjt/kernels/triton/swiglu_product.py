@@ -1,8 +1,8 @@
-"""Launchers of `swiglu_product`: gated units of `product`, and the gradient of both weights at once.
+"""Launchers of `swiglu_product`: gated units of `product`, and the gradient of both their weights.
 
 Value and tangent are one launch, which also leaves both products for the gradient. That is one
-element-wise kernel, one product for x_bar, and for each stream one for its two weights. Float64 is
-left to the formula.
+element-wise kernel, one product for x_bar of all convolutions, and for each stream one for its two
+weights; of linear layers these are the vendor's. Float64 is left to the formula.
 """
 
 from __future__ import annotations
@@ -66,16 +66,35 @@ def bwd_streams(
     bwd_into(y_bar, both, bar)
     weights = list(map(_packed, gate_weight, up_weight))
     if needs[0]:
-        turned = [w.flip(2).permute(1, 2, 0) for w in weights]
-        x_bar = project(bar, turned, [None] * len(x), [0] * len(x), False)
+        x_bar = _x_bars(bar, weights)
     if needs[1] or needs[2]:
         triples = zip(bar, x, weights, strict=True)
-        sums = [weight_sums(b, t, w.shape[2]).chunk(2) for b, t, w in triples]
+        sums = [_weight_sums(b, t, w.shape[2]).chunk(2) for b, t, w in triples]
         gate_bar, up_bar = (
             [w.new_empty(w.shape).copy_(s.view_as(w)) for w, s in zip(ws, halves, strict=True)]
             for ws, halves in zip((gate_weight, up_weight), zip(*sums, strict=True), strict=True)
         )
     return x_bar, gate_bar, up_bar
+
+
+def _x_bars(bars: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    convs = [i for i, w in enumerate(weights) if w.shape[2] > 1]
+    found = {}
+    if convs:
+        turned = [weights[i].flip(2).permute(1, 2, 0) for i in convs]
+        none, no_act = [None] * len(convs), [0] * len(convs)
+        ys = project([bars[i] for i in convs], turned, [*none], no_act, False)
+        found = dict(zip(convs, ys, strict=True))
+    return [
+        found[i] if i in found else bar @ w[..., 0]
+        for i, (bar, w) in enumerate(zip(bars, weights, strict=True))
+    ]
+
+
+def _weight_sums(bar: Tensor, x: Tensor, taps: int) -> Tensor:
+    if taps > 1:
+        return weight_sums(bar, x, taps)
+    return torch.mm(bar.flatten(0, 1).t(), x.flatten(0, 1))[..., None]
 
 
 fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)
