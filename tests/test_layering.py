@@ -34,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "media": "errors files",
     "families": "errors memory cuda_graph checkpoints kernels model meanflow codec encoders",
     "features": "errors files processes progress memory model codec encoders data",
-    "extract": "errors files devices progress encoders media families features",
+    "extract": "errors files devices progress encoders data media families features",
     "evaluate": "errors files devices progress checkpoints meanflow codec encoders plotting data "
     "media families features extract",
     "train": "errors files processes progress memory cuda_graph kernels model meanflow codec "
@@ -43,6 +43,7 @@ ALLOWED: dict[str, str] = {
     "media families",
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",
+    "listen": "errors files extract",
 }
 TOP = {"cli", "info", "__init__"}
 MADE_OF_OPS = {"__init__", "_accelerate", "streams", "swiglu_product"}  # no op knows them

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mfmjt.cli._common import Debug
+from mfmjt.errors import InputError
 
 __all__ = ["app"]
 
@@ -38,3 +39,55 @@ def preview(
             out, clips, split, seed, size, lambda done, total: report("Drawing", done / total)
         )
     typer.echo(f"Wrote {len(written)} files to {out}; begin with {written[0]}.")
+
+
+@app.command()
+def real(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    sources: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the repositories of the manifest, each named owner+name."),
+    ] = None,
+    clips: Annotated[
+        Path | None,
+        typer.Option(help="Table of ready clips, instead of the repositories: a CSV file."),
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Another manifest than the one in this package.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Only this set; may be repeated.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Build the corpus of real sounds: recordings under free licenses, cut, labeled and credited.
+
+    The manifest says which recordings: repository, commit, file, digest, author and license.
+    Without a source of recordings, the repositories are listed.
+
+    For example:
+    - `mfmjt data real corpus`
+
+    - `mfmjt data real corpus --sources repositories`
+
+    - `mfmjt data real corpus --sources repositories --set kenney --set nps`
+
+    - `mfmjt data real corpus --clips real_sounds/clips.csv`
+    """
+    from mfmjt.data import manifest as manifests
+    from mfmjt.extract import corpus
+
+    table = manifest or manifests.shipped()
+    if (sources is None) == (clips is None):
+        names = dict.fromkeys(line.source for line in manifests.read_manifest(table))
+        for name in names if clips is None else ():
+            repository, _, commit = name.partition("@")
+            typer.echo(f"https://github.com/{repository}  {commit}")
+        raise InputError("Give one of --sources, with these repositories in it, and --clips.")
+    if sources is not None:
+        entries = corpus.from_sources(table, sources, sets or ())
+    else:
+        entries = corpus.from_clips(clips, table, sets or ())
+    written = corpus.write(entries, folder)
+    told = ", ".join(f"{count:,} {split}" for split, count in sorted(written.items()))
+    typer.echo(f"Wrote {written.total():,} clips ({told}) to {folder}.")
