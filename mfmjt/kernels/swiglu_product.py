@@ -104,11 +104,15 @@ def _bwd(
 
 def _check(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
     _op.check_tensors("swiglu_product", x=x, gate_weight=gate_weight, up_weight=up_weight)
-    fits = x.ndim == 3 and gate_weight.ndim in (2, 3) and gate_weight.shape == up_weight.shape
-    fits = fits and x.shape[2] == gate_weight.shape[1] and _taps(gate_weight) % 2 == 1
+    fits = gate_weight.ndim in (2, 3) and gate_weight.shape == up_weight.shape and x.ndim > 0
+    fits = fits and (x.ndim == 3 or gate_weight.ndim == 2)
+    fits = fits and x.shape[-1] == gate_weight.shape[1] and _taps(gate_weight) % 2 == 1
     fits = fits and x.device == gate_weight.device == up_weight.device
     if not fits:
-        needs = "x (B, N, C) and two weights alike, (O, C) or (O, C, K) with K odd, on one device"
+        needs = (
+            "x (B, N, C) and two weights alike (O, C, K) with K odd, or x (..., C) and (O, C), on "
+            "one device"
+        )
         named = {"x": x, "gate_weight": gate_weight, "up_weight": up_weight}
         _op.check(False, "swiglu_product", needs, **named)
 
@@ -146,13 +150,14 @@ def swiglu_product(x: Tensors, gate_weight: Tensors, up_weight: Tensors) -> Tens
     """Return silu(x W1^T) (x W2^T), differentiable in both modes; autocasts as a product does.
 
     Args:
-        x: `(B, N, C)`. Or a tuple of streams, and so are the weights; sizes may differ.
+        x: `(B, N, C)`, or `(..., C)` for linear layers. Or a tuple of streams, and so are the
+            weights; sizes may differ.
         gate_weight: W1, `(O, C, K)` of a convolution of same padding, K odd, or `(O, C)` of a
             linear layer; must not carry a tangent.
         up_weight: W2, likewise, of the same shape.
 
     Returns:
-        `(B, N, O)`; for a tuple of streams a tuple, on a GPU in one launch.
+        `(B, N, O)`, or `(..., O)`; for a tuple of streams a tuple, on a GPU in one launch.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit, or K is even.
@@ -160,12 +165,14 @@ def swiglu_product(x: Tensors, gate_weight: Tensors, up_weight: Tensors) -> Tens
     """
     given: Any = (x, gate_weight, up_weight)
     xs, gates, ups = given if isinstance(x, tuple) else [(arg,) for arg in given]
+    for stream in zip(xs, gates, ups, strict=True):
+        _check(*stream)
     if _fuses(xs[0]):
-        found: Any = _swiglu_product(*given)
+        rows = [t if t.ndim == 3 else t.reshape(1, -1, t.shape[-1]) for t in xs]
+        pairs = zip(_swiglu_product(tuple(rows), gates, ups), xs, strict=True)
+        ys = tuple([y.view(*t.shape[:-1], y.shape[2]) for y, t in pairs])
     else:
-        for stream in zip(xs, gates, ups, strict=True):
-            _check(*stream)
         ys = swiglu(_products(xs, gates), _products(xs, ups))
-        found = ys if isinstance(x, tuple) else ys[0]
-    result: Tensors = found
-    return result
+    result: Any = ys if isinstance(x, tuple) else ys[0]
+    found: Tensors = result
+    return found
