@@ -17,7 +17,7 @@ NAMES = {
     "swiglu_product reference accelerate_jvp jvp_rows streams",
     "kernels.streams": "gated_residual_norm guide pack pool project project_qkv silu_conditions",
     "meanflow": "loss sample guide OneStep mean_velocity improved_mean_velocity alpha_flow "
-    "finite_difference guided_velocity",
+    "finite_difference guided_velocity control_variate teacher_rollout teacher_velocity",
     "model": "MFMJT ModelConfig load_mmaudio",
     "codec": "MelSpectrogram NanoCodec",
     "encoders": "NanoEncoders",

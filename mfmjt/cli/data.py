@@ -78,16 +78,15 @@ def real(
     from mfmjt.extract import corpus
 
     table = manifest or manifests.shipped()
-    if (sources is None) == (clips is None):
-        names = dict.fromkeys(line.source for line in manifests.read_manifest(table))
-        for name in names if clips is None else ():
+    if sources is not None and clips is None:
+        entries = corpus.from_sources(table, sources, sets or ())
+    elif clips is not None and sources is None:
+        entries = corpus.from_clips(clips, table, sets or ())
+    else:
+        for name in dict.fromkeys(line.source for line in manifests.read_manifest(table)):
             repository, _, commit = name.partition("@")
             typer.echo(f"https://github.com/{repository}  {commit}")
-        raise InputError("Give one of --sources, with these repositories in it, and --clips.")
-    if sources is not None:
-        entries = corpus.from_sources(table, sources, sets or ())
-    else:
-        entries = corpus.from_clips(clips, table, sets or ())
+        raise InputError("Give either --sources, with these repositories in it, or --clips.")
     written = corpus.write(entries, folder)
     told = ", ".join(f"{count:,} {split}" for split, count in sorted(written.items()))
     typer.echo(f"Wrote {written.total():,} clips ({told}) to {folder}.")

@@ -22,6 +22,7 @@ __all__ = [
     "SPLITS",
     "Source",
     "check_license",
+    "check_split",
     "credits_page",
     "read_lines",
     "read_manifest",
@@ -110,8 +111,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Source]:
                 raise InputError(f"{place}: {name} is empty. Fill it in, or remove the line.")
         source = Source(place, **{name: line[name] for name in COLUMNS})
         check_license(source.licence, place)
-        if source.split not in SPLITS:
-            raise InputError(f"{place}: the split {source.split!r} is none of {', '.join(SPLITS)}.")
+        check_split(source.split, place)
         if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}", source.source):
             raise InputError(
                 f"{place}: the source {source.source!r} is not owner/name@commit. Correct it."
@@ -167,6 +167,12 @@ def check_license(name: str, place: str) -> None:
             "and OGA-BY, which let a network that learned from them be used for anything; remove "
             "the line."
         )
+
+
+def check_split(name: str, place: str) -> None:
+    """Raise InputError for what is not one of `SPLITS`."""
+    if name not in SPLITS:
+        raise InputError(f"{place}: the split {name!r}: give one of {', '.join(SPLITS)}.")
 
 
 def credits_page(recordings: Iterable[tuple[str, str, str, str]]) -> str:
