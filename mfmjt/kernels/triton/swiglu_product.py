@@ -59,7 +59,7 @@ def bwd_streams(
     needs: list[bool],
 ) -> Any:
     """Launch the gradients that are needed; those of weights one stream after the other."""
-    if not takes(x):
+    if not takes(x) or not takes(both):
         return NotImplemented
     x_bar, gate_bar, up_bar = ([t.new_empty(0) for t in x] for _ in needs)
     bar = [t.new_empty(t.shape) for t in both]
@@ -79,12 +79,10 @@ def bwd_streams(
 
 def _x_bars(bars: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     convs = [i for i, w in enumerate(weights) if w.shape[2] > 1]
-    found = {}
-    if convs:
-        turned = [weights[i].flip(2).permute(1, 2, 0) for i in convs]
-        none, no_act = [None] * len(convs), [0] * len(convs)
-        ys = project([bars[i] for i in convs], turned, [*none], no_act, False)
-        found = dict(zip(convs, ys, strict=True))
+    turned = [weights[i].flip(2).permute(1, 2, 0) for i in convs]
+    plain = [None] * len(convs), [0] * len(convs), False
+    ys = project([bars[i] for i in convs], turned, *plain) if convs else []
+    found = dict(zip(convs, ys, strict=True))
     return [
         found[i] if i in found else bar @ w[..., 0]
         for i, (bar, w) in enumerate(zip(bars, weights, strict=True))
