@@ -227,10 +227,12 @@ def _joint_block(s: Shape, dtype: torch.dtype) -> None:
     block = JointBlock(s.dim, s.heads, s.hidden, last=False).to(dtype)
     ropes = [torch.empty(n, s.dim // s.heads // 2, 2) for n in s.streams[:2]]
     shared = torch.empty(s.batch, 1, s.dim, dtype=dtype)
-    rows = torch.empty(s.rows, dtype=dtype), shared, shared
+    frames = torch.empty(s.batch, 192, s.dim, dtype=dtype)
+    row_of = torch.empty(s.length, dtype=torch.int64)
 
     def run(**given: Tensor) -> tuple[Tensor, ...]:
-        conditions = [FrameCondition(row + given["shared"]) for row in rows]
+        whole = FrameCondition(shared + given["shared"])
+        conditions = [FrameCondition(frames + given["shared"], row_of), whole, whole]
         streams = tuple(Pending(given[f"x{i}"]) for i in range(3))
         for _ in range(2):  # the second has a sum to add up first
             streams = block(streams, conditions, [*ropes, None])

@@ -10,6 +10,9 @@ PyTorch's own operations are counted as one launch each, where some take several
     eager         the same in plain PyTorch, one pass after the other, as MMAudio's code has it
     training      a loss with du/dt of some clips, and its gradients
 
+With --show also which operations of a training step add in an order that changes (by atomics), so
+that two runs differ: there is to be none.
+
 Examples:
   python -m bench launches
   python -m bench launches --network large_44k_v2 --show
@@ -40,13 +43,16 @@ from mfmjt import kernels, meanflow
 from mfmjt.model import MFMJT, conditioning
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["MOST", "counted", "main"]
+__all__ = ["MOST", "atomics", "counted", "main"]
 
 MOST = {"small_16k": 120}
 """Launches that a guided step may take."""
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
 FREE |= {"atleast_1d", "promote_types", "is_same_size", "_has_same_storage_numel", "device"}
 FREE |= {"_efficientzerotensor"}
+ATOMIC = {"bincount", "embedding_dense_backward", "histc", "index_add", "index_put", "put"}
+ATOMIC |= {"_index_put_impl", "_unsafe_index_put", "index_reduce", "scatter_add", "scatter_reduce"}
+"""Operations that add by atomics on a GPU, or may."""
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -113,6 +119,7 @@ def counted(name: str) -> dict[str, Counter[str]]:
         def training() -> None:
             # Two of three clips with r < t: more than half, hence two calls, as on a GPU
             clips = {key: x.expand(3, -1, -1) for key, x in cond.items()}
+            clips |= dict.fromkeys(("video_mask", "text_mask"), no.expand(3))
             x, r = z.to(dtype).expand(3, -1, -1), torch.zeros(3)
             loss = meanflow.loss_and_errors(net, x, clips, noise=x, r=r, t=r + 1, intervals=2)[0]
             loss.backward()
@@ -125,6 +132,11 @@ def counted(name: str) -> dict[str, Counter[str]]:
             "eager": _count(eager),
             "training": _count(training),
         }
+
+
+def atomics(counts: Counter[str]) -> dict[str, int]:
+    """Return PyTorch's launches that add by atomics; no kernel of ours does."""
+    return {n: c for n, c in counts.items() if n.partition("::")[2].rstrip("_") in ATOMIC}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,8 +152,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{given.network} {provider}: {total} launches")
         for name, count in found[provider].most_common() if given.show else ():
             print(f"  {count:5} {name}")
+    by_atomics = atomics(found["training"])
+    if given.show:
+        print(f"{given.network} training: {sum(by_atomics.values())} launches add by atomics")
     if given.json:
         row = {"network": given.network, "triton": triton.__version__, "most": most}
         row |= {"training": totals.pop("training"), "launches": totals, "by_kernel": found}
+        row["atomics"] = by_atomics
         print(json.dumps(row))
     return int(most is not None and totals["mfmjt"] > most)

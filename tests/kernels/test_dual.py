@@ -693,4 +693,4 @@ def test_compiled_with_sizes_left_open(backend):
 def test_a_tangent_of_another_shape_is_refused():
     x = rows()
     with pytest.raises(ValueError, match="shift_dot of the shape of shift"):
-        torch.ops.mfmjt.adaln_jvp(x, x, x, x, x[:, :1], x, 1e-6)
+        torch.ops.mfmjt.adaln_jvp(x, x, x, x, x[:, :1], x, 1e-6, None)
