@@ -80,8 +80,9 @@ def bwd_streams(
 def _x_bars(bars: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     convs = [i for i, w in enumerate(weights) if w.shape[2] > 1]
     turned = [weights[i].flip(2).permute(1, 2, 0) for i in convs]
-    plain = [None] * len(convs), [0] * len(convs), False
-    ys = project([bars[i] for i in convs], turned, *plain) if convs else []
+    biases: list[Tensor | None] = [None] * len(convs)
+    given = [bars[i] for i in convs], turned, biases, [0] * len(convs), False
+    ys = project(*given) if convs else []
     found = dict(zip(convs, ys, strict=True))
     return [
         found[i] if i in found else bar @ w[..., 0]
