@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Recordings:
 
     Attributes:
         rows: All recordings, in the order of the table.
+        digest: Of the table, hexadecimal: what is made of other recordings is not mixed up.
 
     Raises:
         InputError: No such folder, a table without a column, or an array that is not as it says.
@@ -89,6 +91,7 @@ class Recordings:
                 )
                 for line in lines
             ]  # fmt: skip
+        self.digest = hashlib.sha256(table.read_bytes()).hexdigest()[:32]
         self._samples: NDArray[np.int16] = np.load(sound, mmap_mode="r")
         last = max((row.start + row.samples for row in self.rows), default=0)
         if self._samples.dtype != np.int16 or self._samples.ndim != 1 or len(self._samples) < last:
