@@ -29,7 +29,7 @@ _FAR = tl.constexpr(1 << 29)  # tokens that no window reaches
 @jit
 def _contracted(
     total,  # (R, O)
-    more,  # (R, P), or None where there is one sum
+    more,  # (R, P)
     x,  # pointers (R, 1) to each row's first channel
     token,  # (R, 1)
     length,
@@ -42,6 +42,7 @@ def _contracted(
     C: tl.constexpr,
     OUTS: tl.constexpr,
     TAP_STEP: tl.constexpr,  # elements from a tap's weights to the next tap's
+    MORE: tl.constexpr,  # whether there is a second sum
     UNIT: tl.constexpr,  # elements of an aligned load
     BLOCK_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,7 +62,7 @@ def _contracted(
         column = (tap * TAP_STEP + channel)[:, None]
         b = tl.load(weight + (column + out * C), here[:, None] & (out < OUTS), 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-        if more is not None:
+        if MORE:
             b = tl.load(weight + (column + other * C), here[:, None] & (other < OUTS), 0.0)
             more = tl.dot(a, b, more, input_precision=PRECISION, out_dtype=total.dtype)
     return total, more
@@ -136,7 +137,7 @@ def _convolve_kernel(
     token = tl.where(inside, row % length, _FAR)
     out = (tile % BLOCKS) * (BLOCK_OUTS + BLOCK_MORE) + tl.arange(0, BLOCK_OUTS)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUTS), TYPE)
-    other, more = None, None
+    other, more = out, total
     if BLOCK_MORE:
         other = (tile % BLOCKS) * (BLOCK_OUTS + BLOCK_MORE) + BLOCK_OUTS
         other += tl.arange(0, BLOCK_MORE)[None, :]
@@ -146,14 +147,15 @@ def _convolve_kernel(
         for j in tl.static_range(len(xs)):
             total, more = _contracted(
                 *(total, more, xs[j] + at * C, token, length, weights[j], taps[j], begins[j]),
-                *(dilation, out, other, C, OUTS, TAP_STEP, UNIT, BLOCK_DEPTH, PRECISION),
+                *(dilation, out, other, C, OUTS, TAP_STEP, BLOCK_MORE > 0),
+                *(UNIT, BLOCK_DEPTH, PRECISION),
             )
     else:
         weight = choose(weights, branch)
         total, more = _contracted(
             *(total, more, choose(xs, branch) + at * C, token, length, weight),
             *(choose(taps, branch), choose(begins, branch), dilation, out, other),
-            *(C, OUTS, TAP_STEP, UNIT, BLOCK_DEPTH, PRECISION),
+            *(C, OUTS, TAP_STEP, BLOCK_MORE > 0, UNIT, BLOCK_DEPTH, PRECISION),
         )
     y, at = choose(ys, branch), at * Y_STEP
     _finish(total, xs, y, biases, residuals, branch, at, inside, out, OUTS, BIASES, MEAN)
