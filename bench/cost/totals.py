@@ -64,6 +64,7 @@ def _guided_step() -> list[Event]:
 def _vocoder() -> list[Event]:
     net = in_bfloat16(BigVGAN("16k"))
     mel = torch.zeros(1, net.config.bands, 500, dtype=torch.bfloat16)
+    net(mel)  # weights are arranged once
     return traced(lambda: net(mel), compiles=True)
 
 
