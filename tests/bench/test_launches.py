@@ -35,8 +35,9 @@ def test_nothing_in_a_training_step_is_added_by_atomics(counted):
 
 
 def test_streams_of_a_joint_block_share_launches_in_training(counted):
-    """One call of 12 blocks under forward mode, one without, and the gradients of both values."""
+    """12 blocks of all clips, the same of the few that have a tangent, and gradients of all."""
     by_kernel = counted["by_kernel"]["training"]
     assert by_kernel["triton::attention_fwd_kernel"] == 2 * 12
     assert by_kernel["triton::_norm_fwd_kernel"] == 2 * (2 * 12 + 1)
     assert by_kernel["triton::_qk_norm_rope_fwd_kernel"] == 2 * 12
+    assert by_kernel["triton::_qk_norm_rope_bwd_kernel"] == 12

@@ -77,6 +77,21 @@ def test_products_on_the_tape_are_made_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept == [True, True, True, True, False]  # the frozen one is not on the tape
 
 
+def test_a_product_that_is_written_to_is_made_again() -> None:
+    net, (x, *_), (x_dot, *_) = given()
+    weight = net.weights[0]
+
+    def f(x: Tensor) -> Tensor:
+        y = linear(x, weight)
+        y += x
+        return y * y
+
+    value, dot = jvp_rows(f, (x,), (x_dot,))
+    _, truth = torch.func.jvp(f, (x[:2],), (x_dot,))
+    assert torch.equal(value, f(x))
+    assert error(dot, truth) <= allowance(truth, x.dtype, 64)
+
+
 def test_nothing_stays_behind() -> None:
     net, primals, tangents = given()
     with pytest.raises(ZeroDivisionError):
