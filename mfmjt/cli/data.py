@@ -22,21 +22,33 @@ def preview(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     seed: Annotated[int, typer.Option(help="Another seed is another endless set.")] = 0,
     size: Annotated[int, typer.Option(help="Pixels along each side of the frames.")] = 256,
+    recordings: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `mfmjt data real`: show the open set made from it."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write clips of the procedural set to watch and hear, and a contact sheet.
+    """Write clips of the procedural or the open set to watch and hear, and a contact sheet.
 
     For example:
     - `mfmjt data preview`
 
     - `mfmjt data preview out --clips 24 --split test`
+
+    - `mfmjt data preview out --recordings corpus`
     """
     from mfmjt.data.preview import preview as write_preview
     from mfmjt.progress import stage_bar
 
     with stage_bar() as report:
         written = write_preview(
-            out, clips, split, seed, size, lambda done, total: report("Drawing", done / total)
+            out,
+            clips,
+            split,
+            seed,
+            size,
+            recordings,
+            lambda done, total: report("Drawing", done / total),
         )
     typer.echo(f"Wrote {len(written)} files to {out}; begin with {written[0]}.")
 
@@ -78,16 +90,15 @@ def real(
     from mfmjt.extract import corpus
 
     table = manifest or manifests.shipped()
-    if (sources is None) == (clips is None):
-        names = dict.fromkeys(line.source for line in manifests.read_manifest(table))
-        for name in names if clips is None else ():
+    if sources is not None and clips is None:
+        entries = corpus.from_sources(table, sources, sets or ())
+    elif clips is not None and sources is None:
+        entries = corpus.from_clips(clips, table, sets or ())
+    else:
+        for name in dict.fromkeys(line.source for line in manifests.read_manifest(table)):
             repository, _, commit = name.partition("@")
             typer.echo(f"https://github.com/{repository}  {commit}")
-        raise InputError("Give one of --sources, with these repositories in it, and --clips.")
-    if sources is not None:
-        entries = corpus.from_sources(table, sources, sets or ())
-    else:
-        entries = corpus.from_clips(clips, table, sets or ())
+        raise InputError("Give either --sources, with these repositories in it, or --clips.")
     written = corpus.write(entries, folder)
     told = ", ".join(f"{count:,} {split}" for split, count in sorted(written.items()))
     typer.echo(f"Wrote {written.total():,} clips ({told}) to {folder}.")

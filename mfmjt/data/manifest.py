@@ -22,6 +22,7 @@ __all__ = [
     "SPLITS",
     "Source",
     "check_license",
+    "check_split",
     "credits_page",
     "read_lines",
     "read_manifest",
@@ -110,8 +111,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Source]:
                 raise InputError(f"{place}: {name} is empty. Fill it in, or remove the line.")
         source = Source(place, **{name: line[name] for name in COLUMNS})
         check_license(source.licence, place)
-        if source.split not in SPLITS:
-            raise InputError(f"{place}: the split {source.split!r} is none of {', '.join(SPLITS)}.")
+        check_split(source.split, place)
         if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}", source.source):
             raise InputError(
                 f"{place}: the source {source.source!r} is not owner/name@commit. Correct it."
@@ -130,7 +130,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Source]:
 def read_lines(
     path: str | os.PathLike[str], columns: Iterable[str]
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yield the lines of a CSV file with a header, each with its place: `line 2 of FILE`.
+    """Yield the lines of a CSV file with a header, each with its place: `Line 2 of FILE`.
 
     Raises:
         InputError: No such file, a column is missing, a line with too few or too many fields, or
@@ -153,7 +153,7 @@ def read_lines(
                         "needs quotes."
                     )
                 yield place, {name: text.strip() for name, text in line.items()}
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}. Give a CSV file in UTF-8.") from error
     if not place:
         raise InputError(f"{path} has no lines after its header. Give one for each recording.")
@@ -167,6 +167,12 @@ def check_license(name: str, place: str) -> None:
             "and OGA-BY, which let a network that learned from them be used for anything; remove "
             "the line."
         )
+
+
+def check_split(name: str, place: str) -> None:
+    """Raise InputError for what is not one of `SPLITS`."""
+    if name not in SPLITS:
+        raise InputError(f"{place}: the split {name!r}: give one of {', '.join(SPLITS)}.")
 
 
 def credits_page(recordings: Iterable[tuple[str, str, str, str]]) -> str:

@@ -19,7 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mfmjt.data.manifest import SPLITS, check_license, credits_page, read_lines, read_manifest
+from mfmjt.data.manifest import (
+    check_license,
+    check_split,
+    credits_page,
+    read_lines,
+    read_manifest,
+)
 from mfmjt.data.recordings import COLUMNS, SAMPLE_RATE, SOUND, TABLE
 from mfmjt.errors import InputError, RunError, reason
 from mfmjt.files import atomic_path
@@ -39,6 +45,15 @@ LEAD, TAIL = SAMPLE_RATE // 50, SAMPLE_RATE // 10
 PEAK = 0.95
 READY = ("path", "id", "caption", "split", "licence", "credit", "set", "label")
 """Columns of a table of ready clips."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file in a folder, or in a clone of a Git repository, where `blob` is its object."""
+
+    folder: Path
+    path: str
+    blob: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,20 +79,6 @@ class Entry:
     about: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file in a folder, or in a commit of a Git repository."""
-
-    folder: Path
-    path: str
-    commit: str = ""
-
-    def content(self) -> bytes:
-        if not self.commit:
-            return (self.folder / self.path).read_bytes()
-        return _git(self.folder, "cat-file", "blob", f"{self.commit}:{self.path}")
-
-
 def from_sources(manifest: Path, sources: Path, sets: Collection[str] = ()) -> list[Entry]:
     """Return the recordings of a manifest, all of which must be there.
 
@@ -95,22 +96,21 @@ def from_sources(manifest: Path, sources: Path, sets: Collection[str] = ()) -> l
     for name in sets:
         if name not in known:
             raise InputError(f"{manifest} has no set {name!r}. Choose from {', '.join(known)}.")
-    files_of: dict[str, tuple[Path, str, set[str]]] = {}
+    repositories: dict[str, dict[str, _File]] = {}
     entries = []
     for line in lines:
         if sets and line.set not in sets:
             continue
-        if line.source not in files_of:
-            files_of[line.source] = _repository(line.place, line.source, sources)
-        folder, commit, names = files_of[line.source]
+        if line.source not in repositories:
+            repositories[line.source] = _repository(line.place, line.source, sources)
+        there = repositories[line.source]
         for path in line.paths:
-            if path not in names:
-                where = f"its commit {commit}" if commit else "it"
+            if path not in there:
                 raise InputError(
-                    f"{line.place}: {folder} is there, but there is no {path} in {where}. Get the "
-                    f"whole of github.com/{line.source.replace('@', ' at commit ')}."
+                    f"{line.place}: there is no {path} in {_folder(line.source, sources)}. It "
+                    f"should be https://github.com/{line.source.replace('@', ' at commit ')}."
                 )
-        files = tuple(_File(folder, path, commit) for path in line.paths)
+        files = tuple(there[path] for path in line.paths)
         entries.append(
             Entry(line.place, line.id, True, files, line.sha256, line.source, line.about)
         )
@@ -140,8 +140,7 @@ def from_clips(table: Path, manifest: Path, sets: Collection[str] = ()) -> list[
         line = lines.get(row["id"].rpartition("_")[0])
         if (sets and row["set"] not in sets) or (line is None and row["set"] in known):
             continue
-        if row["split"] not in SPLITS:
-            raise InputError(f"{place}: the split {row['split']!r} is none of {', '.join(SPLITS)}.")
+        check_split(row["split"], place)
         if (first := places.setdefault(row["id"], place)) != place:
             raise InputError(f"{place}: the id {row['id']!r} is that of {first}. Give it another.")
         if not (table.parent / row["path"]).is_file():
@@ -227,7 +226,7 @@ def _clips(entry: Entry) -> Iterator[NDArray[np.int16]]:
 
 def _decoded(entry: Entry) -> NDArray[np.float32]:
     """Return the samples of a recording, after its digest is checked."""
-    contents = [file.content() for file in entry.files]
+    contents = _contents(entry.files)
     digest = hashlib.sha256(b"".join(contents)).hexdigest()
     if not digest.startswith(entry.sha256):
         raise InputError(
@@ -255,32 +254,55 @@ def _names(entry: Entry) -> str:
     return f"{first.folder / first.path}{f' and {more} more' if more else ''}"
 
 
-def _repository(place: str, source: str, sources: Path) -> tuple[Path, str, set[str]]:
-    """Return the folder of a repository, the commit to read if it is a clone, and its files."""
+def _folder(source: str, sources: Path) -> Path:
+    return sources / source.partition("@")[0].replace("/", "+")
+
+
+def _repository(place: str, source: str, sources: Path) -> dict[str, _File]:
+    """Return the files of a repository by their paths in it."""
+    folder = _folder(source, sources)
     name, _, commit = source.partition("@")
-    folder = sources / name.replace("/", "+")
     if not folder.is_dir():
         raise InputError(
             f"{place}: there is no folder {folder}. Clone it: git clone https://github.com/{name} "
             f"{folder}"
         )
     if not ((folder / ".git").exists() or (folder / "HEAD").is_file()):
-        names = {str(p.relative_to(folder).as_posix()) for p in folder.rglob("*") if p.is_file()}
-        return folder, "", names
+        paths = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        return {path: _File(folder, path) for path in paths}
     try:
-        listed = _git(folder, "ls-tree", "-r", "-z", "--name-only", "--full-tree", commit)
+        listed = _git(folder, "ls-tree", "-r", "-z", "--full-tree", commit)
     except RunError as error:
         raise InputError(
             f"{place}: {folder} does not have the commit {commit}. Get it: git -C {folder} fetch "
             f"origin {commit}"
         ) from error
-    return folder, commit, set(listed.decode().split("\0"))
+    lines = (line.split("\t", 1) for line in listed.decode(errors="replace").split("\0") if line)
+    return {path: _File(folder, path, head.split()[2]) for head, path in lines}
 
 
-def _git(folder: Path, *arguments: str) -> bytes:
+def _contents(files: tuple[_File, ...]) -> list[bytes]:
+    if not files[0].blob:
+        return [(file.folder / file.path).read_bytes() for file in files]
+    told = _git(files[0].folder, "cat-file", "--batch", given="".join(f"{f.blob}\n" for f in files))
+    contents = []
+    for file in files:
+        head, _, told = told.partition(b"\n")
+        if head.endswith(b"missing"):
+            raise RunError(f"{file.folder} lacks {file.path}. Clone it again, with all objects.")
+        size = int(head.split()[2])
+        contents.append(told[:size])
+        told = told[size + 1 :]
+    return contents
+
+
+def _git(folder: Path, *arguments: str, given: str = "") -> bytes:
     try:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], check=True, capture_output=True
+            ["git", "-C", str(folder), *arguments],
+            input=given.encode(),
+            check=True,
+            capture_output=True,
         ).stdout
     except FileNotFoundError as error:
         raise RunError(f"{folder} is a Git repository, and there is no git. Install it.") from error
