@@ -24,9 +24,8 @@ from mfmjt.kernels import _dual
 
 __all__ = ["jvp_rows", "product"]
 
-Product = tuple[torch.Size, Tensor | None, int]
-"""Shape of a weight, the first rows of what was multiplied by it, and their version; None where not
-recorded."""
+Product = tuple[torch.Size, Tensor | None]
+"""Shape of a weight, and the first rows of what was multiplied by it; None where not recorded."""
 
 _OTHERWISE = (
     "mfmjt.kernels.jvp_rows: the function multiplied the first rows by other weights, or in "
@@ -87,29 +86,22 @@ def product(op: Callable[..., Any], x: Any, weight: Any, bias: Any, *constants: 
 def _record(tape: _Tape, weight: Tensor, y: Tensor) -> Tensor:
     """Record the first rows of `y` for the replay and return `y`.
 
-    They are a view: what comes next keeps a product for its gradient, so that no memory is saved by
-    a copy. Products without a graph are not recorded: activation checkpointing would otherwise keep
-    them alive.
+    Products without a graph are not recorded: activation checkpointing would otherwise keep them
+    alive.
     """
-    if not y.requires_grad:
-        tape.products.append((weight.shape, None, 0))
-        return y
     first = y[: round(tape.fraction * y.shape[0])] if y.shape[0] > 1 else y
-    tape.products.append((weight.shape, first.detach(), y._version))
+    tape.products.append((weight.shape, first.detach().clone() if y.requires_grad else None))
     return y
 
 
 def _replay(tape: _Tape, weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Return the next product, which is with `weight` and of this shape, if it was recorded.
-
-    One that the function has written to since then counts as not recorded.
-    """
+    """Return the next product, which is with `weight` and of this shape, if it was recorded."""
     assert tape.replayed is not None
     i, tape.replayed = tape.replayed, tape.replayed + 1
-    of_weight, y, version = tape.products[i] if i < len(tape.products) else (None, None, 0)
+    of_weight, y = tape.products[i] if i < len(tape.products) else (None, None)
     if of_weight != weight.shape or (y is not None and y.shape != shape):
         raise RuntimeError(_OTHERWISE)
-    return y if y is None or y._version == version else None
+    return y
 
 
 @contextlib.contextmanager

@@ -77,22 +77,6 @@ def test_products_on_the_tape_are_made_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept == [True, True, True, True, False]  # the frozen one is not on the tape
 
 
-def test_a_product_that_is_written_to_is_made_again() -> None:
-    net, (x, *_), (x_dot, *_) = given()
-    weight = net.weights[0]
-
-    def f(x: Tensor, written: bool) -> Tensor:
-        y = linear(x, weight)
-        y = y.add_(x) if written else y + x
-        return y * y
-
-    # Autograd refuses to write to a result of ours in forward mode
-    value, dot = jvp_rows(lambda x: f(x, len(x) == 5), (x,), (x_dot,))
-    _, truth = torch.func.jvp(lambda x: f(x, False), (x[:2],), (x_dot,))
-    assert torch.equal(value, f(x, False))
-    assert error(dot, truth) <= allowance(truth, x.dtype, 64)
-
-
 def test_nothing_stays_behind() -> None:
     net, primals, tangents = given()
     with pytest.raises(ZeroDivisionError):
