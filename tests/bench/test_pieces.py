@@ -84,7 +84,7 @@ def test_a_step_is_timed_by_each_provider_against_flow_matching(run, tmp_path):
     assert [(row["provider"], row["ratio"]) for row in rows] == [
         ("flow", 0.1),
         ("mfmjt", 0.1),
-        ("mfmjt_apart", 0.1),
+        ("mfmjt_rows", 0.1),
         ("flow_pytorch", 0.1),
         ("mfmjt", 1.0),
     ]

@@ -6,11 +6,9 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mfmjt import meanflow
 from mfmjt.errors import InputError
-from mfmjt.meanflow.tangent import one_call_is_cheaper
 from mfmjt.model import MFMJT
 from tests.meanflow import exact
 from tests.oracle import DTYPES, allowance, error
@@ -128,13 +126,6 @@ def test_in_one_call_it_is_its_definition(count, monkeypatch):
     value = meanflow.loss(net, x, cond, noise=noise, r=r, t=t, p=0.5, intervals=count)
     assert len(calls) == (0 < count <= 3)
     same_as_definition(net, x, cond, noise, r, t, 0.5, value)
-
-
-@pytest.mark.parametrize(("device", "most"), [("cpu", 10), ("cuda", 5)])
-def test_few_samples_with_a_tangent_are_evaluated_in_one_call(device, most):
-    with FakeTensorMode():
-        z = torch.empty(20, 9, 4, device=device)
-    assert [n for n in range(21) if one_call_is_cheaper(z, n)] == list(range(1, most + 1))
 
 
 def test_intervals_beyond_the_first_are_not_looked_at():
