@@ -22,21 +22,33 @@ def preview(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     seed: Annotated[int, typer.Option(help="Another seed is another endless set.")] = 0,
     size: Annotated[int, typer.Option(help="Pixels along each side of the frames.")] = 256,
+    recordings: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `mfmjt data real`: show the open set made from it."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write clips of the procedural set to watch and hear, and a contact sheet.
+    """Write clips of the procedural or the open set to watch and hear, and a contact sheet.
 
     For example:
     - `mfmjt data preview`
 
     - `mfmjt data preview out --clips 24 --split test`
+
+    - `mfmjt data preview out --recordings corpus`
     """
     from mfmjt.data.preview import preview as write_preview
     from mfmjt.progress import stage_bar
 
     with stage_bar() as report:
         written = write_preview(
-            out, clips, split, seed, size, lambda done, total: report("Drawing", done / total)
+            out,
+            clips,
+            split,
+            seed,
+            size,
+            recordings,
+            lambda done, total: report("Drawing", done / total),
         )
     typer.echo(f"Wrote {len(written)} files to {out}; begin with {written[0]}.")
 
