@@ -28,6 +28,16 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Feature store, table or folder of videos to judge on.")
     ] = None,
+    recordings: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `mfmjt data real`: judge on the open set made from it."),
+    ] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Of --recordings: prompts of words never trained on.")
+    ] = False,
+    judge: Annotated[
+        Path | None, typer.Option(help="Folder with another classifier.safetensors than nano's.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(help="Also fd, kl, ..., or your own: package.module:name. Repeatable."),
@@ -66,7 +76,13 @@ def evaluate(
     - `mfmjt evaluate --metric fd_panns --weights weights`
 
     - `mfmjt evaluate --suite output/results --against flow.safetensors`
+
+    - `mfmjt evaluate --model output/mine --recordings corpus --judge output/mine`
     """
+    if data is not None and recordings is not None:
+        raise InputError("--data and --recordings are two sets to judge on. Give one of them.")
+    if unseen and (recordings is None or conditions != "text"):
+        raise InputError("--unseen is for --recordings FOLDER --conditions text. Give both.")
     if against is not None and suite is None:
         raise InputError("--against is for the table of --suite. Give --suite FOLDER too.")
     if suite is not None and (steps is not None or output is not None or as_json):
@@ -75,6 +91,7 @@ def evaluate(
         from mfmjt.devices import choose_device
         from mfmjt.evaluate import examples as given
         from mfmjt.evaluate import plots, report, run
+        from mfmjt.evaluate.classifier import load_classifier
         from mfmjt.evaluate.listening import Networks
         from mfmjt.evaluate.metrics import METRICS, PUBLISHED, choose_metrics
         from mfmjt.evaluate.sounds import generate
@@ -91,18 +108,32 @@ def evaluate(
     if plot is not None:
         check_matplotlib()
     metrics = tuple(dict.fromkeys((*METRICS, *choose_metrics(metric or (), PUBLISHED))))
+    classifier = load_classifier(judge)
     bundle = open_bundle(model).to(choose_device(device))
     sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
     with ExitStack() as stack:
         store = None if data is None else stack.enter_context(stored(data, bundle, split))
         progress = stack.enter_context(stage_bar())
-        if store is None:
+        if recordings is not None:
+            examples = given.opened(
+                recordings,
+                bundle.encoders,
+                classifier.config.classes,
+                clips,
+                seed,
+                split,
+                text_alone=conditions == "text",
+                unseen=unseen,
+                progress=progress,
+            )
+        elif store is None:
             examples = given.procedural(bundle.encoders, clips, seed, split, progress=progress)
         else:
             examples = given.stored(store, bundle, clips, seed, split, progress=progress)
         options: dict[str, Any] = {"conditions": conditions, "progress": progress}
         networks = Networks(weights, device=bundle.device)
         judged: dict[str, Any] = {"metrics": metrics, "networks": networks, **options}
+        judged["classifier"] = classifier
         if suite is None:
             name = Path(model).name
             reports = [run.evaluate(bundle, examples, sampling, model=name, **judged)]
