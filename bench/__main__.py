@@ -29,6 +29,7 @@ COMMANDS = {
     "curves": ("bench.networks.curves", "do our ops train as plain PyTorch does?"),
     "mmaudio": ("bench.networks.mmaudio", "MMAudio's encoders and vocoder"),
     "store": ("bench.store", "reading and writing of extracted features"),
+    "parts": ("bench.parts", "codec, text encoder and classifier of a model, alone"),
     "serve": ("bench.serve", "the web server under load and under faults"),
     "aot": ("bench.aot", "Triton kernels compiled for GPUs that are not there"),
     "launches": ("bench.launches", "kernels that a guided step launches, counted"),

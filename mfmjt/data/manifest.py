@@ -130,7 +130,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Source]:
 def read_lines(
     path: str | os.PathLike[str], columns: Iterable[str]
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yield the lines of a CSV file with a header, each with its place: `line 2 of FILE`.
+    """Yield the lines of a CSV file with a header, each with its place: `Line 2 of FILE`.
 
     Raises:
         InputError: No such file, a column is missing, a line with too few or too many fields, or
@@ -153,7 +153,7 @@ def read_lines(
                         "needs quotes."
                     )
                 yield place, {name: text.strip() for name, text in line.items()}
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}. Give a CSV file in UTF-8.") from error
     if not place:
         raise InputError(f"{path} has no lines after its header. Give one for each recording.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 
 __all__ = ["COLUMNS", "SAMPLE_RATE", "SOUND", "TABLE", "Recording", "Recordings"]
 
@@ -84,17 +84,26 @@ class Recordings:
                 raise InputError(
                     f"{table} has no column {missing[0]!r}. Make it anew with `mfmjt data real`."
                 )
-            self.rows = [
-                Recording(
-                    line["id"], int(line["start"]), int(line["samples"]), line["split"],
-                    line["label"], line["caption"], line["set"], line["licence"], line["credit"],
-                )
-                for line in lines
-            ]  # fmt: skip
+            try:
+                self.rows = [
+                    Recording(
+                        line["id"], int(line["start"]), int(line["samples"]), line["split"],
+                        line["label"], line["caption"], line["set"], line["licence"],
+                        line["credit"],
+                    )
+                    for line in lines
+                ]  # fmt: skip
+                self._samples: NDArray[np.int16] = np.load(sound, mmap_mode="r")
+            except (ValueError, TypeError, EOFError) as error:
+                raise InputError(
+                    f"{table} or {SOUND} beside it is damaged: {reason(error)}. "
+                    "Make both anew with `mfmjt data real`."
+                ) from error
         self.digest = hashlib.sha256(table.read_bytes()).hexdigest()[:32]
-        self._samples: NDArray[np.int16] = np.load(sound, mmap_mode="r")
         last = max((row.start + row.samples for row in self.rows), default=0)
-        if self._samples.dtype != np.int16 or self._samples.ndim != 1 or len(self._samples) < last:
+        first = min((min(row.start, row.samples) for row in self.rows), default=0)
+        fits = self._samples.dtype == np.int16 and self._samples.ndim == 1 and first >= 0
+        if not fits or len(self._samples) < last:
             raise InputError(
                 f"{sound} is not what {table} describes: {last} int16 samples. "
                 "Make both anew with `mfmjt data real`."
