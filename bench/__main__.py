@@ -32,6 +32,7 @@ COMMANDS = {
     "parts": ("bench.parts", "codec, text encoder and classifier of a model, alone"),
     "serve": ("bench.serve", "the web server under load and under faults"),
     "aot": ("bench.aot", "Triton kernels compiled for GPUs that are not there"),
+    "totals": ("bench.cost.totals", "what a training step and others take on sm_90, modelled"),
     "launches": ("bench.launches", "kernels that a guided step launches, counted"),
     "build": ("bench.build", "compile time and size of the C++ extension"),
     "report": ("bench.report", "plots and tables of a folder of results"),

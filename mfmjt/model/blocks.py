@@ -25,6 +25,7 @@ from mfmjt.kernels import (
     linear,
     qk_norm_rope,
     swiglu,
+    swiglu_product,
 )
 from mfmjt.model.config import VideoMode
 from mfmjt.model.recompute import recomputable
@@ -93,8 +94,7 @@ def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, .
     """Apply a layer to each stream, all convolutions at once and all linear layers at once."""
     ys: dict[int, Tensor] = {}
     for kind, op in ((Conv1d, conv1d), (Linear, linear)):
-        # A layer with an adapter or with someone's hooks is called as the module it is.
-        alike = {i: m for i, m in enumerate(modules) if type(m) is kind and not _hooked(m)}
+        alike = {i: m for i, m in enumerate(modules) if type(m) is kind and _is_plain(m)}
         if alike:
             weights = tuple([m.weight for m in alike.values()])
             biases = tuple([m.bias for m in alike.values()])
@@ -103,9 +103,11 @@ def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, .
     return tuple(ys[i] if i in ys else m(xs[i]) for i, m in enumerate(modules))
 
 
-def _hooked(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
+    """Return False for a layer with an adapter or with someone's hooks: it is called as it is."""
     forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    hooked = forward or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in (Conv1d, Linear) and not hooked
 
 
 class SwiGLU(nn.Module):
@@ -124,8 +126,13 @@ class SwiGLU(nn.Module):
 
 def feed_forward(modules: Sequence[SwiGLU], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Apply a SwiGLU to each stream."""
-    gates, ups = layer([m.w1 for m in modules], xs), layer([m.w3 for m in modules], xs)
-    return layer([m.w2 for m in modules], swiglu(gates, ups))
+    gates, ups = [m.w1 for m in modules], [m.w3 for m in modules]
+    if all(map(_is_plain, (*gates, *ups))):
+        weights: Any = [tuple([m.weight for m in layers]) for layers in (gates, ups)]
+        ys = swiglu_product(tuple(xs), *weights)
+    else:
+        ys = swiglu(layer(gates, xs), layer(ups, xs))
+    return layer([m.w2 for m in modules], ys)
 
 
 class Pending(NamedTuple):

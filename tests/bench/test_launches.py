@@ -40,3 +40,11 @@ def test_streams_of_a_joint_block_share_launches_in_training(counted):
     assert by_kernel["triton::attention_fwd_kernel"] == 2 * 12
     assert by_kernel["triton::_norm_fwd_kernel"] == 2 * (2 * 12 + 1)
     assert by_kernel["triton::_qk_norm_rope_fwd_kernel"] == 2 * 12
+
+
+def test_a_gated_unit_is_one_launch_in_training(counted):
+    """Twelve blocks, four inputs and the global condition; nothing is activated afterwards."""
+    by_kernel = counted["by_kernel"]["training"]
+    assert by_kernel["triton::_product_gated_kernel"] == 2 * (12 + 4 + 1)
+    assert by_kernel["triton::_swiglu_bwd_kernel"] == 2 * (12 + 4 + 1)
+    assert "triton::_swiglu_fwd_kernel" not in by_kernel

@@ -21,6 +21,7 @@ OPS = (
     "qk_norm_rope",
     "snake",
     "swiglu",
+    "swiglu_product",
 )
 Arguments = dict[str, Any]
 
@@ -78,6 +79,9 @@ def inputs(
         return {"x": x, "weight": randn(5, width), "bias": randn(5)}
     if op == "conv1d":
         return {"x": x, "weight": randn(5, width, 3), "bias": randn(5), "dilation": 1}
+    if op == "swiglu_product":
+        weights = {f"{name}_weight": randn(5, width, 3) for name in ("gate", "up")}
+        return {"x": x, **weights}
     raise NotImplementedError(f"no inputs of the op {op}: write them here")
 
 

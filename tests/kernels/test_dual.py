@@ -43,6 +43,11 @@ OPS = {
     ),
     "linear": ((rows,), (lambda: torch.randn(6, 8), lambda: torch.randn(6)), kernels.linear),
     "conv1d": ((rows,), (lambda: torch.randn(6, 8, 3), lambda: torch.randn(6)), kernels.conv1d),
+    "swiglu_product": (
+        (rows,),
+        (lambda: torch.randn(6, 8, 3), lambda: torch.randn(6, 8, 3)),
+        kernels.swiglu_product,
+    ),
     "snake": ((rows,), (lambda: torch.randn(5) / 3, lambda: torch.randn(5) / 3), kernels.snake),
     "joint_attention": ((heads,) * 3, (), kernels.joint_attention),
     "joint_attention of streams": (
