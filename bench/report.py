@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     given = command.parse_args(argv)
     folder = given.dir
     if any(folder.glob("cost_*.csv")):  # modelled: no rows, no plots
-        for path in [written := write_costs(folder), *_fill_documents([written])]:
-            print(path)
+        costs = [write_costs(folder)]
+        print(*costs, *_fill_documents(costs), sep="\n")
         return 0
     ops, generated = frame(load(folder)), frame(generation(folder))
     tables = write_tables(folder, ops)
