@@ -55,22 +55,25 @@ def examples(
     seed: int,
     split: str,
     conditions: str,
-    progress: Progress,
     data: Path | None,
     recordings: Path | None,
     unseen: bool,
-) -> Examples:
-    """Return the clips that the options choose, of classes that a judge knows."""
+) -> tuple[Examples, Progress]:
+    """Return the clips that the options choose, of classes that a judge knows, and the bar."""
     from mfmjt.evaluate.examples import opened, procedural, stored
     from mfmjt.extract import run
+    from mfmjt.progress import stage_bar
 
-    if recordings is not None:
+    store = None if data is None else stack.enter_context(run.stored(data, bundle, split))
+    progress = stack.enter_context(stage_bar())
+    if store is not None:
+        return stored(store, bundle, clips, seed, split, progress=progress), progress
+    if recordings is None:
+        made = procedural(bundle.encoders, clips, seed, split, progress=progress)
+    else:
         alone = conditions == "text"
-        return opened(
+        made = opened(
             recordings, bundle.encoders, known, clips, seed, split,
             text_alone=alone, unseen=unseen, progress=progress,
         )  # fmt: skip
-    if data is None:
-        return procedural(bundle.encoders, clips, seed, split, progress=progress)
-    store = stack.enter_context(run.stored(data, bundle, split))
-    return stored(store, bundle, clips, seed, split, progress=progress)
+    return made, progress

@@ -80,7 +80,6 @@ def evaluate(
         from mfmjt.families import open_bundle
         from mfmjt.files import check_writable
         from mfmjt.plotting import check_matplotlib
-        from mfmjt.progress import stage_bar
 
     for path in filter(None, (suite, output, plot)):
         check_writable(path)
@@ -93,10 +92,8 @@ def evaluate(
     bundle = open_bundle(model).to(choose_device(device))
     sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
     with ExitStack() as stack:
-        progress = stack.enter_context(stage_bar())
-        known = classifier.config.classes
-        given = (clips, seed, split, conditions, progress)
-        examples = _sets.examples(stack, bundle, known, *given, data, recordings, unseen)
+        given = (clips, seed, split, conditions, data, recordings, unseen)
+        examples, progress = _sets.examples(stack, bundle, classifier.config.classes, *given)
         options: dict[str, Any] = {"conditions": conditions, "progress": progress}
         networks = Networks(weights, device=bundle.device)
         judged: dict[str, Any] = {"metrics": metrics, "networks": networks, **options}
