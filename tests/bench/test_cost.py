@@ -117,9 +117,11 @@ def test_a_measured_time_stands_beside_the_modelled_one(tmp_path):
     rows = "".join(json.dumps(r) + "\n" for r in (timed, slow))
     (tmp_path / "h200" / "kernels.jsonl").write_text(rows)
     (tmp_path / "aot").mkdir()
-    header = "op,shape,dtype,mode,launches,us,bound\n"
-    lines = [f"swiglu,small_16k B=256,bfloat16,{mode},2,50,memory\n" for mode in ("value", "jvp")]
+    header = "op,shape,dtype,mode,launches,us,bound,padding\n"
+    lines = [
+        f"swiglu,small_16k B=256,bfloat16,{mode},2,50,memory,1.5\n" for mode in ("value", "jvp")
+    ]
     (tmp_path / "aot" / "cost_triton_3_7.csv").write_text(header + "".join(lines))
     table = write_costs(tmp_path / "aot").read_text()
-    assert "| swiglu | small_16k B=256 | value | 2 | 100 | memory | 2.50 |" in table
-    assert "| swiglu | small_16k B=256 | jvp | 2 | 100 | memory | not measured |" in table
+    assert "| swiglu | small_16k B=256 | value | 2 | 100 | memory | 1.50 | 2.50 |" in table
+    assert "| swiglu | small_16k B=256 | jvp | 2 | 100 | memory | 1.50 | not measured |" in table
