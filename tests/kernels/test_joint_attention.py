@@ -336,6 +336,8 @@ def test_tangent_keeps_its_digits_when_the_offset_drifts():
     k[..., 0] = torch.linspace(0, 1, tokens)[None, :, None]
     primals, dots = ([x.to(LOW) for x in xs] for xs in ((q, k, v), (q_dot, k_dot, v_dot)))
     found = torch.func.jvp(joint_attention, tuple(primals), tuple(dots))[1]
+    if found.is_cpu and not _backends.INTERPRETED:
+        pytest.skip("the centers are those of Triton's kernels")
     (q, k, v), (q_dot, k_dot, v_dot) = ([x[0, :, 0].double() for x in xs] for xs in (primals, dots))
     s, s_dot = (x / width**0.5 for x in (q @ k.T, q_dot @ k.T + q @ k_dot.T))
     p = s.softmax(-1)
@@ -357,11 +359,15 @@ def test_value_by_pytorch(dtype, monkeypatch):
     """Where a table says that it is faster: the same results, for the gradient's kernels too."""
     pytest.importorskip("triton")
     triton = importlib.import_module("mfmjt.kernels.triton.joint_attention")
-    q, k, v = ([x.to(dtype) for x in inputs(2, (5, 3), (5, 3)).values()][i : i + 2] for i in (0, 2, 4))
+    q, k, v = (
+        [x.to(dtype) for x in inputs(2, (5, 3), (5, 3)).values()][i : i + 2] for i in (0, 2, 4)
+    )
     truth, sums = triton._by_pytorch(*([x.double() for x in xs] for xs in (q, k, v)), 0.3)
     monkeypatch.setattr(triton, "FASTER", {("cpu", dtype, 8)})
     found, lse = triton.fwd(q, k, v, [None, None], 0.3)
-    ref = joint_attention_ref([x.double() for x in q], [x.double() for x in k], [x.double() for x in v], 0.3)
+    ref = joint_attention_ref(
+        [x.double() for x in q], [x.double() for x in k], [x.double() for x in v], 0.3
+    )
     for a, b, c in zip(found, truth, ref, strict=True):
         assert oracle.error(a, b) <= oracle.allowance(b, dtype, terms=8)
         assert oracle.error(b, c) <= oracle.allowance(c, torch.float64, terms=8)

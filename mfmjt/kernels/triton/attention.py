@@ -1,14 +1,20 @@
 """Triton kernels of attention over streams: value and tangent, and gradients.
 
-**Value and tangent.** One launch computes both over all streams of queries; its programs walk along
-the streams of keys where they lie, and a stream without a tangent costs no matmul. With
-p = 2^(S - top) and w = p (S_dot - c) a program sums
+**Value and tangent.** One launch computes both over all streams of queries. A program takes a block
+of queries through one loop over the tiles of all streams of keys, where they lie, so that loads run
+ahead across their ends. Streams of which the same moves share a loop; what does not move costs no
+matmul. With p = 2^(S - top) and w = p (S_dot - c) a program sums
 
     l = sum p,  r = sum w,  o~ = p v,  T~ = w v + p v_dot;    o = o~ / l,  o_dot = (T~ - r o) / l
 
-The center c is the mean of S_dot so far, and l and r are sums of p and w as rounded for the
-matmuls: without both, bfloat16 loses ten times the digits. `lse` is to the base 2. float32 goes
-through three TF32 matmuls. 4 B H N M D operations, 12 with all tangents.
+The center c is the mean of S_dot, anew every 128 keys of a stream, and l and r are sums of p and w
+as rounded for the matmuls: without both, bfloat16 loses ten times the digits. Tensor cores add them
+up, as matmuls with ones: on sm_90 the compiler converts one number at a time, and slowly, for a sum
+of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
+4 B H N M D operations, 12 with all tangents.
+
+A branch that rescales only when the maximum grows by much needs the maximum of all warps before any
+exponential, and P waits for S_dot then: more cycles than the multiplications that it spares.
 
 **Gradients**, in two launches without atomics. From q, k, v, o and the log of each row's sum P is
 made again:
@@ -16,8 +22,8 @@ made again:
     S_bar = P (o_bar v^T - delta),  delta = rowsum(o_bar o),  q_bar = scale S_bar k
     v_bar = P^T o_bar,  k_bar = scale S_bar^T q
 
-A program of the first kernel has a block of queries, walks along the keys, and leaves delta to the
-second, whose programs have a block of keys and walk along the queries. 14 B H N M D operations.
+A program of the first kernel has a block of queries, loops over the keys, and leaves delta to the
+second, whose programs have a block of keys and loop over the queries. 14 B H N M D operations.
 """
 
 from __future__ import annotations
@@ -78,11 +84,11 @@ def at_heads(views, others, sample, head, WIDTH: tl.constexpr):
         place = (pointer, stride)
         for i in tl.static_range(len(others)):
             if others[i] is None:
-                place = place + (pointer,)  # never read
+                place += (pointer,)  # never read
             else:
                 view = (others[i][s], views[s][1], views[s][2], views[s][3])
-                place = place + (at_head(view, sample, head, WIDTH)[0],)
-        found = found + (place,)
+                place += (at_head(view, sample, head, WIDTH)[0],)
+        found += (place,)
     return found
 
 
@@ -98,11 +104,8 @@ def load(rows, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.con
     token = tl.minimum(start + tl.arange(0, BLOCK), tl.maximum(limit, 1) - 1)[:, None]
     column += tl.arange(0, COLUMNS)[None, :]
     pointers = pointer + (token * stride + column)
-    if WIDTH % COLUMNS != 0:
-        tile = tl.load(pointers, column < WIDTH, 0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+    whole: tl.constexpr = WIDTH % COLUMNS == 0
+    return tl.load(pointers) if whole else tl.load(pointers, column < WIDTH, 0.0)
 
 
 @jit
@@ -158,10 +161,9 @@ def limits_of(counts, lengths, sample, BLOCK: tl.constexpr):
     tiles = 0
     for s in tl.static_range(len(counts)):
         limit = tl.cast(counts[s], tl.int32)
-        if lengths is not None:
-            if lengths[s] is not None:
-                limit = tl.minimum(tl.load(lengths[s] + sample), limit).to(tl.int32)
-        limits = limits + (limit,)
+        if lengths is not None and lengths[s] is not None:
+            limit = tl.minimum(tl.load(lengths[s] + sample), limit).to(tl.int32)
+        limits += (limit,)
         tiles += tl.cdiv(limit, BLOCK)
     return limits, tiles
 
@@ -197,7 +199,7 @@ def enter(streams, limits, tile, BLOCK: tl.constexpr):
     stream, _, limit = locate(limits, tile, BLOCK)
     fields = ()
     for i in tl.static_range(len(streams[0])):
-        fields = fields + (choose_field(streams, i, stream),)
+        fields += (choose_field(streams, i, stream),)
     return fields, limit, tile, tile + tl.cdiv(limit, BLOCK)
 
 
@@ -249,9 +251,8 @@ def attention_fwd_kernel(
         limits, tiles = limits_of(counts, lengths, sample, BLOCK_M)
         fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
         for tile in range(0, tiles):
-            if len(k) > 1:
-                if tile == until:
-                    fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
+            if len(k) > 1 and tile == until:
+                fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
             own_k, stride, own_v, own_k_dot, own_v_dot = fields
             start = (tile - since) * BLOCK_M
             zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
@@ -364,9 +365,8 @@ def attention_bwd_q_kernel(
     limits, tiles = limits_of(counts, lengths, sample, BLOCK_M)
     fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
     for tile in range(0, tiles):
-        if len(k) > 1:
-            if tile == until:
-                fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
+        if len(k) > 1 and tile == until:
+            fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
         own_k, stride, own_v = fields
         start = (tile - since) * BLOCK_M
         zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
@@ -406,7 +406,7 @@ def attention_bwd_kv_kernel(
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     k, v, counts, lengths = keys
     pair, column, stream, place = block_of(counts, sizes.heads, WIDTH, BLOCK_M, BLOCK_OUT)
-    sample, head, _, first, count = place
+    sample, head, _, first, _ = place
     limit = choose(limits_of(counts, lengths, sample, BLOCK_M)[0], stream)
     own = choose_view(k, stream)
     pointer, stride = at_head(own, sample, head, WIDTH)
@@ -422,14 +422,13 @@ def attention_bwd_kv_kernel(
     row = pair * sizes.all_queries
     with_sums = ()
     for s in tl.static_range(len(q)):
-        with_sums = with_sums + (streams[s] + (lse[s] + row, delta[s] + row),)
+        with_sums += (streams[s] + (lse[s] + row, delta[s] + row),)
     limits, tiles = limits_of(sizes.queries, None, sample, BLOCK_N)
     tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
     fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)
     for tile in range(0, tiles):
-        if len(q) > 1:
-            if tile == until:
-                fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
+        if len(q) > 1 and tile == until:
+            fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
         own_q, stride, own_o_bar, own_lse, own_delta = fields
         start = (tile - since) * BLOCK_N
         zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
@@ -437,10 +436,12 @@ def attention_bwd_kv_kernel(
         o_bar_rows = (own_o_bar, stride, start, stop)
         score = add_products(zeros, key, q_rows, WIDTH, PRECISION, BLOCK_IN)
         p_bar = add_products(zeros, value, o_bar_rows, WIDTH, PRECISION, BLOCK_IN)
-        here = token < stop - start
-        sums = tl.load(own_lse + start + token, here, float("inf"))
-        center = tl.load(own_delta + start + token, here, 0.0)
+        query = tl.minimum(start + token, stop - 1)
+        sums = tl.load(own_lse + query)
+        center = tl.load(own_delta + query)
         p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
+        if stop - start < BLOCK_N:
+            p = tl.where((token < stop - start)[None, :], p, 0.0)
         b = load(o_bar_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
         value_bar = dot(p.to(STORED), b, value_bar, PRECISION)
         score_bar = (p * (p_bar - center[None, :])).to(STORED)
