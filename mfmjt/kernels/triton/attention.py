@@ -7,7 +7,7 @@ matmul. With p = 2^(S - top) and w = p (S_dot - c) a program sums
 
     l = sum p,  r = sum w,  o~ = p v,  T~ = w v + p v_dot;    o = o~ / l,  o_dot = (T~ - r o) / l
 
-The center c is the mean of S_dot, anew every 128 keys of a stream, and l and r are sums of p and w
+The center c is the mean of S_dot, anew every 128 keys of a stream or fewer, and l and r are sums of p and w
 as rounded for the matmuls: without both, bfloat16 loses ten times the digits. Tensor cores add them
 up, as matmuls with ones: on sm_90 the compiler converts one number at a time, and slowly, for a sum
 of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
@@ -218,6 +218,7 @@ def attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
     BLOCK_OUT: tl.constexpr,  # columns of v and o in one program: likewise
+    EVERY: tl.constexpr,  # keys of a stream after which the center moves
 ):
     """Compute o, o_dot and lse of a block of queries."""
     STORED: tl.constexpr = q[0][0].dtype.element_ty
@@ -281,7 +282,7 @@ def attention_fwd_kernel(
                 out_dot *= shrink
                 sum_w *= shrink
             if q_dot is not None or k_dot is not None:
-                if start % 128 == 0:
+                if EVERY == BLOCK_M or start % EVERY == 0:
                     # The center becomes the mean of S_dot so far: it takes a common offset off
                     # before W is rounded. What was summed with another one moves along.
                     moment = (tl.sum(p * score_dot, 1) * sizes.scale)[:, None]
