@@ -7,10 +7,10 @@ matmul. With p = 2^(S - top) and w = p (S_dot - c) a program sums
 
     l = sum p,  r = sum w,  o~ = p v,  T~ = w v + p v_dot;    o = o~ / l,  o_dot = (T~ - r o) / l
 
-The center c is the mean of S_dot, anew every 128 keys of a stream or fewer, and l and r are sums of p and w
-as rounded for the matmuls: without both, bfloat16 loses ten times the digits. Tensor cores add them
-up, as matmuls with ones: on sm_90 the compiler converts one number at a time, and slowly, for a sum
-of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
+The center c is the mean of S_dot, anew every 128 keys of a stream or fewer, and l and r are sums of
+p and w as rounded for the matmuls: without both, bfloat16 loses ten times the digits. Tensor cores
+add them up, as matmuls with ones: on sm_90 the compiler converts one number at a time, and slowly,
+for a sum of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
 4 B H N M D operations, 12 with all tangents.
 
 A branch that rescales only when the maximum grows by much needs the maximum of all warps before any
@@ -68,27 +68,30 @@ def at_head(view, sample, head, WIDTH: tl.constexpr):
 
 
 @jit
-def at_heads(views, others, sample, head, WIDTH: tl.constexpr):
-    """Return for each stream `at_head`, and the same place in two other tensors of its strides.
+def at_heads(views, others, dots, other_dots, sample, head, WIDTH: tl.constexpr):
+    """Return for each stream `at_head`, and the same place in three tensors of its strides.
 
     Args:
         views: Of all streams.
-        others: Two tuples of pointers, or None in place of one.
+        others: Pointers, one for each stream.
+        dots: Likewise, or None: then the place is one that is never read.
+        other_dots: Likewise.
         sample: The sample's number.
         head: The head's.
         WIDTH: D.
     """
     found = ()
     for s in tl.static_range(len(views)):
-        pointer, stride = at_head(views[s], sample, head, WIDTH)
-        place = (pointer, stride)
-        for i in tl.static_range(len(others)):
-            if others[i] is None:
-                place += (pointer,)  # never read
-            else:
-                view = (others[i][s], views[s][1], views[s][2], views[s][3])
-                place += (at_head(view, sample, head, WIDTH)[0],)
-        found += (place,)
+        view = views[s]
+        first, stride = at_head(view, sample, head, WIDTH)
+        second = at_head((others[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
+        third = first
+        if dots is not None:
+            third = at_head((dots[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
+        fourth = first
+        if other_dots is not None:
+            fourth = at_head((other_dots[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
+        found += ((first, stride, second, third, fourth),)
     return found
 
 
@@ -207,7 +210,12 @@ def enter(streams, limits, tile, BLOCK: tl.constexpr):
 def attention_fwd_kernel(
     q,  # views, one for each stream
     q_dot,  # None where no query moves, or pointers: strides are those of q
-    keys,  # groups of streams of which the same moves: (k, v, k_dot, v_dot, counts, lengths)
+    k,  # views, for each group of streams of which the same moves
+    v,  # pointers likewise: strides are those of k
+    k_dot,  # likewise, None for a group that does not move
+    v_dot,
+    counts,  # tokens of each stream, by groups
+    lengths,  # likewise how many of a sample count, None where all do
     o,  # pointers, one for each stream of queries
     o_dot,  # None where no tangent is wanted
     lse,
@@ -241,18 +249,17 @@ def attention_fwd_kernel(
     sum_w = sum_p
     out = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
     out_dot = out
-    for g in tl.static_range(len(keys)):
-        k, v, k_dot, v_dot, counts, lengths = keys[g]
-        if o_dot is not None and q_dot is None and k_dot is None:
+    for g in tl.static_range(len(k)):
+        if o_dot is not None and q_dot is None and k_dot[g] is None:
             # S_dot is zero, and so is W, if the center is
             out_dot += center[:, None] * out
             sum_w += center[:, None] * sum_p
             center = tl.zeros([BLOCK_N], TYPE)
-        streams = at_heads(k, (v, k_dot, v_dot), sample, head, WIDTH)
-        limits, tiles = limits_of(counts, lengths, sample, BLOCK_M)
+        streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, head, WIDTH)
+        limits, tiles = limits_of(counts[g], lengths[g], sample, BLOCK_M)
         fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
         for tile in range(0, tiles):
-            if len(k) > 1 and tile == until:
+            if len(k[g]) > 1 and tile == until:
                 fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
             own_k, stride, own_v, own_k_dot, own_v_dot = fields
             start = (tile - since) * BLOCK_M
@@ -262,7 +269,7 @@ def attention_fwd_kernel(
             score_dot = zeros
             if q_dot is not None:
                 score_dot = add_products(score_dot, query_dot, rows, WIDTH, PRECISION, BLOCK_IN)
-            if k_dot is not None:
+            if k_dot[g] is not None:
                 rows = (own_k_dot, stride, start, limit)
                 score_dot = add_products(score_dot, query, rows, WIDTH, PRECISION, BLOCK_IN)
             new_top = tl.maximum(top, tl.max(score, 1))
@@ -281,7 +288,7 @@ def attention_fwd_kernel(
             if o_dot is not None:
                 out_dot *= shrink
                 sum_w *= shrink
-            if q_dot is not None or k_dot is not None:
+            if q_dot is not None or k_dot[g] is not None:
                 if EVERY == BLOCK_M or start % EVERY == 0:
                     # The center becomes the mean of S_dot so far: it takes a common offset off
                     # before W is rounded. What was summed with another one moves along.
@@ -297,7 +304,7 @@ def attention_fwd_kernel(
                 sum_w = dot(w, ones, sum_w, PRECISION)
                 out_dot = dot(w, b, out_dot, PRECISION)
             out = dot(p_rounded, b, out, PRECISION)
-            if v_dot is not None:
+            if v_dot[g] is not None:
                 b = load((own_v_dot, stride, start, limit), column, WIDTH, BLOCK_M, BLOCK_OUT)
                 out_dot = dot(p_rounded, b, out_dot, PRECISION)
 
@@ -321,7 +328,10 @@ def attention_bwd_q_kernel(
     q,  # views, one for each stream
     o_bar,  # pointers: strides are those of q
     o,  # views
-    keys,  # (k, v, counts, lengths) of all streams of keys
+    k,  # views, one for each stream of keys
+    v,  # pointers: strides are those of k
+    counts,  # tokens of each of these streams
+    lengths,  # likewise how many of a sample count, None where all do
     q_bar,  # pointers, one for each stream of queries
     delta,  # receives rowsum(o_bar o)
     lse,
@@ -361,14 +371,13 @@ def attention_bwd_q_kernel(
 
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
-    k, v, counts, lengths = keys
-    streams = at_heads(k, (v,), sample, head, WIDTH)
+    streams = at_heads(k, v, None, None, sample, head, WIDTH)
     limits, tiles = limits_of(counts, lengths, sample, BLOCK_M)
     fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
     for tile in range(0, tiles):
         if len(k) > 1 and tile == until:
             fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
-        own_k, stride, own_v = fields
+        own_k, stride, own_v, _, _ = fields
         start = (tile - since) * BLOCK_M
         zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
         k_rows = (own_k, stride, start, limit)
@@ -389,7 +398,10 @@ def attention_bwd_q_kernel(
 def attention_bwd_kv_kernel(
     q,  # views, one for each stream
     o_bar,  # pointers: strides are those of q
-    keys,  # (k, v, counts, lengths) of all streams of keys
+    k,  # views, one for each stream of keys
+    v,  # pointers: strides are those of k
+    counts,  # tokens of each of these streams
+    lengths,  # likewise how many of a sample count, None where all do
     k_bar,  # pointers, one for each stream of keys
     v_bar,
     delta,  # and of queries
@@ -405,7 +417,6 @@ def attention_bwd_kv_kernel(
     """Compute k_bar and v_bar of a block of keys."""
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    k, v, counts, lengths = keys
     pair, column, stream, place = block_of(counts, sizes.heads, WIDTH, BLOCK_M, BLOCK_OUT)
     sample, head, _, first, _ = place
     limit = choose(limits_of(counts, lengths, sample, BLOCK_M)[0], stream)
@@ -419,11 +430,12 @@ def attention_bwd_kv_kernel(
     key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     token = tl.arange(0, BLOCK_N)
-    streams = at_heads(q, (o_bar,), sample, head, WIDTH)
+    streams = at_heads(q, o_bar, None, None, sample, head, WIDTH)
     row = pair * sizes.all_queries
     with_sums = ()
     for s in tl.static_range(len(q)):
-        with_sums += (streams[s] + (lse[s] + row, delta[s] + row),)
+        own_q, stride, own_o_bar, _, _ = streams[s]
+        with_sums += ((own_q, stride, own_o_bar, lse[s] + row, delta[s] + row),)
     limits, tiles = limits_of(sizes.queries, None, sample, BLOCK_N)
     tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
     fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)

@@ -123,7 +123,7 @@ def _groups(
     v_dot: Sequence[Tensor | None],
     lengths: Sequence[Tensor | None],
 ) -> list[list[Any]]:
-    """Return streams of keys by what moves: one loop takes those of which the same does."""
+    """Return k, v, k_dot, v_dot, tokens and lengths by what moves: groups share a loop."""
     k, v, k_dot, v_dot = _packed(k, v, k_dot, v_dot)
     _check(k=k, v=v)
     found = []
@@ -133,7 +133,7 @@ def _groups(
         keys, values, *dots, counts = ([x[i] for i in own] for x in (k, v, k_dot, v_dot, lengths))
         dots = [dot if there else None for dot, there in zip(dots, kind, strict=True)]
         found.append([_views(keys), values, *dots, *_counts(keys, counts)])
-    return found
+    return [list(x) for x in zip(*found, strict=True)]
 
 
 def _by_streams(lse: Tensor, q: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -166,7 +166,7 @@ def fwd(
     (queries,) = _packed(q)
     _check(q=queries)
     still: list[Tensor | None] = [None] * len(k)
-    tensors = (None, _groups(k, v, still, still, lengths), o, None, list(_by_streams(lse, q)))
+    tensors = (None, *_groups(k, v, still, still, lengths), o, None, list(_by_streams(lse, q)))
     _launch(attention_fwd_kernel, "value", queries, tensors, queries, lse, scale)
     return o, lse
 
@@ -213,7 +213,7 @@ def jvp(
         for zero in () if moves else out_dot:
             zero.zero_()
         dots = own_dot if queries_move else None
-        tensors = (dots, groups, out, out_dot if moves else None, sums)
+        tensors = (dots, *groups, out, out_dot if moves else None, sums)
         part = "tangent" if moves else "value"
         _launch(attention_fwd_kernel, part, own, tensors, own, lse, scale)
     return o, o_dot, lse
@@ -237,9 +237,9 @@ def bwd(
     (o,), (k, v) = _packed(o), _packed(k, v)
     _check(q=queries, k=k, v=v, o_bar=o_bar, o=o)
     sums, delta = ([*_by_streams(x, q)] for x in (lse, torch.empty_like(lse)))
-    keys = [_views(k), v, *_counts(k, lengths)]
-    tensors = (o_bar, _views(o), keys, q_bar, delta, sums)
+    keys = (_views(k), v, *_counts(k, lengths))
+    tensors = (o_bar, _views(o), *keys, q_bar, delta, sums)
     _launch(attention_bwd_q_kernel, "bwd_q", queries, tensors, queries, lse, scale)
-    tensors = (o_bar, keys, k_bar, v_bar, delta, sums)
+    tensors = (o_bar, *keys, k_bar, v_bar, delta, sums)
     _launch(attention_bwd_kv_kernel, "bwd_kv", queries, tensors, k, lse, scale)
     return q_bar, k_bar, v_bar
