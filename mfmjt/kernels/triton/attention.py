@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from mfmjt.kernels.triton import jit, tl
 from mfmjt.kernels.triton.device import choose, choose_field, choose_view, fma, locate
 
@@ -41,6 +43,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         queries: Tokens of each stream.
+        lengths: For each group of streams of keys, and each stream, how many of a sample count,
+            (B,), or None.
         all_queries: Those of all streams.
         heads: H.
         scale: Factor of the scores.
@@ -48,6 +52,7 @@ class Sizes(NamedTuple):
     """
 
     queries: tuple[int, ...]
+    lengths: tuple[tuple[Tensor | None, ...], ...]
     all_queries: int
     heads: int
     scale: float
@@ -158,14 +163,17 @@ def add_products(total, a, b, WIDTH: tl.constexpr, PRECISION: tl.constexpr, COLU
 
 
 @jit
-def limits_of(counts, lengths, sample, BLOCK: tl.constexpr):
-    """Return how many tokens of each stream count, the first ones, and the tiles of all streams."""
+def limits_of(counts, sizes, group: tl.constexpr, sample, BLOCK: tl.constexpr):
+    """Return how many tokens of each stream count, the first ones, and the tiles of all streams.
+
+    `group` is None for streams of queries, all of which count.
+    """
     limits = ()
     tiles = 0
     for s in tl.static_range(len(counts)):
         limit = tl.cast(counts[s], tl.int32)
-        if lengths is not None and lengths[s] is not None:
-            limit = tl.minimum(tl.load(lengths[s] + sample), limit).to(tl.int32)
+        if group is not None and sizes.lengths[group][s] is not None:
+            limit = tl.minimum(tl.load(sizes.lengths[group][s] + sample), limit).to(tl.int32)
         limits += (limit,)
         tiles += tl.cdiv(limit, BLOCK)
     return limits, tiles
@@ -215,7 +223,6 @@ def attention_fwd_kernel(
     k_dot,  # likewise, None for a group that does not move
     v_dot,
     counts,  # tokens of each stream, by groups
-    lengths,  # likewise how many of a sample count, None where all do
     o,  # pointers, one for each stream of queries
     o_dot,  # None where no tangent is wanted
     lse,
@@ -256,7 +263,7 @@ def attention_fwd_kernel(
             sum_w += center[:, None] * sum_p
             center = tl.zeros([BLOCK_N], TYPE)
         streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, head, WIDTH)
-        limits, tiles = limits_of(counts[g], lengths[g], sample, BLOCK_M)
+        limits, tiles = limits_of(counts[g], sizes, g, sample, BLOCK_M)
         fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
         for tile in range(0, tiles):
             if len(k[g]) > 1 and tile == until:
@@ -331,7 +338,6 @@ def attention_bwd_q_kernel(
     k,  # views, one for each stream of keys
     v,  # pointers: strides are those of k
     counts,  # tokens of each of these streams
-    lengths,  # likewise how many of a sample count, None where all do
     q_bar,  # pointers, one for each stream of queries
     delta,  # receives rowsum(o_bar o)
     lse,
@@ -372,12 +378,12 @@ def attention_bwd_q_kernel(
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
     streams = at_heads(k, v, None, None, sample, head, WIDTH)
-    limits, tiles = limits_of(counts, lengths, sample, BLOCK_M)
+    limits, tiles = limits_of(counts, sizes, 0, sample, BLOCK_M)
     fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
     for tile in range(0, tiles):
         if len(k) > 1 and tile == until:
             fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
-        own_k, stride, own_v, _, _ = fields
+        own_k, stride, own_v = fields[0], fields[1], fields[2]
         start = (tile - since) * BLOCK_M
         zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
         k_rows = (own_k, stride, start, limit)
@@ -401,7 +407,6 @@ def attention_bwd_kv_kernel(
     k,  # views, one for each stream of keys
     v,  # pointers: strides are those of k
     counts,  # tokens of each of these streams
-    lengths,  # likewise how many of a sample count, None where all do
     k_bar,  # pointers, one for each stream of keys
     v_bar,
     delta,  # and of queries
@@ -419,11 +424,11 @@ def attention_bwd_kv_kernel(
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     pair, column, stream, place = block_of(counts, sizes.heads, WIDTH, BLOCK_M, BLOCK_OUT)
     sample, head, _, first, _ = place
-    limit = choose(limits_of(counts, lengths, sample, BLOCK_M)[0], stream)
-    own = choose_view(k, stream)
-    pointer, stride = at_head(own, sample, head, WIDTH)
+    limit = choose(limits_of(counts, sizes, 0, sample, BLOCK_M)[0], stream)
+    view = choose_view(k, stream)
+    pointer, stride = at_head(view, sample, head, WIDTH)
     key = tile_of((pointer, stride, first, limit), WIDTH, BLOCK_M, BLOCK_IN)
-    own_v = (choose(v, stream), own[1], own[2], own[3])
+    own_v = (choose(v, stream), view[1], view[2], view[3])
     pointer, stride = at_head(own_v, sample, head, WIDTH)
     value = tile_of((pointer, stride, first, limit), WIDTH, BLOCK_M, BLOCK_IN)
 
@@ -434,9 +439,9 @@ def attention_bwd_kv_kernel(
     row = pair * sizes.all_queries
     with_sums = ()
     for s in tl.static_range(len(q)):
-        own_q, stride, own_o_bar, _, _ = streams[s]
-        with_sums += ((own_q, stride, own_o_bar, lse[s] + row, delta[s] + row),)
-    limits, tiles = limits_of(sizes.queries, None, sample, BLOCK_N)
+        own = streams[s]
+        with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)
+    limits, tiles = limits_of(sizes.queries, sizes, None, sample, BLOCK_N)
     tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
     fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)
     for tile in range(0, tiles):

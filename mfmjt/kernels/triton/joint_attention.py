@@ -65,6 +65,7 @@ def _launch(
     q: Sequence[Tensor],
     tensors: Sequence[Any],
     blocks: Sequence[Tensor],
+    lengths: Sequence[tuple[Tensor | None, ...]],
     lse: Tensor,
     scale: float,
 ) -> None:
@@ -76,6 +77,7 @@ def _launch(
         q: Streams of queries as `_packed` returned them.
         tensors: What the kernel takes after the views of q.
         blocks: The streams that are cut into blocks, q or k.
+        lengths: As `Sizes` has them.
         lse: (B, H, all queries).
         scale: Factor of the scores.
     """
@@ -92,7 +94,7 @@ def _launch(
         grid,
         _views(q),
         *tensors,
-        Sizes(queries, lse.shape[2], heads, scale, scale * math.log2(math.e)),
+        Sizes(queries, tuple(lengths), lse.shape[2], heads, scale, scale * math.log2(math.e)),
         WIDTH=width,
         PRECISION="tf32x3" if q[0].dtype.itemsize == 4 and target()[0] == "cuda" else "ieee",
         **options,
@@ -110,10 +112,12 @@ def _check(**groups: Sequence[Tensor]) -> None:
             check(near, "joint_attention", needs, **{f"{name}[{i}]": x})
 
 
-def _counts(keys: Sequence[Tensor], lengths: Sequence[Tensor | None]) -> tuple[Any, Any]:
-    """Return the tokens of streams of keys, and how many of a sample count; None where all do."""
-    given = [None if n is None else n.contiguous() for n in lengths]
-    return [x.shape[1] for x in keys], None if all(n is None for n in given) else given
+def _tokens(streams: Sequence[Tensor]) -> list[int]:
+    return [x.shape[1] for x in streams]
+
+
+def _dense(lengths: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple([None if n is None else n.contiguous() for n in lengths])
 
 
 def _groups(
@@ -123,7 +127,7 @@ def _groups(
     v_dot: Sequence[Tensor | None],
     lengths: Sequence[Tensor | None],
 ) -> list[list[Any]]:
-    """Return k, v, k_dot, v_dot, tokens and lengths by what moves: groups share a loop."""
+    """Return k, v, k_dot, v_dot, tokens and lengths by what moves: a group shares a loop."""
     k, v, k_dot, v_dot = _packed(k, v, k_dot, v_dot)
     _check(k=k, v=v)
     found = []
@@ -132,7 +136,7 @@ def _groups(
         own = [i for i, other in enumerate(moves) if other == kind]
         keys, values, *dots, counts = ([x[i] for i in own] for x in (k, v, k_dot, v_dot, lengths))
         dots = [dot if there else None for dot, there in zip(dots, kind, strict=True)]
-        found.append([_views(keys), values, *dots, *_counts(keys, counts)])
+        found.append([_views(keys), values, *dots, _tokens(keys), _dense(counts)])
     return [list(x) for x in zip(*found, strict=True)]
 
 
@@ -166,8 +170,9 @@ def fwd(
     (queries,) = _packed(q)
     _check(q=queries)
     still: list[Tensor | None] = [None] * len(k)
-    tensors = (None, *_groups(k, v, still, still, lengths), o, None, list(_by_streams(lse, q)))
-    _launch(attention_fwd_kernel, "value", queries, tensors, queries, lse, scale)
+    *groups, counts = _groups(k, v, still, still, lengths)
+    tensors = (None, *groups, o, None, list(_by_streams(lse, q)))
+    _launch(attention_fwd_kernel, "value", queries, tensors, queries, counts, lse, scale)
     return o, lse
 
 
@@ -201,7 +206,7 @@ def jvp(
     o, o_dot, lse = empty(q), empty(q), _new_lse(q)
     all_q, q_dot = _packed(q, q_dot)
     _check(q=all_q)
-    groups = _groups(k, v, k_dot, v_dot, lengths)
+    *groups, counts = _groups(k, v, k_dot, v_dot, lengths)
     keys_move = any(dot is not None for dot in (*k_dot, *v_dot))
     for queries_move in (True, False):
         group = [i for i, dot in enumerate(q_dot) if (dot is not None) == queries_move]
@@ -215,7 +220,7 @@ def jvp(
         dots = own_dot if queries_move else None
         tensors = (dots, *groups, out, out_dot if moves else None, sums)
         part = "tangent" if moves else "value"
-        _launch(attention_fwd_kernel, part, own, tensors, own, lse, scale)
+        _launch(attention_fwd_kernel, part, own, tensors, own, counts, lse, scale)
     return o, o_dot, lse
 
 
@@ -237,9 +242,9 @@ def bwd(
     (o,), (k, v) = _packed(o), _packed(k, v)
     _check(q=queries, k=k, v=v, o_bar=o_bar, o=o)
     sums, delta = ([*_by_streams(x, q)] for x in (lse, torch.empty_like(lse)))
-    keys = (_views(k), v, *_counts(k, lengths))
+    keys, counts = (_views(k), v, _tokens(k)), [_dense(lengths)]
     tensors = (o_bar, _views(o), *keys, q_bar, delta, sums)
-    _launch(attention_bwd_q_kernel, "bwd_q", queries, tensors, queries, lse, scale)
+    _launch(attention_bwd_q_kernel, "bwd_q", queries, tensors, queries, counts, lse, scale)
     tensors = (o_bar, *keys, k_bar, v_bar, delta, sums)
-    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, tensors, k, lse, scale)
+    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, tensors, k, counts, lse, scale)
     return q_bar, k_bar, v_bar
