@@ -10,11 +10,15 @@ memory than a block may have, computes a bf16 matrix product without matrix inst
 compiled for the widest rows that they take, which no network has: these must fit their GPUs, may
 spill, and are in no table.
 
+With --cost the launches are modelled instead, on sm_90: see `bench.cost.model`, which says what
+that is and what it cannot see. Each case then has a row for each kernel it launches.
+
 Examples:
   python -m bench aot                                    all ops and targets: prints a table
   python -m bench aot --op swiglu --target sm_90
   python -m bench aot --out bench/results/aot            write the table of this Triton
   python -m bench aot --quick --compare bench/results/aot   what continuous integration does
+  python -m bench aot --cost --op joint_attention           what it would cost on an H200
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
@@ -52,7 +56,9 @@ from mfmjt.files import atomic_path
 from mfmjt.model.blocks import FrameCondition, JointBlock, Pending
 from mfmjt.testing import BACKWARD, JVP_BACKWARD, Function, Operands, as_tuple, runner
 
-__all__ = ["OPS", "TARGETS", "Chip", "faults", "main", "offline", "offline_driver", "resources"]
+__all__ = ["DTYPES", "NETWORKS", "OPS", "TARGETS", "Chip", "Launch", "faults", "main", "offline"]
+__all__ += ["compile_launch", "occupancy", "offline_driver", "read_table", "resources"]
+__all__ += ["table_of", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,38 @@ def offline_driver(target: GPUTarget) -> Iterator[None]:
         triton.runtime.driver._active = before
 
 
+class Launch(NamedTuple):
+    """A launch that was compiled and did not happen.
+
+    Attributes:
+        kernel: As Triton compiled it.
+        grid: Programs along three axes.
+        arguments: By the name of the parameter.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+
+_compile = JITFunction.run
+
+
+def compile_launch(function: Any, args: Any, grid: Any, options: dict[str, Any]) -> Launch:
+    """Compile what would be launched."""
+    kernel = _compile(function, *args, grid=grid, warmup=True, **options)
+    x, y, z = (*grid, 1, 1)[:3]
+    return Launch(kernel, (x, y, z), dict(zip(function.arg_names, args, strict=False)) | options)
+
+
 @contextlib.contextmanager
-def offline(target: GPUTarget) -> Iterator[list[Any]]:
-    """Compile for `target` in place of a launch inside; yield the compiled kernels."""
-    compiled: list[Any] = []
-    run = JITFunction.run
+def offline(target: GPUTarget) -> Iterator[list[Launch]]:
+    """Compile for `target` in place of a launch inside; yield the launches."""
+    compiled: list[Launch] = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return compiled[-1]
+        compiled.append(compile_launch(self, args, grid, kwargs))
+        return compiled[-1].kernel
 
     with offline_driver(target), patch.object(JITFunction, "run", compile_only):
         yield compiled
@@ -147,7 +176,7 @@ def resources(kernel: Any) -> Row:
     }
 
 
-def _occupancy(row: Row, chip: Chip) -> int:
+def occupancy(row: Row, chip: Chip) -> int:
     """Return the warps that fit on a multiprocessor (SIMD on AMD), by registers and memory."""
     if chip.target.backend == "hip":
         return min(chip.warps, chip.registers // 64 // max(8, -(-row["registers"] // 8) * 8))
@@ -227,10 +256,12 @@ def _joint_block(s: Shape, dtype: torch.dtype) -> None:
     block = JointBlock(s.dim, s.heads, s.hidden, last=False).to(dtype)
     ropes = [torch.empty(n, s.dim // s.heads // 2, 2) for n in s.streams[:2]]
     shared = torch.empty(s.batch, 1, s.dim, dtype=dtype)
-    rows = torch.empty(s.rows, dtype=dtype), shared, shared
+    frames = torch.empty(s.batch, 192, s.dim, dtype=dtype)
+    row_of = torch.empty(s.length, dtype=torch.int64)
 
     def run(**given: Tensor) -> tuple[Tensor, ...]:
-        conditions = [FrameCondition(row + given["shared"]) for row in rows]
+        whole = FrameCondition(shared + given["shared"])
+        conditions = [FrameCondition(frames + given["shared"], row_of), whole, whole]
         streams = tuple(Pending(given[f"x{i}"]) for i in range(3))
         for _ in range(2):  # the second has a sum to add up first
             streams = block(streams, conditions, [*ropes, None])
@@ -269,13 +300,13 @@ def compile_op(op: str, target: str, quick: bool) -> list[Row]:
                 continue
             with offline(TARGETS[target].target) as compiled:
                 call(dtype)
-            for kernel in compiled:
+            for kernel, *_ in compiled:
                 code = kernel.asm.get("cubin") or kernel.asm["amdgcn"].encode()
                 digest = hashlib.sha256(code).hexdigest()
                 if digest not in rows:
                     first = {"target": target, "op": op, "shape": shape, "dtype": dtype_name(dtype)}
                     rows[digest] = first | resources(kernel)
-                    rows[digest]["occupancy"] = _occupancy(rows[digest], TARGETS[target])
+                    rows[digest]["occupancy"] = occupancy(rows[digest], TARGETS[target])
     return [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in rows.values())]
 
 
@@ -303,19 +334,25 @@ def _name(row: Row) -> str:
     return " ".join(str(row[key]) for key in ("target", "op", "shape", "dtype", "kernel"))
 
 
-def _read(path: Path) -> pandas.DataFrame:
+def table_of(kind: str, folder: str) -> Path:
+    """Return the path of a table of this Triton."""
+    version = "_".join(triton.__version__.split(".")[:2])
+    return Path(folder) / f"{kind}triton_{version}.csv"
+
+
+def read_table(path: Path) -> pandas.DataFrame:
     """Return a table, all of it text."""
     if not path.exists():
         return pandas.DataFrame(columns=["target", "op"])
     return pandas.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def _write(rows: list[Row], path: Path) -> None:
-    """Write rows into a table, in place of those of the same ops and targets."""
-    new, old = pandas.DataFrame(rows).astype(str), _read(path)
+def write_table(rows: list[Row], path: Path, names: Sequence[str]) -> None:
+    """Write rows into a table, in place of those of the same ops and targets; `names` order it."""
+    new, old = pandas.DataFrame(rows).astype(str), read_table(path)
     replaced = old.set_index(["op", "target"]).index.isin(new.set_index(["op", "target"]).index)
     table = pandas.concat([old[~replaced], new])
-    order = {name: i for i, name in enumerate((*OPS, *TARGETS))}
+    order = {name: i for i, name in enumerate((*names, *TARGETS))}
     table = table.sort_values(["op", "target"], key=lambda c: c.map(order), kind="stable")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
@@ -324,7 +361,7 @@ def _write(rows: list[Row], path: Path) -> None:
 
 def _differences(rows: list[Row], path: Path) -> list[str]:
     """Return the rows that the committed table of this Triton does not have."""
-    known = set(_read(path).itertuples(index=False, name=None))
+    known = set(read_table(path).itertuples(index=False, name=None))
     if not known:
         print(f"There is no {path}: of this Triton only faults are looked for.")
     return [
@@ -340,12 +377,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--op", action="append", choices=OPS, help="[all]")
     command.add_argument("--target", action="append", choices=[*TARGETS], help="[all]")
     command.add_argument("--quick", action="store_true", help="small_16k's training shapes only")
-    command.add_argument("--out", metavar="DIR", help="put the rows into DIR/triton_<version>.csv")
+    command.add_argument("--cost", action="store_true", help="model launches on sm_90")
+    command.add_argument(
+        "--out", metavar="DIR", help="put the rows into DIR/[cost_]triton_<version>.csv"
+    )
     command.add_argument("--compare", metavar="DIR", help="the rows must be in the table there")
     given = command.parse_args(argv)
     rows: list[Row] = []
     wrong: list[str] = []
-    for op in given.op or OPS:
+    if given.cost:
+        from bench.cost.table import cost_op, line_of
+
+        for op in given.op or OPS:
+            for row in cost_op(op, given.quick):
+                print(line_of(row), flush=True)
+                rows.append(row)
+    for op in () if given.cost else given.op or OPS:
         for target in given.target or TARGETS:
             for row in compile_op(op, target, given.quick):
                 bad = faults(row)
@@ -357,10 +404,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         sys.stderr.write("No kernel was compiled: the ops did not reach their Triton kernels.\n")
         return 1
-    table = f"triton_{'_'.join(triton.__version__.split('.')[:2])}.csv"
+    kind = "cost_" if given.cost else ""
     if given.out:
-        _write(rows, Path(given.out) / table)
+        write_table(rows, table_of(kind, given.out), OPS)
     if given.compare:
-        wrong += _differences(rows, Path(given.compare) / table)
+        wrong += _differences(rows, table_of(kind, given.compare))
     sys.stderr.writelines(f"{line}\n" for line in wrong)
     return 1 if wrong else 0

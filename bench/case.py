@@ -197,7 +197,8 @@ def norm_cases(
     """Return the cases of a modulated norm.
 
     Modulation is per token; where ops are checked, a sample's tokens share all but `scale`, and
-    where they are compiled, `scale` too.
+    where they are compiled, `scale` too. In a second case tokens pick rows of fewer modulations, as
+    the latent's tokens do of the frames of a video.
 
     Args:
         op: Its name.
@@ -219,7 +220,21 @@ def norm_cases(
             costs = {"elements": moved.times(math.prod(s.rows)), "terms": max(s.length, s.dim)}
             about = {"name": name, "function": function, "reference": reference, **costs}
             found.append(s.case(op, inputs | {"scale": second}, **about))
+        count = 192 * s.length // 250 or 1
+        names = [n for n in (*inputs, "scale") if n not in rows]  # modulations
+        few = dict.fromkeys(names, Input((s.batch, count, s.dim)))
+        index = Input((s.length,), constant=functools.partial(_picked_rows, s.length, count))
+        # Backward reads all modulations but shift, and writes the cotangents of all
+        saved = Cost(len(names), len(names), 2 * len(names) - 1)
+        saved = saved.times((s.length - count) * s.batch * s.dim)
+        least = Cost(*(a - b for a, b in zip(moved.times(math.prod(s.rows)), saved, strict=True)))
+        about |= {"name": f"{s.name} picked rows", "elements": least, "compile_too": False}
+        found.append(s.case(op, {**inputs, **few, "rows": index}, **about))
     return found
+
+
+def _picked_rows(tokens: int, rows: int) -> Tensor:
+    return torch.arange(tokens) * rows // tokens
 
 
 VOCODERS = {"gpu": {"16k": 500, "44k": 690}, "cpu": {"16k": 500}}

@@ -10,6 +10,9 @@ PyTorch's own operations are counted as one launch each, where some take several
     eager         the same in plain PyTorch, one pass after the other, as MMAudio's code has it
     training      a loss with du/dt of some clips, and its gradients
 
+With --show also which operations of a training step add in an order that changes (by atomics), so
+that two runs differ: there is to be none.
+
 Examples:
   python -m bench launches
   python -m bench launches --network large_44k_v2 --show
@@ -18,44 +21,77 @@ Examples:
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from bench import parser
-from bench.aot import TARGETS, offline_driver
+from bench.aot import TARGETS, Launch, compile_launch, offline_driver
 from bench.networks.given import features
 from mfmjt import kernels, meanflow
+from mfmjt.meanflow import tangent
 from mfmjt.model import MFMJT, conditioning
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["MOST", "counted", "main"]
+__all__ = ["MOST", "Event", "atomics", "counted", "in_bfloat16", "main", "meanflow_step"]
+__all__ += ["network", "traced"]
 
 MOST = {"small_16k": 120}
 """Launches that a guided step may take."""
+Module = TypeVar("Module", bound=nn.Module)
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
 FREE |= {"atleast_1d", "promote_types", "is_same_size", "_has_same_storage_numel", "device"}
 FREE |= {"_efficientzerotensor"}
+ATOMIC = {"bincount", "embedding_dense_backward", "histc", "index_add", "index_put", "put"}
+ATOMIC |= {"_index_put_impl", "_unsafe_index_put", "index_reduce", "scatter_add", "scatter_reduce"}
+"""Operations that add by atomics on a GPU, or may."""
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
-class _Count(TorchDispatchMode):
-    """Count what would be launched, by name."""
+class Event(NamedTuple):
+    """Something that would be launched.
+
+    Attributes:
+        name: Its namespace and name.
+        bytes: Of the tensors that an operation of PyTorch takes and gives.
+        flops: Of a matrix product of PyTorch's.
+        launch: A kernel of ours, where kernels are compiled.
+    """
+
+    name: str
+    bytes: int = 0
+    flops: int = 0
+    launch: Launch | None = None
+
+
+def _bytes(x: Any) -> int:
+    """Return the bytes of a tensor; what an axis repeats is there once."""
+    if not isinstance(x, Tensor):
+        return 0
+    sizes = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return math.prod(sizes) * x.element_size()
+
+
+class _Trace(TorchDispatchMode):
+    """Record what would be launched."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.found: list[Event] = []
         self.make = conditioning._cached
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,23 +100,34 @@ class _Count(TorchDispatchMode):
             with self:  # what is launched inside of it
                 return func.redispatch(_CPU, *args, **kwargs)
         name = func.overloadpacket.__name__
+        out = func(*args, **kwargs)
         if not func.is_view and name not in FREE:
-            self.found[f"{func.namespace}::{name}"] += 1
-        return func(*args, **kwargs)
+            moved = sum(map(_bytes, pytree.tree_leaves((args, kwargs, out))))
+            count = flop_registry.get(func.overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            self.found.append(Event(f"{func.namespace}::{name}", moved, flops))
+        return out
 
     def uncounted(self, *args: Any) -> Tensor:
         """Make a table, which is kept where tensors have memory."""
-        before = self.found.copy()
+        before = len(self.found)
         table = self.make(*args)
-        self.found = before
+        del self.found[before:]
         return table
 
 
-def _count(call: Callable[[], Any]) -> Counter[str]:
-    mode = _Count()
+def traced(call: Callable[[], Any], compiles: bool = False) -> list[Event]:
+    """Return what a call on tensors without memory would launch, on sm_90.
 
-    def launch(kernel: Any, *_: Any, **__: Any) -> None:
-        mode.found[f"triton::{kernel.fn.__name__}"] += 1
+    Args:
+        call: What is called, inside of a FakeTensorMode.
+        compiles: Compile our kernels; their launches are in the events.
+    """
+    mode = _Trace()
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        made = compile_launch(kernel, args, grid, kwargs) if compiles else None
+        mode.found.append(Event(f"triton::{kernel.fn.__name__}", launch=made))
 
     with (
         offline_driver(TARGETS["sm_90"].target),
@@ -93,14 +140,49 @@ def _count(call: Callable[[], Any]) -> Counter[str]:
     return mode.found
 
 
+def in_bfloat16(net: Module) -> Module:
+    """Give a network without memory other weights: `Module.to` refuses to."""
+    weights = {k: v.to(torch.bfloat16) for k, v in net.state_dict().items()}
+    net.load_state_dict(weights, assign=True)
+    return net
+
+
+def network(name: str) -> tuple[MFMJT, Tensor, dict[str, Tensor]]:
+    """Return a named network in bfloat16, latents of one sound, and its features."""
+    dtype, net = torch.bfloat16, in_bfloat16(MFMJT.from_config(name))
+    z = torch.zeros(1, net.config.latent_length, net.config.latent_dim)
+    return net, z, {n: x.to(dtype) for n, x in features(net.config, 1).items()}
+
+
+def meanflow_step(name: str, batch: int, intervals: int, one_call: bool = False) -> None:
+    """Make a loss of some clips, of which the first have du/dt, and its gradients.
+
+    Args:
+        name: A named network.
+        batch: Clips.
+        intervals: How many have du/dt.
+        one_call: The network is called once for all of them, and not once for each kind.
+    """
+    net, z, cond = network(name)
+    clips = {key: x.expand(batch, -1, -1) for key, x in cond.items()}
+    no = torch.zeros(batch, dtype=torch.bool)
+    clips |= dict.fromkeys(("video_mask", "text_mask"), no)
+    x, r = z.to(torch.bfloat16).expand(batch, -1, -1), torch.zeros(batch)
+    with patch.object(tangent, "one_call_is_cheaper", lambda *_: one_call):
+        loss, *_ = meanflow.loss_and_errors(
+            net, x, clips, noise=x, r=r, t=r + 1, intervals=intervals
+        )
+        loss.backward()
+
+
+def _count(call: Callable[[], Any]) -> Counter[str]:
+    return Counter(event.name for event in traced(call))
+
+
 def counted(name: str) -> dict[str, Counter[str]]:
     """Return each provider's launches by kernel: a named network in bfloat16, one sound."""
     with FakeTensorMode():
-        dtype = torch.bfloat16
-        net = MFMJT.from_config(name)
-        net.load_state_dict({k: v.to(dtype) for k, v in net.state_dict().items()}, assign=True)
-        z = torch.zeros(1, net.config.latent_length, net.config.latent_dim)
-        cond = {n: x.to(dtype) for n, x in features(net.config, 1).items()}
+        net, z, cond = network(name)
         no = torch.zeros(1, dtype=torch.bool)
 
         @torch.no_grad()
@@ -110,21 +192,19 @@ def counted(name: str) -> dict[str, Counter[str]]:
             u_0 = net(z, 0.0, 1.0, **cond, video_mask=no, text_mask=no)
             return z - meanflow.guide(u_c, u_0, 1.5, "cfg_scaled")
 
-        def training() -> None:
-            # Two of three clips with r < t: more than half, hence two calls, as on a GPU
-            clips = {key: x.expand(3, -1, -1) for key, x in cond.items()}
-            x, r = z.to(dtype).expand(3, -1, -1), torch.zeros(3)
-            loss = meanflow.loss_and_errors(net, x, clips, noise=x, r=r, t=r + 1, intervals=2)[0]
-            loss.backward()
-
         frozen, ours = meanflow.OneStep(net), meanflow.OneStep(net, compile=False)
         frozen(z, **cond)  # the pass without conditions is encoded once
         return {
             "mfmjt": _count(lambda: frozen(z, **cond)),
             "mfmjt_eager": _count(lambda: ours(z, **cond)),
             "eager": _count(eager),
-            "training": _count(training),
+            "training": _count(lambda: meanflow_step(name, 3, 2)),
         }
+
+
+def atomics(counts: Counter[str]) -> dict[str, int]:
+    """Return PyTorch's launches that add by atomics; no kernel of ours does."""
+    return {n: c for n, c in counts.items() if n.partition("::")[2].rstrip("_") in ATOMIC}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,8 +220,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{given.network} {provider}: {total} launches")
         for name, count in found[provider].most_common() if given.show else ():
             print(f"  {count:5} {name}")
+    by_atomics = atomics(found["training"])
+    if given.show:
+        print(f"{given.network} training: {sum(by_atomics.values())} launches add by atomics")
     if given.json:
         row = {"network": given.network, "triton": triton.__version__, "most": most}
         row |= {"training": totals.pop("training"), "launches": totals, "by_kernel": found}
+        row["atomics"] = by_atomics
         print(json.dumps(row))
     return int(most is not None and totals["mfmjt"] > most)

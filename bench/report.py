@@ -5,9 +5,9 @@ of what could not run), a plot for each op, and one of attention against its len
 timed; where generation was timed, `generate.md` and a plot of it against the model's size and the
 batch; where training steps were, `steps.md`. A time's distance above the diagonal of an op's plot
 is its distance from the roofline, the larger of bytes over the copy bandwidth and FLOPs over the
-matrix product's rate, both measured in the same run. Documents that name one of these tables
-between `<!-- DIR/table.md -->` and `<!-- end -->` get the new one. Needs pandas, and matplotlib for
-plots.
+matrix product's rate, both measured in the same run. A folder of modelled costs gets `costs.md`
+alone. Documents that name one of these tables between `<!-- DIR/table.md -->` and `<!-- end -->`
+get the new one. Needs pandas, and matplotlib for plots.
 
 Examples:
   python -m bench report bench/results/zen4_2_cores
@@ -23,6 +23,7 @@ import pandas
 from pandas import DataFrame, MultiIndex
 
 from bench import ROOT, parser
+from bench.cost.page import write_costs
 from bench.plots import plot_generation, plot_ops
 from bench.providers import OURS
 from bench.rows import Row, name_of, read
@@ -45,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--no-plots", action="store_true", help="tables only: no matplotlib")
     given = command.parse_args(argv)
     folder = given.dir
+    if any(folder.glob("cost_*.csv")):  # modelled: no rows, no plots
+        costs = [write_costs(folder)]
+        print(*costs, *_fill_documents(costs), sep="\n")
+        return 0
     ops, generated = frame(load(folder)), frame(generation(folder))
     tables = write_tables(folder, ops)
     for name, text in (("generate", _generated(folder, generated)), ("steps", _steps(folder))):

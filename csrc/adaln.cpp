@@ -8,36 +8,40 @@
 namespace mfmjt {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> adaln_fwd(Tensor x, Tensor shift, Tensor scale, double eps) {
-  const auto out = norm_forward<false, false>("adaln_fwd", {x, {}, {}, shift, scale}, {}, eps);
+std::tuple<Tensor, Tensor, Tensor> adaln_fwd(
+    Tensor x, Tensor shift, Tensor scale, double eps, Maybe rows) {
+  const auto out =
+      norm_forward<false, false>("adaln_fwd", {x, {}, {}, shift, scale}, {}, eps, rows);
   return {out.y, out.mean, out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_jvp(
     Tensor x, Tensor shift, Tensor scale, Maybe x_dot, Maybe shift_dot, Maybe scale_dot,
-    double eps) {
+    double eps, Maybe rows) {
   const auto out = norm_forward<false, true>(
-      "adaln_jvp", {x, {}, {}, shift, scale}, {x_dot, {}, {}, shift_dot, scale_dot}, eps);
+      "adaln_jvp", {x, {}, {}, shift, scale}, {x_dot, {}, {}, shift_dot, scale_dot}, eps, rows);
   return {out.y, out.y_dot, out.mean, out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> adaln_bwd(
-    Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) {
+    Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd, Maybe rows) {
   const auto bars = norm_bars<false>(
-      "adaln_bwd", "x", {}, y_bar, {x, {}, {}, shift, scale}, mean, rstd);
+      "adaln_bwd", "x", {}, y_bar, {x, {}, {}, shift, scale}, mean, rstd, rows);
   return {*bars.x, *bars.shift, *bars.scale};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfmjt_cpu, m) {
-  m.def("adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps, Tensor? rows) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "adaln_jvp(Tensor x, Tensor shift, Tensor scale, Tensor? x_dot, Tensor? shift_dot, "
-      "Tensor? scale_dot, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale_dot, float eps, Tensor? rows) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd) "
-      "-> (Tensor, Tensor, Tensor)");
+      "adaln_bwd(Tensor y_bar, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd, "
+      "Tensor? rows) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfmjt_cpu, CPU, m) {

@@ -149,16 +149,18 @@ class RowReader {
  public:
   RowReader() = default;
   // Rows of an argument that goes with x (B, N, C): one for each token or, unless `whole`, for each
-  // sample.
+  // sample; or for each token the one of those (B, S, C) that `picks` names.
   RowReader(
-      const char* op, const char* name, const Tensor& t, const Tensor& x, bool whole = false)
-      : kept_(t) {
+      const char* op, const char* name, const Tensor& t, const Tensor& x, bool whole = false,
+      const int64_t* picks = nullptr)
+      : kept_(t), picks_(picks) {
     check_dtype(op, name, t, x);
     check_rank(op, name, t, 3);
     check_size(op, name, t, 2, x.size(2));
     check_size(op, name, t, 0, x.size(0));
     per_token_ = t.size(1) == x.size(1);
-    if (!per_token_ && (whole || t.size(1) != 1)) check_size(op, name, t, 1, x.size(1));
+    const bool fits = per_token_ || picks != nullptr || (!whole && t.size(1) == 1);
+    if (!fits) check_size(op, name, t, 1, x.size(1));
     if (t.stride(2) != 1 && x.size(2) > 1) kept_ = torch::stable::contiguous(t);
     pointer_ = data<T>(*kept_);
     stride_[0] = kept_->size(0) == 1 ? 0 : kept_->stride(0);
@@ -166,20 +168,24 @@ class RowReader {
   }
   RowReader(
       const char* op, const char* name, const Maybe& t, const Tensor& x,
-      const std::vector<T>& zeros, bool whole = false) {
+      const std::vector<T>& zeros, bool whole = false, const int64_t* picks = nullptr) {
     if (t) {
-      *this = RowReader(op, name, *t, x, whole);
+      *this = RowReader(op, name, *t, x, whole, picks);
     } else {
       pointer_ = zeros.data();
     }
   }
 
-  const T* at(int64_t b, int64_t n) const { return pointer_ + b * stride_[0] + n * stride_[1]; }
+  const T* at(int64_t b, int64_t n) const {
+    if (picks_ != nullptr) n = picks_[n];
+    return pointer_ + b * stride_[0] + n * stride_[1];
+  }
   bool per_token() const { return per_token_; }
 
  private:
   Maybe kept_;
   const T* pointer_ = nullptr;
+  const int64_t* picks_ = nullptr;
   int64_t stride_[2] = {0, 0};
   bool per_token_ = true;
 };

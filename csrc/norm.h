@@ -264,17 +264,62 @@ MFMJT_BODY void norm_pass(const NormPass<T>* pass, float* scratch, int64_t begin
 struct NormInputs {
   Maybe x, h, gate, shift, scale;
 };
+
+// For each token the row of modulations (B, S, C) that it picks, and for each row its tokens.
+class Picks {
+ public:
+  Picks() = default;
+  Picks(const char* op, const Maybe& rows, const NormInputs& in) {
+    if (!rows) return;
+    require(rows->is_cpu() && rows->dim() == 1, op, "rows must be (N,), on the CPU");
+    check_size(op, "rows", *rows, 0, in.x->size(1));
+    const ScalarType dtype = rows->scalar_type();
+    require(
+        dtype == ScalarType::Long || dtype == ScalarType::Int, op, "rows must be int64 or int32");
+    for (const Maybe& m : {in.gate, in.shift, in.scale}) {
+      if (m) check_size(op, "a modulation whose rows are picked", *m, 1, in.scale->size(1));
+    }
+    const Tensor t = dense(*rows);
+    const int64_t n = t.numel();
+    row_of_.resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      row_of_[i] = dtype == ScalarType::Long ? data<int64_t>(t)[i] : data<int32_t>(t)[i];
+      const bool there = row_of_[i] >= 0 && row_of_[i] < in.scale->size(1);
+      require(there, op, "rows must be 0 to ", in.scale->size(1) - 1, ", got ", row_of_[i]);
+    }
+  }
+
+  const int64_t* row_of() const { return row_of_.empty() ? nullptr : row_of_.data(); }
+
+  // Sort tokens by their rows, and in order: those of row s are tokens()[starts()[s]] and on.
+  void sort(int64_t rows) {
+    starts_.assign(rows + 1, 0);
+    tokens_.resize(row_of_.size());
+    for (int64_t s : row_of_) ++starts_[s + 1];
+    for (int64_t s = 0; s < rows; ++s) starts_[s + 1] += starts_[s];
+    std::vector<int64_t> next(starts_);
+    for (size_t i = 0; i < row_of_.size(); ++i) tokens_[next[row_of_[i]]++] = i;
+  }
+  const int64_t* tokens() const { return tokens_.data(); }
+  const int64_t* starts() const { return starts_.data(); }
+
+ private:
+  std::vector<int64_t> row_of_, tokens_, starts_;
+};
+
 struct NormResults {
   Tensor total, total_dot, y, y_dot, mean, rstd;
 };
 
 template <bool gated, bool tangent>
 NormResults norm_forward(
-    const char* op, const NormInputs& in, const NormInputs& dots, double eps) {
+    const char* op, const NormInputs& in, const NormInputs& dots, double eps, const Maybe& rows) {
   const Tensor& x = *in.x;
   check_tensor(op, "x", x);
   check_rank(op, "x", x, 3);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const Picks picks(op, rows, in);
+  const int64_t* row_of = picks.row_of();
   NormResults out;
   out.mean = new_tensor({batch, tokens, 1});
   out.rstd = new_tensor({batch, tokens, 1});
@@ -286,25 +331,25 @@ NormResults norm_forward(
     pass.width = width;
     pass.eps = static_cast<float>(eps);
     pass.x = {op, "x", x, x};
-    pass.shift = {op, "shift", *in.shift, x};
-    pass.scale = {op, "scale", *in.scale, x};
+    pass.shift = {op, "shift", *in.shift, x, false, row_of};
+    pass.scale = {op, "scale", *in.scale, x, false, row_of};
     pass.y = new_data<T>(out.y, x);
     pass.mean = mutable_data<float>(out.mean);
     pass.rstd = mutable_data<float>(out.rstd);
     if constexpr (tangent) {
       pass.x_dot = {op, "x_dot", dots.x, x, zeros};
-      pass.shift_dot = {op, "shift_dot", dots.shift, x, zeros};
-      pass.scale_dot = {op, "scale_dot", dots.scale, x, zeros};
+      pass.shift_dot = {op, "shift_dot", dots.shift, x, zeros, false, row_of};
+      pass.scale_dot = {op, "scale_dot", dots.scale, x, zeros, false, row_of};
       pass.y_dot = new_data<T>(out.y_dot, x);
     }
     if constexpr (gated) {
       pass.h = {op, "h", *in.h, x, true};
-      pass.gate = {op, "gate", *in.gate, x};
+      pass.gate = {op, "gate", *in.gate, x, false, row_of};
       pass.total = new_data<T>(out.total, x);
     }
     if constexpr (gated && tangent) {
       pass.h_dot = {op, "h_dot", dots.h, x, zeros};
-      pass.gate_dot = {op, "gate_dot", dots.gate, x, zeros};
+      pass.gate_dot = {op, "gate_dot", dots.gate, x, zeros, false, row_of};
       pass.total_dot = new_data<T>(out.total_dot, x);
     }
     const int64_t grain = std::max<int64_t>(1, kGrain / width);
@@ -316,28 +361,41 @@ NormResults norm_forward(
   return out;
 }
 
-// Backward. Cotangents of broadcast modulations are summed over the tokens of a sample, by chunks.
+// Backward. Cotangents of broadcast modulations are summed over the tokens of a sample, by chunks; those
+// of rows that are picked over the tokens of each, which then are the chunk.
 
 template <class T>
 struct NormBackward {
   int64_t tokens = 0, width = 0, chunks = 0;  // chunks of each sample
+  const int64_t *order = nullptr, *starts = nullptr;  // of `Picks`
   RowReader<T> total_bar, y_bar, x, h, gate, scale;
   const float *mean = nullptr, *rstd = nullptr;
   T *x_bar = nullptr, *h_bar = nullptr;
-  T *gate_bar = nullptr, *scale_bar = nullptr;  // where there is a row per token
+  T *gate_bar = nullptr, *shift_bar = nullptr, *scale_bar = nullptr;  // where there is a row per token
   float *gate_sum = nullptr, *shift_sum = nullptr, *scale_sum = nullptr;  // else (B chunks, C)
 };
 
 template <class T, bool gated>
-MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_t end) {
+MFMJT_BODY void norm_backward(
+    const NormBackward<T>* pass, float* scratch, int64_t begin, int64_t end) {
   const int64_t width = pass->width;
   const float inverse_width = 1.0f / static_cast<float>(width);
+  const bool picked = pass->order != nullptr;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t b = chunk / pass->chunks, first = chunk % pass->chunks * kChunk;
+    const int64_t b = chunk / pass->chunks, c = chunk % pass->chunks;
+    const int64_t first = picked ? pass->starts[c] : c * kChunk;
+    const int64_t last = picked ? pass->starts[c + 1] : std::min(first + kChunk, pass->tokens);
     float* gate_sum = pass->gate_sum == nullptr ? nullptr : pass->gate_sum + chunk * width;
     float* shift_sum = pass->shift_sum == nullptr ? nullptr : pass->shift_sum + chunk * width;
     float* scale_sum = pass->scale_sum == nullptr ? nullptr : pass->scale_sum + chunk * width;
-    for (int64_t t = first; t < std::min(first + kChunk, pass->tokens); ++t) {
+    if (picked) {
+      std::fill(scratch, scratch + 3 * width, 0.0f);
+      gate_sum = scratch;
+      shift_sum = scratch + width;
+      scale_sum = scratch + 2 * width;
+    }
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t t = picked ? pass->order[k] : k;
       const int64_t row = b * pass->tokens + t, at = row * width;
       const T *y_bar = pass->y_bar.at(b, t), *x = pass->x.at(b, t), *scale = pass->scale.at(b, t);
       const float mean = pass->mean[row], rstd = pass->rstd[row];
@@ -402,6 +460,19 @@ MFMJT_BODY void norm_backward(const NormBackward<T>* pass, int64_t begin, int64_
         for (int64_t i = 0; i < width; ++i) shift_sum[i] += load(y_bar[i]);
       }
     }
+    if (picked) {
+      T *shift_bar = pass->shift_bar + chunk * width, *scale_bar = pass->scale_bar + chunk * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        store(shift_bar + i, shift_sum[i]);
+        store(scale_bar + i, scale_sum[i]);
+      }
+      if (gated) {
+        T* gate_bar = pass->gate_bar + chunk * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) store(gate_bar + i, gate_sum[i]);
+      }
+    }
   }
 }
 
@@ -437,11 +508,15 @@ class ModulationBar {
 template <bool gated>
 NormInputs norm_bars(
     const char* op, const char* name, const Maybe& total_bar, const Maybe& y_bar,
-    const NormInputs& in, const Tensor& mean, const Tensor& rstd) {
+    const NormInputs& in, const Tensor& mean, const Tensor& rstd, const Maybe& rows) {
   const Tensor& x = *in.x;
   check_tensor(op, name, x);
   check_rank(op, name, x, 3);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  Picks picks(op, rows, in);
+  const int64_t* row_of = picks.row_of();
+  const bool picked = row_of != nullptr;
+  if (picked) picks.sort(in.scale->size(1));
   NormInputs bars;
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -449,10 +524,14 @@ NormInputs norm_bars(
     NormBackward<T> pass;
     pass.tokens = tokens;
     pass.width = width;
-    pass.chunks = chunks_of(tokens);
+    pass.chunks = picked ? in.scale->size(1) : chunks_of(tokens);
+    if (picked) {
+      pass.order = picks.tokens();
+      pass.starts = picks.starts();
+    }
     pass.y_bar = {op, "y_bar", y_bar, x, zeros, true};
     pass.x = {op, name, x, x};
-    pass.scale = {op, "scale", *in.scale, x};
+    pass.scale = {op, "scale", *in.scale, x, false, row_of};
     pass.mean = statistic(op, "mean", mean, {batch, tokens, 1});
     pass.rstd = statistic(op, "rstd", rstd, {batch, tokens, 1});
     // A single channel is normalized to zero; a large rstd would make its rounding count.
@@ -463,25 +542,29 @@ NormInputs norm_bars(
     if constexpr (gated) {
       pass.total_bar = {op, "total_bar", total_bar, x, zeros, true};
       pass.h = {op, "h", *in.h, x, true};
-      pass.gate = {op, "gate", *in.gate, x};
+      pass.gate = {op, "gate", *in.gate, x, false, row_of};
       pass.h_bar = new_data<T>(bars.h, x);
-      gate_bar.emplace(*in.gate, pass.gate.per_token(), pass.chunks);
+      gate_bar.emplace(*in.gate, picked || pass.gate.per_token(), pass.chunks);
       pass.gate_sum = gate_bar->sums();
       pass.gate_bar = gate_bar->rows();
     }
-    ModulationBar<T> scale_bar(*in.scale, pass.scale.per_token(), pass.chunks);
+    ModulationBar<T> scale_bar(*in.scale, picked || pass.scale.per_token(), pass.chunks);
     pass.scale_sum = scale_bar.sums();
     pass.scale_bar = scale_bar.rows();
     // The cotangent of a shift for every token is y_bar: the result is empty, and the caller knows.
-    const bool per_token = RowReader<T>(op, "shift", *in.shift, x).per_token();
+    const bool per_token =
+        !picked && RowReader<T>(op, "shift", *in.shift, x).per_token();
     const bool is_y_bar = per_token && y_bar;
     ModulationBar<T> shift_bar(
-        is_y_bar ? new_tensor({0}, x.scalar_type()) : *in.shift, per_token, pass.chunks);
+        is_y_bar ? new_tensor({0}, x.scalar_type()) : *in.shift, picked || per_token, pass.chunks);
     pass.shift_sum = shift_bar.sums();
+    pass.shift_bar = shift_bar.rows();
+    const int64_t chunk = picked ? 1 : kChunk;
     parallel_for(
-        batch * pass.chunks, std::max<int64_t>(1, kGrain / (kChunk * width)),
+        batch * pass.chunks, std::max<int64_t>(1, kGrain / (chunk * width)),
         [&](int64_t begin, int64_t end) {
-          Clones<&norm_backward<T, gated>>::run(&pass, begin, end);
+          std::vector<float> scratch(picked ? 3 * width : 0);
+          Clones<&norm_backward<T, gated>>::run(&pass, scratch.data(), begin, end);
         });
     if (gated) bars.gate = gate_bar->finish();
     bars.shift = shift_bar.finish();

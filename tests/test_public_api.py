@@ -14,10 +14,10 @@ NAMES = {
     "MFMJT": "from_config load save conditions forward",
     "Pipeline": "from_pretrained from_mmaudio __call__",
     "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu linear conv1d snake "
-    "reference accelerate_jvp jvp_rows streams",
+    "swiglu_product reference accelerate_jvp jvp_rows streams",
     "kernels.streams": "gated_residual_norm guide pack pool project project_qkv silu_conditions",
     "meanflow": "loss sample guide OneStep mean_velocity improved_mean_velocity alpha_flow "
-    "finite_difference guided_velocity",
+    "finite_difference guided_velocity control_variate teacher_rollout teacher_velocity",
     "model": "MFMJT ModelConfig load_mmaudio",
     "codec": "MelSpectrogram NanoCodec",
     "encoders": "NanoEncoders",
@@ -39,6 +39,7 @@ PARAMETERS = {
     "kernels.qk_norm_rope": "qkv q_weight k_weight rope eps",
     "kernels.joint_attention": "q k v scale lengths",
     "kernels.swiglu": "gate up",
+    "kernels.swiglu_product": "x gate_weight up_weight",
     "kernels.linear": "x weight bias",
     "kernels.conv1d": "x weight bias dilation",
     "kernels.snake": "x alpha beta",

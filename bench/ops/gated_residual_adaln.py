@@ -20,6 +20,8 @@ def cases(scale: str) -> list[Case]:
 
 def providers(case: Case) -> list[Provider]:
     """Return Liger's layer norm between PyTorch's gated sum and modulation."""
+    if "rows" in case.inputs:
+        return []
 
     def with_liger(
         x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor

@@ -14,7 +14,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mfmjt.cli import check, convert, data, evaluate, extract, generate, info, score, serve, train
+from mfmjt.cli import (
+    check,
+    convert,
+    data,
+    evaluate,
+    extract,
+    generate,
+    info,
+    listen,
+    score,
+    serve,
+    train,
+)
 from mfmjt.errors import MfmjtError, reason, short
 
 __all__ = ["app", "main"]
@@ -85,6 +97,7 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(data.app, name="data")
+app.add_typer(listen.app, name="listen")
 
 
 def main() -> None:

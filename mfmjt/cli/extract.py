@@ -25,7 +25,7 @@ def extract(
         Path | None, typer.Option(help="Folder of the files. Default: that of the table.")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="table, or as published: vggsound, audiocaps or wavcaps.")
+        str, typer.Option(help="table, or as published: vggsound, audiocaps, esc50 or wavcaps.")
     ] = "table",
     column: Annotated[
         list[str] | None,
@@ -80,6 +80,8 @@ def extract(
     - `mfmjt extract vggsound.csv --layout vggsound --media VGGSound --model MMAudio --codec 16k`
 
     - `mfmjt extract train.csv --layout audiocaps --media audiocaps --sound --split train`
+
+    - `mfmjt extract ESC-50/meta/esc50.csv --layout esc50 --media ESC-50 --sound --seconds 5`
 
     - `mfmjt extract fsd_final.json --layout wavcaps --media FreeSound --sound --pieces 5`
 

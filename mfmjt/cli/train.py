@@ -12,7 +12,7 @@ __all__ = ["train"]
 
 
 def train(
-    stage: Annotated[str, typer.Argument(help="codec, encoders, features, network or classifier.")],
+    stage: Annotated[str, typer.Argument(help="codec, teacher, text, encoders, ..., classifier.")],
     recipe: Annotated[
         str, typer.Argument(help="A JSON file, or the name of a recipe that ships.")
     ] = "nano",
@@ -24,6 +24,7 @@ def train(
     """Run one stage of the training of a model; an interrupted stage goes on where it stopped.
 
     The stages in order: codec, encoders, features, network. The classifier judges the result.
+    Before the encoders, `teacher` and `text` may teach a text encoder what words mean.
 
     For example:
     - `mfmjt train codec`

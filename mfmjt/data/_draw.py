@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,12 @@ class Canvas:
         grid = np.arange(size, dtype=np.float32) + 0.5
         self._world_x = (grid - 0.5 * size) / self.scale + camera.x
         self._world_y = (0.5 * size - grid) / self.scale + camera.y
+
+    def moved(self, x: float) -> Canvas:
+        """Return the same pixels, with the world moved by `x` to the right."""
+        other = Canvas(self.size, replace(self.camera, x=self.camera.x - x))
+        other.pixels = self.pixels
+        return other
 
     def copy_from(self, other: Canvas) -> None:
         """Start from another canvas's pixels (the static part of a scene)."""

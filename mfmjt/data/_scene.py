@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from mfmjt.data._draw import Camera, Canvas, Color
 
-__all__ = ["FLOOR", "Scene", "jitter", "pace", "random_times", "stage", "swing", "turns"]
+__all__ = ["FLOOR", "Scene", "film", "jitter", "pace", "random_times", "swing", "turns"]
 
 Array = NDArray[np.floating[Any]]
 FLOOR = -0.62  # world height of the floor
+_BESIDE = 0.4  # world distance from the middle to each of two scenes
 
 
 @dataclass
@@ -23,15 +24,18 @@ class Scene:
 
     Attributes:
         draw: Paints the moving things of time t (s) onto a canvas.
-        audio: The sound, `(samples,)`, any level.
+        audio: Makes the synthetic sound, `(samples,)`, any level. It draws random numbers: once.
         events: Times of the audible onsets in seconds; empty for continuous sounds.
+        strength: How hard each event is, (0, 1], of the same length; of continuous sounds their
+            amplitude at every sample, `(samples,)`.
         pace: "slow", "fast" or "", for the caption.
         setting: Paints what does not move.
     """
 
     draw: Callable[[Canvas, float], None]
-    audio: Array
+    audio: Callable[[], Array]
     events: Array
+    strength: Array
     pace: str = ""
     setting: Callable[[Canvas], None] = field(default=lambda canvas: None)
 
@@ -96,3 +100,32 @@ def stage(rng: np.random.Generator, size: int) -> Canvas:
     canvas.below(FLOOR, (floor + 0.06, floor, floor - 0.05))
     canvas.texture(rng, rng.uniform(0.0, 0.02))
     return canvas
+
+
+def film(
+    rng: np.random.Generator, scenes: Sequence[Scene], times: Array, size: int
+) -> NDArray[np.uint8]:
+    """Draw what happens in a room.
+
+    Args:
+        rng: Draws the room and the camera.
+        scenes: What happens; two stand beside each other.
+        times: Moments to draw (T,), in seconds.
+        size: Pixels along each side of a frame.
+
+    Returns:
+        Frames (T, size, size, 3).
+    """
+    background = stage(rng, size)
+    canvas = Canvas(size, background.camera)
+    places = [0.0] if len(scenes) == 1 else np.linspace(-_BESIDE, _BESIDE, len(scenes)).tolist()
+    for scene, x in zip(scenes, places, strict=True):
+        scene.setting(background.moved(x))
+    views = [canvas.moved(x) for x in places]
+    frames = np.empty((len(times), size, size, 3), dtype=np.uint8)
+    for i, t in enumerate(times.tolist()):
+        canvas.copy_from(background)
+        for scene, view in zip(scenes, views, strict=True):
+            scene.draw(view, t)
+        frames[i] = canvas.to_uint8()
+    return frames

@@ -50,8 +50,9 @@ def _drum(rng: np.random.Generator, duration: float) -> Scene:
 
     return Scene(
         draw,
-        mix_strikes(rng, duration, times, velocities, [body]),
+        partial(mix_strikes, rng, duration, times, velocities, [body]),
         times.astype(np.float32),
+        velocities,
         pace(beat, 0.45, 0.3),
         setting,
     )
@@ -104,8 +105,9 @@ def _footsteps(rng: np.random.Generator, duration: float) -> Scene:
 
     return Scene(
         draw,
-        mix_strikes(rng, duration, times, velocities, bodies),
+        partial(mix_strikes, rng, duration, times, velocities, bodies),
         times.astype(np.float32),
+        velocities,
         pace(period, 0.62, 0.46),
     )
 
@@ -124,7 +126,7 @@ def _rain(rng: np.random.Generator, duration: float) -> Scene:
     )
     for place, gain in zip(places, rng.exponential(1.0, count), strict=True):
         drops[place : place + 160] += (gain * drop).astype(np.float32)
-    audio = intensity**1.5 * (hiss + 0.6 * drops)
+    level = intensity**1.5
     n = 150
     x, phase, fall = rng.uniform(-1.6, 1.6, n), rng.uniform(0, 3, n), rng.uniform(3.2, 4.5, n)
     tint = jitter(rng, (0.72, 0.8, 0.92), 0.05)
@@ -134,7 +136,7 @@ def _rain(rng: np.random.Generator, duration: float) -> Scene:
         y = 1.6 - (phase[:shown] + fall[:shown] * t) % 3.0
         canvas.streaks(x[:shown].astype(np.float32), y.astype(np.float32), 0.17, tint, 0.65)
 
-    return Scene(draw, audio, np.zeros(0, np.float32))
+    return Scene(draw, lambda: level * (hiss + 0.6 * drops), np.zeros(0, np.float32), level)
 
 
 def _pendulum(rng: np.random.Generator, duration: float) -> Scene:
@@ -172,8 +174,9 @@ def _pendulum(rng: np.random.Generator, duration: float) -> Scene:
 
     return Scene(
         draw,
-        mix_strikes(rng, duration, times, velocities, bodies),
+        partial(mix_strikes, rng, duration, times, velocities, bodies),
         times.astype(np.float32),
+        velocities,
         pace(half, 0.7, 0.45),
         setting,
     )
@@ -192,7 +195,7 @@ def _engine(rng: np.random.Generator, duration: float) -> Scene:
     chug = (0.5 + 0.5 * np.cos(firing)).astype(np.float32) ** 4
     audio += 0.8 * chug * shaped_noise(rng, samples, 80, rng.uniform(700, 1800), -0.4)
     loud = np.interp(t, knots, values) / values.max()
-    audio *= (loud**1.3).astype(np.float32)
+    level = (loud**1.3).astype(np.float32)
     paint, x = jitter(rng, (0.25, 0.42, 0.30), 0.2), rng.uniform(-0.2, 0.2)
     seed_shake = rng.uniform(0, 6.28)
 
@@ -226,7 +229,7 @@ def _engine(rng: np.random.Generator, duration: float) -> Scene:
                 0.5 * (1 - age),
             )
 
-    return Scene(draw, audio, np.zeros(0, np.float32))
+    return Scene(draw, lambda: audio * level, np.zeros(0, np.float32), level)
 
 
 def _fan(rng: np.random.Generator, duration: float) -> Scene:
@@ -238,7 +241,8 @@ def _fan(rng: np.random.Generator, duration: float) -> Scene:
     air = shaped_noise(rng, samples, 150, rng.uniform(1200, 3000), -0.5)
     whir = (0.6 + 0.4 * np.cos(blades)).astype(np.float32)
     hum = np.sin(2 * np.pi * rng.choice([100.0, 120.0]) * t)
-    audio = (speed**1.2).astype(np.float32) * (air * whir) + (0.15 * hum).astype(np.float32)
+    level = (speed**1.2).astype(np.float32)
+    audio = level * (air * whir) + (0.15 * hum).astype(np.float32)
     color, center = jitter(rng, (0.3, 0.5, 0.8), 0.2), (rng.uniform(-0.15, 0.15), 0.1)
 
     def setting(canvas: Canvas) -> None:
@@ -254,7 +258,7 @@ def _fan(rng: np.random.Generator, duration: float) -> Scene:
             canvas.capsule(center, reach, 0.12, color)
         canvas.ellipse(*center, 0.1, 0.1, (0.95, 0.95, 0.95))
 
-    return Scene(draw, audio, np.zeros(0, np.float32), setting=setting)
+    return Scene(draw, lambda: audio, np.zeros(0, np.float32), level, setting=setting)
 
 
 def _bell(rng: np.random.Generator, duration: float) -> Scene:
@@ -291,8 +295,9 @@ def _bell(rng: np.random.Generator, duration: float) -> Scene:
 
     return Scene(
         draw,
-        mix_strikes(rng, duration, times, velocities, [body]),
+        partial(mix_strikes, rng, duration, times, velocities, [body]),
         times.astype(np.float32),
+        velocities,
         setting=setting,
     )
 
@@ -339,15 +344,16 @@ def _knock(rng: np.random.Generator, duration: float) -> Scene:
 
     return Scene(
         draw,
-        mix_strikes(rng, duration, times, velocities, [body]),
+        partial(mix_strikes, rng, duration, times, velocities, [body]),
         times.astype(np.float32),
+        velocities,
         pace(gap, 0.29, 0.21),
         setting,
     )
 
 
 SOURCES: dict[str, Callable[[np.random.Generator, float], Scene]] = {
-    **{f"ball_{material}": partial(ball, material=material) for material in BALLS},
+    **{f"ball_{name}": partial(ball, material=material) for name, material in BALLS.items()},
     "drum": _drum,
     "footsteps": _footsteps,
     "rain": _rain,

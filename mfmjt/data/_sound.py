@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SAMPLE_RATE", "Body", "mix_strikes", "shaped_noise", "smooth_random"]
+__all__ = ["SAMPLE_RATE", "Body", "leveled", "mix_strikes", "shaped_noise", "smooth_random"]
 
 SAMPLE_RATE = 16_000
 """Samples per second of every clip (Hz)."""
@@ -85,6 +85,14 @@ def mix_strikes(
         sound = bodies[i % len(bodies)].strike(rng, float(velocity))[: samples - start]
         track[start : start + sound.size] += sound
     return track
+
+
+def leveled(rng: np.random.Generator, audio: Array) -> NDArray[np.float32]:
+    """Bring a clip to a random level, its peak 1 to 10 dB below full scale, above faint noise."""
+    peak = float(np.abs(audio).max())
+    audio = audio * (0.9 * 10.0 ** (-rng.uniform(0.0, 9.0) / 20.0) / max(peak, 1e-6))
+    audio = audio + 10.0 ** (-rng.uniform(62.0, 75.0) / 20.0) * rng.standard_normal(audio.size)
+    return audio.astype(np.float32)
 
 
 def shaped_noise(

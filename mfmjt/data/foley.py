@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfmjt.data._captions import CLASSES, caption
-from mfmjt.data._draw import Canvas
-from mfmjt.data._scene import stage
+from mfmjt.data._scene import film
 from mfmjt.data._scenes import SOURCES
-from mfmjt.data._sound import SAMPLE_RATE
+from mfmjt.data._sound import SAMPLE_RATE, leveled
 from mfmjt.errors import InputError
 
 __all__ = [
@@ -29,8 +28,10 @@ __all__ = [
     "SAMPLE_RATE",
     "SPLITS",
     "Clip",
+    "check",
     "clip",
     "frames_shown",
+    "shown_at",
 ]
 
 FPS = 25
@@ -49,14 +50,16 @@ class Clip:
     """One clip of the set.
 
     Attributes:
-        frames: uint8 `(T, H, W, 3)` at `FPS`, or None if not rendered. Frame i shows the world at
+        frames: uint8 `(T, H, W, 3)` at `FPS`, or None if there are none. Frame i shows the world at
             the middle of its display time, (i + 0.5) / FPS.
         audio: float32 `(samples,)` in [-1, 1], mono at `SAMPLE_RATE`.
         caption: One sentence.
-        label: Index into `CLASSES`.
+        label: Index into `CLASSES`, or into those of the open set.
         events: float32 `(n,)`, audible onsets in seconds; empty for continuous classes.
         index: Number of the clip within its split.
         split: "train", "validation" or "test".
+        class_name: Name of the class.
+        seen: What the picture shows, the same word for all that look the same; "" without one.
     """
 
     frames: NDArray[np.uint8] | None
@@ -66,11 +69,8 @@ class Clip:
     events: NDArray[np.float32]
     index: int
     split: str
-
-    @property
-    def class_name(self) -> str:
-        """Return the name of the source, one of `CLASSES`."""
-        return CLASSES[self.label]
+    class_name: str
+    seen: str = ""
 
 
 def clip(
@@ -98,37 +98,40 @@ def clip(
     Raises:
         InputError: An unknown split or class, a negative index, or a duration under 0.5 s.
     """
+    check(index, split, duration)
+    if class_name is not None and class_name not in CLASSES:
+        raise InputError(f"Unknown class {class_name!r}. Give one of {', '.join(CLASSES)}.")
+    label = index % len(CLASSES) if class_name is None else CLASSES.index(class_name)
+    entropy = np.random.SeedSequence([seed, SPLITS.index(split), index, label])
+    world, look, words, level = (np.random.Generator(np.random.PCG64(s)) for s in entropy.spawn(4))
+    scene = SOURCES[CLASSES[label]](world, duration)
+    audio = leveled(level, scene.audio())
+    frames = film(look, [scene], shown_at(duration), size) if render else None
+    text = caption(words, CLASSES[label], scene.pace, split)
+    name = CLASSES[label]
+    return Clip(frames, audio, text, label, scene.events, index, split, name, name)
+
+
+def check(index: int, split: str, duration: float) -> None:
+    """Refuse a clip that cannot be made.
+
+    Raises:
+        InputError: An unknown split, a negative index, or a duration under 0.5 s.
+    """
     if split not in SPLITS:
         raise InputError(
             f"Unknown split {split!r}: there are {', '.join(SPLITS)}. Give one of them."
         )
-    if class_name is not None and class_name not in CLASSES:
-        raise InputError(f"Unknown class {class_name!r}. Give one of {', '.join(CLASSES)}.")
     if index < 0 or duration < 0.5:
         raise InputError(
             f"Clip {index} of {duration} s cannot be made: the index must be at least 0 and the "
             "duration at least 0.5 s. Give larger ones."
         )
-    label = index % len(CLASSES) if class_name is None else CLASSES.index(class_name)
-    entropy = np.random.SeedSequence([seed, SPLITS.index(split), index, label])
-    world, look, words, level = (np.random.Generator(np.random.PCG64(s)) for s in entropy.spawn(4))
-    scene = SOURCES[CLASSES[label]](world, duration)
-    audio = scene.audio
-    peak = float(np.abs(audio).max())
-    audio = audio * (0.9 * 10.0 ** (-level.uniform(0.0, 9.0) / 20.0) / max(peak, 1e-6))
-    audio = audio + 10.0 ** (-level.uniform(62.0, 75.0) / 20.0) * level.standard_normal(audio.size)
-    frames = None
-    if render:
-        background = stage(look, size)
-        scene.setting(background)
-        canvas = Canvas(size, background.camera)
-        frames = np.empty((round(duration * FPS), size, size, 3), dtype=np.uint8)
-        for i in range(frames.shape[0]):
-            canvas.copy_from(background)
-            scene.draw(canvas, (i + 0.5) / FPS)
-            frames[i] = canvas.to_uint8()
-    text = caption(words, CLASSES[label], scene.pace, split)
-    return Clip(frames, audio.astype(np.float32), text, label, scene.events, index, split)
+
+
+def shown_at(duration: float) -> NDArray[np.float64]:
+    """Return the moments that the frames of so many seconds show, (T,), in seconds."""
+    return (np.arange(round(duration * FPS)) + 0.5) / FPS
 
 
 def frames_shown(count: int, rate: int) -> NDArray[np.int64]:

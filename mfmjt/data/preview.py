@@ -1,4 +1,4 @@
-"""Look at and listen to the procedural Foley set: a contact sheet and playable clips."""
+"""Look at and listen to the procedural or the open set: a contact sheet and playable clips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mfmjt.data.foley import FPS, SAMPLE_RATE, Clip, clip
+from mfmjt.data.foley import FPS, SAMPLE_RATE, Clip
+from mfmjt.data.open_set import clips_of
 from mfmjt.errors import InputError
 from mfmjt.files import atomic_path
 from mfmjt.plotting import figure, spectrogram
@@ -19,20 +20,21 @@ __all__ = ["contact_sheet", "preview", "write_clip"]
 
 
 def write_clip(
-    path: Path, frames: NDArray[np.uint8], audio: NDArray[np.float32] | None, fps: int = FPS
+    path: Path, frames: NDArray[np.uint8] | None, audio: NDArray[np.float32] | None, fps: int = FPS
 ) -> None:
-    """Encode frames `(T, H, W, 3)` uint8 as H.264 and, if given, mono audio `(S,)` as AAC."""
+    """Encode frames `(T, H, W, 3)` uint8 as H.264 and mono audio `(S,)` as AAC, what there is."""
     import av
 
     with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
-        video = container.add_stream("libx264", rate=fps)
-        video.height, video.width = frames.shape[1:3]
-        video.pix_fmt = "yuv420p"
-        video.options = {"crf": "20"}
+        video = None if frames is None else container.add_stream("libx264", rate=fps)
         sound = None if audio is None else container.add_stream("aac", rate=SAMPLE_RATE)
-        for picture in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode())
+        if video is not None and frames is not None:
+            video.height, video.width = frames.shape[1:3]
+            video.pix_fmt = "yuv420p"
+            video.options = {"crf": "20"}
+            for picture in frames:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(video.encode())
         if sound is not None and audio is not None:
             samples = av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
             samples.sample_rate = SAMPLE_RATE
@@ -53,9 +55,10 @@ def contact_sheet(path: Path, clips: list[Clip], columns: int = 8) -> None:
             axes = row.subplots(1, columns + 2, width_ratios=[1.0] * columns + [2.0, 2.0])
             for axis in axes:
                 axis.set_axis_off()
-            assert item.frames is not None
-            for axis, i in zip(axes, range(12, 12 + 2 * columns, 2), strict=False):
-                axis.imshow(item.frames[min(i, len(item.frames) - 1)])
+            shown = slice(12, 12 + 2 * columns, 2)
+            frames = () if item.frames is None else item.frames[shown]
+            for axis, frame in zip(axes, frames, strict=False):
+                axis.imshow(frame)
             spectrogram(axes[-2], torch.from_numpy(item.audio), SAMPLE_RATE)
             axes[-1].plot(np.arange(item.audio.size) / SAMPLE_RATE, item.audio, linewidth=0.3)
             axes[-1].vlines(item.events, -1, 1, colors="crimson", linewidth=0.6)
@@ -68,6 +71,7 @@ def preview(
     split: str = "train",
     seed: int = 0,
     size: int = 256,
+    recordings: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write `sheet.png`, playable MP4 files and `clips.json` (captions, classes, event times).
@@ -78,13 +82,15 @@ def preview(
         split: "train", "validation" or "test".
         seed: Seed of the set.
         size: Pixels along each side of the frames.
+        recordings: Folder of the open set's recordings; the procedural set without.
         progress: Called with (done, total) after each clip.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: `clips` is under 1 or `size` odd or under 16, or matplotlib is missing.
+        InputError: `clips` is under 1 or `size` odd or under 16, or matplotlib is missing;
+            the folder holds no recordings.
     """
     if clips < 1 or size < 16 or size % 2:
         raise InputError(
@@ -94,10 +100,11 @@ def preview(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     made, written, index = [], [], []
+    make = clips_of(recordings)
     for i in range(clips):
-        item = clip(i, split, seed, size=size)
-        assert item.frames is not None
-        path = out / f"{split}_{i:03d}_{item.class_name}.mp4"
+        item = make(i, split, seed, size=size)
+        suffix = "m4a" if item.frames is None else "mp4"
+        path = out / f"{split}_{i:03d}_{item.class_name.replace(' ', '_')}.{suffix}"
         write_clip(path, item.frames, item.audio)
         made.append(item)
         written.append(path)

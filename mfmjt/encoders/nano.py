@@ -124,7 +124,7 @@ class SyncEncoder(nn.Module):
 
 
 @functools.lru_cache(maxsize=65536)
-def _pieces(word: str, buckets: int) -> tuple[int, ...]:
+def word_pieces(word: str, buckets: int) -> tuple[int, ...]:
     """Embedding rows of a word: one for the whole, one for every three characters in a row."""
     framed = f"#{word}#"
     grams = (framed[i : i + 3] for i in range(len(framed) - 2))
@@ -187,7 +187,7 @@ class TextEncoder(nn.Module):
         for row, found in enumerate(words):
             real[row, : 1 + len(found)] = True
         real = real.to(device)
-        bags = [_pieces(word, self.config.buckets) for found in words for word in found]
+        bags = [word_pieces(word, self.config.buckets) for found in words for word in found]
         if bags:
             offsets = list(itertools.accumulate((len(bag) for bag in bags[:-1]), initial=0))
             embedded = self.rows(

@@ -77,6 +77,10 @@ class Tokens:
             mask[i, : len(found)] = 1
         return ids, mask
 
+    def vocabulary(self) -> list[str]:
+        """Return the tokens as text, in alphabetical order."""
+        return sorted(self._tokenizer.get_vocab())
+
     def of_word(self, word: str) -> list[int]:
         """Return the tokens of a word, `length` at most."""
         return self._tokenizer.encode(_sound(word), add_special_tokens=False).ids
@@ -99,7 +103,7 @@ def import_transformers() -> Any:
         _ = transformers.T5EncoderModel, transformers.RobertaModel
     except (ImportError, RuntimeError) as error:
         raise InputError(
-            "MeanAudio's text encoders need transformers, which cannot be imported: "
+            "Published text encoders need transformers, which cannot be imported: "
             f"{reason(error.__cause__ or error)}. Install it with pip install 'mfmjt[text]'."
         ) from error
     return transformers

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mfmjt.errors import InputError, reason, some
+from mfmjt.extract.esc50 import CAPTIONS
 
 __all__ = ["LAYOUTS", "MEDIA", "SUFFIXES", "Row", "read_folder", "read_table", "records"]
 
@@ -79,6 +80,13 @@ def _wavcaps(row: _Fields) -> _Parsed:
     return name, [name], _text(row, "caption"), ""
 
 
+def _esc50(row: _Fields) -> _Parsed:
+    """Read ESC-50: folds 1 to 3 train, 4 is for validation, 5 for tests."""
+    name, category = _text(row, "filename"), _text(row, "category")
+    split = {"4": "validation", "5": "test"}.get(_text(row, "fold"), "train")
+    return name, [name], CAPTIONS.get(category, category.replace("_", " ")), split
+
+
 @dataclass(frozen=True)
 class _Layout:
     parse: Callable[[_Fields], _Parsed]
@@ -94,6 +102,7 @@ _KNOWN = {
     "audiocaps": _Layout(
         _audiocaps, (("audiocap_id",), ("youtube_id",), ("start_time",), ("caption",))
     ),
+    "esc50": _Layout(_esc50, (("filename",), ("fold",), ("category",))),
     "wavcaps": _Layout(_wavcaps, (("id",), ("caption",)), inside="data"),
 }
 LAYOUTS = tuple(_KNOWN)
@@ -112,7 +121,8 @@ def read_table(
     Args:
         path: The table: `.csv`, `.tsv`, `.jsonl`, `.json` (a list of objects) or `.parquet`.
         layout: Form of the table: `table` has the columns `path` or `id`, and optionally `caption`
-            and `split`; `vggsound`, `audiocaps` and `wavcaps` are as these sets are published.
+            and `split`; `vggsound`, `audiocaps`, `esc50` and `wavcaps` are as these sets are
+            published.
         media: Folder of the files; None is the table's own. What is not found under its path is
             looked for by name, with any suffix of a sound or video, in all folders below.
         columns: Our name of a column -> the table's, where they differ.

@@ -1,7 +1,8 @@
-"""The procedural set into a store: render, encode, keep the features, drop the frames.
+"""The procedural or the open set into a store: render, encode, keep the features, drop the frames.
 
 A part holds 64 clips in float16: `mean`, `logvar` (n, 250, 20); `video` (n, 64, 128); `sync`
-(n, 200, 128). The index has captions, labels and events.
+(n, 200, 128). Clips without a picture have parts of their own, which lack `video` and `sync`. The
+index has captions, labels and events.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from mfmjt.codec import Codec, NanoCodec
 from mfmjt.data import foley
+from mfmjt.data.open_set import clips_of, has_picture, open_set
 from mfmjt.encoders import Encoders, NanoEncoders
 from mfmjt.errors import InputError, RunError
 from mfmjt.features.format import Part
@@ -46,8 +48,9 @@ class FeatureExtraction:
         encoders: Weights of the encoders, from the stage `encoders`.
         clips: Number of training clips.
         validation: Number of validation clips.
-        seed: Seed of the procedural set.
+        seed: Seed of the set.
         workers: Processes, each with one thread.
+        recordings: Corpus of the open set, from `mfmjt data real`; null for the procedural set.
     """
 
     out: str = "output/nano/features"
@@ -57,13 +60,16 @@ class FeatureExtraction:
     validation: int = 128
     seed: int = 0
     workers: int = 2
+    recordings: Path | None = None
 
 
 def extract_all(config: FeatureExtraction) -> Path:
     """Run the stage `features`: both splits, from the weights that `config` names."""
     codec, encoders = NanoCodec.load(config.codec), NanoEncoders.load(config.encoders)
     clips = {"validation": config.validation, "train": config.clips}
-    return write_store(config.out, clips, codec, encoders, config.workers, config.seed)
+    return write_store(
+        config.out, clips, codec, encoders, config.workers, config.seed, config.recordings
+    )
 
 
 def write_store(
@@ -73,6 +79,7 @@ def write_store(
     encoders: Encoders,
     workers: int = 2,
     seed: int = 0,
+    recordings: Path | None = None,
 ) -> Path:
     """Compute the features of the first clips of each split, going on where it stopped.
 
@@ -83,16 +90,20 @@ def write_store(
         codec: Waveforms to latents.
         encoders: Frames to features.
         workers: Processes, each with one thread; 0 works in this process.
-        seed: Seed of the procedural set.
+        seed: Seed of the set.
+        recordings: Corpus of the open set; None means the procedural set.
 
     Returns:
         The folder of the store.
 
     Raises:
-        InputError: The folder holds features of other weights or another seed.
+        InputError: The folder holds features of other weights, recordings or another seed; there
+            are no such recordings.
         RunError: A worker died.
     """
-    weights = _fingerprint(codec, encoders)
+    made_with: dict[str, Any] = {"weights": _fingerprint(codec, encoders)}
+    if recordings is not None:
+        made_with["recordings"] = open_set(recordings).recordings.digest
     models = (codec.cpu().eval(), encoders.cpu().eval())
     for split, count in clips.items():
         folder = Path(store) / split
@@ -102,10 +113,13 @@ def write_store(
             raise InputError(
                 f"Cannot write to {folder}: {error.strerror}. Give another out=."
             ) from error
-        writer = Writer(folder, {"weights": weights, "split": split, "seed": seed}, "out=")
-        jobs = writer.jobs("{:06d}", PART_CLIPS, range(count))
+        writer = Writer(folder, {**made_with, "split": split, "seed": seed}, "out=")
+        seen = [i for i in range(count) if has_picture(i, recordings)]
+        alone = [i for i in range(count) if not has_picture(i, recordings)]
+        jobs = writer.jobs("{:06d}", PART_CLIPS, seen)
+        jobs += writer.jobs("sound_{:06d}", PART_CLIPS, alone)
         with writer.work(f"features {split}", "clips", jobs) as (missing, progress):
-            for made in _make(missing, writer, models, workers):
+            for made in _make(missing, writer, models, workers, recordings):
                 progress.update(progress.done + made)
         if writer.are_done(jobs):
             columns = {"captions": "caption", "labels": "label", "events": "events"}
@@ -117,19 +131,23 @@ _models: tuple[Codec, Encoders]
 
 
 def _make(
-    jobs: Sequence[Job], writer: Writer, models: tuple[Codec, Encoders], workers: int
+    jobs: Sequence[Job],
+    writer: Writer,
+    models: tuple[Codec, Encoders],
+    workers: int,
+    recordings: Path | None,
 ) -> Iterator[int]:
     """Make parts, yielding the number of clips as each is finished."""
     if workers == 0 or not jobs:
         for job in jobs:
-            yield _make_part(job, writer, *models)
+            yield _make_part(job, writer, recordings, *models)
         return
     # Spawned, not forked: a fork after torch has started threads can hang.
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)), get_context("spawn"), _start_worker, (*models, os.getpid())
     )
     try:
-        futures = [pool.submit(_in_worker, job, writer) for job in jobs]
+        futures = [pool.submit(_in_worker, job, writer, recordings) for job in jobs]
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
@@ -157,35 +175,35 @@ def _start_worker(codec: Codec, encoders: Encoders, parent: int) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _in_worker(job: Job, writer: Writer) -> int:
-    return _make_part(job, writer, *_models)
+def _in_worker(job: Job, writer: Writer, recordings: Path | None) -> int:
+    return _make_part(job, writer, recordings, *_models)
 
 
 @torch.inference_mode()
-def _make_part(job: Job, writer: Writer, codec: Codec, encoders: Encoders) -> int:
+def _make_part(
+    job: Job, writer: Writer, recordings: Path | None, codec: Codec, encoders: Encoders
+) -> int:
     """Render and encode the clips of one part and write it; return their number."""
+    make = clips_of(recordings)
     features: list[dict[str, Tensor]] = []
     about: list[dict[str, Any]] = []
     for first in range(0, len(job.items), ENCODE_CLIPS):
         clips = [
-            foley.clip(index, writer.source["split"], writer.source["seed"])
+            make(index, writer.source["split"], writer.source["seed"])
             for index in job.items[first : first + ENCODE_CLIPS]
         ]
         about += [
             {"caption": c.caption, "label": int(c.label), "events": [float(e) for e in c.events]}
             for c in clips
         ]
-        frames = torch.stack([torch.from_numpy(c.frames) for c in clips])
-        shown = foley.frames_shown(frames.shape[1], encoders.video_fps)
         mean, logvar = codec.encode(torch.stack([torch.from_numpy(c.audio) for c in clips]))
-        features.append(
-            {
-                "mean": mean,
-                "logvar": logvar,
-                "video": encoders.encode_frames(frames[:, shown]),
-                "sync": encoders.encode_sync(frames),
-            }
-        )
+        found = {"mean": mean, "logvar": logvar}
+        if clips[0].frames is not None:
+            frames = torch.stack([torch.from_numpy(c.frames) for c in clips])
+            shown = foley.frames_shown(frames.shape[1], encoders.video_fps)
+            found["video"] = encoders.encode_frames(frames[:, shown])
+            found["sync"] = encoders.encode_sync(frames)
+        features.append(found)
     tensors = {key: torch.cat([part[key] for part in features]).half() for key in features[0]}
     writer.write(job, tensors, clips=about)
     return len(about)

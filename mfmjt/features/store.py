@@ -92,8 +92,9 @@ class FeatureStore:
                 "text and others have not. Extract all of them with the same encoders."
             )
         has_caption = np.array([bool(caption) for caption in self.captions])
-        has_video = [not s.tensors["video"][0].is_meta for s in splits]
-        self._masks = {"video_mask": np.repeat(has_video, self._sizes), "text_mask": has_caption}
+        videos = [part for s in splits for part in s.tensors["video"]]
+        has_video = np.repeat([not part.is_meta for part in videos], [len(p) for p in videos])
+        self._masks = {"video_mask": has_video, "text_mask": has_caption}
         self.latent_length = self._streams["mean"].shape[0]
         self.grid = self._grid()
         weights = np.array([weight for _, weight in given], np.float64)

@@ -15,6 +15,7 @@ from mfmjt.kernels.linear import linear
 from mfmjt.kernels.qk_norm_rope import qk_norm_rope
 from mfmjt.kernels.snake import snake
 from mfmjt.kernels.swiglu import swiglu
+from mfmjt.kernels.swiglu_product import swiglu_product
 
 __all__ = [
     "accelerate_jvp",
@@ -30,6 +31,7 @@ __all__ = [
     "snake",
     "streams",
     "swiglu",
+    "swiglu_product",
 ]
 
 _flops.install()

@@ -40,6 +40,20 @@ def _product_bwd(y_bar: Shape, x: Shape, weight: Shape, *others: Any, out_shape:
     return (needs[0] + needs[1]) * _product(x, weight)
 
 
+def _gated(x: Shape, gate_weight: Shape, *_: Any, out_shape: Any) -> int:
+    """Count both products of a gated unit."""
+    return 2 * _product(x, gate_weight)
+
+
+def _gated_jvp(x: Shape, gate_weight: Shape, *_: Any, out_shape: Any) -> int:
+    return 4 * _product(x, gate_weight)
+
+
+def _gated_bwd(y_bar: Shape, x: Shape, gate_weight: Shape, *others: Any, out_shape: Any) -> int:
+    needs = others[-1]
+    return 2 * (needs[0] + (needs[1] or needs[2])) * _product(x, gate_weight)
+
+
 def _each(formula: Callable[..., int], operands: int) -> Callable[..., int]:
     """Count an op over lists of streams, of which the formula takes so many first arguments."""
 
@@ -114,6 +128,12 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "joint_attention_fwd": _attention_fwd,
     "joint_attention_jvp": _attention_jvp,
     "joint_attention_bwd": _attention_bwd,
+    "swiglu_product_fwd": _gated,
+    "swiglu_product_jvp": _gated_jvp,
+    "swiglu_product_bwd": _gated_bwd,
+    "swiglu_product_streams_fwd": _each(_gated, 2),
+    "swiglu_product_streams_jvp": _each(_gated_jvp, 2),
+    "swiglu_product_streams_bwd": _each(_gated_bwd, 3),
     "streams_project": _each(_product, 2),
     "streams_project_qkv": _each(_product, 2),
 }

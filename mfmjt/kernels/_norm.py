@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfmjt.kernels import _backends, _dual, _native, _op
+from mfmjt.kernels import _native, _op
 
 __all__ = [
     "add",
-    "check_rows",
+    "add_up",
     "checked",
-    "infer",
     "modulate",
     "modulate_bar",
     "modulate_dot",
     "normalise",
     "normalised_and_modulated",
     "pick",
+    "spread",
     "takes",
 ]
 
@@ -38,9 +38,14 @@ _normalise_bar = torch.ops.aten.native_layer_norm_backward.default
 
 
 def checked(op: str, *names: str) -> Callable[..., None]:
-    """Return the check of an op of x (B, N, C), and of h of its shape and modulations by name."""
+    """Return the check of an op of x (B, N, C), and of h of its shape and modulations by name.
+
+    What follows them is eps and the rows to pick, whose modulations `spread` has checked.
+    """
 
     def check(x: Tensor, *others: Any) -> None:
+        if others[-1] is not None:
+            return
         for t in (x, *others[: len(names)]):
             if not isinstance(t, Tensor):
                 _op.check_tensors(op, x=x, **dict(zip(names, others, strict=False)))
@@ -94,8 +99,11 @@ def _project_out(x: Tensor, n: Tensor) -> Tensor:
     return projected
 
 
-def normalised_and_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def normalised_and_modulated(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, rows: Tensor | None
+) -> Tensor:
     """Return y by PyTorch's functions, in one pass less over memory than the reference."""
+    shift, scale = pick(rows, shift, scale)
     n = F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(shift, n, 1 + scale).to(x.dtype)
 
@@ -124,7 +132,13 @@ def modulate_dot(
 
 
 def modulate_bar(
-    y_bar: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, shift_shape: torch.Size
+    y_bar: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    shift_shape: torch.Size,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cotangents of x, shift and scale; no elements for a shift whose is y_bar.
 
@@ -133,112 +147,87 @@ def modulate_bar(
     """
     n = x - mean
     n = n.sub_(n.mean(-1, keepdim=True)).mul_(rstd)
-    x_bar = _project_out(torch.addcmul(y_bar, y_bar, scale), n).mul_(rstd)
-    scale_bar = n.mul_(y_bar).sum_to_size(scale.shape).contiguous()
-    shift_bar = y_bar.new_empty(0) if shift_shape == x.shape else y_bar.sum_to_size(shift_shape)
+    (of_token,) = pick(rows, scale)
+    x_bar = _project_out(torch.addcmul(y_bar, y_bar, of_token), n).mul_(rstd)
+    scale_bar = add_up(n.mul_(y_bar), scale.shape, rows).contiguous()
+    passed = rows is None and shift_shape == x.shape
+    shift_bar = y_bar.new_empty(0) if passed else add_up(y_bar, shift_shape, rows)
     return x_bar, shift_bar, scale_bar
 
 
-def takes(x: Tensor, *others: Tensor) -> bool:
-    """Return True if the C++ kernels serve x (B, N, C) and what has a row per token or sample."""
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Return True if the C++ kernels serve x (B, N, C) and what has a row per token or sample.
+
+    The last of `others` are the rows to pick, or None.
+    """
     if x.ndim != 3 or x.dtype not in _native.DTYPES or x.numel() == 0:
         return False
+    *rest, rows = others
     shapes = x.shape, (x.shape[0], 1, x.shape[2])
-    return all(t.dtype == x.dtype and t.shape in shapes for t in others)
+    return all(
+        t is not None and t.dtype == x.dtype and (t.shape in shapes or rows is not None)
+        for t in rest
+    )
 
 
 # --- Rows of modulations to pick
 
 
-def check_rows(op: str, x: Any, rows: Any, h: Any = None, **modulations: Any) -> None:
-    """Raise unless `rows` (N,) picks of modulations (B or 1, S, C); or tuples, of every stream."""
+def pick(rows: Tensor | None, *modulations: Any) -> list[Any]:
+    """Return of modulations (B, S, C), or None, the rows that tokens ask for, (B, N, C)."""
+    return [m if m is None or rows is None else m.index_select(1, rows) for m in modulations]
+
+
+def add_up(bar: Tensor, shape: torch.Size, rows: Tensor | None) -> Tensor:
+    """Return the cotangent of a modulation from that of what tokens got of it, (B, N, C)."""
+    if rows is None:
+        return bar.sum_to_size(shape)
+    return bar.new_zeros(shape).index_add_(1, rows, bar)
+
+
+def spread(op: str, x: Any, rows: Any, h: Any = None, **modulations: Any) -> tuple[Any, ...]:
+    """Return rows and modulations as `Op` takes them: all (B, S, C) where rows are picked.
+
+    Args:
+        op: Name of the op.
+        x: (B, N, C), or a tuple, and so are all that follow.
+        rows: (N,), or None; or a tuple.
+        h: Of the shape of x, or None.
+        modulations: (B or 1, S, C) by name; where no rows are picked they are left as they are.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
     if isinstance(x, (tuple, list)):
         given = {"rows": rows, "h": h, **modulations}
         for name, ts in given.items():
             if ts is not None and not (isinstance(ts, (tuple, list)) and len(ts) == len(x)):
                 needs = f"{name} for each of {len(x)} streams"
                 raise ValueError(f"mfmjt.kernels.{op} needs {needs}.")
-        for i, one in enumerate(x):
-            check_rows(op, one, **{n: None if ts is None else ts[i] for n, ts in given.items()})
-        return
-    _op.check_tensors(op, {"rows": rows, "h": h}, x=x, **modulations)
+        found = [
+            spread(op, one, **{n: ts if ts is None else ts[i] for n, ts in given.items()})
+            for i, one in enumerate(x)
+        ]
+        return tuple(zip(*found, strict=True))
+    if rows is None:
+        return None, *modulations.values()
+    _op.check_tensors(op, {"h": h}, x=x, rows=rows, **modulations)
     if h is not None and h.shape != x.shape:
         _op.check(False, op, "h of the shape of x", x=x, h=h)
-    fits = x.ndim == 3
-    if rows is not None:
-        fits = fits and rows.shape == x.shape[1:2] and rows.dtype in (torch.int32, torch.int64)
-    for m in modulations.values():
-        fits = fits and m.ndim == 3 and m.shape[0] in (1, x.shape[0]) and m.shape[2] == x.shape[2]
-        fits = fits and (rows is not None or m.shape[1] in (1, x.shape[1]))
-    needs = "rows (N,) of integers, or S of 1 or N, and modulations (B or 1, S, C)"
-    _op.check(fits, op, needs, x=x, rows=rows, **modulations)
-
-
-def pick(x: Any, rows: Any, *modulations: Any) -> list[Any]:
-    """Return modulations (B or 1, S, C), or tuples of them, with the rows that tokens ask for."""
-    if not isinstance(x, Tensor):
-        return [tuple(pick(*one)[0] for one in zip(x, rows, m, strict=True)) for m in modulations]
-    picked = [
-        m if rows is None or m.shape[1] == 1 else m.index_select(1, rows) for m in modulations
-    ]
-    return [m if m.shape[0] == x.shape[0] else m.expand(x.shape[0], -1, -1) for m in picked]
-
-
-def infer(x: Any, added: Any, shift: Any, scale: Any, rows: Any, eps: float) -> Any:
-    """Compute by the kernel that picks rows itself, of one stream or of several.
-
-    Args:
-        x: One or a tuple, as all that follow.
-        added: h and gate, or None.
-        shift: (B or 1, S, C).
-        scale: Likewise.
-        rows: (N,), or None in a tuple.
-        eps: Added to the variance.
-
-    Returns:
-        The sum and the result; None where there is no such kernel or a derivative is wanted.
-    """
-    one = isinstance(x, Tensor)
-    given = (x, *(added or ((), ())), shift, scale, rows)
-    lists = [[t] if isinstance(t, Tensor) else list(t) for t in given]
-    tensors = [t for ts in lists[:5] for t in ts]
-    served = _backends.AVAILABLE and (_backends.ON_CPU or tensors[0].is_cuda)
-    if _op.use_reference() or not served:
-        return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return None
-    if any(_dual.split(t)[1] is not None for t in tensors):
-        return None
-    results = _by_rows(*lists, eps)
-    return [ys[0] if one and ys else tuple(ys) for ys in results]
-
-
-def _picked(
-    xs: list[Tensor],
-    hs: list[Tensor],
-    gates: list[Tensor],
-    shifts: list[Tensor],
-    scales: list[Tensor],
-    rows: list[Tensor | None],
-    eps: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    totals, ys = [], []
-    for i, (x, row) in enumerate(zip(xs, rows, strict=True)):
-        work = _op.work_dtype(x)
-        shift, scale = (m.to(work) for m in pick(x, row, shifts[i], scales[i]))
-        if hs:
-            total = add(x.to(work), hs[i].to(work), pick(x, row, gates[i])[0].to(work))
-            x = total.to(x.dtype)
-            totals.append(x)
-        ys.append(modulate(normalise(x.to(work), eps)[0], shift, scale).to(x.dtype))
-    return totals, ys
-
-
-_launched = _op.backend("triton", "norm", "by_rows", _picked)
-_by_rows = _op.register(
-    "norm_by_rows(Tensor[] xs, Tensor[] hs, Tensor[] gates, Tensor[] shifts, Tensor[] scales, "
-    "Tensor?[] rows, float eps) -> (Tensor[], Tensor[])",
-    _picked,
-    cpu=_launched if _backends.ON_CPU else None,
-    gpu=_launched,
-)
+    ms = list(modulations.values())
+    fits = x.ndim == 3 and rows.shape == x.shape[1:2] and rows.dtype in (torch.int32, torch.int64)
+    fits = fits and all(t.is_floating_point() and t.ndim == 3 for t in (x, *ms))
+    fits = fits and all(m.shape[0] in (1, len(x)) and m.shape[2] == x.shape[2] for m in ms)
+    counts = {m.shape[1] for m in ms if m.ndim == 3}
+    fits = fits and len(counts - {1}) <= 1
+    _op.check(
+        fits,
+        op,
+        "rows (N,) of integers for modulations (B or 1, S, C)",
+        x=x,
+        rows=rows,
+        **modulations,
+    )
+    if counts == {1}:
+        return None, *(m.expand(len(x), 1, -1) for m in ms)
+    return rows, *(m.expand(len(x), max(counts), -1) for m in ms)

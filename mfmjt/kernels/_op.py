@@ -360,7 +360,7 @@ class Part:
             return False
         if self.op.autocasts:
             return precision.dtype_of(args) in precision.SLOW
-        dtypes = {x.dtype for x in self._operands(args) if x is not None}
+        dtypes = {x.dtype for x in self._operands(args) if _is_float(x)}
         return self._native is not None and _native.in_use and dtypes == {torch.float16}
 
     def _in_float32(self, *args: Any) -> Any:

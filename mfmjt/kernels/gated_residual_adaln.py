@@ -3,12 +3,14 @@
     value      s = x + gate h,  y = adaln(s)
     tangent    s_dot = x_dot + gate_dot h + gate h_dot,  y_dot as in adaln
     cotangent  x_bar = s_bar + (the cotangent of s in adaln),  h_bar = x_bar gate,
-               gate_bar = sum(x_bar h) over the axes that were broadcast
+               gate_bar = sum(x_bar h) over the axes that were broadcast, or over the tokens
+               that picked a row
 
-x, h (B, N, C); gate, shift, scale (B, 1, C) or (B, N, C). Stored in the dtype of x, computed in
-float32 (float64 for float64). Kept for backward: s, h, gate, scale, and the mean and rstd of each
-token. The fused kernels move 4 B N C elements, 8 B N C with tangents and 6 B N C backward, besides
-the modulations; x may have any rank, and modulations any shape that broadcasts.
+x, h (B, N, C); gate, shift, scale (B, 1, C) or (B, N, C), or (B, S, C) where tokens pick their
+rows. Stored in the dtype of x, computed in float32 (float64 for float64). Kept for backward: s, h,
+gate, scale, and the mean and rstd of each token. The fused kernels move 4 B N C elements, 8 B N C
+with tangents and 6 B N C backward, besides the modulations; x may have any rank, and modulations
+any shape that broadcasts.
 """
 
 from __future__ import annotations
@@ -24,18 +26,32 @@ __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
 
 def gated_residual_adaln_ref(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `gated_residual_adaln` in plain PyTorch; the definition of correct."""
+    gate, shift, scale = _norm.pick(rows, gate, shift, scale)
     total = (x + gate * h).to(x.dtype)
     y = F.layer_norm(total, x.shape[-1:], eps=eps) * (1 + scale) + shift
     return total, y.to(x.dtype)
 
 
 def _fwd(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = work_dtype(x)
+    gate, shift, scale = _norm.pick(rows, gate, shift, scale)
     total = _norm.add(x.to(work), h.to(work), gate.to(work)).to(x.dtype)
     n, mean, rstd = _norm.normalise(total.to(work), eps)
     return total, _norm.modulate(n, shift.to(work), scale.to(work)).to(x.dtype), mean, rstd
@@ -53,9 +69,12 @@ def _jvp(
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
     eps: float,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     work, dtype = work_dtype(x), x.dtype
     x, h, gate, shift, scale = (t.to(work) for t in (x, h, gate, shift, scale))
+    gate, shift, scale = _norm.pick(rows, gate, shift, scale)
+    gate_dot, shift_dot, scale_dot = _norm.pick(rows, gate_dot, shift_dot, scale_dot)
     total = _norm.add(x, h, gate).to(dtype)
     n, mean, rstd = _norm.normalise(total.to(work), eps)
 
@@ -82,6 +101,7 @@ def _bwd(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     work = work_dtype(total)
     if y_bar is None:
@@ -89,12 +109,12 @@ def _bwd(
         shift_bar, scale_bar = shift.new_zeros(shift.shape), scale.new_zeros(scale.shape)
     else:
         x_bar, shift_bar, scale_bar = _norm.modulate_bar(
-            y_bar.to(work), total.to(work), scale.to(work), mean, rstd, shift.shape
+            y_bar.to(work), total.to(work), scale.to(work), mean, rstd, shift.shape, rows
         )
     if total_bar is not None:
         x_bar.add_(total_bar)
-    gate_bar = (x_bar * h.to(work)).sum_to_size(gate.shape)
-    h_bar = x_bar * gate.to(work)
+    gate_bar = _norm.add_up(x_bar * h.to(work), gate.shape, rows)
+    h_bar = x_bar * _norm.pick(rows, gate.to(work))[0]
     return (
         x_bar.to(total.dtype),
         h_bar.to(h.dtype),
@@ -105,10 +125,16 @@ def _bwd(
 
 
 def _in_float16(
-    x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    total = torch.addcmul(x, gate, h).to(x.dtype)
-    return total, _norm.normalised_and_modulated(total, shift, scale, eps)
+    total = torch.addcmul(x, _norm.pick(rows, gate)[0], h).to(x.dtype)
+    return total, _norm.normalised_and_modulated(total, shift, scale, eps, rows)
 
 
 _op = Op(
@@ -146,6 +172,7 @@ def gated_residual_adaln(
         eps: Added to the variance.
         rows: `(N,)` int32 or int64, the row of gate, shift and scale `(B, S, C)` that modulates a
             token; None for that of its own number. An S of 1 is a row that all tokens share.
+            Values are not verified on a GPU.
 
     Returns:
         The new residual stream x + gate h and its LN(.) (1 + scale) + shift, both `(B, N, C)` in
@@ -155,11 +182,8 @@ def gated_residual_adaln(
         ValueError: The shapes do not fit.
     """
     if rows is not None:
-        modulations = {"gate": gate, "shift": shift, "scale": scale}
-        _norm.check_rows("gated_residual_adaln", x, rows, h, **modulations)
-        picked = _norm.infer(x, (h, gate), shift, scale, rows, eps)
-        if picked is not None:
-            return picked
-        gate, shift, scale = _norm.pick(x, rows, gate, shift, scale)
-    total, y = _op(x, h, gate, shift, scale, eps)
+        rows, gate, shift, scale = _norm.spread(
+            "gated_residual_adaln", x, rows, h, gate=gate, shift=shift, scale=scale
+        )
+    total, y = _op(x, h, gate, shift, scale, eps, rows)
     return total, y

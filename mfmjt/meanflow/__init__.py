@@ -14,10 +14,13 @@ from mfmjt.meanflow.one_step import OneStep
 from mfmjt.meanflow.sampling import Sampling, sample
 from mfmjt.meanflow.targets import (
     alpha_flow,
+    control_variate,
     finite_difference,
     guided_velocity,
     improved_mean_velocity,
     mean_velocity,
+    teacher_rollout,
+    teacher_velocity,
 )
 from mfmjt.meanflow.times import TimeSampler, logit_normal, time_pairs, uniform
 
@@ -28,6 +31,7 @@ __all__ = [
     "TimeSampler",
     "alpha_flow",
     "condition_dropout",
+    "control_variate",
     "finite_difference",
     "guide",
     "guided_velocity",
@@ -38,6 +42,8 @@ __all__ = [
     "loss_ref",
     "mean_velocity",
     "sample",
+    "teacher_rollout",
+    "teacher_velocity",
     "time_pairs",
     "uniform",
 ]

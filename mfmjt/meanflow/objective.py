@@ -80,6 +80,7 @@ def loss(
     target: Target = mean_velocity,
     velocity: Velocity | None = None,
     return_stats: bool = False,
+    balance: bool = False,
 ) -> Tensor:
     """Compute the MeanFlow loss: mean of w·d over samples, d = mean of (u − target)² over elements.
 
@@ -111,6 +112,9 @@ def loss(
             `improved_mean_velocity`, `alpha_flow`, `finite_difference`.
         velocity: Takes the place of v, as `guided_velocity` does. Called with all samples.
         return_stats: Deprecated: what `loss_and_errors` returns.
+        balance: Scale the errors of samples with r < t so that their mean is that of the others, as
+            AnyFlow does (arXiv 2605.13724); the scale is a constant. Not with p > 0, which weighs
+            every sample by itself. Without samples of both kinds nothing is scaled.
 
     Returns:
         A scalar, float32 or wider.
@@ -133,6 +137,7 @@ def loss(
         intervals,
         target,
         velocity,
+        balance,
     )
     return (value, stats) if return_stats else value  # type: ignore[return-value]
 
@@ -152,8 +157,14 @@ def loss_and_errors(
     intervals: int | None = None,
     target: Target = mean_velocity,
     velocity: Velocity | None = None,
+    balance: bool = False,
 ) -> tuple[Tensor, LossStats]:
     """Return `loss` and the mean errors of both kinds of samples. Arguments are those of `loss`."""
+    if balance and p:
+        raise InputError(
+            f"balance with p = {p}: the adaptive weight has already evened out the errors. "
+            "Give p=0, or no balance."
+        )
     if not 0 <= ratio <= 1:
         raise InputError(f"ratio is {ratio}: it is a share of the batch. Give 0 to 1.")
     batch, device = x.shape[0], x.device
@@ -202,9 +213,11 @@ def loss_and_errors(
             u_flow = call(z, t, t, **cond)
     interval_errors, flow_errors = _errors(u, goal), _errors(u_flow, v[intervals:])
 
+    stats = LossStats(flow_errors.detach().mean(), interval_errors.detach().mean())
+    if balance and 0 < intervals < batch:
+        interval_errors = interval_errors * (stats.flow / stats.interval.clamp(min=1e-12))
     errors = torch.cat((interval_errors, flow_errors))
     weighted = errors if p == 0 else errors * (errors.detach() + c).pow(-p)
-    stats = LossStats(flow_errors.detach().mean(), interval_errors.detach().mean())
     return weighted.mean(), stats
 
 

@@ -24,12 +24,15 @@ __all__ = [
     "Target",
     "Velocity",
     "alpha_flow",
+    "control_variate",
     "finite_difference",
     "guided_velocity",
     "improved_mean_velocity",
     "load_target",
     "mean_velocity",
     "regressed_to",
+    "teacher_rollout",
+    "teacher_velocity",
 ]
 
 Target = Callable[
@@ -61,6 +64,70 @@ def improved_mean_velocity(
         predicted = f(z, t, t, **cond).to(z.dtype)
     u, du_dt = derivative(f, z, r, t, predicted, cond)
     return u, regressed_to(v, r, t, du_dt)
+
+
+def control_variate(share: float = 0.94) -> Target:
+    """MeanFlow with du/dt along share·v + (1 − share)·u(z, t, t) (arXiv 2605.09235).
+
+    v is that of one clip and its noise; f at r = t is their mean, as far as it has been learned.
+    The mixture keeps the expected direction and lowers the variance of the gradient. share = 1 is
+    `mean_velocity`, share = 0 is `improved_mean_velocity`. Costs one more evaluation, without a
+    graph.
+
+    Raises:
+        InputError: share is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"share is {share}: it is a share of the velocity. Give 0 to 1.")
+
+    def target(
+        f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            along = torch.lerp(f(z, t, t, **cond).to(z.dtype), v, share)
+        u, du_dt = derivative(f, z, r, t, along, cond)
+        return u, regressed_to(v, r, t, du_dt)
+
+    return target
+
+
+def teacher_rollout(teacher: Network, steps: int = 8) -> Target:
+    """Regress to (z_t − z_r) / (t − r), where a trained network leads from z_t to z_r.
+
+    No derivative: distillation of a flow-matching network in the form of an average velocity, as
+    few-step speech models are trained (dots.tts). The teacher takes equal steps of the midpoint
+    method at r = t, 2·steps evaluations without a graph.
+
+    Args:
+        teacher: teacher(z, r, t, **cond), called with f's conditions.
+        steps: From t to r.
+
+    Raises:
+        InputError: No steps.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}: the teacher takes at least one. Give 1 or more.")
+
+    @torch.no_grad()
+    def mean(z: Tensor, r: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        stride, at = (t - r) / steps, t
+        total = torch.zeros_like(z)
+        place = z
+        for _ in range(steps):
+            first = teacher(place, at, at, **cond).to(z.dtype)
+            middle = at - stride / 2
+            second = teacher(place - _span(stride / 2, z) * first, middle, middle, **cond)
+            total += second.to(z.dtype)
+            place = place - _span(stride, z) * second.to(z.dtype)
+            at = at - stride
+        return total / steps
+
+    def target(
+        f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        return f(z, r, t, **cond), mean(z, r, t, cond)
+
+    return target
 
 
 def finite_difference(h: float = 5e-3) -> Target:
@@ -122,19 +189,40 @@ TARGETS: dict[str, Target] = {
     "improved_mean_velocity": improved_mean_velocity,
     "alpha_flow": alpha_flow(0.1),
     "finite_difference": finite_difference(),
+    "control_variate": control_variate(),
 }
 """The targets by name, those that take a parameter with its usual value."""
+FACTORIES: dict[str, Callable[..., Target]] = {
+    "alpha_flow": alpha_flow,
+    "finite_difference": finite_difference,
+    "control_variate": control_variate,
+    "teacher_rollout": teacher_rollout,
+}
+"""The targets that take parameters."""
 
 
-def load_target(name: str) -> Target:
+def load_target(name: str, **options: Any) -> Target:
     """Return the target of this name.
 
     Args:
         name: A key of `TARGETS`, or `package.module:function` for a target of your own.
+        options: Parameters of a target that takes some, such as h of `finite_difference`.
 
     Raises:
-        InputError: It is neither, or cannot be imported.
+        InputError: It is neither, cannot be imported, or does not take these parameters.
     """
+    if options:
+        if name not in FACTORIES:
+            raise InputError(
+                f"target={name} takes no parameters, and {', '.join(options)} was given. Those "
+                f"that do are {', '.join(FACTORIES)}."
+            )
+        try:
+            return FACTORIES[name](**options)
+        except TypeError as error:
+            raise InputError(
+                f"target={name} with {options}: {reason(error)}. Correct it."
+            ) from error
     module, sign, function = name.partition(":")
     if not sign:
         if name not in TARGETS:
@@ -190,6 +278,20 @@ def guided_velocity(
         if dropped is not None:
             keeps = keeps | dropped(cond)
         return torch.where(_span(keeps, v), v, guided)
+
+    return velocity
+
+
+def teacher_velocity(teacher: Network) -> Velocity:
+    """Take the velocity of a trained network, teacher(z, t, t), in place of v (arXiv 2511.13019).
+
+    It is the mean over the clips that lead through z, so that the target has no noise of its own.
+    Costs one evaluation of the teacher without a graph.
+    """
+
+    @torch.no_grad()
+    def velocity(f: Network, z: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]) -> Tensor:
+        return teacher(z, t, t, **cond).to(v.dtype)
 
     return velocity
 

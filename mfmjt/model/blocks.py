@@ -25,6 +25,7 @@ from mfmjt.kernels import (
     linear,
     qk_norm_rope,
     swiglu,
+    swiglu_product,
 )
 from mfmjt.model.config import VideoMode
 from mfmjt.model.recompute import recomputable
@@ -93,8 +94,7 @@ def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, .
     """Apply a layer to each stream, all convolutions at once and all linear layers at once."""
     ys: dict[int, Tensor] = {}
     for kind, op in ((Conv1d, conv1d), (Linear, linear)):
-        # A layer with an adapter or with someone's hooks is called as the module it is.
-        alike = {i: m for i, m in enumerate(modules) if type(m) is kind and not _hooked(m)}
+        alike = {i: m for i, m in enumerate(modules) if type(m) is kind and _is_plain(m)}
         if alike:
             weights = tuple([m.weight for m in alike.values()])
             biases = tuple([m.bias for m in alike.values()])
@@ -103,9 +103,11 @@ def layer(modules: Sequence[nn.Module], xs: Sequence[Tensor]) -> tuple[Tensor, .
     return tuple(ys[i] if i in ys else m(xs[i]) for i, m in enumerate(modules))
 
 
-def _hooked(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
+    """Return False for a layer with an adapter or with someone's hooks: it is called as it is."""
     forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    hooked = forward or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in (Conv1d, Linear) and not hooked
 
 
 class SwiGLU(nn.Module):
@@ -124,8 +126,13 @@ class SwiGLU(nn.Module):
 
 def feed_forward(modules: Sequence[SwiGLU], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Apply a SwiGLU to each stream."""
-    gates, ups = layer([m.w1 for m in modules], xs), layer([m.w3 for m in modules], xs)
-    return layer([m.w2 for m in modules], swiglu(gates, ups))
+    gates, ups = [m.w1 for m in modules], [m.w3 for m in modules]
+    if all(map(_is_plain, (*gates, *ups))):
+        weights: Any = [tuple([m.weight for m in layers]) for layers in (gates, ups)]
+        ys = swiglu_product(tuple(xs), *weights)
+    else:
+        ys = swiglu(layer(gates, xs), layer(ups, xs))
+    return layer([m.w2 for m in modules], ys)
 
 
 class Pending(NamedTuple):
@@ -137,26 +144,35 @@ class Pending(NamedTuple):
 
 
 def normalize(
-    streams: Sequence[Pending], modulations: Iterable[Sequence[Tensor]]
+    streams: Sequence[Pending],
+    modulations: Iterable[Sequence[Tensor]],
+    conditions: Iterable[FrameCondition],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Add up, normalize and modulate every stream.
 
     Args:
         streams: All with something to add, or none of them.
-        modulations: For each stream shift and scale, (B, N or 1, D), and perhaps more.
+        modulations: For each stream shift and scale, (B, S or 1, D), and perhaps more.
+        conditions: What they were computed of, as gates were, or where those have a row for all
+            tokens.
 
     Returns:
         Residuals, and the same normalized and modulated; (B, N, D) each.
     """
     xs, hs, gates = zip(*streams, strict=True)
     shifts, scales = zip(*(parts[:2] for parts in modulations), strict=True)
+    rows = tuple([condition.row_of for condition in conditions])
+    picks = None if all(row is None for row in rows) else rows
     if hs[0] is None:
-        return xs, adaln(xs, shifts, scales, eps=NORM_EPS)
-    return gated_residual_adaln(xs, hs, gates, shifts, scales, eps=NORM_EPS)
+        return xs, adaln(xs, shifts, scales, eps=NORM_EPS, rows=picks)
+    return gated_residual_adaln(xs, hs, gates, shifts, scales, eps=NORM_EPS, rows=picks)
 
 
 class FrameCondition(NamedTuple):
-    """silu(c) of a stream; each of its rows serves the tokens that `row_of` names.
+    """silu(c) of a stream; `row_of` names the row that modulates each token.
+
+    Picking rows commutes with a linear map, and there are fewer rows than tokens: modulations are
+    computed of rows, and norms pick them.
 
     Attributes:
         rows: (B, S, D), or (B, 1, D) for one condition of all tokens.
@@ -165,13 +181,6 @@ class FrameCondition(NamedTuple):
 
     rows: Tensor
     row_of: Tensor | None = None
-
-    def of_tokens(self, parts: Tensor) -> Tensor:
-        """Give every token its row of what was computed of `rows`.
-
-        Picking rows commutes with a linear map, and there are fewer rows than tokens.
-        """
-        return parts if self.row_of is None else parts.index_select(1, self.row_of)
 
 
 class Attention(nn.Module):
@@ -299,24 +308,24 @@ class Blocks:
             The streams that go on, the first ones: not those of `pre_only` blocks.
         """
         modulations = self.modulations(conditions)
-        xs, ys = normalize(streams, modulations)
+        xs, ys = normalize(streams, modulations, conditions)
         q, k, v = self.project(ys, ropes)
         count = len(self.ongoing)
         attended = self.attend(tuple(q[:count]), tuple(k), tuple(v))
         hs = self.out([heads.flatten(2) for heads in attended])
         gates = [parts[2] for parts in modulations[:count]]
         streams = [Pending(*stream) for stream in zip(xs[:count], hs, gates, strict=True)]
-        xs, ys = normalize(streams, [parts[3:] for parts in modulations[:count]])
+        second = [parts[3:] for parts in modulations[:count]]
+        xs, ys = normalize(streams, second, conditions[:count])
         gates = [parts[5] for parts in modulations[:count]]
         hs = self.feed_forward(ys)
         return tuple(Pending(*stream) for stream in zip(xs, hs, gates, strict=True))
 
     def modulations(self, conditions: Sequence[FrameCondition]) -> list[tuple[Tensor, ...]]:
-        """Return for each stream `Block.parts` parts, (B, N or 1, D) each."""
+        """Return for each stream `Block.parts` parts, (B, S, D) each, of its condition's rows."""
         rows = self.modulate([condition.rows for condition in conditions])
         return [
-            condition.of_tokens(parts).chunk(block.parts, dim=-1)
-            for block, parts, condition in zip(self.blocks, rows, conditions, strict=True)
+            parts.chunk(block.parts, dim=-1) for block, parts in zip(self.blocks, rows, strict=True)
         ]
 
     def modulate(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -386,7 +395,7 @@ class FinalLayer(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, stream: Pending, condition: FrameCondition) -> Tensor:
-        """(B, N, D) to (B, N, C)."""
+        """(B, N, D) to (B, N, C); the condition's `row_of` is for the gate of the last block."""
         modulation = self.adaLN_modulation[1](condition.rows).chunk(2, dim=-1)
-        _, (y,) = normalize((stream,), (modulation,))
+        _, (y,) = normalize((stream,), (modulation,), (condition,))
         return self.conv(y)

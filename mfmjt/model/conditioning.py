@@ -237,11 +237,11 @@ def frame_condition(shared: Tensor, sync: Tensor, length: int) -> FrameCondition
         sync: Projected synchronization features (B, N_sync, D).
         length: Latent tokens N.
     """
-    index = nearest_rows(sync.shape[1], length, sync.device)
-    if sync.shape[1] < length:
-        return FrameCondition(F.silu(shared + sync), index)
-    # No fewer rows than tokens: pick the rows first, and only the needed ones.
-    return FrameCondition(F.silu(shared + sync.index_select(1, index)))
+    rows = sync.shape[1]
+    if rows > length:  # only the needed ones; the gradient of an index would add by atomics
+        sync = F.interpolate(sync.mT, size=length, mode="nearest-exact").mT
+    index = nearest_rows(rows, length, sync.device) if rows < length else None
+    return FrameCondition(F.silu(shared + sync), index)
 
 
 def times(name: str, value: Tensor | float, z: Tensor) -> Tensor:

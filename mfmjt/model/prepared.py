@@ -131,13 +131,13 @@ class _Null(NamedTuple):
         tokens: Of each condition, by its name.
         position: What the positions in segments add to the output of sync's first layer; None
             without video.
-        by_frame: Those of the latent (1, N, ...), or `by_clip` where no condition is by frames.
+        by_frame: Those of the latent (1, S, ...), or `by_clip` where no condition is by frames.
         by_clip: Those of the other streams and the final layer (1, 1, ...).
     """
 
     tokens: dict[str, Tensor]
     position: Tensor | None
-    by_frame: Tensor
+    by_frame: FrameCondition
     by_clip: Tensor
 
 
@@ -279,8 +279,9 @@ class PreparedStep:
 
         whole = FrameCondition(both(by_clip, uncond.by_clip))
         frames = whole
-        if by_frame is not by_clip:
-            frames = FrameCondition(both(by_frame, uncond.by_frame))
+        if by_frame.rows is not by_clip:
+            rows = both(by_frame.rows, uncond.by_frame.rows)
+            frames = FrameCondition(rows, by_frame.row_of)
         names = [name for name in ("video", "text") if name in tokens]
         residual = run(
             self._blocks,
@@ -292,7 +293,7 @@ class PreparedStep:
             stream_ropes(self.config, length, tokens.get("video"), tokens["text"]),
         )
         modulation = whole.rows[..., self._final_columns].chunk(2, dim=-1)
-        _, ys = normalize((residual,), (modulation,))
+        _, ys = normalize((residual,), (modulation,), (frames,))
         return self._final(ys)[0]
 
     @torch.no_grad()
@@ -322,8 +323,8 @@ class PreparedStep:
 
     def _modulated(
         self, tokens: Mapping[str, Tensor], pooled: Tensor | None, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the modulations of all blocks: the latent's by token, and those of a clip."""
+    ) -> tuple[FrameCondition, Tensor]:
+        """Return the modulations of all blocks: the latent's by frame, and those of a clip."""
         means = [tokens[name].mean(1, keepdim=True) for name in ("video", "text") if name in tokens]
         if pooled is None:
             samples = max(mean.shape[0] for mean in means)
@@ -333,10 +334,10 @@ class PreparedStep:
             shared = shared + self._pool_video(means[:1])[0]
         if "sync" not in tokens:
             (by_clip,) = self._modulations([F.silu(shared)])
-            return by_clip, by_clip
+            return FrameCondition(by_clip), by_clip
         frames = frame_condition(shared, tokens["sync"], length)
         by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
-        return frames.of_tokens(by_frame), by_clip
+        return FrameCondition(by_frame, frames.row_of), by_clip
 
     def _against(self, null: _Null, text: Tensor, pooled: Tensor | None, length: int) -> _Null:
         """Return the pass without conditions with this text in place of the null text."""

@@ -329,7 +329,7 @@ class MFMJT(nn.Module):
             (frames, *[whole] * len(tokens)),
             stream_ropes(self.config, length, cond.video, cond.text),
         )
-        u = self.final_layer(latent, whole).to(z.dtype)
+        u = self.final_layer(latent, whole._replace(row_of=frames.row_of)).to(z.dtype)
         return -u if self.config.towards_data else u
 
     def embed(self, r: Tensor, t: Tensor) -> Tensor:

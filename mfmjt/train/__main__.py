@@ -2,7 +2,8 @@
 
 `torchrun --nproc-per-node N -m mfmjt.train STAGE RECIPE ...` shares a stage among N processes, on
 any number of machines: the network's batches, or the clips whose features are computed. STAGE is
-codec, encoders, features, network or classifier; RECIPE a JSON file, or the name of one that ships.
+codec, teacher, text, encoders, features, network or classifier; RECIPE a JSON file, or the name of
+one that ships.
 """
 
 import sys

@@ -142,9 +142,17 @@ class NetworkTraining(Loop):
         time_mean: Mean of the logit-normal distribution of times.
         time_std: Its standard deviation.
         target: What rows with r != t are regressed to: `mean_velocity`, `improved_mean_velocity`,
-            `alpha_flow` or `finite_difference` of `mfmjt.meanflow`, or a function of your own,
-            `package.module:function`, called as `mfmjt.meanflow.mean_velocity` is.
+            `alpha_flow`, `finite_difference`, `control_variate` or `teacher_rollout` of
+            `mfmjt.meanflow`, or a function of your own, `package.module:function`, called as
+            `mfmjt.meanflow.mean_velocity` is.
         alpha: Of `alpha_flow`.
+        target_options: Parameters of a target that takes some, such as `{"h": 1e-3}` of
+            `finite_difference`, `{"share": 0.9}` of `control_variate`, `{"steps": 8}` of
+            `teacher_rollout`.
+        teacher: Network file: `teacher_rollout` is led by it, and every other target has its
+            velocity in place of the clip's (`mfmjt.meanflow.teacher_velocity`).
+        balance: Scale the errors of rows with r != t to those of the others; with p=0.
+        to_data: Share of the rows with r != t that have r = 0, and t as drawn.
         omega: Guidance inside the target: the share of the clip's own velocity; 1 with kappa=0 for
             none.
         kappa: Its share of the conditional prediction; the scale is omega / (1 - kappa).
@@ -188,6 +196,10 @@ class NetworkTraining(Loop):
     time_std: float = 2.0
     target: str = "mean_velocity"
     alpha: float = 0.1
+    target_options: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    balance: bool = False
+    to_data: float = 0.0
     omega: float = 1.0
     kappa: float = 0.0
     p: float = 1.0
@@ -207,12 +219,23 @@ class NetworkTraining(Loop):
                 f"window={self.window}: windows begin and end where latents and sync frames meet, "
                 "every 10 latents. Give a multiple of 10."
             )
-        for name in ("drop_video", "drop_text", "drop_all", "ratio", "one_step"):
+        for name in ("drop_video", "drop_text", "drop_all", "ratio", "one_step", "to_data"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: a share lies between 0 and 1.")
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        load_target(self.target)  # refused before anything is loaded
+        if self.target == "teacher_rollout":
+            if self.teacher is None:
+                raise InputError(
+                    "target=teacher_rollout needs the network that leads. Give teacher=FILE."
+                )
+        else:
+            load_target(self.target, **self.target_options)  # refused before anything is loaded
+        if self.balance and self.p:
+            raise InputError(
+                f"balance=true and p={self.p}: the adaptive weight has already evened out the "
+                "errors. Give p=0, or balance=false."
+            )
         for source in self.data:
             if not source.store:
                 raise InputError('data: an entry has no store. Give [{"store": "FOLDER"}, ...].')

@@ -1,5 +1,7 @@
 """The chain that makes a model: codec, encoders, features, network; and the classifier, its judge.
 
+A text encoder may be trained before the encoders, by the word of a sentence encoder, its teacher.
+
 Each stage reads its section of one recipe and goes on where an interrupted run of it stopped.
 """
 
@@ -16,11 +18,15 @@ from mfmjt.train.tasks.classifier import ClassifierStage, train_classifier
 from mfmjt.train.tasks.codec import CodecTraining, train_codec
 from mfmjt.train.tasks.encoders import EncodersTraining, train_encoders
 from mfmjt.train.tasks.network import train_network
+from mfmjt.train.tasks.teacher import TeacherStage, embed_texts
+from mfmjt.train.tasks.words import TextTraining, train_text
 
 __all__ = ["STAGES", "run"]
 
 STAGES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "codec": (CodecTraining, train_codec),
+    "teacher": (TeacherStage, embed_texts),
+    "text": (TextTraining, train_text),
     "encoders": (EncodersTraining, train_encoders),
     "features": (FeatureExtraction, lambda config: f"Features are in {extract_all(config)}."),
     "network": (NetworkTraining, train_network),

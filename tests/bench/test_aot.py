@@ -77,7 +77,7 @@ for name, n in (("sm_90", 128), ("gfx942", 256)):  # gfx942 has four times the r
     chip = aot.TARGETS[name]
     with aot.offline(chip.target) as compiled:
         spilling_kernel[(1,)](torch.empty(n * n), N=n, num_warps=1)
-    row = {"target": name, "op": "conv1d", "dtype": "bfloat16"} | aot.resources(compiled[0])
+    row = {"target": name, "op": "conv1d", "dtype": "bfloat16"} | aot.resources(compiled[0].kernel)
     assert any(fault.startswith("spills") for fault in aot.faults(row)), row
     bare = row | {"spills": 0, "matrix": "", "kernel": "_conv1d_fwd_kernel", "shared": 0}
     assert aot.faults(bare) == ["no matrix instruction"]

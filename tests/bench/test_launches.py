@@ -25,9 +25,26 @@ def test_a_step_of_small_16k_takes_few_launches(counted):
     assert counted["by_kernel"]["mfmjt"]["triton::attention_fwd_kernel"] == 12
 
 
+def test_nothing_in_a_training_step_is_added_by_atomics(counted):
+    """Gradients are the same twice, and the frames' modulations are neither copied nor added up."""
+    assert counted["atomics"] == {}
+    ours = (Path(__file__).parents[2] / "mfmjt" / "kernels" / "triton").glob("*.py")
+    assert not any("tl.atomic" in path.read_text() for path in ours)
+    # Of rows of a table, such as null features; modulations have 12 blocks in each call
+    assert counted["by_kernel"]["training"].get("aten::index_select", 0) < 12
+
+
 def test_streams_of_a_joint_block_share_launches_in_training(counted):
     """One call of 12 blocks under forward mode, one without, and the gradients of both values."""
     by_kernel = counted["by_kernel"]["training"]
     assert by_kernel["triton::attention_fwd_kernel"] == 2 * 12
     assert by_kernel["triton::_norm_fwd_kernel"] == 2 * (2 * 12 + 1)
     assert by_kernel["triton::_qk_norm_rope_fwd_kernel"] == 2 * 12
+
+
+def test_a_gated_unit_is_one_launch_in_training(counted):
+    """Twelve blocks, four inputs and the global condition; nothing is activated afterwards."""
+    by_kernel = counted["by_kernel"]["training"]
+    assert by_kernel["triton::_product_gated_kernel"] == 2 * (12 + 4 + 1)
+    assert by_kernel["triton::_swiglu_bwd_kernel"] == 2 * (12 + 4 + 1)
+    assert "triton::_swiglu_fwd_kernel" not in by_kernel

@@ -68,7 +68,7 @@ def test_shapes_are_the_networks():
     assert s.streams == (250, 64, 77)
 
 
-@pytest.mark.parametrize("op", ["linear", "conv1d", "joint_attention", "streams"])
+@pytest.mark.parametrize("op", ["linear", "conv1d", "swiglu_product", "joint_attention", "streams"])
 def test_flops_are_those_that_torch_counts(op):
     for case in cases(op, "tiny"):
         assert case.flops.of(VALUE) == counted(case, VALUE)

@@ -14,7 +14,7 @@ from tests.support.commands import refused, run
 
 COMMANDS = (
     *("generate", "check", "serve", "extract", "train", "evaluate", "convert"),
-    *("info", "data preview"),
+    *("info", "data preview", "data real"),
 )
 
 

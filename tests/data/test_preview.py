@@ -8,6 +8,7 @@ import pytest
 
 from mfmjt.data.preview import preview
 from mfmjt.errors import InputError
+from tests.support.open_corpus import write_corpus
 
 
 def test_preview_writes_playable_clips_and_a_sheet(tmp_path: Path) -> None:
@@ -28,3 +29,12 @@ def test_preview_writes_playable_clips_and_a_sheet(tmp_path: Path) -> None:
 def test_preview_refuses_nonsense(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--clips"):
         preview(tmp_path, clips=0)
+
+
+def test_preview_of_the_open_set_has_clips_without_a_picture(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    written = preview(tmp_path / "out", clips=2, size=32, recordings=corpus)
+    assert [path.suffix for path in written] == [".png", ".mp4", ".m4a", ".json"]
+    with av.open(str(written[2])) as container:
+        assert not container.streams.video
+        assert container.streams.audio[0].rate == 16000

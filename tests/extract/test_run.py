@@ -84,7 +84,7 @@ def test_texts_are_stored_once_and_the_empty_one_first(bundle, videos, tmp_path)
     assert torch.equal(batch["text"], text[[1, 0, 1]].float())
 
 
-@pytest.mark.parametrize("layout", ["vggsound", "audiocaps", "wavcaps"])
+@pytest.mark.parametrize("layout", ["vggsound", "audiocaps", "esc50", "wavcaps"])
 def test_miniature_copies_of_data_sets(bundle, videos, clips, tmp_path, layout):
     media = tmp_path / "media"
     captions = [clip.caption for clip in clips[:2]]
@@ -100,6 +100,13 @@ def test_miniature_copies_of_data_sets(bundle, videos, clips, tmp_path, layout):
         header = ("audiocap_id", "youtube_id", "start_time", "caption")
         rows = [(i, name, 30, captions[i]) for i, name in enumerate("ab")]
         table, splits = write_table(tmp_path / "train.csv", header, rows), ["train"]
+    elif layout == "esc50":
+        for name, clip in zip("ab", clips, strict=False):
+            write_wave(media / f"{name}.wav", clip.audio)
+        captions = ["a dog barking", "rain falling"]
+        rows = [("a.wav", 1, "dog"), ("b.wav", 5, "rain")]
+        table = write_table(tmp_path / "esc50.csv", ("filename", "fold", "category"), rows)
+        splits = ["train", "test"]
     else:
         for name, clip in zip("ab", clips, strict=False):
             write_wave(media / f"Y{name}.flac", clip.audio, 32_000)

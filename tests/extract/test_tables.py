@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mfmjt.errors import InputError
+from mfmjt.extract.esc50 import CAPTIONS
 from mfmjt.extract.tables import LAYOUTS, Row, read_table
 from tests.extract.conftest import write_json, write_table
 
@@ -110,6 +111,28 @@ def test_wavcaps(tmp_path):
         ("Y--SZ.wav", tmp_path / "Y--SZ.flac", "Wind blows.", "train"),
         ("1234", tmp_path / "1234.flac", "Rain falls.", "train"),
     ]
+
+
+def test_esc50(tmp_path):
+    """The table is in one folder, the sounds in another; folds are the splits."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "audio").mkdir()
+    header = ("filename", "fold", "target", "category", "esc10", "src_file", "take")
+    rows = [
+        ("1-100032-A-0.wav", 1, 0, "dog", True, 100032, "A"),
+        ("4-1-A-34.wav", 4, 34, "can_opening", False, 1, "A"),
+        ("5-2-B-50.wav", 5, 50, "own_category", False, 2, "B"),
+    ]
+    for name, *_ in rows:
+        (tmp_path / "audio" / name).write_bytes(b"")
+    table = write_table(tmp_path / "meta" / "esc50.csv", header, rows)
+    found = read_table(table, "esc50", tmp_path)
+    assert [(r.id, r.path, r.caption, r.split) for r in found] == [
+        (rows[0][0], tmp_path / "audio" / rows[0][0], "a dog barking", "train"),
+        (rows[1][0], tmp_path / "audio" / rows[1][0], "a can being opened", "validation"),
+        (rows[2][0], tmp_path / "audio" / rows[2][0], "own category", "test"),
+    ]
+    assert len(CAPTIONS) == len(set(CAPTIONS.values())) == 50
 
 
 def test_rows_that_cannot_be_used_keep_their_place(media):

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from mfmjt.codec import NanoCodec
-from mfmjt.data import foley
+from mfmjt.data import foley, open_set
+from mfmjt.data.open_set import OpenSet
 from mfmjt.errors import InputError
 from mfmjt.features import procedural
 from mfmjt.features.procedural import write_store
 from mfmjt.features.store import FeatureStore, verify
 from tests.support.bundles import CODEC
+from tests.support.open_corpus import write_corpus
 from tests.support.stores import files, listed
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +151,30 @@ def test_a_folder_that_cannot_be_made_is_named(codec, encoders, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Give another out="):
         write_store(tmp_path / "file", {"train": 1}, codec, encoders, workers=0)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_of_the_open_set_some_clips_have_no_video(codec, encoders, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    write_store(tmp_path / "store", {"train": 6}, codec, encoders, workers=0, recordings=corpus)
+    names = sorted(path.name for path in (tmp_path / "store" / "train").glob("*.safetensors"))
+    stems = ("000000", "000002", "sound_000000", "sound_000002")
+    assert names == [f"{stem}.safetensors" for stem in stems]
+    store = FeatureStore(tmp_path / "store")
+    made = OpenSet(corpus)
+    clips = [made.clip(i, "train", render=False) for i in (0, 2, 4, 1, 3, 5)]
+    assert store.captions == [clip.caption for clip in clips]
+    assert store.labels == [clip.label for clip in clips]
+    rows = store.rows(torch.arange(6))
+    assert rows["video_mask"].tolist() == [True] * 3 + [False] * 3
+    assert not rows["sync"][3:].any()
+    assert bool(rows["sync"][:3].any())
+    # Other recordings are not mixed in.
+    table = corpus / "clips.csv"
+    table.write_text(table.read_text().replace("the bell", "a bell"))
+    open_set.open_set.cache_clear()
+    with pytest.raises(InputError, match="other weights or settings"):
+        write_store(tmp_path / "store", {"train": 6}, codec, encoders, workers=0, recordings=corpus)
 
 
 @pytest.mark.usefixtures("small_parts")

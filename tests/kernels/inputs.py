@@ -21,6 +21,7 @@ OPS = (
     "qk_norm_rope",
     "snake",
     "swiglu",
+    "swiglu_product",
 )
 Arguments = dict[str, Any]
 
@@ -37,7 +38,8 @@ def inputs(
     Args:
         op: Name of the op.
         size: Samples, tokens and channels; of a head, or of a signal's samples, where it has those.
-        rows: Modulations for each sample, 1, or for each token, None: then cut from a wider tensor.
+        rows: Modulations for each sample, 1, or more, of which each token picks one; or None for
+            one for each token, cut from a wider tensor.
         dtype: Of all but the rotation and lengths.
         heads: Of an op that has heads.
     """
@@ -52,11 +54,14 @@ def inputs(
         return randn(batch, rows, width)
 
     x = randn(batch, tokens, width)
+    # Out of order, and with 3 of 5 tokens one of 4 rows is not picked
+    picks = None if rows in (1, None) else (torch.arange(tokens) * 5 + 1) % 7 % rows
+    constants = {"eps": 1e-6, "rows": picks}
     if op == "adaln":
-        return {"x": x + 3, "shift": modulation(), "scale": modulation(), "eps": 1e-6}
+        return {"x": x + 3, "shift": modulation(), "scale": modulation(), **constants}
     if op == "gated_residual_adaln":
         gated = {"x": x, "h": torch.randn_like(x), "gate": modulation()}
-        return {**gated, "shift": modulation(), "scale": modulation(), "eps": 1e-6}
+        return {**gated, "shift": modulation(), "scale": modulation(), **constants}
     if op == "qk_norm_rope":
         angle = torch.randn(tokens, width // 2)
         rope = torch.stack((angle.cos(), angle.sin()), -1)
@@ -74,6 +79,9 @@ def inputs(
         return {"x": x, "weight": randn(5, width), "bias": randn(5)}
     if op == "conv1d":
         return {"x": x, "weight": randn(5, width, 3), "bias": randn(5), "dilation": 1}
+    if op == "swiglu_product":
+        weights = {f"{name}_weight": randn(5, width, 3) for name in ("gate", "up")}
+        return {"x": x, **weights}
     raise NotImplementedError(f"no inputs of the op {op}: write them here")
 
 

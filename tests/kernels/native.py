@@ -128,7 +128,7 @@ def cases() -> Iterator[tuple[str, Arguments]]:
         ]
         for dtype in dtypes:
             for size in SIZES:
-                for rows in (1, None):
+                for rows in (1, 4, None) if "adaln" in name else (1, None):
                     yield name, arguments(name, size, rows, dtype)
             if "joint_attention" not in name:  # these want scores, or heads, dense
                 yield name, _spread(arguments(name, (2, 5, 9), 1, dtype))

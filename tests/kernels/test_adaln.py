@@ -154,13 +154,28 @@ def test_rows_of_modulations(integers, derivative):
     assert torch.equal(adaln(**single[0], rows=rows), ys[0])
 
 
-def test_library_op_of_rows():
-    x, shift, scale = randn(2, 3, 8), randn(2, 2, 8), randn(1, 1, 8)
-    rows = torch.tensor([1, 0, 1])
-    given = ([x, x], [x, x], [shift, scale], [shift, scale], [scale, scale], [rows, None], 1e-6)
-    torch.library.opcheck(torch.ops.mfmjt.norm_by_rows.default, given)
-    given = ([x], [], [], [shift], [scale], [rows], 1e-6)
-    torch.library.opcheck(torch.ops.mfmjt.norm_by_rows.default, given)
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_rows_are_added_up_where_they_are_computed(monkeypatch):
+    streams = [inputs(2, 7, 16, 3), inputs(2, 5, 16, 1)]
+    rows = (torch.arange(7) // 3, None)
+    found = launches(adaln, streams, ("x", "shift"), monkeypatch, rows=rows)
+    # A gradient of each kind, and the second step of sums over a sample
+    assert found == ["_norm_fwd_kernel", "_norm_bwd_kernel", "_norm_bwd_kernel", "_sum_kernel"]
+
+
+@pytest.mark.parametrize("rows", [[2, 1, 1, 4, 0, 0, 0], [0] * 7, [3] * 6 + [1]])
+def test_rows_in_any_order_and_rows_of_no_token(rows):
+    constants = {"rows": [torch.tensor(rows)]}
+
+    def ref(rows, **given):
+        return picked_ref(**given, rows=rows)
+
+    check_streams(adaln, ref, [inputs(2, 7, 33, 5)], (), torch.float32, 33, constants)
+
+
+def test_more_tokens_than_a_row_has_channels():
+    constants = {"rows": [torch.arange(100) * 3 // 5]}
+    check_streams(adaln, picked_ref, [inputs(1, 100, 16, 60)], (), torch.float32, 100, constants)
 
 
 SHAPES = {  # of x, shift and scale
@@ -203,7 +218,7 @@ def test_constant_rows_are_normalised_to_zeros(dtype):
     x = torch.full((1, 4, 448), 0.1) * torch.tensor([1, 1e5, 0, -1e-3])[:, None]
     x, scale = x.to(dtype), torch.randn(1, 1, 448).to(dtype)
     shift = torch.randn(1, 1, 448).to(dtype)
-    y, _, rstd = torch.ops.mfmjt.adaln_fwd(x, shift, scale, 1e-6)
+    y, _, rstd = torch.ops.mfmjt.adaln_fwd(x, shift, scale, 1e-6, None)
     assert oracle.error(y, shift.expand_as(x)) <= oracle.allowance(shift, dtype, terms=1)
     truth = torch.full_like(rstd, 1e-6**-0.5)
     assert oracle.error(rstd, truth) <= oracle.allowance(truth, rstd.dtype, terms=1)
@@ -214,7 +229,7 @@ def test_gradients_of_modulations_are_summed_in_steps():
     y_bar = torch.rand(1, tokens, 1)  # all of one sign: errors of a running sum would pile up
     x, zeros = torch.randn(1, tokens, 1), torch.zeros(1, 1, 1)
     bwd = torch.ops.mfmjt.adaln_bwd
-    _, shift_bar, _ = bwd(y_bar, x, zeros, zeros, x, torch.ones_like(x))
+    _, shift_bar, _ = bwd(y_bar, x, zeros, zeros, x, torch.ones_like(x), None)
     truth = y_bar.double().sum(1, keepdim=True)
     limit = oracle.allowance(truth, x.dtype, terms=math.isqrt(tokens))
     assert oracle.error(shift_bar, truth) <= limit
@@ -240,14 +255,17 @@ def test_reference_is_differentiable_in_both_modes():
 def test_library_ops():
     x, shift, scale = inputs(2, 3, 8, 3).values()
     leaves = [t.clone().requires_grad_() for t in (x, shift, scale)]
-    torch.library.opcheck(torch.ops.mfmjt.adaln_fwd.default, (*leaves, 1e-6))
-    y, mean, rstd = torch.ops.mfmjt.adaln_fwd(x, shift, scale, 1e-6)
-    torch.library.opcheck(torch.ops.mfmjt.adaln_bwd.default, (y, x, shift, scale, mean, rstd))
-    torch.library.opcheck(
-        torch.ops.mfmjt.adaln_jvp.default,
-        (*leaves, x, None, scale, 1e-6),
-        test_utils=oracle.OPCHECKS_OF_A_DUAL,
-    )
+    for rows in (None, torch.tensor([1, 0, 1])):
+        torch.library.opcheck(torch.ops.mfmjt.adaln_fwd.default, (*leaves, 1e-6, rows))
+        y, mean, rstd = torch.ops.mfmjt.adaln_fwd(x, shift, scale, 1e-6, rows)
+        torch.library.opcheck(
+            torch.ops.mfmjt.adaln_bwd.default, (y, x, shift, scale, mean, rstd, rows)
+        )
+        torch.library.opcheck(
+            torch.ops.mfmjt.adaln_jvp.default,
+            (*leaves, x, None, scale, 1e-6, rows),
+            test_utils=oracle.OPCHECKS_OF_A_DUAL,
+        )
 
 
 def test_half_precision_is_normalised_in_float32():
@@ -269,6 +287,8 @@ def test_refuses_what_does_not_broadcast():
         adaln((x, x), x, (x, x))
     with pytest.raises(ValueError, match=r"rows \(N,\) of integers"):
         adaln(x, x, x, rows=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"rows \(N,\) of integers"):
+        adaln(x, x[:, :2], x, rows=torch.tensor([0, 1, 1]))
 
 
 def test_refuses_a_gradient_at_the_tangent():

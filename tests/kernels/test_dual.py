@@ -43,6 +43,11 @@ OPS = {
     ),
     "linear": ((rows,), (lambda: torch.randn(6, 8), lambda: torch.randn(6)), kernels.linear),
     "conv1d": ((rows,), (lambda: torch.randn(6, 8, 3), lambda: torch.randn(6)), kernels.conv1d),
+    "swiglu_product": (
+        (rows,),
+        (lambda: torch.randn(6, 8, 3), lambda: torch.randn(6, 8, 3)),
+        kernels.swiglu_product,
+    ),
     "snake": ((rows,), (lambda: torch.randn(5) / 3, lambda: torch.randn(5) / 3), kernels.snake),
     "joint_attention": ((heads,) * 3, (), kernels.joint_attention),
     "joint_attention of streams": (
@@ -688,4 +693,4 @@ def test_compiled_with_sizes_left_open(backend):
 def test_a_tangent_of_another_shape_is_refused():
     x = rows()
     with pytest.raises(ValueError, match="shift_dot of the shape of shift"):
-        torch.ops.mfmjt.adaln_jvp(x, x, x, x, x[:, :1], x, 1e-6)
+        torch.ops.mfmjt.adaln_jvp(x, x, x, x, x[:, :1], x, 1e-6, None)

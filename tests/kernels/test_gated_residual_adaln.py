@@ -130,6 +130,20 @@ def test_streams_share_launches(monkeypatch):
     assert found == ["_norm_fwd_kernel", "_norm_bwd_kernel"]
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradient_of_picked_rows_when_one_result_is_used(used):
+    rows = torch.tensor([0, 0, 3, 1])
+    leaves = {n: x.requires_grad_() for n, x in inputs(2, 4, 16, 5).items()}
+    ys, truths = (
+        op(**leaves, rows=rows)[used] for op in (gated_residual_adaln, gated_residual_adaln_ref)
+    )
+    flat, options = list(leaves.values()), {"allow_unused": True, "materialize_grads": True}
+    bar = torch.randn_like(ys)
+    found = torch.autograd.grad(ys, flat, bar, **options)
+    for a, b in zip(found, torch.autograd.grad(truths, flat, bar, **options), strict=True):
+        assert oracle.error(a, b) <= oracle.allowance(b, torch.float64, terms=16)
+
+
 def picked_ref(x, h, gate, shift, scale, rows):
     picked = (m if rows is None or m.shape[1] == 1 else m[:, rows] for m in (gate, shift, scale))
     return gated_residual_adaln_ref(x, h, *picked)
@@ -231,18 +245,19 @@ def test_reference_is_differentiable_in_both_modes():
     )
 
 
-def test_library_ops():
+@pytest.mark.parametrize("rows", [None, torch.tensor([1, 0, 1])])
+def test_library_ops(rows):
     values = list(inputs(2, 3, 8, 3).values())
     leaves = [t.clone().requires_grad_() for t in values]
     ops = torch.ops.mfmjt
-    torch.library.opcheck(ops.gated_residual_adaln_fwd.default, (*leaves, 1e-6))
-    total, y, mean, rstd = ops.gated_residual_adaln_fwd(*values, 1e-6)
-    saved = (total, *values[1:], mean, rstd)
+    torch.library.opcheck(ops.gated_residual_adaln_fwd.default, (*leaves, 1e-6, rows))
+    total, y, mean, rstd = ops.gated_residual_adaln_fwd(*values, 1e-6, rows)
+    saved = (total, *values[1:], mean, rstd, rows)
     for bars in ((total, y), (total, None), (None, y)):
         torch.library.opcheck(ops.gated_residual_adaln_bwd.default, (*bars, *saved))
     torch.library.opcheck(
         ops.gated_residual_adaln_jvp.default,
-        (*leaves, *values[:2], None, values[3], None, 1e-6),
+        (*leaves, *values[:2], None, values[3], None, 1e-6, rows),
         test_utils=oracle.OPCHECKS_OF_A_DUAL,
     )
 

@@ -73,7 +73,7 @@ def wide(op, *args, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("rows", [1, 4, None])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("op", ["adaln", "gated_residual_adaln"])
 def test_norms(way, op, size, rows, dtype):
@@ -99,7 +99,7 @@ def test_norms_of_what_is_far_from_zero(way, width, far):
 
 
 def _modulated_norm(given):
-    x, shift, scale, x_dot, shift_dot, scale_dot, eps = given.values()
+    x, shift, scale, x_dot, shift_dot, scale_dot, eps, _ = given.values()
 
     def function(x, shift, scale):
         return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
@@ -229,8 +229,10 @@ def test_threads_make_no_difference():
     bars = torch.randn_like(x)
 
     def everything():
-        y, mean, rstd = torch.ops.mfmjt.adaln_fwd(x, x[:, :1], x[:, :1], 1e-6)
-        grads = torch.ops.mfmjt.adaln_bwd(bars, x, x[:, :1], x[:, :1], mean, rstd)
+        y, mean, rstd = torch.ops.mfmjt.adaln_fwd(x, x[:, :1], x[:, :1], 1e-6, None)
+        grads = torch.ops.mfmjt.adaln_bwd(bars, x, x[:, :1], x[:, :1], mean, rstd, None)
+        some = x[:, :200]
+        grads += torch.ops.mfmjt.adaln_bwd(bars, x, some, some, mean, rstd, torch.arange(300) % 200)
         wave = torch.ops.mfmjt.snake_fwd(x, torch.zeros(300), torch.zeros(300))
         odd = x.bfloat16()[:, :, :95]
         dual = torch.ops.mfmjt.swiglu_jvp(odd, odd, odd, odd)
@@ -263,6 +265,18 @@ ANY_DTYPE = {"mean", "rstd", "q_rstd", "k_rstd", "lse", "alpha", "beta"}  # not 
 # Those that this CPU runs, and `--avx2` allows.
 PAIRS = torch.cpu._is_avx512_bf16_supported() and _native.status().get("used") == "avx512"
 RUN = [n for n in NAMES if "rows" not in n or PAIRS]
+
+
+@needs_extension
+@pytest.mark.parametrize("name", [name for name in NAMES if "adaln" in name])
+@pytest.mark.parametrize("rows", [[0, 1, 4, 0, 0], [0, -1, 0, 0, 0], [0], [[0] * 5], [0.0] * 5])
+def test_bad_rows_raise_and_are_named(name, rows):
+    given = arguments(name, (2, 5, 8), 4)
+    kernel(name)(**given)
+    with pytest.raises(RuntimeError, match="rows must"):
+        kernel(name)(**{**given, "rows": torch.tensor(rows)})
+    with pytest.raises(RuntimeError, match="whose rows are picked"):
+        kernel(name)(**{**given, "shift": given["shift"][:, :3]})
 
 
 @needs_extension

@@ -6,6 +6,7 @@ import torch
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.meanflow.targets import TARGETS, load_target
+from tests.meanflow import exact
 from tests.meanflow.test_objective import R, T, batch, gradients
 from tests.oracle import allowance, error
 
@@ -67,6 +68,62 @@ def test_alpha_flow_and_finite_differences_approach_meanflow():
     assert 3.6 < first / second < 4.4
 
 
+@pytest.mark.parametrize(
+    ("share", "target"),
+    [(1.0, meanflow.mean_velocity), (0.0, meanflow.improved_mean_velocity)],
+)
+def test_control_variate_lies_between_two_targets(share, target):
+    """Both ends, and linear between: du/dt is linear in its direction."""
+    net, x, e = batch()
+    end = gradients(net, meanflow.loss(net, x, noise=e, r=R, t=T, target=target))
+    ours = meanflow.control_variate(share)
+    found = gradients(net, meanflow.loss(net, x, noise=e, r=R, t=T, target=ours))
+    for g, g_truth in zip(found, end, strict=True):
+        same(g, g_truth)
+    z, v = (1 - spread(T)) * x + spread(T) * e, e - x
+    goals = [meanflow.control_variate(s)(net, z, R, T, v, {})[1] for s in (0.0, 0.25, 1.0)]
+    same(goals[1], torch.lerp(goals[0], goals[2], 0.25), terms=TERMS)
+
+
+def test_a_teacher_leads_to_its_average_velocity():
+    """Independent normals: the midpoint method's error falls at least fourfold."""
+    net, x, e = batch()
+    z = (1 - spread(T)) * x + spread(T) * e
+    truth = exact.average_velocity(z, R, T)
+
+    def teacher(z, r, t):
+        assert torch.equal(r, t)
+        return exact.velocity(z, t)
+
+    def distance(steps):
+        u, goal = meanflow.teacher_rollout(teacher, steps)(net, z, R, T, e - x, {})
+        assert torch.equal(u, net(z, R, T))
+        assert not goal.requires_grad
+        return error(goal[R < T], truth[R < T])
+
+    first, second = distance(32), distance(64)
+    assert first / second > 3.7
+    # Its velocity alone takes the place of the clip's.
+    v = meanflow.teacher_velocity(teacher)(net, z, T, e - x, {})
+    assert torch.equal(v, exact.velocity(z, T))
+
+
+def test_balanced_errors():
+    """The samples with r < t count as much as the others do, and their gradient is scaled alone."""
+    net, x, e = batch()
+    _, stats = meanflow.loss_and_errors(net, x, noise=e, r=R, t=T)
+    ours = meanflow.loss(net, x, noise=e, r=R, t=T, balance=True)
+    same(ours.detach(), stats.flow)
+    share = (R < T).double().mean()
+    flow = meanflow.loss(net, x[R == T], noise=e[R == T], r=R[R == T], t=T[R == T])
+    interval = meanflow.loss(net, x[R < T], noise=e[R < T], r=R[R < T], t=T[R < T])
+    truth = (1 - share) * flow + share * stats.flow / stats.interval * interval
+    for g, g_truth in zip(gradients(net, ours), gradients(net, truth), strict=True):
+        same(g, g_truth)
+    with pytest.raises(InputError, match="Give p=0"):
+        meanflow.loss(net, x, balance=True, p=1.0)
+
+
 @pytest.mark.parametrize("kappa", [0.0, 0.5])
 def test_guidance_in_the_target(kappa):
     net, x, e = batch()
@@ -99,6 +156,10 @@ def test_guidance_in_the_target(kappa):
         (lambda: meanflow.alpha_flow(0.0), "use mean_velocity"),
         (lambda: meanflow.finite_difference(0.0), "more than 0"),
         (lambda: meanflow.guided_velocity(1.0, 1.0, dict), "finite below 1"),
+        (lambda: meanflow.control_variate(1.5), "Give 0 to 1"),
+        (lambda: meanflow.teacher_rollout(exact.average_velocity, 0), "at least one"),
+        (lambda: load_target("mean_velocity", h=1), "takes no parameters"),
+        (lambda: load_target("alpha_flow", h=1), "unexpected keyword"),
     ],
 )
 def test_refuses(make, message):
@@ -114,6 +175,7 @@ def test_every_target_is_loaded_by_name():
         "improved_mean_velocity": meanflow.improved_mean_velocity,
         "alpha_flow": meanflow.alpha_flow(0.1),
         "finite_difference": meanflow.finite_difference(),
+        "control_variate": meanflow.control_variate(0.94),
     }
     assert made.keys() == TARGETS.keys()
     for name, target in made.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,27 @@ def write_roberta(folder: Path, **sizes: object) -> Path:
     vocabulary = tokenizer.get_vocab_size()
     sizes = {"vocab_size": vocabulary, "pad_token_id": 1, **ROBERTA_SIZES, **sizes}
     RobertaConfig(**sizes).save_pretrained(folder)
+    return folder
+
+
+def write_bert(folder: Path, words: Sequence[str] = ()) -> Path:
+    """Save a BERT with its pooling layer, as sentence-transformers lays one out."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    known = dict.fromkeys([*special, *" ".join(SENTENCES).replace(",", "").split(), *words, ","])
+    tokenizer = Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(known)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    _write_tokenizer(folder, tokenizer, "BertTokenizer", pad_token="[PAD]", unk_token="[UNK]")
+    sizes = {name: ROBERTA_SIZES[name] for name in ROBERTA_SIZES if name != "type_vocab_size"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(known), **sizes)).save_pretrained(folder)
     return folder
 
 

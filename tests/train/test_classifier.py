@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
@@ -20,6 +21,8 @@ from mfmjt.train.tasks.classifier import (
     train_classifier,
 )
 from mfmjt.train.trainer import Trainer
+from tests.support.bundles import TINY_CODEC
+from tests.support.recordings import write_recordings
 from tests.train.states import load_state, records, undo
 
 TINY = ClassifierTraining(
@@ -43,7 +46,7 @@ def test_a_few_steps_lower_the_loss_and_leave_weights_and_a_log(tmp_path: Path) 
     for name, value in stored.items():
         assert torch.equal(value, state[f"net.{name}"].half().to(value.dtype)), name
     waves, labels = classifier.load_audio("validation", TINY.validation_clips, TINY.duration)
-    judged = classifier.accuracy(Classifier.load(result.file), waves, labels)
+    judged = classifier.accuracy(Classifier.load(result.file), [waves], labels)
     assert {name: validation[name] for name in judged} == judged
 
 
@@ -100,3 +103,58 @@ def test_training_starts_from_given_weights(tmp_path: Path) -> None:
     expected = Classifier.load(first).state_dict()
     for name, value in trainer.net.state_dict().items():
         assert torch.equal(value, expected[name])
+
+
+def test_recordings_give_the_classes_and_are_told_apart(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path / "corpus", labels=("low", "high"), seconds=(0.2, 1.0, 2.0))
+    recipe = dataclasses.replace(stage(tmp_path, steps=24), recordings=corpus, fewest=3)
+    network = Classifier.load(train_classifier(recipe).file)
+    assert network.config.classes == ("high", "low")
+    (validation,) = records(tmp_path, "validation")
+    # An octave apart, which a step of two and a half semitones does not bridge.
+    assert (validation["all"], validation["low"], validation["high"]) == (1.0, 1.0, 1.0)
+
+
+def test_a_draw_from_recordings_depends_on_the_step_alone(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path, labels=("low", "high"))
+    recipe = dataclasses.replace(stage(tmp_path), recordings=corpus, fewest=1)
+    first, second = (ClassifierTask(recipe) for _ in range(2))
+    first.draw(0)
+    crops, labels = first.draw(1).passes[0].inputs
+    again, same = second.draw(1).passes[0].inputs
+    assert crops.shape == (TINY.batch, crops.shape[1])
+    assert crops.dtype == torch.float32
+    assert torch.equal(crops, again)
+    assert torch.equal(labels, same)
+
+
+def test_half_of_the_recordings_are_heard_through_a_codec(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path / "corpus", labels=("low",), seconds=(1.0,))
+    codec = tmp_path / "codec.safetensors"
+    with torch.no_grad():
+        silent = NanoCodec(TINY_CODEC)
+        silent.head.weight.zero_()
+        silent.head.bias.fill_(-20.0)  # magnitudes of e^-20
+        silent.save(codec)
+    recipe = dataclasses.replace(
+        stage(tmp_path, batch=64), recordings=corpus, fewest=1, codec=codec
+    )
+    crops, _ = ClassifierTask(recipe).draw(0).passes[0].inputs
+    heard = int((crops.abs().amax(1) > 0.01).sum())
+    # 64 tosses of a coin, a fifth of which are joined by a second: five standard deviations.
+    assert 32 - 20 <= heard <= 40 + 20
+
+
+def test_labels_with_few_recordings_are_no_classes(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path, labels=("low",))
+    with pytest.raises(InputError, match="has 3 recordings to train on"):
+        ClassifierTask(dataclasses.replace(stage(tmp_path), recordings=corpus, fewest=3))
+
+
+def test_weights_of_other_classes_are_refused(tmp_path: Path) -> None:
+    first = tmp_path / "first.safetensors"
+    Classifier(ClassifierConfig(classes=foley.CLASSES)).save(first)
+    corpus = write_recordings(tmp_path, labels=("low",))
+    recipe = dataclasses.replace(stage(tmp_path), recordings=corpus, fewest=1, init_from=str(first))
+    with pytest.raises(InputError, match="knows other classes"):
+        ClassifierTask(recipe)

@@ -16,6 +16,7 @@ from mfmjt.train.parallel import Processes
 from mfmjt.train.tasks.codec import CodecTask, CodecTraining, SpectralLoss, train_codec
 from mfmjt.train.trainer import Trainer
 from tests.support.bundles import TINY_CODEC
+from tests.support.recordings import write_recordings
 from tests.train.states import records, undo
 
 TINY = CodecTraining(
@@ -121,9 +122,42 @@ def test_a_decoder_alone_improves_and_leaves_the_latents(whole: Path, tmp_path: 
     assert records(tmp_path)[-1]["mel_log10"] < records(whole)[-1]["mel_log10"]
 
 
-def test_a_start_of_other_sizes_is_refused(whole: Path, tmp_path: Path) -> None:
+def test_a_decoder_alone_starts_from_the_same_sizes(whole: Path, tmp_path: Path) -> None:
     other = dataclasses.replace(
-        TINY, out=tmp_path, init_from=whole / "codec.safetensors", model=NanoCodecConfig()
-    )
+        TINY, out=tmp_path, init_from=whole / "codec.safetensors", train_encoder=False,
+        model=NanoCodecConfig(),
+    )  # fmt: skip
     with pytest.raises(InputError, match="other sizes"):
         train_codec(other)
+
+
+def test_a_start_of_other_sizes_gives_the_tensors_that_fit(whole: Path, tmp_path: Path) -> None:
+    start = whole / "codec.safetensors"
+    model = dataclasses.replace(TINY.model, latent_dim=TINY.model.latent_dim + 1)
+    task = CodecTask(dataclasses.replace(TINY, out=tmp_path, init_from=start, model=model))
+    given, own = NanoCodec.load(start).state_dict(), task.codec.state_dict()
+    differing = {name for name in own if own[name].shape != given[name].shape}
+    assert differing == {
+        "posterior.weight", "posterior.bias", "decoder.0.weight"
+    }  # fmt: skip
+    assert all(torch.equal(own[name], given[name]) for name in own if name not in differing)
+    assert task.notes == (f"{len(own) - 3} of {len(own)} tensors start from {start}.",)
+
+
+def test_recordings_are_trained_on_and_judged(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path / "corpus")
+    recipe = dataclasses.replace(TINY, out=tmp_path, recordings=corpus, recorded=1.0)
+    target = CodecTask(recipe).draw(0).passes[0].inputs[0]
+    # The recordings are tones of 1 kHz; two semitones and a half are a factor of 1.16.
+    spectrum = torch.fft.rfft(target).abs()
+    peaks = spectrum.argmax(-1) * 16000 / target.shape[-1]
+    assert ((peaks > 860) & (peaks < 1160)).all()
+    train_codec(recipe)
+    first, second = (r for r in records(tmp_path) if r["kind"] == "validation")
+    assert second["recorded_log"] < first["recorded_log"]
+
+
+def test_a_corpus_without_a_split_is_refused(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path / "corpus", splits=("validation",))
+    with pytest.raises(InputError, match="no recordings of the split train"):
+        CodecTask(dataclasses.replace(TINY, out=tmp_path, recordings=corpus))

@@ -10,9 +10,11 @@ import torch
 
 from mfmjt.data import foley
 from mfmjt.encoders import NanoEncoders
+from mfmjt.errors import InputError
 from mfmjt.train.tasks import encoders as training
 from mfmjt.train.tasks.encoders import EncodersTraining, train_encoders
 from tests.support.bundles import TINY_ENCODERS
+from tests.support.open_corpus import write_corpus
 from tests.train.states import records, undo
 
 TINY = EncodersTraining(
@@ -39,6 +41,41 @@ def test_the_export_loads(whole: Path) -> None:
     encoders = NanoEncoders.load(whole / "encoders.safetensors")
     assert encoders.config == TINY.model
     assert encoders.encode_text(["a bell"]).shape == (1, 32, 16)
+
+
+def test_a_given_text_encoder_stays_as_it_is(whole: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    given = whole / "encoders.safetensors"
+    recipe = dataclasses.replace(
+        TINY,
+        out=tmp_path / "out",
+        steps=2,
+        clips=12,
+        recordings=corpus,
+        text_from=given,
+        init_from=given,
+    )
+    train_encoders(recipe)
+    made, before = (
+        NanoEncoders.load(path) for path in (recipe.out / "encoders.safetensors", given)
+    )
+    same = {
+        name: torch.equal(value, before.state_dict()[name])
+        for name, value in made.state_dict().items()
+    }
+    assert all(equal for name, equal in same.items() if name.startswith("text_encoder"))
+    # Two steps from where it starts, at 3e-3 and less each, by Adam: 0.01 at most.
+    moved = [
+        float((value - before.state_dict()[name]).abs().max())
+        for name, value in made.state_dict().items()
+        if name.startswith("sync_encoder")
+    ]
+    assert 0 < max(moved) < 0.01
+    assert made.vocabulary == before.vocabulary
+    with pytest.raises(InputError, match="text_encoder in"):
+        train_encoders(
+            dataclasses.replace(recipe, model=dataclasses.replace(TINY.model, buckets=8))
+        )
 
 
 def test_resuming_repeats_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:

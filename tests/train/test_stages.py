@@ -18,7 +18,7 @@ def test_the_module_explains_itself(capsys):
     [
         ([], "--help"),
         (["network"], "--help"),
-        (["nonsense", "nano"], "codec, encoders, features, network, classifier"),
+        (["nonsense", "nano"], "codec, teacher, text, encoders, features, network, classifier"),
         (["network", "nano", "stepz=3"], "Did you mean steps"),
     ],
 )
@@ -30,7 +30,7 @@ def test_misuse_is_one_line_and_status_2(arguments, words, capsys):
     assert words in shown
 
 
-@pytest.mark.parametrize("stage", ["codec", "encoders", "classifier"])
+@pytest.mark.parametrize("stage", ["codec", "teacher", "text", "encoders", "classifier"])
 def test_what_one_process_makes_is_not_shared(stage, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -73,9 +73,12 @@ def test_guidance_uses_null_conditions_and_spares_rows_without_any(recipe):
         {"target": "improved_mean_velocity"},
         {"target": "alpha_flow", "alpha": 0.25},
         {"target": "finite_difference"},
+        {"target": "finite_difference", "target_options": {"h": 1e-2}},
+        {"target": "control_variate", "to_data": 0.5},
         {"omega": 0.5, "kappa": 0.5},
+        {"balance": True, "p": 0.0},
     ],
-    ids=lambda changes: next(iter(changes.values())),
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
 def test_relatives_of_meanflow_train(recipe, changes):
     """Each is another loss than MeanFlow's on the same draws, and is the same when run again."""
@@ -86,6 +89,29 @@ def test_relatives_of_meanflow_train(recipe, changes):
     assert train_network(again).finished
     assert curve(ours.out) == curve(again.out)
     assert curve(ours.out)[-1] != curve(recipe().out)[-1]
+
+
+def test_a_trained_network_leads(recipe, tmp_path):
+    """By its velocity or by its path; one of another scale of latents is refused."""
+    train_network(recipe(steps=2))
+    led = {"steps": 2, "teacher": recipe().out + "/network.safetensors"}
+    curves = {repr(curve(recipe().out))}
+    for target in ("mean_velocity", "teacher_rollout"):
+        out = recipe().out + target
+        assert train_network(recipe(out=out, target=target, **led)).finished
+        curves.add(repr(curve(out)))
+    assert len(curves) == 3
+    other = MFMJT.load(led["teacher"])
+    other.latent_std.mul_(2)
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="latents of another scale"):
+        train_network(
+            recipe(out=recipe().out + "_other", teacher=str(tmp_path / "other.safetensors"))
+        )
+    with pytest.raises(InputError, match="Give teacher=FILE"):
+        recipe(target="teacher_rollout")
+    with pytest.raises(InputError, match="Give p=0"):
+        recipe(balance=True, p=1.0)
 
 
 def test_a_target_of_ones_own_is_one_function(recipe, tmp_path, monkeypatch):
@@ -112,7 +138,7 @@ def test_a_target_of_ones_own_is_one_function(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("mean", "alpha_flow, finite_difference, package.module:function"),
+        ("mean", "alpha_flow, finite_difference, control_variate, package.module:function"),
         ("mfmjt.meanflow:mean", "has no attribute 'mean'.*Give package.module:function"),
         (":mean", "Give package.module:function"),
         ("mfmjt.meanflow:__doc__", "it is a str"),

@@ -13,9 +13,15 @@ from mfmjt.kernels.triton.norm_bwd import backward
 __all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 
 
-def fwd_streams(xs: list[Tensor], shifts: list[Tensor], scales: list[Tensor], eps: float) -> Any:
+def fwd_streams(
+    xs: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    eps: float,
+    rows: list[Tensor | None],
+) -> Any:
     """Compute results and statistics of all streams."""
-    return forward(None, xs, shifts, scales, None, eps)
+    return forward(None, xs, shifts, scales, None, eps, rows)
 
 
 def jvp_streams(
@@ -26,10 +32,11 @@ def jvp_streams(
     shift_dots: list[Tensor | None],
     scale_dots: list[Tensor | None],
     eps: float,
+    rows: list[Tensor | None],
 ) -> Any:
     """Compute results, tangents and statistics of all streams."""
     dots = (x_dots, None, None, shift_dots, scale_dots)
-    return forward(None, xs, shifts, scales, dots, eps)
+    return forward(None, xs, shifts, scales, dots, eps, rows)
 
 
 def bwd_streams(
@@ -39,9 +46,10 @@ def bwd_streams(
     scales: list[Tensor],
     means: list[Tensor],
     rstds: list[Tensor],
+    rows: list[Tensor | None],
 ) -> Any:
     """Compute the cotangents of all streams."""
-    return backward(None, y_bars, xs, None, shifts, scales, means, rstds)
+    return backward(None, y_bars, xs, None, shifts, scales, means, rstds, rows)
 
 
 fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

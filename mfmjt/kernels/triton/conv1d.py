@@ -8,6 +8,7 @@ left to the formula.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,19 +16,21 @@ from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
-from mfmjt.kernels.triton.launching import dense, launch, of_one, strides
-from mfmjt.kernels.triton.product import precision, project, takes, window, windows
+from mfmjt.kernels.triton.launching import launch, of_one
+from mfmjt.kernels.triton.product import precision, project, takes
 
-__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
+__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams", "weight_sums"]
 
 
 @jit
 def _conv1d_bwd_weight_kernel(
-    source,  # `Windows` of x
-    y_bar,
-    y_strides,  # of samples and tokens, in units
+    x,  # (rows, channels), contiguous: the tokens of all samples
+    y_bar,  # (rows, outs), contiguous
     parts,  # (splits, outs, taps * channels), contiguous, in the dtype of sums
     rows,
+    tokens,  # of a sample
+    channels,  # in units
+    taps,
     outs,  # in units
     steps,  # blocks of rows that one split adds up
     UNIT: tl.constexpr,  # elements per aligned load
@@ -36,33 +39,43 @@ def _conv1d_bwd_weight_kernel(
     BLOCK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    depth = source.taps[0] * source.channels[0] * UNIT
+    depth, count = taps * channels * UNIT, tokens * channels * UNIT
     depth_blocks = tl.cdiv(depth, BLOCK_DEPTH)
-    out = (tl.program_id(0) // depth_blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS)
-    k = (tl.program_id(0) % depth_blocks) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+    out = (tl.program_id(0) // depth_blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS)[:, None]
+    k = (tl.program_id(0) % depth_blocks) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)[None, :]
     split = tl.program_id(1)
+    start = split * steps * BLOCK_ROWS
+    lane = tl.arange(0, BLOCK_ROWS)
+    # Where the window of a row begins, counted from its sample's first number. No step divides by
+    # the tokens of a sample: what is past the end of one begins in the next
+    first = (((start + lane) % tokens - taps // 2) * channels * UNIT)[:, None]
+    end, step = (tokens - taps // 2) * channels * UNIT, BLOCK_ROWS % tokens * channels * UNIT
+    x += ((start + lane)[:, None].to(tl.int64) - taps // 2) * channels * UNIT + k
+    y_bar += (start + lane)[None, :].to(tl.int64) * outs * UNIT + out
     total = tl.zeros((BLOCK_OUTS, BLOCK_DEPTH), parts.dtype.element_ty)
-    last = tl.minimum((split + 1) * steps, tl.cdiv(rows, BLOCK_ROWS))
-    for step in range(split * steps, last):
-        row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        inside = row < rows
-        x, first, count, _, sample, token = window(source, 0, row, inside, UNIT)
-        i = first + k[None, :]
-        b = tl.load(x + k[None, :], (i >= 0) & (i < count) & (k < depth)[None, :], 0.0)
-        at = sample.to(tl.int64) * y_strides[0] + token * y_strides[1]
-        exists = (out < outs * UNIT)[:, None] & inside[None, :]
-        a = tl.load(y_bar + at[None, :] * UNIT + out[:, None], exists, 0.0)
+    last = tl.minimum(start + steps * BLOCK_ROWS, rows)
+    for row in range(start, last, BLOCK_ROWS):
+        inside = lane < rows - row
+        i = tl.where(inside[:, None], first, count) + k
+        b = tl.load(x, (i >= 0) & (i < count) & (k < depth), 0.0)
+        a = tl.load(y_bar, (out < outs * UNIT) & inside[None, :], 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-    part = (split.to(tl.int64) * outs * UNIT + out[:, None]) * depth + k[None, :]
-    tl.store(parts + part, total, (out < outs * UNIT)[:, None] & (k < depth)[None, :])
+        x += channels * (BLOCK_ROWS * UNIT)
+        y_bar += outs * (BLOCK_ROWS * UNIT)
+        first += step
+        first -= tl.where(first < end, 0, count)
+    part = (split.to(tl.int64) * outs * UNIT + out) * depth + k
+    tl.store(parts + part, total, (out < outs * UNIT) & (k < depth))
 
 
-def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    outs, channels, taps = weight.shape
+def weight_sums(y_bar: Tensor, x: Tensor, taps: int) -> Tensor:
+    """Return the gradient of a weight over windows of x, (O, C, K), in the dtype of sums."""
+    outs, channels = y_bar.shape[2], x.shape[2]
     if x.numel() == 0 or y_bar.numel() == 0:
-        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    y_bar = dense(y_bar)
-    source, unit = windows([x], [taps], outs, *strides(y_bar), beside=[y_bar])
+        return x.new_zeros(outs, channels, taps, dtype=work_dtype(x))
+    x, y_bar = x.contiguous(), y_bar.contiguous()
+    starts = [t.data_ptr() // t.element_size() for t in (x, y_bar)]
+    unit = math.gcd(16 // x.element_size(), channels, outs, *starts)
     rows, depth = x.shape[0] * x.shape[1], taps * channels
     options, splits = tuning.conv1d_weight(rows, outs, depth, x.element_size())
     parts = x.new_empty(splits, outs, taps, channels, dtype=work_dtype(x))
@@ -70,13 +83,13 @@ def _weight_bar(y_bar: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     launch(
         _conv1d_bwd_weight_kernel,
         (blocks, splits),
-        *(source, y_bar, [n // unit for n in strides(y_bar)], parts),
-        *(rows, outs // unit, cdiv(cdiv(rows, options["BLOCK_ROWS"]), splits)),
+        *(x, y_bar, parts, rows, x.shape[1], channels // unit, taps, outs // unit),
+        cdiv(cdiv(rows, options["BLOCK_ROWS"]), splits),
         UNIT=unit,
         PRECISION=precision(),
         **options,
     )
-    return x.new_empty(weight.shape).copy_(parts.sum(0).transpose(1, 2))
+    return (parts.sum(0) if splits > 1 else parts[0]).transpose(1, 2)
 
 
 def fwd_streams(
@@ -124,7 +137,9 @@ def bwd_streams(
         turned = [w.flip(2).permute(1, 2, 0) for w in weight]
         x_bar = project(y_bar, turned, [None] * len(x), [0] * len(x), False)
     if needs[1]:
-        weight_bar = [_weight_bar(*one) for one in zip(y_bar, x, weight, strict=True)]
+        triples = zip(y_bar, x, weight, strict=True)
+        sums = [weight_sums(bar, t, w.shape[2]) for bar, t, w in triples]
+        weight_bar = [w.new_empty(w.shape).copy_(one) for w, one in zip(weight, sums, strict=True)]
     if needs[2]:
         bias_bar = [bar.sum((0, 1), dtype=work_dtype(bar)).to(bar.dtype) for bar in y_bar]
     return x_bar, weight_bar, bias_bar

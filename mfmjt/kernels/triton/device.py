@@ -56,8 +56,9 @@ def choose_field(tuples, i: tl.constexpr, stream):
 
     It stays None where it is for all streams, and counts as 0 where it is for some.
     """
+    STREAMS: tl.constexpr = tuples.__len__()  # Triton 3.6 has no len() of tuples that hold None
     chosen = tuples[0][i]
-    for s in tl.static_range(1, len(tuples)):
+    for s in tl.static_range(1, STREAMS):
         other = tuples[s][i]
         if chosen is not None or other is not None:
             other = 0 if other is None else other
@@ -67,7 +68,7 @@ def choose_field(tuples, i: tl.constexpr, stream):
 
 @jit
 def choose_view(views, stream):
-    """Return (pointer, sample, token, head) of one of a tuple of `View`s, likewise."""
+    """Return (pointer, sample, token, head) of one of a tuple of `View`s, none of them None."""
     return (
         choose_field(views, 0, stream),
         choose_field(views, 1, stream),
@@ -79,11 +80,14 @@ def choose_view(views, stream):
 @jit
 def at(views, stream, sample, token, head=None):
     """Return pointers to the first channels of rows of one of a tuple of `View`s."""
-    pointer, by_sample, by_token, by_head = choose_view(views, stream)
+    pointer = choose_field(views, 0, stream)
+    by_sample = choose_field(views, 1, stream)
     if by_sample is not None:
         pointer += sample * by_sample
+    by_token = choose_field(views, 2, stream)
     if by_token is not None:
         pointer += token * by_token
+    by_head = choose_field(views, 3, stream)
     if by_head is not None:
         pointer += head * by_head
     return pointer

@@ -20,9 +20,10 @@ def fwd_streams(
     shifts: list[Tensor],
     scales: list[Tensor],
     eps: float,
+    rows: list[Tensor | None],
 ) -> Any:
     """Compute sums, results and statistics of all streams."""
-    return forward((hs, gates), xs, shifts, scales, None, eps)
+    return forward((hs, gates), xs, shifts, scales, None, eps, rows)
 
 
 def jvp_streams(
@@ -37,10 +38,11 @@ def jvp_streams(
     shift_dots: list[Tensor | None],
     scale_dots: list[Tensor | None],
     eps: float,
+    rows: list[Tensor | None],
 ) -> Any:
     """Compute sums, results, their tangents and statistics of all streams."""
     dots = (x_dots, h_dots, gate_dots, shift_dots, scale_dots)
-    return forward((hs, gates), xs, shifts, scales, dots, eps)
+    return forward((hs, gates), xs, shifts, scales, dots, eps, rows)
 
 
 def bwd_streams(
@@ -53,9 +55,10 @@ def bwd_streams(
     scales: list[Tensor],
     means: list[Tensor],
     rstds: list[Tensor],
+    rows: list[Tensor | None],
 ) -> Any:
     """Compute the cotangents of all streams."""
-    return backward(total_bars, y_bars, totals, (hs, gates), shifts, scales, means, rstds)
+    return backward(total_bars, y_bars, totals, (hs, gates), shifts, scales, means, rstds, rows)
 
 
 fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

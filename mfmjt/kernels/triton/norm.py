@@ -4,7 +4,8 @@ It serves `adaln` and `gated_residual_adaln`: the gated sum, tangents and rows t
 absent. A program keeps a block of whole rows in registers. Rows are counted over all samples of a
 stream, and a launch has programs of all its streams, which share batch, width and dtype. Where
 streams differ in these, rows are wider than 8192 or nothing is in them, ops go stream by stream or
-run their formulas; so they do where a modulation is neither (B, 1, C) nor (B, N, C).
+run their formulas; so they do where a modulation is neither (B, 1, C) nor (B, N, C) and its rows
+are not picked.
 
 Rows are centred twice: what rounding left in the mean goes with the second, so that a large offset
 costs no digits and a constant row is normalised to zeros.
@@ -22,7 +23,7 @@ from mfmjt.kernels.triton import cdiv, jit, tl, tuning
 from mfmjt.kernels.triton.device import at, choose, locate, put
 from mfmjt.kernels.triton.launching import alike, empty, filled, launch, views
 
-__all__ = ["MAX_WIDTH", "by_rows", "columns", "fits", "forward", "load", "mean"]
+__all__ = ["MAX_WIDTH", "columns", "fits", "forward", "load", "mean", "picked"]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
 
@@ -59,12 +60,12 @@ def _norm_fwd_kernel(
     gate_dots,
     shift_dots,
     scale_dots,
-    picks,  # for each stream the row that modulates a token, or None for row n of token n; or None
+    picks,  # for each stream the row that modulates a token, or None for its own; None for all
     totals,  # None where nothing is added
     total_dots,
     ys,
     y_dots,  # None where no tangent is wanted
-    means,  # None where no gradient will be, and so are rstds
+    means,
     rstds,
     counts,  # rows of each stream, tokens of all its samples
     tokens,
@@ -133,17 +134,26 @@ def _norm_fwd_kernel(
         put(y_dots, stream, out, y_dot, inside)
 
 
-def fits(xs: Sequence[Tensor], *modulations: Sequence[Tensor], picked: bool = False) -> bool:
+def fits(
+    xs: Sequence[Tensor], picks: Sequence[Tensor | None], *modulations: Sequence[Tensor]
+) -> bool:
     """Return True if one launch serves these streams, with modulations per sample or per token."""
     if xs[0].ndim != 3 or xs[0].shape[2] > MAX_WIDTH or not alike(xs, *modulations):
         return False
     batch, _, width = xs[0].shape
     if any(x.ndim != 3 or x.shape[::2] != (batch, width) for x in xs):
         return False
-    pairs = [pair for ms in modulations for pair in zip(xs, ms, strict=True)]
-    if picked:
-        return all(m.ndim == 3 for _, m in pairs)
-    return all(m.shape in (x.shape, (batch, 1, width)) for x, m in pairs)
+    return all(
+        m.shape in (x.shape, (batch, 1, width)) or (pick is not None and m.ndim == 3)
+        for ms in modulations
+        for x, pick, m in zip(xs, picks, ms, strict=True)
+    )
+
+
+def picked(picks: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """Return rows to pick as a kernel takes them; None where no stream picks."""
+    found = [p if p is None else p.contiguous() for p in picks]
+    return None if all(p is None for p in found) else found
 
 
 def forward(
@@ -153,27 +163,27 @@ def forward(
     scales: Sequence[Tensor],
     dots: Sequence[Sequence[Tensor | None] | None] | None,
     eps: float,
-    picks: Sequence[Tensor | None] | None = None,
+    picks: Sequence[Tensor | None],
 ) -> Any:
     """Run the kernel.
 
     Args:
         added: h and gate of each stream, or None.
         xs: (B, N, C) of each stream.
-        shifts: (B, 1, C) or (B, N, C) of each stream; (B or 1, S, C) where rows are picked.
+        shifts: (B, 1, C) or (B, N, C) of each stream; (B, S, C) where rows are picked.
         scales: Likewise.
         dots: Tangents of x, h, gate, shift and scale, those of h and gate None where nothing is
             added; or None where no tangent is wanted.
         eps: Added to the variance.
-        picks: (N,) integers for each stream, or None; then there are no statistics.
+        picks: For each stream (N,) the rows to pick, or None.
 
     Returns:
         Of each stream: totals, their tangents, results, their tangents, means and rstds, without
-        what was not asked for. Or NotImplemented.
+        those of what is None. Or NotImplemented.
     """
     hs, gates = added or (None, None)
     modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
-    if not fits(xs, *modulations, picked=picks is not None):
+    if not fits(xs, picks, *modulations):
         return NotImplemented
     moving = (xs, hs, gates, shifts, scales)
     tangents = [
@@ -181,14 +191,14 @@ def forward(
         for dot, x in zip(dots or (None,) * 5, moving, strict=True)
     ]
     work = work_dtype(xs[0])
-    means = None if picks else [x.new_empty((*x.shape[:2], 1), dtype=work) for x in xs]
+    means = [x.new_empty((*x.shape[:2], 1), dtype=work) for x in xs]
     results = (
         None if hs is None else empty(xs),
         None if hs is None or dots is None else empty(xs),
         empty(xs),
         None if dots is None else empty(xs),
         means,
-        means and empty(means),
+        empty(means),
     )
     counts, width = [x.shape[0] * x.shape[1] for x in xs], xs[0].shape[2]
     options = tuning.norm(width, max(counts), xs[0].element_size(), 1)
@@ -197,7 +207,7 @@ def forward(
         (sum(cdiv(n, options["BLOCK_ROWS"]) for n in counts),),
         *map(views, moving),
         *tangents,
-        picks and [p if p is None else p.contiguous() for p in picks],
+        picked(picks),
         *results,
         counts,
         [x.shape[1] for x in xs],
@@ -206,17 +216,3 @@ def forward(
         **options,
     )
     return tuple([ys for ys in results if ys is not None])
-
-
-def by_rows(
-    xs: list[Tensor],
-    hs: list[Tensor],
-    gates: list[Tensor],
-    shifts: list[Tensor],
-    scales: list[Tensor],
-    rows: list[Tensor | None],
-    eps: float,
-) -> Any:
-    """Run the kernel of inference, with rows of modulations to pick."""
-    found = forward((hs, gates) if hs else None, xs, shifts, scales, None, eps, rows)
-    return found if found is NotImplemented or hs else ([], *found)

@@ -2,8 +2,10 @@
 
 One kernel serves `adaln` and `gated_residual_adaln`. A program takes a number of tokens of one
 sample. What a modulation (B, 1, C) gets is summed in two steps: over the rows of a program, and
-then over programs in a fixed order. Streams whose modulations differ in kind, per sample or per
-token, have a launch for each kind; the second step is one launch for all.
+then over programs in a fixed order. Where tokens pick rows of modulations, a program takes some of
+those rows and all their tokens, in order, so that no two programs add to one sum. Streams whose
+modulations differ in kind, per sample, per token or picked, have a launch for each kind; the second
+step is one launch for all.
 """
 
 from __future__ import annotations
@@ -17,10 +19,30 @@ from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
 from mfmjt.kernels.triton.device import choose, locate, put
 from mfmjt.kernels.triton.launching import empty, filled, launch, views
-from mfmjt.kernels.triton.norm import columns, fits, load, mean
+from mfmjt.kernels.triton.norm import columns, fits, load, mean, picked
 from mfmjt.kernels.triton.sums import Sum, add_up
 
 __all__ = ["backward"]
+
+
+@jit
+def _tokens_of(pick, row, length, col, BLOCK: tl.constexpr):
+    """Return the first and the last of `length` tokens that pick each of some rows, (1, R, 1).
+
+    A row that none picks has its last token before its first. `col` are BLOCK numbers from 0 on.
+    """
+    first, last = row * 0 + length, row * 0 - 1
+    for start in range(0, length, BLOCK):
+        token = start + col
+        found = tl.load(pick + token, token < length, -1).to(tl.int32) == row
+        first = tl.minimum(first, _least(tl.where(found, token, length)))
+        last = tl.maximum(last, -_least(tl.where(found, -token, 1)))
+    return first, last
+
+
+@jit
+def _least(block):
+    return tl.min(tl.min(block, 0), 1)[None, :, None]
 
 
 @jit
@@ -36,11 +58,13 @@ def _norm_bwd_kernel(
     x_bars,
     h_bars,
     bars,  # of gate, shift and scale, (B, N, C) each; that of shift is y_bar, and not written; or
-    sums,  # (B, chunks, C) each; the other is None, and both are where it is zero
+    sums,  # (B, chunks, C), (B, S, C) if picked; the other is None, and both are where it is zero
+    picks,  # for each stream the row that modulates a token; or None
     counts,  # programs of each stream
     tokens,
     chunks,  # programs of a sample
-    sizes,  # rows of a program
+    sizes,  # tokens of a program, or rows of modulations
+    picked_from,  # rows of modulations of a sample, where they are picked
     width,
     SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -55,19 +79,40 @@ def _norm_bwd_kernel(
     col = columns(SEGMENTS, BLOCK_COLS)
     zeros = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), WORK)
     gate_total, shift_total, scale_total = zeros, zeros, zeros
-    for start in range(0, tl.minimum(size, length - first), BLOCK_ROWS):
-        token = (first + start + tl.arange(0, BLOCK_ROWS))[None, :, None]
-        exists = token < length
+    of = (first + tl.arange(0, BLOCK_ROWS))[None, :, None]  # the row of modulations
+    STEP: tl.constexpr = BLOCK_ROWS if picks is None else 1
+    if picks is None:
+        most = tl.minimum(size, length - first)
+    else:
+        pick = choose(picks, stream)
+        begin, last = _tokens_of(pick, of.to(tl.int32), length, col, SEGMENTS * BLOCK_COLS)
+        most = tl.max(last - begin, None) + 1
+    for start in range(0, most, STEP):
+        if picks is None:
+            token = (first + start + tl.arange(0, BLOCK_ROWS))[None, :, None]
+            exists = token < length
+            of = token
+        else:
+            token = begin + start
+            exists = token <= last
+            exists = exists & (tl.load(pick + token, exists, -1) == of)
         inside = exists & (col < width)
         row = sample * length + token
         out = row * width + col
         x_bar = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), WORK)
+        # All loads come before the first sum, which waits: so they are under way together.
         if y_bars is not None:
             x = load(xs, stream, sample, token, col, inside, WORK)
             y_bar = load(y_bars, stream, sample, token, col, inside, WORK)
-            factor = 1 + load(scales, stream, sample, token, col, inside, WORK)
+            factor = 1 + load(scales, stream, sample, of, col, inside, WORK)
             rstd = tl.load(choose(rstds, stream) + row, exists, 0.0)
             x = tl.where(inside, x - tl.load(choose(means, stream) + row, exists, 0.0), 0.0)
+        if total_bars is not None:
+            total_bar = load(total_bars, stream, sample, token, col, inside, WORK)
+        if hs is not None:
+            h = load(hs, stream, sample, token, col, inside, WORK)
+            gate = load(gates, stream, sample, of, col, inside, WORK)
+        if y_bars is not None:
             rest = mean(x, width)
             n_bar = y_bar * factor
             mean_bar = mean(n_bar, width)
@@ -79,18 +124,25 @@ def _norm_bwd_kernel(
             shift_total += y_bar
             scale_total += scale_bar
         if total_bars is not None:
-            x_bar += load(total_bars, stream, sample, token, col, inside, WORK)
+            x_bar += total_bar
         put(x_bars, stream, out, x_bar, inside)
         if hs is not None:
-            gate = load(gates, stream, sample, token, col, inside, WORK)
             put(h_bars, stream, out, x_bar * gate, inside)
-            gate_bar = x_bar * load(hs, stream, sample, token, col, inside, WORK)
+            gate_bar = x_bar * h
             put(bars[0], stream, out, gate_bar, inside)
             gate_total += gate_bar
-    part = program.to(tl.int64) * width + col
-    put(sums[0], stream, part, tl.sum(gate_total, 1, keep_dims=True), col < width)
-    put(sums[1], stream, part, tl.sum(shift_total, 1, keep_dims=True), col < width)
-    put(sums[2], stream, part, tl.sum(scale_total, 1, keep_dims=True), col < width)
+    if picks is None:
+        part = program.to(tl.int64) * width + col
+        put(sums[0], stream, part, tl.sum(gate_total, 1, keep_dims=True), col < width)
+        put(sums[1], stream, part, tl.sum(shift_total, 1, keep_dims=True), col < width)
+        put(sums[2], stream, part, tl.sum(scale_total, 1, keep_dims=True), col < width)
+    else:
+        count = choose(picked_from, stream)
+        part = (sample * count + of) * width + col
+        inside = (of < count) & (col < width)
+        put(sums[0], stream, part, gate_total, inside)
+        put(sums[1], stream, part, shift_total, inside)
+        put(sums[2], stream, part, scale_total, inside)
 
 
 def backward(
@@ -102,6 +154,7 @@ def backward(
     scales: Sequence[Tensor],
     means: Sequence[Tensor],
     rstds: Sequence[Tensor],
+    picks: Sequence[Tensor | None],
 ) -> Any:
     """Run the kernels.
 
@@ -114,6 +167,7 @@ def backward(
         scales: Likewise.
         means: From the forward pass.
         rstds: Likewise.
+        picks: As in the forward pass.
 
     Returns:
         Of each stream the cotangents of x, h, gate, shift and scale, without those of h and gate
@@ -122,7 +176,7 @@ def backward(
     """
     hs, gates = added or (None, None)
     modulations: tuple[Any, ...] = (gates, shifts, scales)
-    if not fits(xs, *filter(None, modulations)):
+    if not fits(xs, picks, *filter(None, modulations)):
         return NotImplemented
     bars: list[Any] = [None if ms is None else empty(ms) for ms in modulations]
     _, shift_bars, scale_bars = bars
@@ -130,18 +184,20 @@ def backward(
         if y_bar is None:  # the kernel may leave them as they are
             shift_bars[i].zero_()
             scale_bars[i].zero_()
-        elif shifts[i].shape == xs[i].shape:
+        elif shifts[i].shape == xs[i].shape and picks[i] is None:
             shift_bars[i] = shifts[i].new_empty(0)
     x_bars, h_bars = empty(xs), hs and empty(hs)
     tensors: list[Any] = [ts and filled(ts, xs) for ts in (total_bars, y_bars)]
-    tensors += [xs, hs, gates, scales, means, rstds, x_bars, h_bars, *bars]
+    tensors += [xs, hs, gates, scales, means, rstds, x_bars, h_bars, list(picks), *bars]
     per_token = [
-        tuple([bool(ms) and ms[i].shape == x.shape for ms in modulations]) for i, x in enumerate(xs)
+        tuple([pick is None and bool(ms) and ms[i].shape == x.shape for ms in modulations])
+        for i, (x, pick) in enumerate(zip(xs, picks, strict=True))
     ]
+    found = [(whole, pick is not None) for whole, pick in zip(per_token, picks, strict=True)]
     sums: list[Sum] = []
-    for kinds in dict.fromkeys(per_token):
-        group = [i for i, own in enumerate(per_token) if own == kinds]
-        sums += _first_step(kinds, [ts and [ts[i] for i in group] for ts in tensors])
+    for kind in dict.fromkeys(found):
+        group = [i for i, own in enumerate(found) if own == kind]
+        sums += _first_step(kind[0], [ts and [ts[i] for i in group] for ts in tensors])
     add_up(sums)
     return tuple([ts for ts in (x_bars, h_bars, *bars) if ts is not None])
 
@@ -151,15 +207,19 @@ def _first_step(per_token: tuple[bool, ...], tensors: list[Any]) -> list[Sum]:
 
     Returns the sums over programs that are still to do.
     """
-    total_bars, y_bars, xs, hs, gates, scales, means, rstds, x_bars, h_bars, *bars = tensors
+    total_bars, y_bars, xs, hs, gates, scales, means, rstds, x_bars, h_bars, picks, *bars = tensors
+    picks = picked(picks)
     samples, _, width = xs[0].shape
     tokens = [x.shape[1] for x in xs]
-    options = tuning.norm(width, max(tokens), xs[0].element_size(), 4)
+    taken = [scale.shape[1] for scale in scales] if picks else tokens
+    options = tuning.norm(width, max(taken), xs[0].element_size(), 1 if picks else 4)
     rows = options["BLOCK_ROWS"]
-    all_whole = all(whole for whole, results in zip(per_token, bars, strict=True) if results)
-    most = tuning.norm_chunk(samples * sum(tokens), rows, not all_whole)
-    chunks = [cdiv(n, most) for n in tokens]
-    sizes = [cdiv(n, chunk * rows) * rows for n, chunk in zip(tokens, chunks, strict=True)]
+    summed = not picks and not all(
+        whole for whole, results in zip(per_token, bars, strict=True) if results
+    )
+    most = tuning.norm_chunk(samples * sum(tokens), rows, summed)
+    chunks = [cdiv(n, most) for n in taken]
+    sizes = [cdiv(n, chunk * rows) * rows for n, chunk in zip(taken, chunks, strict=True)]
     counts = [samples * chunk for chunk in chunks]
     sums: list[Sum] = []
     written: list[Any] = [None] * 3
@@ -169,6 +229,8 @@ def _first_step(per_token: tuple[bool, ...], tensors: list[Any]) -> list[Sum]:
             continue
         if per_token[i]:
             written[i] = results
+        elif picks:
+            parts[i] = results
         else:
             parts[i] = [
                 bar.new_empty((samples, chunk, width), dtype=work_dtype(bar))
@@ -180,7 +242,9 @@ def _first_step(per_token: tuple[bool, ...], tensors: list[Any]) -> list[Sum]:
         (sum(counts),),
         *map(views, (total_bars, y_bars, xs, hs, gates, scales)),
         *([t.contiguous() for t in ts] for ts in (means, rstds)),
-        *(x_bars, h_bars, written, parts, counts, tokens, chunks, sizes, width),
+        *(x_bars, h_bars, written, parts, picks, counts, tokens, chunks, sizes),
+        taken if picks else None,
+        width,
         **options,
     )
     return sums

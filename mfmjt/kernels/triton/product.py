@@ -1,12 +1,17 @@
 """Triton kernels of products over windows of tokens: convolutions and projections of streams.
 
-    y = act(windows(x) W^T + b)  or  silu(windows(x) W1^T) (windows(x) W2^T)
+    y = act(windows(x) W^T + b)  or  silu(windows(x) W1^T) (windows(x) W2^T), with its tangent
 
 A window is the K tokens around a token, K C numbers that lie one after the other in memory; zeros
 stand for what it has beyond the ends of its sample. W is (O, K C). A launch has programs of several
 streams, each with lengths and a weight of its own; a tangent is one more stream with the same
 weight. What differs between streams is chosen by a number that only the running program knows, so
 that the code, and its registers, are those of one stream.
+
+What a gated unit's result is made of lies in one tile, 8 columns or rows apart: there the matrix
+units of NVIDIA leave all of it to one thread. Columns are 8 of W1's, then 8 of W2's; rows are 8
+tokens, then their tangents. So the product is one, as wide as a tile may be, and its epilogue needs
+nothing from other threads.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from mfmjt.kernels.triton.device import choose, locate, put
 from mfmjt.kernels.triton.launching import dense, launch, present, strides
 from mfmjt.kernels.triton.qk_norm_rope import angles, rotated
 
-__all__ = ["precision", "project", "project_qkv", "takes", "window", "windows"]
+__all__ = ["precision", "project", "project_gated", "project_qkv", "takes", "window", "windows"]
 
 MAX_HEAD = 128  # width of a head that fits into registers, beside the products that make it
 
@@ -90,31 +95,26 @@ def _products(
     inside,
     out,  # (1, O)
     exists,  # likewise
-    apart,  # outputs between the halves of a gated unit, or None
+    away,  # (R,), units to what is multiplied in place of a row; None for the rows themselves
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """Return products of windows and filters, (R, O), those of the other half, and tokens (R,)."""
+    """Return products of windows and filters, (R, O), and tokens (R,)."""
     sources, weights, biases = operands
     STORED: tl.constexpr = weights[0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
     x, first, count, depth, _, token = window(sources, stream, row, inside, UNIT)
+    if away is not None:
+        x += away[:, None] * UNIT
     filters = choose(weights, stream) + out.to(tl.int64) * depth
-    if apart is not None:
-        more = filters + apart.to(tl.int64) * depth
     total = tl.zeros((row.shape[0], out.shape[1]), TYPE)
-    other = total
     for start in range(0, depth, BLOCK_DEPTH):
         k = start + tl.arange(0, BLOCK_DEPTH)
         i = first + k[None, :]
         a = tl.load(x + k[None, :], (i >= 0) & (i < count) & (k < depth)[None, :], 0.0)
-        here = (k < depth)[:, None] & exists
-        b = tl.load(filters + k[:, None], here, 0.0)
+        b = tl.load(filters + k[:, None], (k < depth)[:, None] & exists, 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TYPE)
-        if apart is not None:
-            b = tl.load(more + k[:, None], here, 0.0)
-            other = tl.dot(a, b, other, input_precision=PRECISION, out_dtype=TYPE)
     if biases is not None:
         pointers, steps, given = biases
         bias = choose(pointers, stream) + out
@@ -124,12 +124,32 @@ def _products(
             bias += token[:, None].to(tl.int64) * choose(steps, stream)
             exists = exists & inside[:, None]
         total += tl.load(bias, exists, 0.0).to(TYPE)
-    return total, other, token
+    return total, token
 
 
 @jit
 def _silu(x):
     return x / (1 + tl.exp(-x))
+
+
+@jit
+def _columns_apart(tile):
+    """Return the first 8 of every 16 columns, and the others."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    pairs = tl.reshape(tile, (rows, columns // 16, 2, 8))
+    first, second = tl.split(tl.trans(pairs, (0, 1, 3, 2)))
+    return tl.reshape(first, (rows, columns // 2)), tl.reshape(second, (rows, columns // 2))
+
+
+@jit
+def _rows_apart(tile):
+    """Return the first 8 of every 16 rows, and the others."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    pairs = tl.reshape(tile, (rows // 16, 2, 8, columns))
+    first, second = tl.split(tl.trans(pairs, (0, 2, 3, 1)))
+    return tl.reshape(first, (rows // 2, columns)), tl.reshape(second, (rows // 2, columns))
 
 
 @jit
@@ -140,7 +160,6 @@ def _product_kernel(
     tiles,  # programs of each stream
     rows,
     outs,
-    GLU: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -153,12 +172,9 @@ def _product_kernel(
     row = (tile // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < choose(rows, stream)
     out = ((tile % blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS))[None, :]
-    apart = count if GLU else None
-    total, other, _ = _products(
-        operands, stream, row, inside, out, out < count, apart, UNIT, PRECISION, BLOCK_DEPTH
+    total, _ = _products(
+        operands, stream, row, inside, out, out < count, None, UNIT, PRECISION, BLOCK_DEPTH
     )
-    if GLU:
-        total = _silu(total) * other
     if acts is not None:
         act = choose(acts, stream)
         selu = 1.0507009873554805 * tl.where(
@@ -167,6 +183,65 @@ def _product_kernel(
         total = tl.where(act == 1, _silu(total), tl.where(act == 2, selu, total))
     place = row[:, None].to(tl.int64) * count + out
     put(ys, stream, place, total, inside[:, None] & (out < count))
+
+
+@jit
+def _product_gated_kernel(
+    operands,  # weights are those of W1's outputs and then W2's; there are no biases
+    x_dots,  # tangents, which lie in memory as `xs` do; None where none are wanted
+    hs,  # (rows, 2 outs), both products of each row; None where no gradient will be
+    ys,
+    y_dots,  # None where no tangent is wanted
+    tiles,
+    rows,
+    outs,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    ROWS: tl.constexpr = BLOCK_ROWS if x_dots is None else BLOCK_ROWS // 2
+    OUTS: tl.constexpr = BLOCK_OUTS // 2
+    stream, tile, _ = locate(tiles, tl.program_id(0), 1)
+    count = choose(outs, stream)
+    blocks = tl.cdiv(count, OUTS)
+    first_row, first_out = (tile // blocks) * ROWS, (tile % blocks) * OUTS
+    lane = tl.arange(0, BLOCK_ROWS)
+    away = None
+    if x_dots is None:
+        row = first_row + lane
+    else:
+        row = first_row + lane // 16 * 8 + lane % 8
+        # By numbers: AMD's compiler knows no choice between pointers that differs from row to row
+        SIZE: tl.constexpr = UNIT * ys[0].dtype.element_ty.primitive_bitwidth // 8
+        begin = choose(operands[0].xs, stream).to(tl.int64)
+        to_dot = (choose(x_dots, stream).to(tl.int64) - begin) // SIZE
+        away = (lane // 8 % 2).to(tl.int64) * to_dot
+    lane = tl.arange(0, BLOCK_OUTS)[None, :]
+    out = first_out + lane // 16 * 8 + lane % 8
+    exists = out < count
+    out += lane // 8 % 2 * count
+    inside = row < choose(rows, stream)
+    total, _ = _products(
+        operands, stream, row, inside, out, exists, away, UNIT, PRECISION, BLOCK_DEPTH
+    )
+    gate, up = _columns_apart(total)
+    if x_dots is not None:
+        gate, gate_dot = _rows_apart(gate)
+        up, up_dot = _rows_apart(up)
+    row = (first_row + tl.arange(0, ROWS))[:, None]
+    out = first_out + tl.arange(0, OUTS)[None, :]
+    inside = (row < choose(rows, stream)) & (out < count)
+    place = row.to(tl.int64) * count + out
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    s = gate * sigmoid
+    put(ys, stream, place, s * up, inside)
+    put(hs, stream, place + row.to(tl.int64) * count, gate, inside)
+    put(hs, stream, place + (row.to(tl.int64) + 1) * count, up, inside)
+    if x_dots is not None:
+        y_dot = (sigmoid + s * (1 - sigmoid)) * gate_dot * up + s * up_dot
+        put(y_dots, stream, place, y_dot, inside)
 
 
 @jit
@@ -194,7 +269,7 @@ def _product_qkv_kernel(
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
     exists = inside[:, None] & (column < width)
     out, none = part * width + column, None
-    total, _, token = _products(
+    total, token = _products(
         operands, stream, row, inside, out, column < width, none, UNIT, PRECISION, BLOCK_DEPTH
     )
     norm = choose((choose(norms[0], stream), choose(norms[1], stream)), which)
@@ -262,15 +337,18 @@ def windows(
 
 
 def _operands(
-    xs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+    xs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], *beside: Tensor
 ) -> tuple[tuple[Any, ...], int]:
     """Return windows, weights and biases as kernels take them, and the unit.
+
+    What lies `beside` is loaded by units, too.
 
     Biases are pointers, elements from one token's to the next or None where none is per token, and
     which are there or None where all are; or None.
     """
     packed = tuple([weight.contiguous() for weight in weights])
-    sources, unit = windows(xs, [weight.shape[1] for weight in weights], beside=[*packed])
+    taps = [weight.shape[1] for weight in weights]
+    sources, unit = windows(xs, taps, beside=[*packed, *beside])
     bias = present(biases)
     if bias is not None:
         steps = tuple([0 if b is None or b.ndim == 1 else b.shape[1] for b in biases])
@@ -294,27 +372,84 @@ def project(
     """Launch products of streams (B, N, C) with weights (O, K, C); an activation by its number."""
     if not takes(xs):
         return NotImplemented
+    if glu:
+        return project_gated(xs, weights)
     pairs = zip(xs, weights, strict=True)
-    results = [x.new_empty(*x.shape[:2], w.shape[0] // (2 if glu else 1)) for x, w in pairs]
+    results = [x.new_empty(*x.shape[:2], w.shape[0]) for x, w in pairs]
     xs, weights, biases, acts, ys = _not_empty(results, xs, weights, biases, acts, results)
     if ys:
         rows, outs = [y.shape[0] * y.shape[1] for y in ys], [y.shape[2] for y in ys]
-        options = tuning.product(rows, outs, xs[0].element_size(), glu)
-        tiles = [
-            cdiv(n, options["BLOCK_ROWS"]) * cdiv(o, options["BLOCK_OUTS"])
-            for n, o in zip(rows, outs, strict=True)
-        ]
+        options = tuning.product(rows, outs, xs[0].element_size())
+        tiles = _tiles(rows, outs, options)
         operands, unit = _operands(xs, weights, biases)
         launch(
             _product_kernel,
             (sum(tiles),),
             *(operands, acts if any(acts) else None, ys, tiles, rows, outs),
-            GLU=glu,
             UNIT=unit,
             PRECISION=precision(),
             **options,
         )
     return results
+
+
+def project_gated(
+    xs: list[Tensor],
+    weights: list[Tensor],
+    x_dots: list[Tensor] | None = None,
+    keep: bool = False,
+) -> Any:
+    """Launch gated units of streams (B, N, C) with weights (2 O, K, C), first W1's outputs.
+
+    Args:
+        xs: What `takes` takes.
+        weights: Of each stream.
+        x_dots: The tangents of all streams, or None.
+        keep: Return both products too.
+
+    Returns:
+        Results (B, N, O); or a tuple of these, their tangents and the products (B, N, 2 O), without
+        what was not asked for.
+    """
+    dual, pairs = x_dots is not None, list(zip(xs, weights, strict=True))
+    results = [x.new_empty(*x.shape[:2], w.shape[0] // 2) for x, w in pairs]
+    dots = [y.new_empty(y.shape) for y in results] if dual else None
+    both = [x.new_empty(*x.shape[:2], w.shape[0]) for x, w in pairs] if keep else None
+    lists = (xs, weights, x_dots or xs, results, dots or xs, both or xs)
+    xs, weights, x_dots, ys, y_dots, hs = _not_empty(results, *lists)
+    if ys:
+        if dual:
+            together = map(_alike, xs, x_dots)
+            xs, x_dots = map(list, zip(*together, strict=True))
+        rows, outs = [y.shape[0] * y.shape[1] for y in ys], [y.shape[2] for y in ys]
+        in_tiles = [n * (1 + dual) for n in rows], [2 * o for o in outs]
+        options = tuning.product(*in_tiles, xs[0].element_size(), gated=True)
+        tiles = _tiles(*in_tiles, options)
+        operands, unit = _operands(xs, weights, [None] * len(xs), *(x_dots if dual else ()))
+        launch(
+            _product_gated_kernel,
+            (sum(tiles),),
+            *(operands, x_dots if dual else None, hs if keep else None),
+            *(ys, y_dots if dual else None, tiles, rows, outs),
+            UNIT=unit,
+            PRECISION=precision(),
+            **options,
+        )
+    asked = [given for given in (results, dots, both) if given is not None]
+    return tuple(asked) if len(asked) > 1 else results
+
+
+def _tiles(rows: list[int], outs: list[int], options: tuning.Options) -> list[int]:
+    """Return the programs of each stream."""
+    blocks = options["BLOCK_ROWS"], options["BLOCK_OUTS"]
+    return [cdiv(n, blocks[0]) * cdiv(o, blocks[1]) for n, o in zip(rows, outs, strict=True)]
+
+
+def _alike(x: Tensor, x_dot: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they lie in memory alike; on AMD in one piece, within 32 bits of an offset."""
+    if target()[0] == "hip":
+        x, x_dot = torch.stack((x, x_dot))
+    return x.contiguous(), x_dot.contiguous()
 
 
 def project_qkv(

@@ -16,7 +16,7 @@ from mfmjt.kernels.triton import cdiv, jit, tl, tuning
 from mfmjt.kernels.triton.device import at, locate, put, wide
 from mfmjt.kernels.triton.launching import alike, empty, filled, launch, of_one, views
 
-__all__ = ["bwd", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
+__all__ = ["bwd", "bwd_into", "bwd_streams", "fwd", "fwd_streams", "jvp", "jvp_streams"]
 
 
 @jit
@@ -67,7 +67,7 @@ def _swiglu_fwd_kernel(
 
 @jit
 def _swiglu_bwd_kernel(
-    y_bars,  # for each stream a `View` of rows, as for the next two
+    y_bars,  # for each stream a `View` of rows, as for the next four
     gates,
     ups,
     gate_bars,
@@ -83,9 +83,9 @@ def _swiglu_bwd_kernel(
     up = _load(ups, stream, row, col, inside)
     sigmoid = 1 / (1 + tl.exp(-gate))
     s = gate * sigmoid
-    out = row * width + col
-    put(gate_bars, stream, out, y_bar * up * (sigmoid + s * (1 - sigmoid)), inside)
-    put(up_bars, stream, out, y_bar * s, inside)
+    gate_bar = y_bar * up * (sigmoid + s * (1 - sigmoid))
+    tl.store(at(gate_bars, stream, 0, row) + col, gate_bar, inside)
+    tl.store(at(up_bars, stream, 0, row) + col, y_bar * s, inside)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _launch(kernel: Any, inputs: Sequence[Any], results: Sequence[Any]) -> bool:
+def _launch(kernel: Any, inputs: Sequence[Any], results: Sequence[Any] = ()) -> bool:
     """Run an element-wise kernel over all rows of all streams; return False for what it leaves."""
     if not alike(*inputs):
         return False
@@ -132,8 +132,20 @@ def jvp_streams(
 def bwd_streams(y_bars: list[Tensor], gates: list[Tensor], ups: list[Tensor]) -> Any:
     """Compute the cotangents of all streams."""
     bars = empty(gates), empty(ups)
-    launched = _launch(_swiglu_bwd_kernel, (y_bars, gates, ups), bars)
+    launched = _launch(_swiglu_bwd_kernel, (y_bars, gates, ups, *bars))
     return bars if launched else NotImplemented
+
+
+def bwd_into(y_bars: list[Tensor], both: list[Tensor], bars: list[Tensor]) -> None:
+    """Write the cotangents of gate and up, halves of the last axis of `both`, into those of `bars`.
+
+    One launch, or one for each stream that is not empty where widths differ.
+    """
+    halves = [x.chunk(2, -1) for x in both], [x.chunk(2, -1) for x in bars]
+    inputs = y_bars, *([pair[i] for pair in pairs] for pairs in halves for i in (0, 1))
+    if not _launch(_swiglu_bwd_kernel, inputs):
+        for one in zip(*inputs, strict=True):
+            _launch(_swiglu_bwd_kernel, [[x] for x in one])
 
 
 fwd, jvp, bwd = of_one(fwd_streams, jvp_streams, bwd_streams)

@@ -97,6 +97,7 @@ _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
     },
 }
 _STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
+_PART = 12  # what a float32 to write and add up costs, in multiplications of one processor
 
 
 def _product_tiles(element_size: int, widest: bool = True) -> tuple[dict[Tile, float], int]:
@@ -109,26 +110,26 @@ def _product_tiles(element_size: int, widest: bool = True) -> tuple[dict[Tile, f
     return tiles, _MULTIPROCESSORS.get(arch, 108)
 
 
-def product(rows: Sequence[int], outs: Sequence[int], element_size: int, glu: bool) -> Options:
+def product(
+    rows: Sequence[int], outs: Sequence[int], element_size: int, gated: bool = False
+) -> Options:
     """Return the options of products of streams.
 
-    The tile with the least time, by the waves of programs and what a step of one takes. A gated
-    unit has two sums, and takes half as many outputs. The widest tiles leave no registers for that,
-    nor for a choice among more streams than a value and its tangent.
+    The tile with the least time, by the waves of programs and what a step of one takes. The widest
+    tiles leave no registers for activations and a choice among more streams than a value and its
+    tangent; on sm_80 none for a gated unit.
     """
-    tiles, processors = _product_tiles(element_size, widest=not glu and len(rows) <= 2)
-
-    def columns(tile: Tile) -> int:
-        return tile.columns // 2 if glu and tile.columns > 32 else tile.columns
+    widest = target()[1] in (90, 100) if gated else len(rows) <= 2
+    tiles, processors = _product_tiles(element_size, widest)
 
     def time(tile: Tile) -> float:
         pairs = zip(rows, outs, strict=True)
-        programs = sum(cdiv(n, tile.rows) * cdiv(o, columns(tile)) for n, o in pairs)
-        area = tile.rows * columns(tile) * (2 if glu else 1)
-        return cdiv(programs, processors) * (area / tiles[tile] + _STEP * 64 / tile.depth)
+        programs = sum(cdiv(n, tile.rows) * cdiv(o, tile.columns) for n, o in pairs)
+        area = tile.rows * tile.columns / tiles[tile]
+        return cdiv(programs, processors) * (area + _STEP * 64 / tile.depth)
 
     best = min(tiles, key=time)
-    blocks = {"BLOCK_ROWS": best.rows, "BLOCK_OUTS": columns(best), "BLOCK_DEPTH": best.depth}
+    blocks = {"BLOCK_ROWS": best.rows, "BLOCK_OUTS": best.columns, "BLOCK_DEPTH": best.depth}
     return {**blocks, "num_warps": best.warps, "num_stages": best.stages}
 
 
@@ -147,20 +148,26 @@ def product_heads(rows: Sequence[int], parts: int, width: int, element_size: int
 def conv1d_weight(rows: int, outs: int, depth: int, element_size: int) -> tuple[Options, int]:
     """Return the options of a weight's gradient, and splits of its rows.
 
-    Splits make two waves of programs, but each adds up eight blocks of rows or more: a part costs
-    as much memory as a float32 weight. The widest tiles spill on sm_100, whose loads are turned.
+    The tile and the splits with the least time, by the waves of programs and the memory of parts,
+    of which each adds up eight blocks of rows or more. The widest tiles spill but on sm_90.
     """
     tiles, processors = _product_tiles(element_size)
-    tiles = {tile: speed for tile, speed in tiles.items() if 64 <= tile.columns <= 128}
-
-    def programs(tile: Tile) -> int:
-        return cdiv(outs, tile.rows) * cdiv(depth, tile.columns)
-
-    best = min(tiles, key=lambda t: programs(t) * t.rows * t.columns / tiles[t])
-    steps = cdiv(rows, best.depth)
-    splits = max(1, min(2 * processors // programs(best), steps // 8))
+    widest = 256 if target()[1] == 90 else 128
+    choices = []
+    for tile, speed in tiles.items():
+        if not 64 <= tile.columns <= widest:
+            continue
+        programs, steps = cdiv(outs, tile.rows) * cdiv(depth, tile.columns), cdiv(rows, tile.depth)
+        work = tile.rows * tile.columns / speed + _STEP * 64 / tile.depth
+        for waves in range(1, 7):
+            splits = max(1, min(waves * processors // programs, steps // 8))
+            in_turn = cdiv(programs * splits, processors) * cdiv(steps, splits) * tile.depth
+            choices.append((in_turn * work + splits * outs * depth * _PART, splits, tile))
+    _, splits, best = min(choices)
     blocks = {"BLOCK_OUTS": best.rows, "BLOCK_DEPTH": best.columns, "BLOCK_ROWS": best.depth}
     launch = {"num_warps": best.warps, "num_stages": best.stages, **registers(best.warps)}
+    if best.columns == 256:
+        launch["maxnreg"] = 255
     return {**blocks, **launch}, splits
 
 

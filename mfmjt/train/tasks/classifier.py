@@ -8,24 +8,32 @@ training.learning_rate=1e-3 training.seed=1`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
+from mfmjt.data.recordings import SAMPLE_RATE, Recording, Recordings
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
+from mfmjt.progress import ProgressBar
 from mfmjt.train import optim
 from mfmjt.train.recipe import Loop
 from mfmjt.train.tasks.procedural import whole_batch
+from mfmjt.train.tasks.recorded import crop
 from mfmjt.train.trainer import Batch, Task, TrainingResult, train
 
 __all__ = ["ClassifierStage", "ClassifierTask", "ClassifierTraining", "train_classifier"]
 
 TENTH = foley.SAMPLE_RATE // 10
+_BEHIND = 0.4  # share of recordings with another, of any class, 10 to 30 dB below
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,23 @@ class ClassifierStage:
     Attributes:
         out: Folder of the weights, the log and the training states.
         init_from: Weights to start from, instead of random ones.
-        training: How it is trained.
+        recordings: Corpus to train on in place of procedural clips, from `mfmjt data real`; its
+            labels are the classes. Null for none.
+        codec: Codec through which half of the recordings are heard, as all that is made will be:
+            otherwise it would be the codec that is judged. Null for none.
+        fewest: Training recordings that a label needs to be a class.
+        widths: Channels after each convolution.
+        embedding: Size of the embedding.
+        training: How it is trained; `clips` and `validation_clips` are of procedural sound.
     """
 
     out: str = "output/nano/classifier"
     init_from: str | None = None
+    recordings: Path | None = None
+    codec: Path | None = None
+    fewest: int = 5
+    widths: tuple[int, ...] = (24, 48, 80, 112)
+    embedding: int = 64
     training: ClassifierTraining = field(default_factory=ClassifierTraining)
 
     def loop(self) -> Loop:
@@ -154,9 +174,15 @@ def _crops(waves: Tensor, rows: Tensor, samples: int, generator: torch.Generator
     return torch.stack(crops)
 
 
-def accuracy(network: Classifier, waves: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of clips given their own class: over all under `all`, and under each class's name."""
-    predicted, _ = network.judge(waves)
+def accuracy(network: Classifier, waves: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
+    """Share of clips given their own class: over all under `all`, and under each class's name.
+
+    Args:
+        network: The judge.
+        waves: Batches (B, S) of one length each.
+        labels: Classes of all clips (n,).
+    """
+    predicted = torch.cat([network.judge(batch)[0] for batch in waves])
     right = predicted == labels
     result = {"all": right.float().mean().item()}
     for label, name in enumerate(network.config.classes):
@@ -165,11 +191,133 @@ def accuracy(network: Classifier, waves: Tensor, labels: Tensor) -> dict[str, fl
     return result
 
 
+class _Procedural:
+    """Procedural clips of the train split, and those of validation that the classifier judges."""
+
+    classes = foley.CLASSES
+
+    def __init__(self, training: ClassifierTraining) -> None:
+        if min(training.clips, training.validation_clips) < 1:
+            raise InputError("The classifier needs at least one clip. Raise the counts.")
+        self.training = training
+        self.waves, self.labels = load_audio("train", training.clips, training.duration)
+        self.generator, self.drawn = torch.Generator().manual_seed(training.seed), 0
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """Draw crops, augmented; a resumed run draws those of the steps before again."""
+        while self.drawn < step:
+            self._draw()
+        return self._draw()
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        samples = _length(self.training, self.waves.shape[1], self.generator)
+        rows = torch.randint(len(self.waves), (self.training.batch,), generator=self.generator)
+        crops = augment(_crops(self.waves, rows, samples, self.generator), self.generator)
+        self.drawn += 1
+        return crops, self.labels[rows]
+
+    def validation(self) -> tuple[list[Tensor], Tensor]:
+        """Return all waveforms of the validation split as one batch, and their labels."""
+        waves, labels = load_audio(
+            "validation", self.training.validation_clips, self.training.duration
+        )
+        return [waves], labels
+
+
+class _Recorded:
+    """Recordings, with labels as classes: crops, or one-shots that sound several times."""
+
+    def __init__(self, recipe: ClassifierStage, corpus: Path) -> None:
+        self.training, self.recordings = recipe.training, Recordings(corpus)
+        rows: dict[str, list[Recording]] = {}
+        for row in self.recordings.of("train"):
+            rows.setdefault(row.label, []).append(row)
+        self.rows = {
+            label: rows[label]
+            for label in sorted(rows)
+            if label and len(rows[label]) >= recipe.fewest
+        }
+        if not self.rows:
+            raise InputError(
+                f"No label of {corpus} has {recipe.fewest} recordings to train on. Lower fewest."
+            )
+        self.classes = tuple(self.rows)
+        self.through: dict[str, np.ndarray[Any, np.dtype[np.float16]]] = {}
+        if recipe.codec:
+            self._decode(NanoCodec.load(recipe.codec))
+        # By the root of their number: neither do steps drown bells, nor are five bells worn out.
+        weights = np.sqrt([len(rows) for rows in self.rows.values()])
+        self.chances = weights / weights.sum()
+
+    @torch.no_grad()
+    def _decode(self, codec: NanoCodec) -> None:
+        rows = [row for some in self.rows.values() for row in some]
+        with ProgressBar("through the codec", len(rows), unit="recordings") as bar:
+            for done, row in enumerate(rows, 1):
+                wave = torch.from_numpy(self.recordings.sound(row))[None]
+                made = codec.decode(codec.encode(wave)[0])[0, : row.samples]
+                self.through[row.id] = made.half().numpy()
+                bar.update(done)
+
+    def _wave(self, label: str, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+        row = self.rows[label][rng.integers(len(self.rows[label]))]
+        if self.through and rng.uniform() < 0.5:
+            return self.through[row.id].astype(np.float32)
+        return self.recordings.sound(row)
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """Draw sounds of one length, augmented, and their classes."""
+        rng = np.random.default_rng([self.training.seed, step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        samples = _length(self.training, round(self.training.duration * SAMPLE_RATE), generator)
+        labels = rng.choice(len(self.classes), size=self.training.batch, p=self.chances)
+        sounds = np.stack([self._sound(self.classes[label], samples, rng) for label in labels])
+        return augment(torch.from_numpy(sounds), generator), torch.from_numpy(labels)
+
+    def _sound(
+        self, label: str, samples: int, rng: np.random.Generator
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        wave = self._wave(label, rng)
+        sound = crop(wave, samples, rng)
+        if len(wave) < samples // 2 and rng.uniform() < 0.5:
+            times = int(rng.integers(2, 2 + 4 * samples // SAMPLE_RATE))
+            gains = zip(rng.integers(samples, size=times), rng.uniform(0.3, 1, times), strict=True)
+            sound = np.sum([gain * np.roll(sound, place) for place, gain in gains], axis=0)
+        if rng.uniform() < _BEHIND:
+            behind = self.classes[rng.choice(len(self.classes), p=self.chances)]
+            other = crop(self._wave(behind, rng), samples, rng)
+            gain = 10 ** (-rng.uniform(10, 30) / 20)
+            other *= gain * np.linalg.norm(sound) / max(float(np.linalg.norm(other)), 1e-6)
+            sound = sound + other
+        return np.asarray(sound, np.float32)
+
+    def validation(self) -> tuple[list[Tensor], Tensor]:
+        """Return the recordings of the validation split one by one, and their labels."""
+        return judged_recordings(self.recordings, self.classes, "validation")
+
+
+def judged_recordings(
+    recordings: Recordings, classes: Sequence[str], split: str
+) -> tuple[list[Tensor], Tensor]:
+    """Return recordings of these classes as batches of one, and their classes (n,) int64."""
+    rows = [row for row in recordings.of(split) if row.label in classes]
+    waves = [torch.from_numpy(recordings.sound(row))[None] for row in rows]
+    return waves, torch.tensor([classes.index(row.label) for row in rows], dtype=torch.int64)
+
+
+def _length(training: ClassifierTraining, total: int, generator: torch.Generator) -> int:
+    """Draw the samples of a batch's crops, out of `total` at most."""
+    shortest = min(total, round(training.shortest * foley.SAMPLE_RATE))
+    # Lengths are whole tenths of a second: the FFT of a prime length takes three times as long.
+    tenths = int(torch.randint(shortest // TENTH, total // TENTH + 1, (), generator=generator))
+    return min(total, max(tenths, 1) * TENTH)
+
+
 class ClassifierTask(Task):
-    """The classifier, trained on clips of the train split and judged by those of validation.
+    """The classifier, trained on sounds of the train split and judged by those of validation.
 
     Raises:
-        InputError: A recipe without steps or clips.
+        InputError: A recipe without steps or clips, or weights to start from of other classes.
     """
 
     title = "classifier"
@@ -177,42 +325,28 @@ class ClassifierTask(Task):
 
     def __init__(self, recipe: ClassifierStage) -> None:
         training = self.training = recipe.training
-        if min(training.steps, training.clips, training.validation_clips, training.batch) < 1:
-            raise InputError(
-                "The classifier needs at least one step, clip and row. Raise the counts."
-            )
-        self.waves, self.labels = load_audio("train", training.clips, training.duration)
+        if min(training.steps, training.batch) < 1:
+            raise InputError("The classifier needs at least one step and row. Raise the counts.")
+        corpus = recipe.recordings
+        self.source = _Recorded(recipe, corpus) if corpus else _Procedural(training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
-            init = recipe.init_from
-            self.classifier = (
-                Classifier.load(init)
-                if init
-                else Classifier(ClassifierConfig(classes=foley.CLASSES))
+            config = ClassifierConfig(
+                self.source.classes, widths=recipe.widths, embedding=recipe.embedding
             )
+            init = recipe.init_from
+            self.classifier = Classifier.load(init) if init else Classifier(config)
+        if self.classifier.config.classes != self.source.classes:
+            raise InputError(f"{init} knows other classes. Leave out init_from.")
         super().__init__(recipe, recipe.loop(), self.classifier)
-        self.generator, self.drawn = torch.Generator().manual_seed(training.seed), 0
 
     def rate(self, step: int, share: float) -> float:
         """Fall to what is not quite 0 at the last step."""
         return optim.schedule(step, (step + 1) / (self.loop.steps + 1), self.loop.warmup, "cosine")
 
     def draw(self, step: int) -> Batch:
-        """Draw crops, augmented; a resumed run draws those of the steps before again."""
-        while self.drawn < step:
-            self._draw()
-        return whole_batch(self.training.batch, self.figures, *self._draw())
-
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        generator, total = self.generator, self.waves.shape[1]
-        shortest = min(total, round(self.training.shortest * foley.SAMPLE_RATE))
-        # Lengths are whole tenths of a second: the FFT of a prime length takes three times as long.
-        tenths = int(torch.randint(shortest // TENTH, total // TENTH + 1, (), generator=generator))
-        samples = min(total, max(tenths, 1) * TENTH)
-        rows = torch.randint(len(self.waves), (self.training.batch,), generator=generator)
-        crops = augment(_crops(self.waves, rows, samples, generator), generator)
-        self.drawn += 1
-        return crops, self.labels[rows]
+        """Draw sounds and their classes."""
+        return whole_batch(self.training.batch, self.figures, *self.source.draw(step))
 
     def loss(self, crops: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy of crops (B, S) and their classes (B,)."""
@@ -227,10 +361,7 @@ class ClassifierTask(Task):
         }
         judge = copy.deepcopy(self.classifier)
         judge.load_state_dict(stored)
-        waves, labels = load_audio(
-            "validation", self.training.validation_clips, self.training.duration
-        )
-        return accuracy(judge.eval(), waves, labels)
+        return accuracy(judge.eval(), *self.source.validation())
 
     def export(self) -> Path:
         """Write `classifier.safetensors`, in float16."""

@@ -1,9 +1,13 @@
-"""Training of the nano codec on procedural sound: multi-resolution spectra plus a small KL term."""
+"""Training of the nano codec on procedural and recorded sound.
+
+The loss is a distance of spectra at several resolutions plus a small KL term.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from mfmjt.codec import MelSpectrogram, NanoCodec, NanoCodecConfig
 from mfmjt.codec.mel import filterbank, stft
 from mfmjt.data import foley
+from mfmjt.data.recordings import Recording, Recordings
 from mfmjt.errors import InputError
 from mfmjt.train.tasks.procedural import (
     ProceduralTask,
@@ -23,6 +28,7 @@ from mfmjt.train.tasks.procedural import (
     render_array,
     whole_batch,
 )
+from mfmjt.train.tasks.recorded import mixture, shares
 from mfmjt.train.trainer import Batch, TrainingResult, train
 
 __all__ = ["CodecTask", "CodecTraining", "SpectralLoss", "train_codec"]
@@ -35,7 +41,9 @@ class CodecTraining(ProceduralTraining):
     Attributes:
         seconds: Length of a crop; rounded to whole latent frames.
         kl: Weight of the KL divergence from a unit Gaussian, per latent number.
-        init_from: A codec to start from, of the same sizes.
+        recordings: Corpus to train on as well, from `mfmjt data real`; null for none.
+        recorded: Share of crops that are recordings.
+        init_from: A codec to start from. Of one of other sizes the tensors that fit are taken.
         train_encoder: Whether the encoder is trained too. Without it the latents stay what they
             are, and a decoder can still improve after a network has been trained on them.
         mel: Extra weight of MMAudio's log10 mel distance.
@@ -47,6 +55,8 @@ class CodecTraining(ProceduralTraining):
     clips: int = 3000
     seconds: float = 1.024
     kl: float = 0.003
+    recordings: Path | None = None
+    recorded: float = 0.7
     init_from: Path | None = None
     train_encoder: bool = True
     mel: float = 0.0
@@ -62,7 +72,8 @@ class SpectralLoss(nn.Module):
     ones the pitch. At 64 ms the mel is MMAudio's own, by which others judge the sound.
     """
 
-    scales = ((64, 12), (128, 20), (256, 32), (512, 48), (2048, 160))
+    longest = 2048
+    scales = ((64, 12), (128, 20), (256, 32), (512, 48), (longest, 160))
 
     def __init__(self, sample_rate: int = 16000) -> None:
         super().__init__()
@@ -111,14 +122,16 @@ class CodecTask(ProceduralTask):
     """The codec, or its decoder alone.
 
     Raises:
-        InputError: `init_from` is of other sizes.
+        InputError: `init_from` is of other sizes and the decoder alone is to be trained, or the
+            corpus has no recordings of a split.
     """
 
     title = "codec"
     figures = ("loss", "log", "linear", "kl")
 
     def __init__(self, recipe: CodecTraining) -> None:
-        self.codec = codec = _starting_codec(recipe)
+        self.codec, taken = _starting_codec(recipe)
+        codec = self.codec
         decoder = nn.ModuleDict({"decoder": codec.decoder, "head": codec.head})
         super().__init__(recipe, codec if recipe.train_encoder else decoder)
         self.samples = round(foley.SAMPLE_RATE * foley.DURATION)
@@ -134,6 +147,12 @@ class CodecTask(ProceduralTask):
         )  # fmt: skip
         self.frames = max(4, round(recipe.seconds * codec.sample_rate / codec.hop))
         self.spectral = SpectralLoss()
+        if taken:
+            self.notes = (*self.notes, taken)
+        self.recordings = Recordings(recipe.recordings) if recipe.recordings else None
+        if self.recordings:
+            self.rows = _recorded(self.recordings, "train")
+            self.chances = shares(self.rows, self.frames * codec.hop)
 
     def draw(self, step: int) -> Batch:
         """Draw crops, their gain and polarity, and the noise of their latents."""
@@ -143,6 +162,10 @@ class CodecTask(ProceduralTask):
         starts = rng.integers(self.samples - crop, size=batch)
         crops = [self.sounds[row, at : at + crop] for row, at in zip(rows, starts, strict=True)]
         target = torch.from_numpy(np.stack(crops)).float() / 32767
+        if self.recordings:
+            for row in np.flatnonzero(rng.uniform(size=batch) < self.recipe.recorded):
+                sound = mixture(self.recordings, self.rows, self.chances, crop, rng)
+                target[row] = torch.from_numpy(sound)
         # Gain and polarity: eight classes of loudness are not what the latents should memorize.
         gain = rng.uniform(0.5, 1.0, size=(batch, 1)) * rng.choice([-1.0, 1.0], size=(batch, 1))
         target = target * torch.from_numpy(gain).float()
@@ -170,12 +193,25 @@ class CodecTask(ProceduralTask):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Send whole clips through the posterior's mean: losses and statistics of the latents."""
+        """Send whole clips through the posterior's mean: losses and statistics of the latents.
+
+        Those of recordings have names that begin with `recorded_`.
+        """
+        figures = self._through(row.astype(np.float32) / 32767 for row in self.held_out)
+        if self.recordings:
+            rows = _recorded(self.recordings, "validation")
+            step = -(-len(rows) // self.recipe.validation_clips)
+            recorded = self._through(map(self.recordings.sound, rows[::step]))
+            figures |= {f"recorded_{name}": value for name, value in recorded.items()}
+        return figures
+
+    def _through(self, sounds: Iterable[np.ndarray[Any, Any]]) -> dict[str, float]:
         spectral, figures = self.spectral, []
-        for row in self.held_out:
-            target = torch.from_numpy(row.astype(np.float32))[None] / 32767
+        for row in sounds:
+            # The longest window needs that much; silence follows a short recording.
+            target = torch.from_numpy(np.pad(row, (0, max(0, spectral.longest - len(row)))))[None]
             mean, logvar = self.codec.encode(target)
-            sound = self.codec.decode(mean)
+            sound = self.codec.decode(mean)[:, : target.shape[1]]
             log, linear = spectral(sound, target)
             mel = F.l1_loss(spectral.mel(sound), spectral.mel(target))
             spread, change = (0.5 * logvar).exp().mean(), mean.diff(dim=1).square().mean()
@@ -191,20 +227,32 @@ class CodecTask(ProceduralTask):
         return path
 
 
-def _starting_codec(recipe: CodecTraining) -> NanoCodec:
+def _starting_codec(recipe: CodecTraining) -> tuple[NanoCodec, str]:
+    """Return the codec to train, and what of it does not start from nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        codec = NanoCodec(recipe.model)
     if recipe.init_from is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            return NanoCodec(recipe.model)
-    codec = NanoCodec.load(recipe.init_from)
-    if codec.config != recipe.model:
+        return codec, ""
+    first = NanoCodec.load(recipe.init_from)
+    if first.config != recipe.model and not recipe.train_encoder:
         raise InputError(
-            f"{recipe.init_from} holds a codec of other sizes, {codec.config}. "
-            "Give its sizes as model, or start from nothing."
+            f"{recipe.init_from} holds a codec of other sizes, {first.config}, and "
+            "train_encoder=false keeps its latents. Give its sizes as model."
         )
-    return codec
+    own = codec.state_dict()
+    fitting = {k: v for k, v in first.state_dict().items() if k in own and v.shape == own[k].shape}
+    codec.load_state_dict(fitting, strict=False)
+    return codec, f"{len(fitting)} of {len(own)} tensors start from {recipe.init_from}."
+
+
+def _recorded(recordings: Recordings, split: str) -> list[Recording]:
+    rows = recordings.of(split)
+    if not rows:
+        raise InputError(f"The corpus has no recordings of the split {split}: make it anew.")
+    return rows
 
 
 def train_codec(recipe: CodecTraining) -> TrainingResult:
-    """Train a `NanoCodec` on procedural clips; see `mfmjt.train.trainer.train`."""
+    """Train a `NanoCodec` on procedural clips and recordings; see `mfmjt.train.trainer.train`."""
     return train(recipe.loop(), lambda _: CodecTask(recipe))

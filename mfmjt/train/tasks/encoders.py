@@ -1,16 +1,17 @@
-"""Training of the nano encoders on procedural clips, contrastively.
+"""Training of the nano encoders on procedural or open clips, contrastively.
 
 Frames and captions learn to agree as CLIP's do (Radford et al., 2021, arXiv:2103.00020), where all
-captions of a class are right for a frame of it (supervised contrast, Khosla et al., 2020,
+captions of what is seen are right for a frame of it (supervised contrast, Khosla et al., 2020,
 arXiv:2004.11362). Motion learns to find its own moment of sound among all moments of the batch, as
 Synchformer's first stage does (Iashin et al., 2024, arXiv:2401.16423), against an audio tower that
-is thrown away. One thing goes beyond those recipes: the procedural set knows when events happen,
-and an auxiliary head, thrown away as well, learns to say so from the motion features.
+is thrown away. One thing goes beyond those recipes: the sets know when events happen, and an
+auxiliary head, thrown away as well, learns to say so from the motion features.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfmjt.codec.mel import filterbank, stft
-from mfmjt.data import foley
+from mfmjt.data import foley, wordings
 from mfmjt.data._captions import words
+from mfmjt.data.open_set import clips_of, has_picture, open_set
 from mfmjt.encoders import NanoEncoders, NanoEncodersConfig
+from mfmjt.errors import InputError
 from mfmjt.train.tasks.procedural import (
     ProceduralTask,
     ProceduralTraining,
@@ -50,6 +53,11 @@ class EncodersTraining(ProceduralTraining):
         window: Frames of each.
         clips: Training clips rendered (2.5 MB each, on disk).
         on_disk: Keep the rendered frames in `out`; otherwise in memory.
+        recordings: Corpus of the open set, from `mfmjt data real`, of which clips with a picture
+            are taken; null for the procedural set.
+        init_from: Encoders to start the frame and sync encoders from, of the same sizes.
+        text_from: Encoders whose text encoder is taken and stays as it is, such as the stage
+            `text` makes; null to train one.
         model: Sizes of the encoders.
     """
 
@@ -62,6 +70,9 @@ class EncodersTraining(ProceduralTraining):
     clips: int = 1800
     validation_clips: int = 96
     on_disk: bool = True
+    recordings: Path | None = None
+    init_from: Path | None = None
+    text_from: Path | None = None
     save_every: int = 200
     model: NanoEncodersConfig = field(default_factory=NanoEncodersConfig)
 
@@ -89,7 +100,6 @@ class _Towers(nn.Module):
         super().__init__()
         dim = config.dim
         self.encoders = NanoEncoders(config)
-        self.encoders.vocabulary = words()
         self.audio = _AudioTower(dim)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(dim, 64) for name in ("frames", "text", "motion", "audio")}
@@ -109,24 +119,34 @@ class _Clips:
     """A split of the set, ready for training."""
 
     def __init__(self, split: str, count: int, config: EncodersTraining) -> None:
-        path = config.out / f"{split}_{count}.npy" if config.on_disk else None
+        name = f"{split}_{count}"
+        if config.recordings is not None:
+            name += f"_{open_set(config.recordings).recordings.digest[:8]}"
+        path = config.out / f"{name}.npy" if config.on_disk else None
         size = NanoEncoders.frame_size
         self.length = round(foley.DURATION * foley.FPS)
+        numbered = (i for i in itertools.count() if has_picture(i, config.recordings))
+        numbers = list(itertools.islice(numbered, count))
         self.frames = render_array(
             path, count, (self.length, size, size, 3), "uint8",
-            functools.partial(_frames, split, config.seed), config.workers,
+            functools.partial(_frames, config.recordings, split, config.seed, numbers),
+            config.workers,
         )  # fmt: skip
-        clips = [foley.clip(i, split, config.seed, render=False) for i in range(count)]
+        make = clips_of(config.recordings)
+        clips = [make(i, split, config.seed, render=False) for i in numbers]
         self.captions = [clip.caption for clip in clips]
-        self.labels = np.array([clip.label for clip in clips])
+        self.seen = np.unique([clip.seen for clip in clips], return_inverse=True)[1]
         self.events = [clip.events for clip in clips]
         # Four frames of silence on both sides: what a window at the very start looks back on.
         self.mel = np.stack([_log_mel(clip.audio) for clip in clips]).astype(np.float16)
         self.targets = np.stack([_event_targets(clip.events, self.length) for clip in clips])
 
 
-def _frames(split: str, seed: int, index: int) -> np.ndarray[Any, Any]:
-    frames = foley.clip(index, split, seed, size=NanoEncoders.frame_size).frames
+def _frames(
+    recordings: Path | None, split: str, seed: int, numbers: list[int], row: int
+) -> np.ndarray[Any, Any]:
+    make = clips_of(recordings)
+    frames = make(numbers[row], split, seed, size=NanoEncoders.frame_size).frames
     assert frames is not None
     return frames
 
@@ -220,9 +240,21 @@ class EncodersTask(ProceduralTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.towers = _Towers(recipe.model)
+        encoders = self.towers.encoders
+        if recipe.init_from is not None:
+            _take(encoders, recipe.init_from, "frame_encoder", "sync_encoder")
+        if recipe.text_from is not None:
+            given = _take(encoders, recipe.text_from, "text_encoder")
+            encoders.text_encoder.requires_grad_(False)
         super().__init__(recipe, self.towers)
         self.clips = _Clips("train", recipe.clips, recipe)
         self.held_out = _Clips("validation", recipe.validation_clips, recipe)
+        if recipe.text_from is not None:
+            encoders.vocabulary = given.vocabulary
+        elif recipe.recordings is not None:
+            encoders.vocabulary = wordings.words(*self.clips.captions)
+        else:
+            encoders.vocabulary = words()
 
     def draw(self, step: int) -> Batch:
         """Draw frames and captions to match, and windows of motion and sound."""
@@ -232,16 +264,16 @@ class EncodersTask(ProceduralTask):
 
     def _draw_match(self, rng: np.random.Generator) -> tuple[Tensor, list[str], Tensor]:
         clips, c = self.clips, self.recipe
-        rows = rng.choice(len(clips.labels), size=c.batch, replace=False)
+        rows = rng.choice(len(clips.seen), size=c.batch, replace=False)
         when = rng.integers(clips.length, size=(c.batch, c.pictures))
         frames = np.stack([clips.frames[row, t] for row, t in zip(rows, when, strict=True)])
         augmented = _augment(frames, rng)
         texts = [_reword(clips.captions[row], rng) for row in rows]
-        return augmented, texts, torch.from_numpy(clips.labels[rows])
+        return augmented, texts, torch.from_numpy(clips.seen[rows])
 
     def _draw_sync(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         clips, c = self.clips, self.recipe
-        rows = rng.choice(len(clips.labels), size=c.windows, replace=False)
+        rows = rng.choice(len(clips.seen), size=c.windows, replace=False)
         starts = rng.integers(clips.length - c.window + 1, size=c.windows)
         span = np.arange(-_REACH, c.window + _REACH)
         index = np.clip(starts[:, None] + span, 0, clips.length - 1)
@@ -268,7 +300,7 @@ class EncodersTask(ProceduralTask):
         Args:
             frames: Of clips (B, pictures, 3, H, W).
             texts: Their captions.
-            labels: Their classes (B,).
+            labels: What they show (B,): equal numbers look the same.
             moving: Windows of frames (W, T + 8, 3, H, W).
             mel: Their sound (W, T + 8, 160).
             events: 1 where an event sounds (W, T).
@@ -282,14 +314,14 @@ class EncodersTask(ProceduralTask):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Class retrieval both ways, share of clips put in sync, F1 of the event head."""
+        """Retrieval of what is seen both ways, share of clips put in sync, F1 of the event head."""
         towers, clips = self.towers, self.held_out
         seen, offsets, counts = [], [], np.zeros(3)
-        for row in range(len(clips.labels)):
+        for row in range(len(clips.seen)):
             frames = torch.from_numpy(np.array(clips.frames[row]))[None]
             picked = frames[:, :: foley.FPS // 8]
             seen.append(towers.embed("frames", towers.encoders.encode_frames(picked).mean(1)))
-            if foley.CLASSES[clips.labels[row]] not in foley.IMPACT_CLASSES:
+            if not clips.events[row].size:
                 continue
             moving = towers.encoders.encode_sync(frames)[:, : clips.length]
             sounding = towers.audio(torch.from_numpy(clips.mel[row][None].astype(np.float32)))
@@ -299,7 +331,7 @@ class EncodersTask(ProceduralTask):
             counts += _matches(predicted, clips.events[row] * foley.FPS - 0.5)
         texts = towers.embed("text", towers.encoders.encode_text(clips.captions).mean(1))
         match = torch.cat(seen) @ texts.T
-        labels = torch.from_numpy(clips.labels)
+        labels = torch.from_numpy(clips.seen)
         hits, precise, recalled = counts
         return {
             "frame_to_text": float((labels[match.argmax(1)] == labels).float().mean()),
@@ -316,8 +348,22 @@ class EncodersTask(ProceduralTask):
 
 
 def train_encoders(recipe: EncodersTraining) -> TrainingResult:
-    """Train `NanoEncoders` on procedural clips; see `mfmjt.train.trainer.train`."""
+    """Train `NanoEncoders` on procedural or open clips; see `mfmjt.train.trainer.train`."""
     return train(recipe.loop(), lambda _: EncodersTask(recipe))
+
+
+def _take(encoders: NanoEncoders, path: Path, *names: str) -> NanoEncoders:
+    """Give encoders some of the encoders in a file; return all of these."""
+    given = NanoEncoders.load(path)
+    for name in names:
+        state = getattr(given, name).state_dict()
+        own = getattr(encoders, name).state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise InputError(
+                f"The {name} in {path} has other sizes: {given.config}. Give its sizes as model."
+            )
+        getattr(encoders, name).load_state_dict(state)
+    return given
 
 
 def _match_loss(towers: _Towers, frames: Tensor, texts: list[str], labels: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class NetworkTask(Task):
                 processes.check_rows(rows, round(ratio * rows), config.accumulate, how)
         if how == "fsdp":
             parallel.shard(net, processes, bf16=config.dtype == "bfloat16")
-        step = Step(net, config)
+        step = Step(net, config, self._teacher())
         if config.compile:
             compile_step(step)
         if config.cuda_graph and (self.device.type != "cuda" or how != "none"):
@@ -136,6 +136,23 @@ class NetworkTask(Task):
                 f"device={config.device}. Leave it out, or give device=cuda and one process."
             )
         return parallel.replicate(step) if how == "ddp" else step
+
+    def _teacher(self) -> MFMJT | None:
+        """Return the network that leads, whose latents must be scaled as this one's."""
+        path = self.config.teacher
+        if path is None:
+            return None
+        teacher = _read(path, dataclasses.replace(self.config, model=AUTO, overrides={}))
+        teacher = teacher.to(self.device).eval().requires_grad_(False)
+        for name in ("latent_mean", "latent_std"):
+            ours, its = getattr(self.network, name), getattr(teacher, name)
+            if ours.shape != its.shape or not torch.allclose(ours, its, rtol=1e-3, atol=1e-3):
+                raise InputError(
+                    f"teacher={path} has latents of another scale: its {name} is not this "
+                    "network's. Give a network trained on the same store, or start from it with "
+                    "init_from."
+                )
+        return teacher
 
     # A step
 

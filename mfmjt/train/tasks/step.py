@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfmjt import meanflow
 from mfmjt.features.store import FeatureStore
+from mfmjt.meanflow._network import Network
 from mfmjt.meanflow.targets import Target, Velocity, load_target
 from mfmjt.train.recipe import NetworkTraining
 
@@ -80,6 +81,9 @@ def draw(
     whole = torch.rand(rows, generator=generator, device=device) < config.one_step
     whole = whole & (torch.arange(rows, device=device) < intervals)
     r, t = r.masked_fill(whole, 0.0), t.masked_fill(whole, 1.0)
+    if config.to_data:
+        ends = torch.rand(rows, generator=generator, device=device) < config.to_data
+        r = r.masked_fill(ends & (torch.arange(rows, device=device) < intervals), 0.0)
     noise = torch.randn(latent_noise.shape, generator=generator, device=device)
     return Draws(clips, starts, latent_noise, keep[0] & keep[2], keep[1] & keep[2], r, t, noise)
 
@@ -94,13 +98,16 @@ class Step(nn.Module):
     Args:
         net: The network.
         config: Target, guidance and weight of the loss.
+        teacher: A trained network, where the recipe has one. It is no part of this module.
     """
 
-    def __init__(self, net: nn.Module, config: NetworkTraining) -> None:
+    def __init__(
+        self, net: nn.Module, config: NetworkTraining, teacher: Network | None = None
+    ) -> None:
         super().__init__()
-        self.net, self.p, self.c = net, config.p, config.c
-        self.target = _target(config)
-        self.velocity = _velocity(config)
+        self.net, self.p, self.c, self.balance = net, config.p, config.c, config.balance
+        self.target = _target(config, teacher)
+        self.velocity = _velocity(config, teacher)
 
     def forward(
         self, features: dict[str, Tensor], draws: Draws, intervals: int
@@ -127,6 +134,7 @@ class Step(nn.Module):
             intervals=intervals,
             target=self.target,
             velocity=self.velocity,
+            balance=self.balance,
         )
 
 
@@ -142,14 +150,19 @@ def compile_step(step: Step, backend: str = "inductor") -> None:
     step.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
-def _target(config: NetworkTraining) -> Target:
-    if config.target == "alpha_flow":
-        return meanflow.alpha_flow(config.alpha)
-    return load_target(config.target)
+def _target(config: NetworkTraining, teacher: Network | None) -> Target:
+    options = dict(config.target_options)
+    if config.target == "teacher_rollout":
+        options["teacher"] = teacher
+    elif config.target == "alpha_flow":
+        options.setdefault("alpha", config.alpha)
+    return load_target(config.target, **options)
 
 
-def _velocity(config: NetworkTraining) -> Velocity | None:
-    """Guidance in the target; rows that have lost all conditions keep the clip's own velocity."""
+def _velocity(config: NetworkTraining, teacher: Network | None) -> Velocity | None:
+    """A teacher's, or guided: rows that have lost all conditions keep the clip's own velocity."""
+    if teacher is not None and config.target != "teacher_rollout":
+        return meanflow.teacher_velocity(teacher)
     if config.omega == 1 and config.kappa == 0:
         return None
     return meanflow.guided_velocity(config.omega, config.kappa, _null, _has_none)
