@@ -96,7 +96,7 @@ def at_heads(views, others, dots, other_dots, sample, head, WIDTH: tl.constexpr)
         fourth = first
         if other_dots is not None:
             fourth = at_head((other_dots[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
-        found += ((first, stride, second, third, fourth),)
+        found += ((first, stride, second, third, fourth),)  # type: ignore[assignment]
     return found
 
 
@@ -174,7 +174,7 @@ def limits_of(counts, sizes, group: tl.constexpr, sample, BLOCK: tl.constexpr):
         limit = tl.cast(counts[s], tl.int32)
         if group is not None and sizes.lengths[group][s] is not None:
             limit = tl.minimum(tl.load(sizes.lengths[group][s] + sample), limit).to(tl.int32)
-        limits += (limit,)
+        limits += (limit,)  # type: ignore[assignment]
         tiles += tl.cdiv(limit, BLOCK)
     return limits, tiles
 
@@ -210,7 +210,7 @@ def enter(streams, limits, tile, BLOCK: tl.constexpr):
     stream, _, limit = locate(limits, tile, BLOCK)
     fields = ()
     for i in tl.static_range(len(streams[0])):
-        fields += (choose_field(streams, i, stream),)
+        fields += (choose_field(streams, i, stream),)  # type: ignore[assignment]
     return fields, limit, tile, tile + tl.cdiv(limit, BLOCK)
 
 
@@ -440,7 +440,7 @@ def attention_bwd_kv_kernel(
     with_sums = ()
     for s in tl.static_range(len(q)):
         own = streams[s]
-        with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)
+        with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)  # type: ignore[assignment]
     limits, tiles = limits_of(sizes.queries, sizes, None, sample, BLOCK_N)
     tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
     fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)

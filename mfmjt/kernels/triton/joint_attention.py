@@ -130,13 +130,17 @@ def _groups(
     """Return k, v, k_dot, v_dot, tokens and lengths by what moves: a group shares a loop."""
     k, v, k_dot, v_dot = _packed(k, v, k_dot, v_dot)
     _check(k=k, v=v)
-    found = []
+    found: list[list[Any]] = []
     moves = [(a is not None, b is not None) for a, b in zip(k_dot, v_dot, strict=True)]
     for kind in dict.fromkeys(moves):
         own = [i for i, other in enumerate(moves) if other == kind]
-        keys, values, *dots, counts = ([x[i] for i in own] for x in (k, v, k_dot, v_dot, lengths))
-        dots = [dot if there else None for dot, there in zip(dots, kind, strict=True)]
-        found.append([_views(keys), values, *dots, _tokens(keys), _dense(counts)])
+        keys, values = ([x[i] for i in own] for x in (k, v))
+        dots = [
+            [x[i] for i in own] if there else None
+            for x, there in zip((k_dot, v_dot), kind, strict=True)
+        ]
+        counts = _dense([lengths[i] for i in own])
+        found.append([_views(keys), values, *dots, _tokens(keys), counts])
     return [list(x) for x in zip(*found, strict=True)]
 
 
@@ -243,8 +247,8 @@ def bwd(
     _check(q=queries, k=k, v=v, o_bar=o_bar, o=o)
     sums, delta = ([*_by_streams(x, q)] for x in (lse, torch.empty_like(lse)))
     keys, counts = (_views(k), v, _tokens(k)), [_dense(lengths)]
-    tensors = (o_bar, _views(o), *keys, q_bar, delta, sums)
-    _launch(attention_bwd_q_kernel, "bwd_q", queries, tensors, queries, counts, lse, scale)
-    tensors = (o_bar, *keys, k_bar, v_bar, delta, sums)
-    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, tensors, k, counts, lse, scale)
+    of_q = (o_bar, _views(o), *keys, q_bar, delta, sums)
+    _launch(attention_bwd_q_kernel, "bwd_q", queries, of_q, queries, counts, lse, scale)
+    of_kv = (o_bar, *keys, k_bar, v_bar, delta, sums)
+    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, of_kv, k, counts, lse, scale)
     return q_bar, k_bar, v_bar
