@@ -147,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     mel = MelSpectrogram("16k")
     result: dict[str, Any] = {"split": args.split, "recordings": len(rows)}
-    result["griffin_lim"] = reconstructions(
-        lambda wave: griffin_lim(mel(wave), wave.shape[1]), sounds()
-    )
+    if any((folder / "codec.safetensors").is_file() for folder in args.models):
+        result["griffin_lim"] = reconstructions(
+            lambda wave: griffin_lim(mel(wave), wave.shape[1]), sounds()
+        )
     for folder in args.models:
         found = result[folder.name] = {}
         if (file := folder / "codec.safetensors").is_file():

@@ -234,7 +234,7 @@ def _cost(kernel: Any, grid: tuple[int, int, int], given: bytes, moved: int) -> 
 
     spans = [range(loop.first, loop.last + 1) for loop in code.loops]
     span = max(spans, key=issued, default=range(0))
-    turns = mean[span[-1]] if span else 0
+    turns = mean[span[-1]] if span else 0.0
     each = _counts(code, [n / turns for n in mean], span) if turns else defaultdict(float)
     cycles = each["bf16_flops"] * warps / rate
     row = {

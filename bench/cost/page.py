@@ -58,13 +58,18 @@ def _totals(table: DataFrame) -> str:
 
 def _ops(table: DataFrame, found: dict[tuple[str, str, str, str], float]) -> str:
     table = table[table["shape"].str.startswith(_CASES)]
-    lines = ["| op | case | mode | launches | modelled, us | bound by | measured / modelled |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "| op | case | mode | launches | modelled, us | bound by | padding | measured / modelled |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for key, rows in table.groupby(["op", "shape", "dtype", "mode"], sort=False):
         op, case, _, mode = key
         us = float((rows["launches"] * rows["us"]).sum())
         bounds = ", ".join(dict.fromkeys(rows["bound"]))
         ratio = f"{found[key] / us:.2f}" if key in found else "not measured"
         count = int(rows["launches"].sum())
-        lines.append(f"| {op} | {case} | {mode} | {count} | {us:.4g} | {bounds} | {ratio} |")
+        idle = rows["padding"].iloc[0]
+        padding = "" if pandas.isna(idle) else f"{idle:.2f}"
+        first = f"| {op} | {case} | {mode} | {count} | {us:.4g} | {bounds} |"
+        lines.append(f"{first} {padding} | {ratio} |")
     return "\n".join([*lines, ""])

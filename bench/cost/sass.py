@@ -6,7 +6,7 @@ floating point, other warps) is unknown, and what is computed of it too. So ever
 as on a GPU, unrolled and peeled as the assembler left it, and each instruction is counted.
 
 Where data decide, a forward branch is taken, which skips what it guards: rare cases such as a
-rescaled sum or a sine's far range. A loop that goes on for as long as data say is an error.
+rescaled sum or a sine's far range. A loop that ends where data say is followed twice.
 """
 
 from __future__ import annotations
@@ -113,6 +113,9 @@ def _steps(instructions: Sequence[Instruction]) -> tuple[Step | None, ...]:
 def follow(code: Code, program: Sequence[int], grid: Sequence[int], arguments: bytes) -> list[int]:
     """Return how often the first warp of a program issues each instruction.
 
+    A loop that ends where data say is followed twice: such is the one over the tokens of a row of
+    modulations, of which the networks' lengths have one or two.
+
     Args:
         code: The kernel.
         program: Its number along each axis of the grid.
@@ -120,7 +123,7 @@ def follow(code: Code, program: Sequence[int], grid: Sequence[int], arguments: b
         arguments: As they lie in memory.
 
     Raises:
-        RunError: A loop ends where data say, or never.
+        RunError: A loop does not end.
     """
     state: State = {}
     for axis, number, programs in zip("XYZ", program, grid, strict=True):
@@ -146,8 +149,10 @@ def follow(code: Code, program: Sequence[int], grid: Sequence[int], arguments: b
             if one.name.startswith("BRA.U") and len(one.operands) == 2:
                 holds = predicate(one.operands[0])(state) if holds else holds
             skipped = any(at < loop.first and loop.last < jump for loop in code.loops)
-            if (holds is None and (jump <= at or skipped)) or left <= 0:
-                raise RunError(f"A loop at instruction {at} goes on for as long as data say.")
+            if left <= 0:
+                raise RunError(f"A loop at instruction {at} does not end.")
+            if holds is None and (jump <= at or skipped):
+                holds = int(jump <= at and times[at] % 2)
             at = jump if holds or holds is None else at + 1
             continue
         if run and holds != 0:

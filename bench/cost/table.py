@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bench import aot
-from bench.case import Case, cases, shapes
+from bench.case import Case, Cost, cases, shapes
 from bench.cost.model import cost
 from bench.rows import Row, dtype_name
 from mfmjt.testing import VALUE, Operands, as_tuple, runner
@@ -43,28 +43,35 @@ def _calls(case: Case) -> dict[str, Callable[[], object]]:
 def cost_op(op: str, quick: bool) -> Iterator[Row]:
     """Yield a row for each kernel that a case of an op launches in a mode, and how often.
 
+    `padding` is the matrix work of all launches of the mode over what the case needs, by its FLOPs:
+    idle parts of tiles, and products that are made twice.
+
     Args:
         op: One of `aot.OPS`.
         quick: The first case only.
     """
     calls: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {}
+    needed: dict[str, Cost] = {}
     if op in aot.NETWORKS:
         for s in shapes("aot"):
             network = functools.partial(aot.NETWORKS[op], s, DTYPE)
             calls[s.name] = functools.partial(dict, {"all": network})
     else:
         for case in [*(c for c in cases(op, "gpu") if c.compile_too), *cases(op, "aot")]:
-            calls[case.name] = functools.partial(_calls, case)
+            calls[case.name], needed[case.name] = functools.partial(_calls, case), case.flops
     for shape in list(calls)[: 1 if quick else None]:
         for mode, run in calls[shape]().items():
             with aot.offline(aot.TARGETS["sm_90"].target) as launches:
                 run()
             first = {"target": "sm_90", "op": op, "shape": shape, "dtype": dtype_name(DTYPE)}
             found = Counter(tuple(cost(launch).items()) for launch in launches)
+            work = sum(dict(items)["gflop"] * n for items, n in found.items())
+            flops = needed[shape].of(mode) / 1e9 if shape in needed else 0
+            padding = float(f"{work / flops:.3g}") if flops else ""
             for items, n in found.items():
                 figures = dict(items)
                 kernel = {"kernel": figures.pop("kernel"), "mode": mode, "launches": n}
-                yield first | kernel | figures
+                yield first | kernel | figures | {"padding": padding}
 
 
 def line_of(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mfmjt.cli import _common
+from mfmjt.cli import _common, _sets
 from mfmjt.errors import InputError
 
 __all__ = ["evaluate"]
@@ -25,16 +25,12 @@ def evaluate(
     guidance_mode: _common.Mode = None,
     conditions: Annotated[str, typer.Option(help="both, video or text.")] = "both",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    data: Annotated[
-        Path | None, typer.Option(help="Feature store, table or folder of videos to judge on.")
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="Also fd, kl, ..., or your own: package.module:name. Repeatable."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Published weights for such a metric; docs/score.md.")
-    ] = None,
+    data: _sets.Data = None,
+    recordings: _sets.Recordings = None,
+    unseen: _sets.Unseen = False,
+    judge: _sets.Judge = None,
+    metric: _sets.Metrics = None,
+    weights: _sets.Weights = None,
     suite: Annotated[
         Path | None, typer.Option(help="Folder for the whole table: reports at 1, 4 and 25 steps.")
     ] = None,
@@ -66,23 +62,24 @@ def evaluate(
     - `mfmjt evaluate --metric fd_panns --weights weights`
 
     - `mfmjt evaluate --suite output/results --against flow.safetensors`
+
+    - `mfmjt evaluate --model output/mine --recordings corpus --judge output/mine`
     """
+    _sets.check(data, recordings, unseen, conditions)
     if against is not None and suite is None:
         raise InputError("--against is for the table of --suite. Give --suite FOLDER too.")
     if suite is not None and (steps is not None or output is not None or as_json):
         raise InputError("--suite chooses steps and writes files: leave out --steps, -o, --json.")
     with _common.defer_interrupts():
         from mfmjt.devices import choose_device
-        from mfmjt.evaluate import examples as given
         from mfmjt.evaluate import plots, report, run
+        from mfmjt.evaluate.classifier import load_classifier
         from mfmjt.evaluate.listening import Networks
         from mfmjt.evaluate.metrics import METRICS, PUBLISHED, choose_metrics
         from mfmjt.evaluate.sounds import generate
-        from mfmjt.extract.run import stored
         from mfmjt.families import open_bundle
         from mfmjt.files import check_writable
         from mfmjt.plotting import check_matplotlib
-        from mfmjt.progress import stage_bar
 
     for path in filter(None, (suite, output, plot)):
         check_writable(path)
@@ -91,18 +88,16 @@ def evaluate(
     if plot is not None:
         check_matplotlib()
     metrics = tuple(dict.fromkeys((*METRICS, *choose_metrics(metric or (), PUBLISHED))))
+    classifier = load_classifier(judge)
     bundle = open_bundle(model).to(choose_device(device))
     sampling = bundle.sampling.changed(steps, guidance, guidance_mode)
     with ExitStack() as stack:
-        store = None if data is None else stack.enter_context(stored(data, bundle, split))
-        progress = stack.enter_context(stage_bar())
-        if store is None:
-            examples = given.procedural(bundle.encoders, clips, seed, split, progress=progress)
-        else:
-            examples = given.stored(store, bundle, clips, seed, split, progress=progress)
+        given = (clips, seed, split, conditions, data, recordings, unseen)
+        examples, progress = _sets.examples(stack, bundle, classifier.config.classes, *given)
         options: dict[str, Any] = {"conditions": conditions, "progress": progress}
         networks = Networks(weights, device=bundle.device)
         judged: dict[str, Any] = {"metrics": metrics, "networks": networks, **options}
+        judged["classifier"] = classifier
         if suite is None:
             name = Path(model).name
             reports = [run.evaluate(bundle, examples, sampling, model=name, **judged)]

@@ -1,17 +1,19 @@
 """What is judged: conditions for a network, and what is known to be true of them.
 
-Clips of the procedural set have a known class and known event times. Of a feature store, which
-`mfmjt extract` makes from files of your own, the sound is known, and class and events where the
-store holds them. A metric judges what it has a truth for.
+Clips of the procedural set and of the open set have a known class and known event times. Of a
+feature store, which `mfmjt extract` makes from files of your own, the sound is known, and class and
+events where the store holds them. A metric judges what it has a truth for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,18 @@ import torch
 from torch import Tensor
 
 from mfmjt.data import foley
+from mfmjt.data.open_set import open_set
+from mfmjt.data.wordings import wordings
 from mfmjt.encoders.base import Encoders, FrameSpec
 from mfmjt.errors import InputError
 from mfmjt.families import Bundle
 from mfmjt.features.store import FeatureStore
 from mfmjt.progress import Progress
 
-__all__ = ["Examples", "Known", "procedural", "silent", "stored", "timed"]
+__all__ = ["Examples", "Known", "opened", "procedural", "silent", "stored", "timed"]
+
+LARGEST = 30
+"""Classes of clips with text alone, those of most training recordings."""
 
 
 def silent(stage: str, done: float) -> None:
@@ -45,12 +52,14 @@ class Known:
 
     Attributes:
         captions: One sentence each; "" where there is none.
-        labels: Index of each class in `foley.CLASSES`, (n,) int64; None where unknown.
+        class_list: Names of the classes that there are; those that the judge knows come first.
+        labels: Index of each class in `class_list`, (n,) int64; None where unknown.
         events: Times of each clip's onsets in seconds, empty for continuous classes; None where
             unknown.
     """
 
     captions: list[str]
+    class_list: tuple[str, ...] = foley.CLASSES
     labels: Tensor | None
     events: list[np.ndarray] | None
 
@@ -60,12 +69,12 @@ class Known:
     @property
     def classes(self) -> list[str]:
         """Name of each clip's class; empty where classes are unknown."""
-        return [] if self.labels is None else [foley.CLASSES[label] for label in self.labels]
+        return [] if self.labels is None else [self.class_list[label] for label in self.labels]
 
     @property
     def impact(self) -> np.ndarray:
-        """Which clips have events, by their class, (m,) int64."""
-        return np.flatnonzero([name in foley.IMPACT_CLASSES for name in self.classes])
+        """Which clips have events, (m,) int64."""
+        return np.flatnonzero([len(times) > 0 for times in self.events or []])
 
 
 @dataclass
@@ -81,11 +90,11 @@ class Examples(Known):
             `video_mask` and `text_mask` (n,) bool where some examples lack them.
         audio: Real sound (n, S) float32.
         sample_rate: Of the real sound, in Hz.
-        labels: Index of each class in `foley.CLASSES`, (n,) int64; None where unknown.
-        events: Times of each example's onsets in seconds, empty for continuous classes; None where
-            unknown.
-        procedural: The examples are clips of the procedural set, so there are others of each class,
-            and `audio` has not been through a codec.
+        labels: As for `Known`.
+        events: As for `Known`.
+        class_list: As for `Known`.
+        like: Makes another real sound (S,) of the same class as example number i; None where there
+            are none. Where there are, `audio` has not been through a codec.
         seconds: What rendering and encoding took, by stage.
     """
 
@@ -98,7 +107,8 @@ class Examples(Known):
     sample_rate: int
     labels: Tensor | None = None
     events: list[np.ndarray] | None = None
-    procedural: bool = False
+    class_list: tuple[str, ...] = foley.CLASSES
+    like: Callable[[int], np.ndarray] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -117,12 +127,9 @@ class Examples(Known):
 
     def others(self) -> Tensor | None:
         """Other real sounds (n, S) of the same classes; None where there are none."""
-        if not self.procedural:
+        if self.like is None:
             return None
-        # Clips of one number have one class in every split.
-        split = "validation" if self.split != "validation" else "train"
-        clips = (foley.clip(i, split, duration=self.duration, render=False) for i in self.indices)
-        return torch.stack([torch.from_numpy(clip.audio) for clip in clips])
+        return torch.stack([torch.from_numpy(self.like(row)) for row in range(len(self))])
 
 
 def _numbers(clips: int, seed: int) -> list[int]:
@@ -160,38 +167,137 @@ def procedural(
     Raises:
         InputError: Fewer than two clips, a negative seed, or an unknown split.
     """
+    # Clips of one number have one class in every split.
+    other = "validation" if split != "validation" else "train"
+    indices = _numbers(clips, seed)
+    made = functools.partial(foley.clip, duration=duration)
+    found = _encoded(lambda i, size: made(i, split, size=size), indices, encoders, batch, progress)
+    return _examples(
+        found,
+        (indices, split, seed),
+        foley.CLASSES,
+        lambda row: made(indices[row], other, render=False).audio,
+    )
+
+
+@torch.inference_mode()
+def opened(
+    recordings: Path,
+    encoders: Encoders,
+    known: Sequence[str],
+    clips: int = 200,
+    seed: int = 0,
+    split: str = "test",
+    *,
+    text_alone: bool = False,
+    unseen: bool = False,
+    duration: float = foley.DURATION,
+    batch: int = 20,
+    progress: Progress = silent,
+) -> Examples:
+    """Make clips of the open set and encode their frames and captions.
+
+    Args:
+        recordings: Folder that `mfmjt data real` wrote.
+        encoders: As for `procedural`.
+        known: Classes that the judge knows.
+        clips: As for `procedural`.
+        seed: As for `procedural`.
+        split: Split of the recordings and of their wordings.
+        text_alone: Clips of one recording each, without a picture, whose classes are the `LARGEST`
+            in turn; otherwise scenes.
+        unseen: Describe these by words that no caption in training has.
+        duration: Length of a clip in seconds.
+        batch: As for `procedural`.
+        progress: As for `procedural`.
+
+    Raises:
+        InputError: What `procedural` raises; no recordings, or none whose class the judge knows.
+    """
+    made = open_set(recordings)
+    indices = _numbers(clips, seed)
+    phrases = {name: wordings()[name].unseen for name in made.classes if name in wordings()}
+    classes = [name for name in made.classes if name in known and name in made.labels(split)]
+    largest = [name for name in classes[:LARGEST] if phrases.get(name) or not unseen]
+    if not largest:
+        raise InputError(
+            f"The judge knows no class of the recordings in {recordings}. Give another --judge."
+        )
+    kind = "single" if text_alone else "scene"
+
+    def clip(i: int, size: int) -> foley.Clip:
+        name = largest[i % len(largest)] if text_alone else None
+        row = made.clip(i, split, duration=duration, size=size, kind=kind, class_name=name)
+        if unseen and name is not None:
+            row = dataclasses.replace(row, caption=phrases[name][i % len(phrases[name])])
+        return row
+
+    found = _encoded(clip, indices, encoders, batch, progress)
+
+    def like(row: int) -> np.ndarray:
+        name = found[0][row].class_name
+        options: dict[str, Any] = {"kind": kind, "class_name": name, "render": False}
+        return made.clip(indices[row], "train", 1, duration=duration, **options).audio
+
+    others = (name for name in made.classes if name not in known)
+    return _examples(found, (indices, split, seed), (*known, *others), like)
+
+
+_Encoded = tuple[list[foley.Clip], dict[str, Tensor], dict[str, float]]
+
+
+def _encoded(
+    make: Callable[[int, int], foley.Clip],
+    indices: list[int],
+    encoders: Encoders,
+    batch: int,
+    progress: Progress,
+) -> _Encoded:
+    """Make clips from number and size; return them without frames, their features, and the time."""
     seconds: dict[str, float] = {}
     device = next(encoders.parameters()).device
-    indices = _numbers(clips, seed)
     made: list[foley.Clip] = []
-    features: dict[str, list[Tensor]] = {"video": [], "sync": [], "text": []}
+    features: dict[str, list[Tensor]] = {"text": []}
     seen, heard = encoders.frame_specs
     size = max(seen.size, heard.size)
     batch = max(1, batch * foley.FRAME_SIZE**2 // size**2)
-    for start in range(0, clips, batch):
+    for start in range(0, len(indices), batch):
         with timed(seconds, "render"):
-            rows = [
-                foley.clip(i, split, duration=duration, size=size)
-                for i in indices[start : start + batch]
-            ]
-            frames = torch.stack([torch.from_numpy(row.frames) for row in rows]).to(device)
+            rows = [make(i, size) for i in indices[start : start + batch]]
         made += [dataclasses.replace(row, frames=None) for row in rows]
         with timed(seconds, "encode"):
-            features["video"].append(encoders.encode_frames(_picked(frames, seen)).cpu())
-            features["sync"].append(encoders.encode_sync(_picked(frames, heard)).cpu())
+            if rows[0].frames is not None:
+                frames = torch.stack([torch.from_numpy(row.frames) for row in rows]).to(device)
+                for name, encode, spec in (
+                    ("video", encoders.encode_frames, seen),
+                    ("sync", encoders.encode_sync, heard),
+                ):
+                    features.setdefault(name, []).append(encode(_picked(frames, spec)).cpu())
             features["text"].append(encoders.encode_text([row.caption for row in rows]).cpu())
-        progress("render", len(made) / clips)
+        progress("render", len(made) / len(indices))
+    return made, {name: torch.cat(parts) for name, parts in features.items()}, seconds
+
+
+def _examples(
+    found: _Encoded,
+    chosen: tuple[list[int], str, int],
+    class_list: tuple[str, ...],
+    like: Callable[[int], np.ndarray],
+) -> Examples:
+    made, features, seconds = found
+    indices, split, seed = chosen
     return Examples(
         indices,
         split,
         seed,
         [clip.caption for clip in made],
-        {name: torch.cat(parts) for name, parts in features.items()},
+        features,
         torch.stack([torch.from_numpy(clip.audio) for clip in made]),
         foley.SAMPLE_RATE,
-        torch.tensor([clip.label for clip in made]),
+        torch.tensor([class_list.index(clip.class_name) for clip in made]),
         [np.asarray(clip.events, dtype=np.float64) for clip in made],
-        procedural=True,
+        class_list,
+        like,
         seconds=seconds,
     )
 

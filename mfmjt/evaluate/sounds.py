@@ -257,7 +257,7 @@ class Made(Sounds):
     def through_codec(self) -> Sounds | None:
         """Return the real sound, encoded and decoded; None where it cannot judge the codec."""
         codec, audio = self.bundle.codec, self.examples.audio
-        if not self.examples.procedural or self.examples.sample_rate != codec.sample_rate:
+        if self.examples.like is None or self.examples.sample_rate != codec.sample_rate:
             return None
         waves: list[Tensor] = []
         with timed(self.seconds, "codec"), torch.inference_mode():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,17 @@ import pytest
 import torch
 
 from mfmjt.data import foley
+from mfmjt.data.open_set import open_set
+from mfmjt.data.wordings import wordings
 from mfmjt.errors import InputError
-from mfmjt.evaluate.examples import Examples, procedural, stored
+from mfmjt.evaluate.classifier import Classifier
+from mfmjt.evaluate.examples import Examples, opened, procedural, stored
+from mfmjt.evaluate.run import evaluate
 from mfmjt.families import Bundle
 from mfmjt.features.procedural import write_store
 from mfmjt.features.store import FeatureStore
 from tests.oracle import allowance, error
+from tests.support.open_corpus import LASTING, STRUCK, write_corpus
 
 DURATION = 1.5  # s, of the clips of conftest.py
 
@@ -43,6 +49,43 @@ def test_others_are_other_clips_of_the_same_classes(bundle: Bundle, split: str) 
     others = clips.others()
     assert others.shape == clips.audio.shape
     assert not any(torch.equal(a, b) for a, b in zip(others, clips.audio, strict=True))
+
+
+def test_open_scenes_and_open_prompts(bundle: Bundle, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    known = ("tuba", *STRUCK, *LASTING[:2])
+    scenes = opened(corpus, bundle.encoders, known, 4, duration=DURATION)
+    assert scenes.class_list[: len(known)] == known
+    assert set(scenes.class_list[len(known) :]) == set(LASTING[2:])
+    assert sorted(scenes.features) == ["sync", "text", "video"]
+    assert len(scenes.impact) == sum(len(events) > 0 for events in scenes.events) > 0
+    for row, name in enumerate(scenes.classes):
+        clip = open_set(corpus).clip(row, "test", duration=DURATION, kind="scene", render=False)
+        assert (clip.class_name, clip.caption) == (name, scenes.captions[row])
+        assert torch.equal(scenes.audio[row], torch.from_numpy(clip.audio))
+    others = scenes.others()
+    assert others.shape == scenes.audio.shape
+    assert not any(torch.equal(a, b) for a, b in zip(others, scenes.audio, strict=True))
+    prompts = opened(
+        corpus, bundle.encoders, ("rain", "bell"), 4, text_alone=True, unseen=True, duration=1.0
+    )
+    assert list(prompts.features) == ["text"]
+    assert len(prompts.impact) == 0
+    assert set(prompts.classes) == {"rain", "bell"}
+    for name, caption in zip(prompts.classes, prompts.captions, strict=True):
+        assert caption in wordings()[name].unseen
+    with pytest.raises(InputError, match="knows no class"):
+        opened(corpus, bundle.encoders, ("tuba",), 4)
+
+
+def test_open_prompts_are_judged(bundle: Bundle, classifier: Classifier, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    judge = Classifier(dataclasses.replace(classifier.config, classes=STRUCK)).eval()
+    prompts = opened(corpus, bundle.encoders, STRUCK, 3, text_alone=True, duration=DURATION)
+    report = evaluate(bundle, prompts, classifier=judge, conditions="text", batch=3)
+    assert report.figures["class_accuracy"] is not None
+    assert report.figures["onset_f1"] is None
+    assert report.figures["diversity"] is not None
 
 
 def test_too_few_are_refused(bundle: Bundle) -> None:

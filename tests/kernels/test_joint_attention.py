@@ -322,6 +322,58 @@ def test_tangent_is_as_good_as_its_dtype(mean):
     assert oracle.error(tangent(joint_attention, LOW), truth) <= limit
 
 
+def test_tangent_keeps_its_digits_when_the_offset_drifts():
+    """S_dot rises by 30 along the keys, and S with it: the last keys have most of the weight.
+
+    With P, o and o_dot the truth, and c the mean of S_dot at the last new center, up to 128 keys
+    away, what is rounded to the dtype's u = eps / 2 is P in both sums of o and in the weights of
+    v_dot, W = P (S_dot - c), and the result:
+    |error| <= u sum P (2 |S_dot - c| |v - o| + |v_dot|) + u |o_dot|, and a little of second order.
+    """
+    tokens, width = 300, 16
+    q, k, v, q_dot, k_dot, v_dot = (randn(1, tokens, 1, width) for _ in range(6))
+    q[..., 0], q_dot[..., 0], k_dot[..., 0] = 2, 30, 0
+    k[..., 0] = torch.linspace(0, 1, tokens)[None, :, None]
+    primals, dots = ([x.to(LOW) for x in xs] for xs in ((q, k, v), (q_dot, k_dot, v_dot)))
+    found = torch.func.jvp(joint_attention, tuple(primals), tuple(dots))[1]
+    if found.is_cpu and not _backends.INTERPRETED:
+        pytest.skip("the centers are those of Triton's kernels")
+    (q, k, v), (q_dot, k_dot, v_dot) = ([x[0, :, 0].double() for x in xs] for xs in (primals, dots))
+    s, s_dot = (x / width**0.5 for x in (q @ k.T, q_dot @ k.T + q @ k_dot.T))
+    p = s.softmax(-1)
+    o = p @ v
+    o_dot = (p * (s_dot - (p * s_dot).sum(-1, keepdim=True))) @ v + p @ v_dot
+    center = torch.zeros_like(s_dot)
+    for first in range(0, tokens, 128):
+        seen = slice(0, min(first + 64, tokens))  # keys up to the first block with this center
+        mean = (p[:, seen] * s_dot[:, seen]).sum(-1) / p[:, seen].sum(-1)
+        center[:, first : first + 128] = mean[:, None]
+    apart = (v[None] - o[:, None]).abs()
+    bound = 2 * torch.einsum("nm,nmd->nd", p * (s_dot - center).abs(), apart) + p @ v_dot.abs()
+    bound = torch.finfo(LOW).eps / 2 * (bound + o_dot.abs())
+    assert ((found[0, :, 0].double() - o_dot).abs() <= 1.1 * bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+def test_value_by_pytorch(dtype, monkeypatch):
+    """Where a table says that it is faster: the same results, for the gradient's kernels too."""
+    pytest.importorskip("triton")
+    triton = importlib.import_module("mfmjt.kernels.triton.joint_attention")
+    q, k, v = (
+        [x.to(dtype) for x in inputs(2, (5, 3), (5, 3)).values()][i : i + 2] for i in (0, 2, 4)
+    )
+    truth, sums = triton._by_pytorch(*([x.double() for x in xs] for xs in (q, k, v)), 0.3)
+    monkeypatch.setattr(triton, "FASTER", {("cpu", dtype, 8)})
+    found, lse = triton.fwd(q, k, v, [None, None], 0.3)
+    ref = joint_attention_ref(
+        [x.double() for x in q], [x.double() for x in k], [x.double() for x in v], 0.3
+    )
+    for a, b, c in zip(found, truth, ref, strict=True):
+        assert oracle.error(a, b) <= oracle.allowance(b, dtype, terms=8)
+        assert oracle.error(b, c) <= oracle.allowance(c, torch.float64, terms=8)
+    assert oracle.error(lse, sums) <= oracle.allowance(sums, dtype, terms=8)
+
+
 def test_blocks_of_padding():
     """Whole blocks of keys beyond the length, NaN in them, in one of two streams."""
     q, k, v = randn(2, 5, 1, 8), [randn(2, n, 1, 8) for n in (150, 3)], None

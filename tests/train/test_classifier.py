@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
@@ -20,6 +21,7 @@ from mfmjt.train.tasks.classifier import (
     train_classifier,
 )
 from mfmjt.train.trainer import Trainer
+from tests.support.bundles import TINY_CODEC
 from tests.support.recordings import write_recordings
 from tests.train.states import load_state, records, undo
 
@@ -124,6 +126,23 @@ def test_a_draw_from_recordings_depends_on_the_step_alone(tmp_path: Path) -> Non
     assert crops.dtype == torch.float32
     assert torch.equal(crops, again)
     assert torch.equal(labels, same)
+
+
+def test_half_of_the_recordings_are_heard_through_a_codec(tmp_path: Path) -> None:
+    corpus = write_recordings(tmp_path / "corpus", labels=("low",), seconds=(1.0,))
+    codec = tmp_path / "codec.safetensors"
+    with torch.no_grad():
+        silent = NanoCodec(TINY_CODEC)
+        silent.head.weight.zero_()
+        silent.head.bias.fill_(-20.0)  # magnitudes of e^-20
+        silent.save(codec)
+    recipe = dataclasses.replace(
+        stage(tmp_path, batch=64), recordings=corpus, fewest=1, codec=codec
+    )
+    crops, _ = ClassifierTask(recipe).draw(0).passes[0].inputs
+    heard = int((crops.abs().amax(1) > 0.01).sum())
+    # 64 tosses of a coin, a fifth of which are joined by a second: five standard deviations.
+    assert 32 - 20 <= heard <= 40 + 20
 
 
 def test_labels_with_few_recordings_are_no_classes(tmp_path: Path) -> None:

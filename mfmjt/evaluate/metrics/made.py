@@ -64,18 +64,20 @@ def _codec(made: Sounds, real: Sounds, examples: Known) -> Score | None:
     kept = made.through_codec if isinstance(made, Made) else None
     if kept is None or examples.labels is None:
         return None
-    impact = examples.impact
-    original, decoded = ([sounds.onsets[i] for i in impact] for sounds in (real, kept))
-    counts = count_onsets(original, decoded, CODEC_TOLERANCE)
-    return Score(
+    score = Score(
         {
-            "codec_onset_f1_20ms": total(counts).f1,
             "codec_class_kept": kept.share_of(real.predicted),
             "codec_class_accuracy": kept.share_of(examples.labels.numpy()),
             "frechet_codec": frechet(kept.embedding, real.embedding),
-        },
-        {"codec_onset_f1_20ms": bootstrap(counts, f1_of, made.rng)},
+        }
     )
+    impact = examples.impact
+    if len(impact):
+        original, decoded = ([sounds.onsets[i] for i in impact] for sounds in (real, kept))
+        counts = count_onsets(original, decoded, CODEC_TOLERANCE)
+        score.figures["codec_onset_f1_20ms"] = total(counts).f1
+        score.interval["codec_onset_f1_20ms"] = bootstrap(counts, f1_of, made.rng)
+    return score
 
 
 FRECHET = Metric(

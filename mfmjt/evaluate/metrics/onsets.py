@@ -32,9 +32,9 @@ def _onsets(made: Sounds, real: Sounds, examples: Known) -> Score | None:
     Micro-averaged: onsets are counted over all clips. Shuffled: scored against the events of
     another impact clip, which is what sound made for another clip's video gets.
     """
-    if examples.events is None:
-        return None
     impact = examples.impact
+    if examples.events is None or len(impact) < 2:
+        return None
     events = [examples.events[i] for i in impact]
     others = [events[i] for i in derangement(len(impact), made.rng)]
     made_onsets = [made.onsets[i] for i in impact]

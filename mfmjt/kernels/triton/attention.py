@@ -1,14 +1,20 @@
 """Triton kernels of attention over streams: value and tangent, and gradients.
 
-**Value and tangent.** One launch computes both over all streams of queries; its programs walk along
-the streams of keys where they lie, and a stream without a tangent costs no matmul. With
-p = 2^(S - top) and w = p (S_dot - c) a program sums
+**Value and tangent.** One launch computes both over all streams of queries. A program takes a block
+of queries through one loop over the tiles of all streams of keys, where they lie, so that loads run
+ahead across their ends. Streams of which the same moves share a loop; what does not move costs no
+matmul. With p = 2^(S - top) and w = p (S_dot - c) a program sums
 
     l = sum p,  r = sum w,  o~ = p v,  T~ = w v + p v_dot;    o = o~ / l,  o_dot = (T~ - r o) / l
 
-The center c is the mean of S_dot so far, and l and r are sums of p and w as rounded for the
-matmuls: without both, bfloat16 loses ten times the digits. `lse` is to the base 2. float32 goes
-through three TF32 matmuls. 4 B H N M D operations, 12 with all tangents.
+The center c is the mean of S_dot, anew every 128 keys of a stream or fewer, and l and r are sums of
+p and w as rounded for the matmuls: without both, bfloat16 loses ten times the digits. Tensor cores
+add them up, as matmuls with ones: on sm_90 the compiler converts one number at a time, and slowly,
+for a sum of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
+4 B H N M D operations, 12 with all tangents.
+
+A branch that rescales only when the maximum grows by much needs the maximum of all warps before any
+exponential, and P waits for S_dot then: more cycles than the multiplications that it spares.
 
 **Gradients**, in two launches without atomics. From q, k, v, o and the log of each row's sum P is
 made again:
@@ -16,8 +22,8 @@ made again:
     S_bar = P (o_bar v^T - delta),  delta = rowsum(o_bar o),  q_bar = scale S_bar k
     v_bar = P^T o_bar,  k_bar = scale S_bar^T q
 
-A program of the first kernel has a block of queries, walks along the keys, and leaves delta to the
-second, whose programs have a block of keys and walk along the queries. 14 B H N M D operations.
+A program of the first kernel has a block of queries, loops over the keys, and leaves delta to the
+second, whose programs have a block of keys and loop over the queries. 14 B H N M D operations.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mfmjt.kernels.triton import jit, tl
-from mfmjt.kernels.triton.device import choose, choose_view, fma, locate
+from mfmjt.kernels.triton.device import choose, choose_field, choose_view, fma, locate
 
 __all__ = ["Sizes", "attention_bwd_kv_kernel", "attention_bwd_q_kernel", "attention_fwd_kernel"]
 
@@ -37,8 +43,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         queries: Tokens of each stream.
-        keys: Likewise.
-        lengths: For each stream of keys, how many of a sample count, (B,), or None.
+        lengths: For each group of streams of keys, and each stream, how many of a sample count,
+            (B,), or None.
         all_queries: Those of all streams.
         heads: H.
         scale: Factor of the scores.
@@ -46,8 +52,7 @@ class Sizes(NamedTuple):
     """
 
     queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    lengths: tuple[Tensor | None, ...]
+    lengths: tuple[tuple[Tensor | None, ...], ...]
     all_queries: int
     heads: int
     scale: float
@@ -55,33 +60,60 @@ class Sizes(NamedTuple):
 
 
 @jit
-def at_head(stream, sample, head, WIDTH: tl.constexpr):
+def at_head(view, sample, head, WIDTH: tl.constexpr):
     """Return a pointer to the first token of a head, and elements from one token to the next.
 
-    The strides of a stream are in units of 8 elements where heads are a multiple of 8 wide
+    The strides of a view are in units of 8 elements where heads are a multiple of 8 wide
     (`joint_attention._view`): so Triton, which is told of multiples of 16 only, loads 8 elements at
     a time.
     """
     UNIT: tl.constexpr = 8 if WIDTH % 8 == 0 else 1
-    pointer, sample_stride, token_stride, head_stride = stream
+    pointer, sample_stride, token_stride, head_stride = view
     return pointer + (sample * sample_stride + head * head_stride) * UNIT, token_stride * UNIT
 
 
 @jit
-def load(rows, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load a tile (BLOCK, COLUMNS) from a column on, zeros where there is nothing.
+def at_heads(views, others, dots, other_dots, sample, head, WIDTH: tl.constexpr):
+    """Return for each stream `at_head`, and the same place in three tensors of its strides.
 
-    `rows` are (view of a stream, sample, head, first token, one past the last that counts).
+    Args:
+        views: Of all streams.
+        others: Pointers, one for each stream.
+        dots: Likewise, or None: then the place is one that is never read.
+        other_dots: Likewise.
+        sample: The sample's number.
+        head: The head's.
+        WIDTH: D.
     """
-    stream, sample, head, start, limit = rows
-    token = tl.arange(0, BLOCK)[:, None]
+    found = ()
+    for s in tl.static_range(len(views)):
+        view = views[s]
+        first, stride = at_head(view, sample, head, WIDTH)
+        second = at_head((others[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
+        third = first
+        if dots is not None:
+            third = at_head((dots[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
+        fourth = first
+        if other_dots is not None:
+            fourth = at_head((other_dots[s], view[1], view[2], view[3]), sample, head, WIDTH)[0]
+        found += ((first, stride, second, third, fourth),)  # type: ignore[assignment]
+    return found
+
+
+@jit
+def load(rows, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load a tile (BLOCK, COLUMNS) from a column on, zeros beyond the last.
+
+    `rows` are (pointer to a head's first token, elements from one token to the next, first token of
+    the tile, one past the last that counts). Beyond that comes the last one again, which takes
+    fewer instructions than a mask, and is left out by its P, which is 0.
+    """
+    pointer, stride, start, limit = rows
+    token = tl.minimum(start + tl.arange(0, BLOCK), tl.maximum(limit, 1) - 1)[:, None]
     column += tl.arange(0, COLUMNS)[None, :]
-    inside = token < limit - start
-    if WIDTH % COLUMNS != 0:
-        inside = inside & (column < WIDTH)
-    pointer, stride = at_head(stream, sample, head, WIDTH)
-    pointer += start * stride
-    return tl.load(pointer + (token * stride + column), inside, 0.0)
+    pointers = pointer + (token * stride + column)
+    whole: tl.constexpr = WIDTH % COLUMNS == 0
+    return tl.load(pointers) if whole else tl.load(pointers, column < WIDTH, 0.0)
 
 
 @jit
@@ -131,12 +163,20 @@ def add_products(total, a, b, WIDTH: tl.constexpr, PRECISION: tl.constexpr, COLU
 
 
 @jit
-def keys_of(sizes, stream, sample):
-    """Return how many keys of a sample count; they are the first of the stream."""
-    limit = sizes.keys[stream]
-    if sizes.lengths[stream] is not None:
-        limit = tl.minimum(tl.load(sizes.lengths[stream] + sample), limit).to(tl.int32)
-    return limit
+def limits_of(counts, sizes, group: tl.constexpr, sample, BLOCK: tl.constexpr):
+    """Return how many tokens of each stream count, the first ones, and the tiles of all streams.
+
+    `group` is None for streams of queries, all of which count.
+    """
+    limits = ()
+    tiles = 0
+    for s in tl.static_range(len(counts)):
+        limit = tl.cast(counts[s], tl.int32)
+        if group is not None and sizes.lengths[group][s] is not None:
+            limit = tl.minimum(tl.load(sizes.lengths[group][s] + sample), limit).to(tl.int32)
+        limits += (limit,)  # type: ignore[assignment]
+        tiles += tl.cdiv(limit, BLOCK)
+    return limits, tiles
 
 
 @jit
@@ -158,13 +198,31 @@ def block_of(tokens, heads, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: t
 
 
 @jit
+def enter(streams, limits, tile, BLOCK: tl.constexpr):
+    """Return what a stream's tiles share: its fields, its tokens, its first tile and the next's.
+
+    Args:
+        streams: For each stream a tuple of pointers and strides.
+        limits: Its tokens that count.
+        tile: The number of its first tile among those of all streams.
+        BLOCK: Tokens of a tile.
+    """
+    stream, _, limit = locate(limits, tile, BLOCK)
+    fields = ()
+    for i in tl.static_range(len(streams[0])):
+        fields += (choose_field(streams, i, stream),)  # type: ignore[assignment]
+    return fields, limit, tile, tile + tl.cdiv(limit, BLOCK)
+
+
+@jit
 def attention_fwd_kernel(
     q,  # views, one for each stream
-    k,
-    v,
     q_dot,  # None where no query moves, or pointers: strides are those of q
-    k_dot,  # pointers, None for a stream that does not move
+    k,  # views, for each group of streams of which the same moves
+    v,  # pointers likewise: strides are those of k
+    k_dot,  # likewise, None for a group that does not move
     v_dot,
+    counts,  # tokens of each stream, by groups
     o,  # pointers, one for each stream of queries
     o_dot,  # None where no tangent is wanted
     lse,
@@ -175,90 +233,95 @@ def attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
     BLOCK_OUT: tl.constexpr,  # columns of v and o in one program: likewise
+    EVERY: tl.constexpr,  # keys of a stream after which the center moves
 ):
     """Compute o, o_dot and lse of a block of queries."""
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
+    SUMS: tl.constexpr = 8  # columns, all alike, of a matmul with ones
     pair, column, stream, place = block_of(sizes.queries, sizes.heads, WIDTH, BLOCK_N, BLOCK_OUT)
     sample, head, _, first, count = place
     own = choose_view(q, stream)
-    query = tile_of((own, sample, head, first, count), WIDTH, BLOCK_N, BLOCK_IN)
+    pointer, stride = at_head(own, sample, head, WIDTH)
+    query = tile_of((pointer, stride, first, count), WIDTH, BLOCK_N, BLOCK_IN)
     if q_dot is not None:
         own_dot = (choose(q_dot, stream), own[1], own[2], own[3])
-        query_dot = tile_of((own_dot, sample, head, first, count), WIDTH, BLOCK_N, BLOCK_IN)
-
+        pointer, stride = at_head(own_dot, sample, head, WIDTH)
+        query_dot = tile_of((pointer, stride, first, count), WIDTH, BLOCK_N, BLOCK_IN)
     key = tl.arange(0, BLOCK_M)
+    ones = tl.full([BLOCK_M, SUMS], 1.0, STORED)
     top = tl.full([BLOCK_N], float("-inf"), TYPE)
-    total = tl.zeros([BLOCK_N], TYPE)  # sum of p; and of p as rounded for the matmul
-    total_rounded = total
-    total_w = total
-    center = total
+    center = tl.zeros([BLOCK_N], TYPE)
+    sum_p = tl.zeros([BLOCK_N, SUMS], TYPE)
+    sum_w = sum_p
     out = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
     out_dot = out
-    for s in tl.static_range(len(k)):
-        limit = keys_of(sizes, s, sample)
-        own_k_dot = (k_dot[s], k[s][1], k[s][2], k[s][3])
-        own_v_dot = (v_dot[s], v[s][1], v[s][2], v[s][3])
-        if o_dot is not None and q_dot is None and k_dot[s] is None:
+    for g in tl.static_range(len(k)):
+        if o_dot is not None and q_dot is None and k_dot[g] is None:
             # S_dot is zero, and so is W, if the center is
             out_dot += center[:, None] * out
-            total_w += center * total_rounded
+            sum_w += center[:, None] * sum_p
             center = tl.zeros([BLOCK_N], TYPE)
-        for start in range(0, limit, BLOCK_M):
-            score = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            score_dot = score
-            rows = (k[s], sample, head, start, limit)
-            score = add_products(score, query, rows, WIDTH, PRECISION, BLOCK_IN)
+        streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, head, WIDTH)
+        limits, tiles = limits_of(counts[g], sizes, g, sample, BLOCK_M)
+        fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
+        for tile in range(0, tiles):
+            if len(k[g]) > 1 and tile == until:
+                fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
+            own_k, stride, own_v, own_k_dot, own_v_dot = fields
+            start = (tile - since) * BLOCK_M
+            zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
+            rows = (own_k, stride, start, limit)
+            score = add_products(zeros, query, rows, WIDTH, PRECISION, BLOCK_IN)
+            score_dot = zeros
             if q_dot is not None:
                 score_dot = add_products(score_dot, query_dot, rows, WIDTH, PRECISION, BLOCK_IN)
-            if k_dot[s] is not None:
-                rows = (own_k_dot, sample, head, start, limit)
+            if k_dot[g] is not None:
+                rows = (own_k_dot, stride, start, limit)
                 score_dot = add_products(score_dot, query, rows, WIDTH, PRECISION, BLOCK_IN)
-            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
             # What rounds is the same for a whole row, and so leaves P as it is
             new_top_2 = new_top * sizes.scale_2
             p = tl.exp2(fma(score, sizes.scale_2, -new_top_2[:, None]))
-            shrink = tl.exp2(fma(top, sizes.scale_2, -new_top_2))
+            if limit - start < BLOCK_M:
+                p = tl.where((key < limit - start)[None, :], p, 0.0)
+            shrink = tl.exp2(fma(top, sizes.scale_2, -new_top_2))[:, None]
             top = new_top
-            sum_p = tl.sum(p, 1)
             p_rounded = p.to(STORED)
-            total_rounded *= shrink
-            total_w *= shrink
-            rows = (v[s], sample, head, start, limit)
-            b = load(rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
-            if q_dot is not None or k_dot[s] is not None:
-                # The center is the mean of S_dot so far: it takes a common offset off before W is
-                # rounded. What was summed with another center moves along.
-                score_dot *= sizes.scale
-                new = total_w + center * total_rounded + tl.sum(p * score_dot, 1)
-                new = new / (total_rounded + sum_p)
-                shift = center - new
-                center = new
-                w = (p * (score_dot - center[:, None])).to(STORED)
-                total_w += shift * total_rounded + tl.sum(w.to(TYPE), 1)
-                out_dot = out_dot * shrink[:, None] + out * (shift * shrink)[:, None]
+            sum_before = sum_p * shrink
+            sum_p = dot(p_rounded, ones, sum_before, PRECISION)
+            out *= shrink
+            b = load((own_v, stride, start, limit), column, WIDTH, BLOCK_M, BLOCK_OUT)
+            if o_dot is not None:
+                out_dot *= shrink
+                sum_w *= shrink
+            if q_dot is not None or k_dot[g] is not None:
+                if EVERY == BLOCK_M or start % EVERY == 0:
+                    # The center becomes the mean of S_dot so far: it takes a common offset off
+                    # before W is rounded. What was summed with another one moves along.
+                    moment = (tl.sum(p * score_dot, 1) * sizes.scale)[:, None]
+                    root = tl.rsqrt(sum_p)
+                    moment = sum_w + center[:, None] * sum_before + moment
+                    new = tl.max(moment * root * root, 1)
+                    shift = (center - new)[:, None]
+                    center = new
+                    sum_w += shift * sum_before
+                    out_dot += shift * out
+                w = (p * fma(score_dot, sizes.scale, -center[:, None])).to(STORED)
+                sum_w = dot(w, ones, sum_w, PRECISION)
                 out_dot = dot(w, b, out_dot, PRECISION)
-            elif o_dot is not None:
-                out_dot *= shrink[:, None]
-            out *= shrink[:, None]
             out = dot(p_rounded, b, out, PRECISION)
-            if v_dot[s] is not None:
-                rows = (own_v_dot, sample, head, start, limit)
-                b = load(rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
+            if v_dot[g] is not None:
+                b = load((own_v_dot, stride, start, limit), column, WIDTH, BLOCK_M, BLOCK_OUT)
                 out_dot = dot(p_rounded, b, out_dot, PRECISION)
-            total = total * shrink + sum_p
-            # The sums that divide are those of the very numbers that were multiplied
-            if STORED != TYPE:
-                sum_p = tl.sum(p_rounded.to(TYPE), 1)
-            total_rounded += sum_p
 
+    total = tl.max(sum_p, 1)
     nothing = total == 0
-    inverse = tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, total_rounded))[:, None]
+    inverse = tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, total))[:, None]
     out *= inverse
     store(choose(o, stream), out, place, column, WIDTH, BLOCK_OUT)
     if o_dot is not None:
-        out_dot = (out_dot - total_w[:, None] * out) * inverse
+        out_dot = (out_dot - tl.max(sum_w, 1)[:, None] * out) * inverse
         store(choose(o_dot, stream), out_dot, place, column, WIDTH, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
     sums = top * sizes.scale_2 + tl.log2(tl.where(nothing, 1.0, total))
@@ -270,10 +333,11 @@ def attention_fwd_kernel(
 @jit
 def attention_bwd_q_kernel(
     q,  # views, one for each stream
-    k,
-    v,
-    o_bar,
-    o,
+    o_bar,  # pointers: strides are those of q
+    o,  # views
+    k,  # views, one for each stream of keys
+    v,  # pointers: strides are those of k
+    counts,  # tokens of each of these streams
     q_bar,  # pointers, one for each stream of queries
     delta,  # receives rowsum(o_bar o)
     lse,
@@ -290,8 +354,13 @@ def attention_bwd_q_kernel(
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     pair, column, stream, place = block_of(sizes.queries, sizes.heads, WIDTH, BLOCK_N, BLOCK_OUT)
     sample, head, _, first, count = place
-    o_rows = (choose_view(o, stream), sample, head, first, count)
-    o_bar_rows = (choose_view(o_bar, stream), sample, head, first, count)
+    own = choose_view(q, stream)
+    pointer, stride = at_head(own, sample, head, WIDTH)
+    q_rows = (pointer, stride, first, count)
+    own_bar = (choose(o_bar, stream), own[1], own[2], own[3])
+    o_bar_rows = (at_head(own_bar, sample, head, WIDTH)[0], stride, first, count)
+    pointer, stride = at_head(choose_view(o, stream), sample, head, WIDTH)
+    o_rows = (pointer, stride, first, count)
     center = tl.zeros([BLOCK_N], TYPE)
     for part in range(0, WIDTH, BLOCK_IN):
         a = load(o_rows, part, WIDTH, BLOCK_N, BLOCK_IN)
@@ -303,25 +372,30 @@ def attention_bwd_q_kernel(
     once = token < tl.where(tl.program_id(1) == 0, count - first, 0)
     tl.store(choose(delta, stream) + row + token, center, once)
     sums = tl.load(choose(lse, stream) + row + token, here, 0.0)
-    query = tile_of((choose_view(q, stream), sample, head, first, count), WIDTH, BLOCK_N, BLOCK_IN)
+    query = tile_of(q_rows, WIDTH, BLOCK_N, BLOCK_IN)
     out_bar = tile_of(o_bar_rows, WIDTH, BLOCK_N, BLOCK_IN)
 
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
-    for s in tl.static_range(len(k)):
-        limit = keys_of(sizes, s, sample)
-        for start in range(0, limit, BLOCK_M):
-            zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
-            k_rows = (k[s], sample, head, start, limit)
-            score = add_products(zeros, query, k_rows, WIDTH, PRECISION, BLOCK_IN)
-            p_bar = add_products(
-                zeros, out_bar, (v[s], sample, head, start, limit), WIDTH, PRECISION, BLOCK_IN
-            )
-            score = tl.where((key < limit - start)[None, :], score, float("-inf"))
-            p = tl.exp2(fma(score, sizes.scale_2, -sums[:, None]))
-            score_bar = (p * (p_bar - center[:, None])).to(STORED)
-            a = load(k_rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
-            query_bar = dot(score_bar, a, query_bar, PRECISION)
+    streams = at_heads(k, v, None, None, sample, head, WIDTH)
+    limits, tiles = limits_of(counts, sizes, 0, sample, BLOCK_M)
+    fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
+    for tile in range(0, tiles):
+        if len(k) > 1 and tile == until:
+            fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
+        own_k, stride, own_v = fields[0], fields[1], fields[2]
+        start = (tile - since) * BLOCK_M
+        zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
+        k_rows = (own_k, stride, start, limit)
+        score = add_products(zeros, query, k_rows, WIDTH, PRECISION, BLOCK_IN)
+        v_rows = (own_v, stride, start, limit)
+        p_bar = add_products(zeros, out_bar, v_rows, WIDTH, PRECISION, BLOCK_IN)
+        p = tl.exp2(fma(score, sizes.scale_2, -sums[:, None]))
+        if limit - start < BLOCK_M:
+            p = tl.where((key < limit - start)[None, :], p, 0.0)
+        score_bar = (p * (p_bar - center[:, None])).to(STORED)
+        a = load(k_rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
+        query_bar = dot(score_bar, a, query_bar, PRECISION)
     query_bar *= sizes.scale
     store(choose(q_bar, stream), query_bar, place, column, WIDTH, BLOCK_OUT)
 
@@ -329,9 +403,10 @@ def attention_bwd_q_kernel(
 @jit
 def attention_bwd_kv_kernel(
     q,  # views, one for each stream
-    k,
-    v,
-    o_bar,
+    o_bar,  # pointers: strides are those of q
+    k,  # views, one for each stream of keys
+    v,  # pointers: strides are those of k
+    counts,  # tokens of each of these streams
     k_bar,  # pointers, one for each stream of keys
     v_bar,
     delta,  # and of queries
@@ -347,38 +422,51 @@ def attention_bwd_kv_kernel(
     """Compute k_bar and v_bar of a block of keys."""
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    pair, column, stream, place = block_of(sizes.keys, sizes.heads, WIDTH, BLOCK_M, BLOCK_OUT)
-    sample, head, _, first, count = place
-    limit = count
-    for s in tl.static_range(len(k)):
-        if sizes.lengths[s] is not None:
-            limit = tl.where(stream == s, keys_of(sizes, s, sample), limit)
-    key = tile_of((choose_view(k, stream), sample, head, first, limit), WIDTH, BLOCK_M, BLOCK_IN)
-    value = tile_of((choose_view(v, stream), sample, head, first, limit), WIDTH, BLOCK_M, BLOCK_IN)
+    pair, column, stream, place = block_of(counts, sizes.heads, WIDTH, BLOCK_M, BLOCK_OUT)
+    sample, head, _, first, _ = place
+    limit = choose(limits_of(counts, sizes, 0, sample, BLOCK_M)[0], stream)
+    view = choose_view(k, stream)
+    pointer, stride = at_head(view, sample, head, WIDTH)
+    key = tile_of((pointer, stride, first, limit), WIDTH, BLOCK_M, BLOCK_IN)
+    own_v = (choose(v, stream), view[1], view[2], view[3])
+    pointer, stride = at_head(own_v, sample, head, WIDTH)
+    value = tile_of((pointer, stride, first, limit), WIDTH, BLOCK_M, BLOCK_IN)
 
     key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     token = tl.arange(0, BLOCK_N)
+    streams = at_heads(q, o_bar, None, None, sample, head, WIDTH)
+    row = pair * sizes.all_queries
+    with_sums = ()
     for s in tl.static_range(len(q)):
-        stop = tl.where(first < limit, sizes.queries[s], 0)  # padding alone: nothing to do
-        for start in range(0, stop, BLOCK_N):
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
-            q_rows = (q[s], sample, head, start, stop)
-            o_bar_rows = (o_bar[s], sample, head, start, stop)
-            score = add_products(zeros, key, q_rows, WIDTH, PRECISION, BLOCK_IN)
-            p_bar = add_products(zeros, value, o_bar_rows, WIDTH, PRECISION, BLOCK_IN)
-            row = pair * sizes.all_queries + start
-            here = token < stop - start
-            sums = tl.load(lse[s] + row + token, here, float("inf"))
-            center = tl.load(delta[s] + row + token, here, 0.0)
-            p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
-            b = load(o_bar_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
-            value_bar = dot(p.to(STORED), b, value_bar, PRECISION)
-            score_bar = (p * (p_bar - center[None, :])).to(STORED)
-            a = load(q_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
-            key_bar = dot(score_bar, a, key_bar, PRECISION)
-    counts = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
-    key_bar = tl.where(counts, key_bar * sizes.scale, 0.0)
-    value_bar = tl.where(counts, value_bar, 0.0)
+        own = streams[s]
+        with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)  # type: ignore[assignment]
+    limits, tiles = limits_of(sizes.queries, sizes, None, sample, BLOCK_N)
+    tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
+    fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)
+    for tile in range(0, tiles):
+        if len(q) > 1 and tile == until:
+            fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
+        own_q, stride, own_o_bar, own_lse, own_delta = fields
+        start = (tile - since) * BLOCK_N
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
+        q_rows = (own_q, stride, start, stop)
+        o_bar_rows = (own_o_bar, stride, start, stop)
+        score = add_products(zeros, key, q_rows, WIDTH, PRECISION, BLOCK_IN)
+        p_bar = add_products(zeros, value, o_bar_rows, WIDTH, PRECISION, BLOCK_IN)
+        query = tl.minimum(start + token, stop - 1)
+        sums = tl.load(own_lse + query)
+        center = tl.load(own_delta + query)
+        p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
+        if stop - start < BLOCK_N:
+            p = tl.where((token < stop - start)[None, :], p, 0.0)
+        b = load(o_bar_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
+        value_bar = dot(p.to(STORED), b, value_bar, PRECISION)
+        score_bar = (p * (p_bar - center[None, :])).to(STORED)
+        a = load(q_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
+        key_bar = dot(score_bar, a, key_bar, PRECISION)
+    inside = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
+    key_bar = tl.where(inside, key_bar * sizes.scale, 0.0)
+    value_bar = tl.where(inside, value_bar, 0.0)
     store(choose(k_bar, stream), key_bar, place, column, WIDTH, BLOCK_OUT)
     store(choose(v_bar, stream), value_bar, place, column, WIDTH, BLOCK_OUT)

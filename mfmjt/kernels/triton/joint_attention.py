@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfmjt.kernels._attention import joined, parted
 from mfmjt.kernels._backends import INTERPRETED
 from mfmjt.kernels._op import check, work_dtype
 from mfmjt.kernels.triton import cdiv, target, tuning
@@ -22,40 +23,49 @@ from mfmjt.kernels.triton.launching import View, empty, launch, strides
 
 __all__ = ["bwd", "fwd", "jvp"]
 
+FASTER: frozenset[tuple[str, torch.dtype, int]] = frozenset()
+"""(GPU, dtype, D) of committed measurements in which PyTorch's attention computes a value faster
+than our kernel, the concatenation of streams included. None has been made."""
+
 
 def _view(x: Tensor) -> View:
     unit = 8 if x.shape[3] % 8 == 0 else 1
     return View(x, *(d // unit for d in strides(x)))
 
 
-def _fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Return whether kernels read x where it lies, and the others (or None) by its strides.
+def _fits(x: Tensor, *others: Tensor) -> bool:
+    """Return whether kernels read x where it lies, and the others by its strides.
 
     Heads are dense, 32 bits reach every element of a tile, and strides are whole units.
     """
-    same = all(y is None or y.stride() == x.stride() for y in others)
+    same = all(y.stride() == x.stride() for y in others)
     whole = x.shape[3] % 8 != 0 or all(d % 8 == 0 for d in strides(x))
     return same and whole and x.stride(3) == 1 and x.stride(1) < 2**22
 
 
-def _packed(
-    streams: Sequence[Tensor], dots: Sequence[Tensor | None] | None = None
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return streams and their tangents: themselves where kernels read them, else contiguous."""
-    pairs = zip(streams, dots or [None] * len(streams), strict=True)
-    kept = [
-        (x, dot) if _fits(x, dot) else (x.contiguous(), dot if dot is None else dot.contiguous())
-        for x, dot in pairs
-    ]
-    return [x for x, _ in kept], [dot for _, dot in kept]
+def _packed(*lists: Sequence[Tensor | None]) -> list[list[Any]]:
+    """Return lists of streams, the first with tensors only, of one set of strides for each stream.
+
+    They are themselves where kernels read them, else contiguous.
+    """
+    found = []
+    for stream in zip(*lists, strict=True):
+        fits = _fits(*(x for x in stream if x is not None))
+        found.append([x if x is None or fits else x.contiguous() for x in stream])
+    return [list(x) for x in zip(*found, strict=True)]
+
+
+def _views(streams: Sequence[Tensor]) -> list[View]:
+    return [_view(x) for x in streams]
 
 
 def _launch(
     kernel: Any,
     part: str,
-    streams: Sequence[Sequence[Tensor]],
-    pointers: Sequence[Sequence[Tensor | None] | None],
-    lengths: Sequence[Tensor | None],
+    q: Sequence[Tensor],
+    tensors: Sequence[Any],
+    blocks: Sequence[Tensor],
+    lengths: Sequence[tuple[Tensor | None, ...]],
     lse: Tensor,
     scale: float,
 ) -> None:
@@ -64,41 +74,74 @@ def _launch(
     Args:
         kernel: The kernel.
         part: Its name in `tuning.attention`.
-        streams: (B, tokens, H, D) as `_packed` returned them: those of q, k, v, and of o_bar and o.
-        pointers: Tensors whose strides the kernel knows; the parts of lse last.
-        lengths: For each stream of keys, (B,) or None.
+        q: Streams of queries as `_packed` returned them.
+        tensors: What the kernel takes after the views of q.
+        blocks: The streams that are cut into blocks, q or k.
+        lengths: As `Sizes` has them.
         lse: (B, H, all queries).
         scale: Factor of the scores.
-
-    Raises:
-        ValueError: Heads are too wide, or 32 bits do not count the elements of a sample.
     """
-    first = streams[0][0]
-    batch, _, heads, width = first.shape
-    check(width <= 256, "joint_attention", "a head width up to 256 on a GPU", q=first)
-    for name, group in zip(("q", "k", "v", "o_bar", "o"), streams, strict=False):
-        for i, x in enumerate(group):
-            needs = "less than 2**31 elements of a sample in each stream on a GPU"
-            near = x.shape[1] * x.stride(1) < 2**31
-            check(near, "joint_attention", needs, **{f"{name}[{i}]": x})
-    queries, keys = (tuple([x.shape[1] for x in group]) for group in streams[:2])
-    tokens = keys if part == "bwd_kv" else queries
+    batch, _, heads, width = q[0].shape
+    tokens = tuple([x.shape[1] for x in blocks])
     if batch * heads * sum(tokens) == 0:
         return
-    options = tuning.attention(part, batch * heads, tokens, width, first.element_size())
+    options = tuning.attention(part, batch * heads, tokens, width, q[0].element_size())
     block = options["BLOCK_M" if part == "bwd_kv" else "BLOCK_N"]
     grid = batch * heads * sum(cdiv(n, block) for n in tokens), cdiv(width, options["BLOCK_OUT"])
-    counts = tuple([None if n is None else n.contiguous() for n in lengths])
+    queries = tuple([x.shape[1] for x in q])
     launch(
         kernel,
         grid,
-        *([_view(x) for x in group] for group in streams),
-        *(None if group is None else list(group) for group in pointers),
-        Sizes(queries, keys, counts, lse.shape[2], heads, scale, scale * math.log2(math.e)),
+        _views(q),
+        *tensors,
+        Sizes(queries, tuple(lengths), lse.shape[2], heads, scale, scale * math.log2(math.e)),
         WIDTH=width,
-        PRECISION="tf32x3" if first.dtype.itemsize == 4 and target()[0] == "cuda" else "ieee",
+        PRECISION="tf32x3" if q[0].dtype.itemsize == 4 and target()[0] == "cuda" else "ieee",
         **options,
     )
+
+
+def _check(**groups: Sequence[Tensor]) -> None:
+    """Raise ValueError if heads are too wide, or 32 bits do not count a sample's elements."""
+    for name, group in groups.items():
+        for i, x in enumerate(group):
+            wide = x.shape[3] <= 256
+            check(wide, "joint_attention", "a head width up to 256 on a GPU", **{f"{name}[{i}]": x})
+            needs = "less than 2**31 elements of a sample in each stream on a GPU"
+            near = x.shape[1] * x.stride(1) < 2**31
+            check(near, "joint_attention", needs, **{f"{name}[{i}]": x})
+
+
+def _tokens(streams: Sequence[Tensor]) -> list[int]:
+    return [x.shape[1] for x in streams]
+
+
+def _dense(lengths: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple([None if n is None else n.contiguous() for n in lengths])
+
+
+def _groups(
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    k_dot: Sequence[Tensor | None],
+    v_dot: Sequence[Tensor | None],
+    lengths: Sequence[Tensor | None],
+) -> list[list[Any]]:
+    """Return k, v, k_dot, v_dot, tokens and lengths by what moves: a group shares a loop."""
+    k, v, k_dot, v_dot = _packed(k, v, k_dot, v_dot)
+    _check(k=k, v=v)
+    found: list[list[Any]] = []
+    moves = [(a is not None, b is not None) for a, b in zip(k_dot, v_dot, strict=True)]
+    for kind in dict.fromkeys(moves):
+        own = [i for i, other in enumerate(moves) if other == kind]
+        keys, values = ([x[i] for i in own] for x in (k, v))
+        dots = [
+            [x[i] for i in own] if there else None
+            for x, there in zip((k_dot, v_dot), kind, strict=True)
+        ]
+        counts = _dense([lengths[i] for i in own])
+        found.append([_views(keys), values, *dots, _tokens(keys), counts])
+    return [list(x) for x in zip(*found, strict=True)]
 
 
 def _by_streams(lse: Tensor, q: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -124,12 +167,31 @@ def fwd(
     """Launch the value: o, lse."""
     if _is_left(q):
         return NotImplemented
+    gpu = torch.cuda.get_device_name(q[0].device) if q[0].is_cuda else "cpu"
+    if (gpu, q[0].dtype, q[0].shape[3]) in FASTER and all(n is None for n in lengths):
+        return _by_pytorch(q, k, v, scale)
     o, lse = empty(q), _new_lse(q)
-    streams = [_packed(x)[0] for x in (q, k, v)]
-    none = [None] * len(k)
-    pointers = (None, none, none, o, None, _by_streams(lse, q))
-    _launch(attention_fwd_kernel, "value", streams, pointers, lengths, lse, scale)
+    (queries,) = _packed(q)
+    _check(q=queries)
+    still: list[Tensor | None] = [None] * len(k)
+    *groups, counts = _groups(k, v, still, still, lengths)
+    tensors = (None, *groups, o, None, list(_by_streams(lse, q)))
+    _launch(attention_fwd_kernel, "value", queries, tensors, queries, counts, lse, scale)
     return o, lse
+
+
+def _by_pytorch(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], Tensor]:
+    """Compute o and lse, to the base 2, by cuDNN, or by PyTorch's flash attention on a CPU."""
+    heads = [joined(x).transpose(1, 2) for x in (q, k, v)]
+    if q[0].is_cuda:
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        o, lse, *_ = cudnn(*heads, None, True, scale=scale)
+    else:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        o, lse = flash(*heads, scale=scale)
+    return parted(o.transpose(1, 2), q), lse.reshape(o.shape[:3]) * math.log2(math.e)
 
 
 def jvp(
@@ -146,9 +208,9 @@ def jvp(
     if _is_left(q):
         return NotImplemented
     o, o_dot, lse = empty(q), empty(q), _new_lse(q)
-    (all_q, q_dot), (keys, k_dot), (values, v_dot) = (
-        _packed(x, dots) for x, dots in ((q, q_dot), (k, k_dot), (v, v_dot))
-    )
+    all_q, q_dot = _packed(q, q_dot)
+    _check(q=all_q)
+    *groups, counts = _groups(k, v, k_dot, v_dot, lengths)
     keys_move = any(dot is not None for dot in (*k_dot, *v_dot))
     for queries_move in (True, False):
         group = [i for i, dot in enumerate(q_dot) if (dot is not None) == queries_move]
@@ -159,10 +221,10 @@ def jvp(
         moves = queries_move or keys_move
         for zero in () if moves else out_dot:
             zero.zero_()
-        dots = (own_dot if queries_move else None, k_dot, v_dot)
-        pointers = (*dots, out, out_dot if moves else None, sums)
+        dots = own_dot if queries_move else None
+        tensors = (dots, *groups, out, out_dot if moves else None, sums)
         part = "tangent" if moves else "value"
-        _launch(attention_fwd_kernel, part, (own, keys, values), pointers, lengths, lse, scale)
+        _launch(attention_fwd_kernel, part, own, tensors, own, counts, lse, scale)
     return o, o_dot, lse
 
 
@@ -180,10 +242,13 @@ def bwd(
     if _is_left(q):
         return NotImplemented
     q_bar, k_bar, v_bar = empty(q), empty(k), empty(v)
-    streams = [_packed(x)[0] for x in (q, k, v, o_bar, o)]
-    sums, delta = _by_streams(lse, q), _by_streams(torch.empty_like(lse), q)
-    pointers: tuple[Any, ...] = (q_bar, delta, sums)
-    _launch(attention_bwd_q_kernel, "bwd_q", streams, pointers, lengths, lse, scale)
-    pointers = (k_bar, v_bar, delta, sums)
-    _launch(attention_bwd_kv_kernel, "bwd_kv", streams[:4], pointers, lengths, lse, scale)
+    queries, o_bar = _packed(q, o_bar)
+    (o,), (k, v) = _packed(o), _packed(k, v)
+    _check(q=queries, k=k, v=v, o_bar=o_bar, o=o)
+    sums, delta = ([*_by_streams(x, q)] for x in (lse, torch.empty_like(lse)))
+    keys, counts = (_views(k), v, _tokens(k)), [_dense(lengths)]
+    of_q = (o_bar, _views(o), *keys, q_bar, delta, sums)
+    _launch(attention_bwd_q_kernel, "bwd_q", queries, of_q, queries, counts, lse, scale)
+    of_kv = (o_bar, *keys, k_bar, v_bar, delta, sums)
+    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, of_kv, k, counts, lse, scale)
     return q_bar, k_bar, v_bar

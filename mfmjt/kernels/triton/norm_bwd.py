@@ -100,12 +100,19 @@ def _norm_bwd_kernel(
         row = sample * length + token
         out = row * width + col
         x_bar = tl.zeros((SEGMENTS, BLOCK_ROWS, BLOCK_COLS), WORK)
+        # All loads come before the first sum, which waits: so they are under way together.
         if y_bars is not None:
             x = load(xs, stream, sample, token, col, inside, WORK)
             y_bar = load(y_bars, stream, sample, token, col, inside, WORK)
             factor = 1 + load(scales, stream, sample, of, col, inside, WORK)
             rstd = tl.load(choose(rstds, stream) + row, exists, 0.0)
             x = tl.where(inside, x - tl.load(choose(means, stream) + row, exists, 0.0), 0.0)
+        if total_bars is not None:
+            total_bar = load(total_bars, stream, sample, token, col, inside, WORK)
+        if hs is not None:
+            h = load(hs, stream, sample, token, col, inside, WORK)
+            gate = load(gates, stream, sample, of, col, inside, WORK)
+        if y_bars is not None:
             rest = mean(x, width)
             n_bar = y_bar * factor
             mean_bar = mean(n_bar, width)
@@ -117,12 +124,11 @@ def _norm_bwd_kernel(
             shift_total += y_bar
             scale_total += scale_bar
         if total_bars is not None:
-            x_bar += load(total_bars, stream, sample, token, col, inside, WORK)
+            x_bar += total_bar
         put(x_bars, stream, out, x_bar, inside)
         if hs is not None:
-            gate = load(gates, stream, sample, of, col, inside, WORK)
             put(h_bars, stream, out, x_bar * gate, inside)
-            gate_bar = x_bar * load(hs, stream, sample, token, col, inside, WORK)
+            gate_bar = x_bar * h
             put(bars[0], stream, out, gate_bar, inside)
             gate_total += gate_bar
     if picks is None:

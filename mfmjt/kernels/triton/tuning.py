@@ -313,13 +313,13 @@ def vocoder(outs: int, element_size: int) -> Options:
 _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     100: {
         "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
-        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        "tangent": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
         "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
         "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
     },
     90: {
         "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
-        "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)),
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3)),
         "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
         "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
     },
@@ -327,7 +327,7 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "value": ((128, 64, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
         "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 8, 2)),
         "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        "bwd_kv": ((64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+        "bwd_kv": ((32, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
     },
     "hip": {
         "value": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -340,7 +340,7 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
 # go into the scores, and of the result of one program.
 _ATTENTION_WIDE = {
     "value": ((64, 64, 64, 128), 4, 2),
-    "tangent": ((64, 32, 64, 64), 4, 2),
+    "tangent": ((64, 32, 64, 64), 8, 2),
     "bwd_q": ((64, 32, 64, 128), 4, 2),
     "bwd_kv": ((32, 64, 64, 64), 4, 2),
 }
@@ -358,7 +358,7 @@ def attention(
     """Return the options of an attention kernel.
 
     BLOCK_N and BLOCK_M are blocks of queries and of keys, BLOCK_IN of the columns that go into the
-    scores, BLOCK_OUT of those of the result in one program.
+    scores, BLOCK_OUT of those of the result in one program, EVERY the keys with one center.
 
     Args:
         part: "value", "tangent", "bwd_q" or "bwd_kv".
@@ -370,7 +370,9 @@ def attention(
     columns = max(16, power_of_2(width))
     backend, arch = target()
     kind = "hip" if backend == "hip" else {9: 90, 10: 100}.get(arch // 10)
-    crowded = kind is None and arch != 80 and part == "tangent" and columns > 64  # 99 KiB shared
+    # 99 KiB of shared memory, or too few registers
+    crowded = (kind is None and arch != 80) or kind == 100
+    crowded = crowded and part == "tangent" and columns > 64
     if element_size == 4 or columns > 128 or crowded:
         table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
         (queries, keys, ins, outs), warps, stages = table[part]
@@ -385,4 +387,6 @@ def attention(
         ins = outs = columns
     blocks = {"BLOCK_N": queries, "BLOCK_M": keys}
     blocks |= {"BLOCK_IN": min(ins, columns), "BLOCK_OUT": min(outs, columns)}
+    if part in ("value", "tangent"):  # AMD's compiler fails on that branch
+        blocks["EVERY"] = keys if backend == "hip" else 128
     return {**blocks, "num_warps": warps, "num_stages": stages}

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.data.recordings import SAMPLE_RATE, Recording, Recordings
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
+from mfmjt.progress import ProgressBar
 from mfmjt.train import optim
 from mfmjt.train.recipe import Loop
 from mfmjt.train.tasks.procedural import whole_batch
@@ -72,6 +74,8 @@ class ClassifierStage:
         init_from: Weights to start from, instead of random ones.
         recordings: Corpus to train on in place of procedural clips, from `mfmjt data real`; its
             labels are the classes. Null for none.
+        codec: Codec through which half of the recordings are heard, as all that is made will be:
+            otherwise it would be the codec that is judged. Null for none.
         fewest: Training recordings that a label needs to be a class.
         widths: Channels after each convolution.
         embedding: Size of the embedding.
@@ -81,6 +85,7 @@ class ClassifierStage:
     out: str = "output/nano/classifier"
     init_from: str | None = None
     recordings: Path | None = None
+    codec: Path | None = None
     fewest: int = 5
     widths: tuple[int, ...] = (24, 48, 80, 112)
     embedding: int = 64
@@ -237,9 +242,28 @@ class _Recorded:
                 f"No label of {corpus} has {recipe.fewest} recordings to train on. Lower fewest."
             )
         self.classes = tuple(self.rows)
+        self.through: dict[str, np.ndarray[Any, np.dtype[np.float16]]] = {}
+        if recipe.codec:
+            self._decode(NanoCodec.load(recipe.codec))
         # By the root of their number: neither do steps drown bells, nor are five bells worn out.
         weights = np.sqrt([len(rows) for rows in self.rows.values()])
         self.chances = weights / weights.sum()
+
+    @torch.no_grad()
+    def _decode(self, codec: NanoCodec) -> None:
+        rows = [row for some in self.rows.values() for row in some]
+        with ProgressBar("through the codec", len(rows), unit="recordings") as bar:
+            for done, row in enumerate(rows, 1):
+                wave = torch.from_numpy(self.recordings.sound(row))[None]
+                made = codec.decode(codec.encode(wave)[0])[0, : row.samples]
+                self.through[row.id] = made.half().numpy()
+                bar.update(done)
+
+    def _wave(self, label: str, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+        row = self.rows[label][rng.integers(len(self.rows[label]))]
+        if self.through and rng.uniform() < 0.5:
+            return self.through[row.id].astype(np.float32)
+        return self.recordings.sound(row)
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Draw sounds of one length, augmented, and their classes."""
@@ -253,16 +277,15 @@ class _Recorded:
     def _sound(
         self, label: str, samples: int, rng: np.random.Generator
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        rows = self.rows[label]
-        wave = self.recordings.sound(rows[rng.integers(len(rows))])
+        wave = self._wave(label, rng)
         sound = crop(wave, samples, rng)
         if len(wave) < samples // 2 and rng.uniform() < 0.5:
             times = int(rng.integers(2, 2 + 4 * samples // SAMPLE_RATE))
             gains = zip(rng.integers(samples, size=times), rng.uniform(0.3, 1, times), strict=True)
             sound = np.sum([gain * np.roll(sound, place) for place, gain in gains], axis=0)
         if rng.uniform() < _BEHIND:
-            others = self.rows[self.classes[rng.choice(len(self.classes), p=self.chances)]]
-            other = crop(self.recordings.sound(others[rng.integers(len(others))]), samples, rng)
+            behind = self.classes[rng.choice(len(self.classes), p=self.chances)]
+            other = crop(self._wave(behind, rng), samples, rng)
             gain = 10 ** (-rng.uniform(10, 30) / 20)
             other *= gain * np.linalg.norm(sound) / max(float(np.linalg.norm(other)), 1e-6)
             sound = sound + other

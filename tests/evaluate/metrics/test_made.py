@@ -76,7 +76,7 @@ def test_real_sound_in_place_of_the_network_reaches_the_bounds(
 def test_without_a_truth_only_distances_are_judged(
     bundle: Bundle, classifier: Classifier, clips: Examples
 ) -> None:
-    unknown = dataclasses.replace(clips, labels=None, events=None, procedural=False)
+    unknown = dataclasses.replace(clips, labels=None, events=None, like=None)
     report = evaluate(bundle, unknown, classifier=classifier)
     judged = {key for key, value in report.figures.items() if value is not None}
     assert judged == {"frechet", "text_frechet"}
