@@ -68,7 +68,7 @@ _PRODUCTS: dict[Any, dict[Tile, float]] = {
         Tile(128, 256, 64, 8, 4): 1.0,
         Tile(128, 128, 64, 8, 3): 0.85,
         Tile(64, 64, 64, 8, 4): 0.5,
-        Tile(64, 32, 128, 4, 3): 0.4,
+        Tile(64, 32, 128, 8, 3): 0.4,
     },
     90: {
         Tile(128, 256, 64, 8, 4): 1.0,
@@ -313,7 +313,7 @@ def vocoder(outs: int, element_size: int) -> Options:
 _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     100: {
         "value": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
-        "tangent": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
+        "tangent": ((64, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
         "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)),
         "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
     },
@@ -389,4 +389,5 @@ def attention(
     blocks |= {"BLOCK_IN": min(ins, columns), "BLOCK_OUT": min(outs, columns)}
     if part in ("value", "tangent"):  # AMD's compiler fails on that branch
         blocks["EVERY"] = keys if backend == "hip" else 128
-    return {**blocks, "num_warps": warps, "num_stages": stages}
+    more = registers(warps) if kind == 100 and part == "bwd_kv" and element_size == 4 else {}
+    return {**blocks, "num_warps": warps, "num_stages": stages, **more}
