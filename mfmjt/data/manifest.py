@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from mfmjt.errors import InputError, some
+from mfmjt.errors import InputError, reason, some
 
 __all__ = [
     "SPLITS",
@@ -154,7 +154,9 @@ def read_lines(
                     )
                 yield place, {name: text.strip() for name, text in line.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {error}. Give a CSV file in UTF-8.") from error
+        raise InputError(
+            f"{path} cannot be read: {reason(error)}. Give a CSV file in UTF-8."
+        ) from error
     if not place:
         raise InputError(f"{path} has no lines after its header. Give one for each recording.")
 

@@ -95,7 +95,7 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     values, dots, device = plain
     if sizes is not None:
         values, dots = nest(values, sizes), None if dots is None else nest(dots, sizes)
-    if dots is not None and op.fixed:
+    if dots is not None and any(dots[i] is not None for i in op.fixed_places):
         op.refuse_tangents(dots)
     opened = None if level is None else pop_dynamic_layer_stack()
     try:

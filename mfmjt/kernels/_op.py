@@ -158,6 +158,7 @@ class Op:
         both = (*self.inputs, *(f"{n}_dot" for n in self.inputs))
         self.order = list(map(both.index, names))  # of jvp's arguments among values and tangents
         self.fixed = [n for n in self.tensors if f"{n}_dot" not in names]
+        self.fixed_places = [self.inputs.index(n) for n in self.fixed]
         bars = {n: p for n, p in inspect.signature(bwd).parameters.items() if n != "needs"}
         self.results = [n[:-4] for n in bars if n[-4:] == "_bar"]
         self.optional = [y for y in self.results if "None" in str(bars[f"{y}_bar"].annotation)]

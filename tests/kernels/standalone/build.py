@@ -34,7 +34,7 @@ __all__ = ["BUILDS", "Build", "check_faults_are_found", "judge", "make", "missin
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 ISAS = ("portable", "avx2", "avx512")
-DTYPES = {torch.float32: 6, torch.bfloat16: 15}  # PyTorch's numbers for them
+DTYPES = {torch.float32: 6, torch.bfloat16: 15, torch.int64: 4}  # PyTorch's numbers for them
 
 
 class Build(NamedTuple):
@@ -158,7 +158,10 @@ def judge(build: Build, program: Path, folder: Path) -> int:
 
 def _truth(name: str, given: Arguments) -> tuple[tuple[Tensor, ...], list[float]]:
     """Exact results, and how much each may be off: the oracle's rule."""
-    wide = {k: t.double() if isinstance(t, Tensor) else t for k, t in given.items()}
+    wide = {
+        k: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for k, t in given.items()
+    }
     truth, plain = native.formula(name, wide), native.formula(name, given)
     everything = torch.cat([t.flatten() for t in truth])
     terms = max(t.numel() for t in given.values() if isinstance(t, Tensor))
