@@ -109,7 +109,7 @@ def analyse(
         InputError: A file that is no answers, or those of another page; too few answers.
     """
     known = _read(Path(key), "key of a listening test", ("id", "kind", "systems", "trials"))
-    kind, systems, trials = known["kind"], known["systems"], known["trials"]
+    kind, trials = known["kind"], known["trials"]
     by_rater, notes = _collect([Path(path) for path in answers], known)
     rows: Rows = []
     for rater, given in by_rater.items():
@@ -121,8 +121,12 @@ def analyse(
         len({trials[q]["clip"] for _, q, _ in rows}),
         notes=notes,
     )
-    work = {"preference": _preference, "rating": _rating, "abx": _abx}[kind]
-    work(result, rows, trials, systems, np.random.default_rng(seed))
+    if kind == "preference":
+        _preference(result, rows, known, np.random.default_rng(seed))
+    elif kind == "rating":
+        _rating(result, rows, known, np.random.default_rng(seed))
+    else:
+        _abx(result, rows, known)
     return result
 
 
@@ -199,26 +203,22 @@ def _fits(answer: Any, known: dict[str, Any], sounds: dict[str, dict[str, str]])
 
 
 def _preference(
-    result: Analysis,
-    rows: Rows,
-    trials: dict[str, Any],
-    systems: list[str],
-    rng: np.random.Generator,
+    result: Analysis, rows: Rows, known: dict[str, Any], rng: np.random.Generator
 ) -> None:
+    systems, trials, sounds = known["systems"], known["trials"], _sounds_of(known)
     number = {name: i for i, name in enumerate(systems)}
     # Wins of each over each, for every clip: a bootstrap over clips sums some of these.
     wins: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((len(systems), len(systems))))
     said: dict[str, list[str]] = defaultdict(list)
     for _, question, answer in rows:
         trial = trials[question]
-        system = dict(zip(trial["sounds"], trial["systems"], strict=True))
         i, j = (number[name] for name in trial["systems"])
         said[question].append(answer["choice"])
         if answer["choice"] == "tie":
             wins[trial["clip"]][i, j] += 0.5
             wins[trial["clip"]][j, i] += 0.5
         else:
-            winner = number[system[answer["choice"]]]
+            winner = number[sounds[question][answer["choice"]]]
             wins[trial["clip"]][winner, j if winner == i else i] += 1
     each = np.stack(list(wins.values())) if wins else np.zeros((1, len(systems), len(systems)))
     total = each.sum(0)
@@ -239,26 +239,18 @@ def _preference(
             | {"share": float(total[i, j] / count), "low": float(low), "high": float(high)}
         )
     strengths = np.stack([bradley_terry(sums) for sums in drawn])
-    lows, highs = np.quantile(strengths, (0.025, 0.975), axis=0)
-    for name, score, low, high in zip(systems, bradley_terry(total), lows, highs, strict=True):
-        result.scores[name] = {"score": float(score), "low": float(low), "high": float(high)}
+    result.scores = _scores(systems, bradley_terry(total), strengths)
     result.agreement = krippendorff(list(said.values()), lambda x, y: float(x != y))
 
 
-def _rating(
-    result: Analysis,
-    rows: Rows,
-    trials: dict[str, Any],
-    systems: list[str],
-    rng: np.random.Generator,
-) -> None:
+def _rating(result: Analysis, rows: Rows, known: dict[str, Any], rng: np.random.Generator) -> None:
+    systems, trials, sounds = known["systems"], known["trials"], _sounds_of(known)
     given: dict[str, list[dict[str, float]]] = defaultdict(list)
     said: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _, question, answer in rows:
-        trial = trials[question]
-        system = dict(zip(trial["sounds"], trial["systems"], strict=True))
+        system = sounds[question]
         ratings = {system[number]: float(value) for number, value in answer["ratings"].items()}
-        given[trial["clip"]].append(ratings)
+        given[trials[question]["clip"]].append(ratings)
         for name, value in ratings.items():
             said[question, name].append(value)
     _enough({tuple(systems): float(len(rows))})
@@ -267,9 +259,7 @@ def _rating(
         [[np.mean([r[name] for r in ratings]) for name in systems] for ratings in given.values()]
     )
     drawn = _resampled(each, rng) / len(each)
-    lows, highs = np.quantile(drawn, (0.025, 0.975), axis=0)
-    for name, score, low, high in zip(systems, each.mean(0), lows, highs, strict=True):
-        result.scores[name] = {"score": float(score), "low": float(low), "high": float(high)}
+    result.scores = _scores(systems, each.mean(0), drawn)
     for (i, a), (j, b) in itertools.combinations(enumerate(systems), 2):
         low, high = np.quantile(drawn[:, i] - drawn[:, j], (0.025, 0.975))
         difference = float((each[:, i] - each[:, j]).mean())
@@ -280,13 +270,8 @@ def _rating(
     result.agreement = krippendorff(list(said.values()), lambda x, y: (x - y) ** 2)
 
 
-def _abx(
-    result: Analysis,
-    rows: Rows,
-    trials: dict[str, Any],
-    systems: list[str],
-    rng: np.random.Generator,
-) -> None:
+def _abx(result: Analysis, rows: Rows, known: dict[str, Any]) -> None:
+    systems, trials = known["systems"], known["trials"]
     right: dict[tuple[str, ...], list[bool]] = {
         pair: [] for pair in itertools.combinations(systems, 2)
     }
@@ -304,6 +289,17 @@ def _abx(
             | {"low": low, "high": high, "p": _by_guessing(sum(given), len(given))}
         )
     result.agreement = krippendorff(list(said.values()), lambda x, y: float(x != y))
+
+
+def _scores(
+    systems: list[str], values: np.ndarray, drawn: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Return the value of each system, with the interval of its resampled ones (RESAMPLES, n)."""
+    lows, highs = np.quantile(drawn, (0.025, 0.975), axis=0)
+    return {
+        name: {"score": float(score), "low": float(low), "high": float(high)}
+        for name, score, low, high in zip(systems, values, lows, highs, strict=True)
+    }
 
 
 def _enough(counts: dict[tuple[str, ...], float]) -> None:

@@ -158,6 +158,16 @@ class ModelConfig:
         )
 
 
+_OWN: dict[str, Any] = {
+    "latent_length": 250,
+    "video_length": 64,
+    "sync_length": 200,
+    "text_length": 32,
+    "video_dim": 128,
+    "sync_dim": 128,
+    "text_dim": 128,
+    "mlp_ratio": 2.0,
+}
 _RATE_44K = 44_100 / 1024
 _REFERENCE_16K: dict[str, Any] = {
     "latent_length": 250,
@@ -192,38 +202,8 @@ _RESONATE = {
 CONFIGS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
-        ModelConfig(
-            "nano",
-            latent_dim=20,
-            hidden_dim=128,
-            num_heads=2,
-            depth=6,
-            fused_depth=4,
-            latent_length=250,
-            video_length=64,
-            sync_length=200,
-            text_length=32,
-            video_dim=128,
-            sync_dim=128,
-            text_dim=128,
-            mlp_ratio=2.0,
-        ),
-        ModelConfig(
-            "foley",
-            latent_dim=32,
-            hidden_dim=192,
-            num_heads=3,
-            depth=6,
-            fused_depth=4,
-            latent_length=250,
-            video_length=64,
-            sync_length=200,
-            text_length=32,
-            video_dim=128,
-            sync_dim=128,
-            text_dim=128,
-            mlp_ratio=2.0,
-        ),
+        ModelConfig("nano", 20, 128, 2, 6, 4, **_OWN),
+        ModelConfig("foley", 32, 192, 3, 6, 4, **_OWN),
         ModelConfig("small_16k", 20, 448, 7, 12, 8, **_REFERENCE_16K),
         ModelConfig("small_44k", 40, 448, 7, 12, 8, **_REFERENCE_44K),
         ModelConfig("medium_44k", 40, 896, 14, 12, 8, **_REFERENCE_44K),
