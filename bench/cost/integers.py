@@ -175,7 +175,7 @@ def _product(kinds: Kinds, x: list[str]) -> Compute:
 
 
 def _scaled_sum(kinds: Kinds, x: list[str]) -> Compute:
-    """LEA: a shifted number and another; with HI, the upper half of the 64 bits shifted."""
+    """Compute LEA: a shifted number and another; with HI, the upper half of the 64 bits shifted."""
     carries = [predicate(x.pop())] if "X" in kinds else []
     extend = "SX32" in kinds
     high = "HI" in kinds
@@ -354,7 +354,7 @@ def _pack(kinds: Kinds, x: list[str]) -> Compute:
 
 
 def _halves(kinds: Kinds, x: list[str]) -> Compute:
-    """HFMA2 of zeros and a pair of halves: how the assembler makes constants."""
+    """Compute HFMA2 of zeros and a pair of halves: how the assembler makes constants."""
     if x[0].lstrip("-") != "RZ" or x[1] != "RZ" or len(x) < 4:
         return _unknown
     try:

@@ -60,7 +60,7 @@ class SentenceEncoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings `(len(texts), dim)`, float32, of unit length."""
+        """Return embeddings `(len(texts), dim)`, float32, of unit length."""
         ids, mask = self.tokens(texts)
         longest = int(mask.sum(1).max())
         ids, mask = ids[:, :longest], mask[:, :longest]

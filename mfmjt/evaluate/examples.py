@@ -73,7 +73,7 @@ class Known:
 
     @property
     def impact(self) -> np.ndarray:
-        """Which clips have events, (m,) int64."""
+        """Return which clips have events, (m,) int64."""
         return np.flatnonzero([len(times) > 0 for times in self.events or []])
 
 

@@ -179,7 +179,7 @@ def _collect(
 
 
 def _sounds_of(known: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """For each question, the system behind each number."""
+    """Return the system behind each number, for each question."""
     return {
         name: dict(zip(trial["sounds"], trial["systems"], strict=True))
         for name, trial in known["trials"].items()

@@ -160,7 +160,7 @@ def _target(config: NetworkTraining, teacher: Network | None) -> Target:
 
 
 def _velocity(config: NetworkTraining, teacher: Network | None) -> Velocity | None:
-    """A teacher's, or guided: rows that have lost all conditions keep the clip's own velocity."""
+    """Return a teacher's velocity, or a guided one; rows without conditions keep the clip's."""
     if teacher is not None and config.target != "teacher_rollout":
         return meanflow.teacher_velocity(teacher)
     if config.omega == 1 and config.kappa == 0:

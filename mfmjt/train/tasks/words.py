@@ -63,7 +63,7 @@ class _Student(nn.Module):
         self.head = nn.Linear(config.dim, dim)
 
     def pooled(self, texts: list[str]) -> Tensor:
-        """Mean of the features `(B, dim)`, over all 32: those of padding have seen the words."""
+        """Return the mean of the features `(B, dim)`, over all 32: those of padding have seen the words."""
         return self.text(texts).mean(1)
 
 
@@ -119,7 +119,7 @@ class TextTask(ProceduralTask):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Distances on texts held out, and how often a phrase is nearest to its own label.
+        """Return distances on texts held out, and how often a phrase is nearest to its own label.
 
         See `mfmjt.train.tasks.teacher.named_right`.
         """
