@@ -314,7 +314,7 @@ class EncodersTask(ProceduralTask):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return retrieval of what is seen both ways, share of clips put in sync, F1 of the event head."""
+        """Return retrieval both ways, share of clips put in sync, F1 of the event head."""
         towers, clips = self.towers, self.held_out
         seen, offsets, counts = [], [], np.zeros(3)
         for row in range(len(clips.seen)):

@@ -142,7 +142,7 @@ def embed_texts(recipe: TeacherStage) -> str:
 
 
 def _embed(teacher: SentenceEncoder, texts: Sequence[str]) -> Tensor:
-    """Return embeddings `(n, d)`; texts of like length are embedded together, which saves padding."""
+    """Return embeddings `(n, d)`; texts of like length go together, which saves padding."""
     found = torch.empty(len(texts), teacher.dim)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     with ProgressBar("teacher", len(texts), unit="texts", quiet=len(texts) < 1000) as bar:

@@ -63,7 +63,7 @@ class _Student(nn.Module):
         self.head = nn.Linear(config.dim, dim)
 
     def pooled(self, texts: list[str]) -> Tensor:
-        """Return the mean of the features `(B, dim)`, over all 32: those of padding have seen the words."""
+        """Return the mean of all 32 features `(B, dim)`: those of padding have seen the words."""
         return self.text(texts).mean(1)
 
 
