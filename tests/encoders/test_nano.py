@@ -126,7 +126,7 @@ def test_odd_strings(encoders: NanoEncoders, text: str) -> None:
 
 def test_hashing_is_the_same_everywhere() -> None:
     # CRC-32 of "word ball" and of its trigrams, from the published polynomial by hand.
-    from mfmjt.encoders.nano import _pieces
+    from mfmjt.encoders.nano import word_pieces
 
     def crc(data: bytes) -> int:
         value = 0xFFFFFFFF
@@ -137,7 +137,7 @@ def test_hashing_is_the_same_everywhere() -> None:
         return value ^ 0xFFFFFFFF
 
     names = (b"word ball", b"gram #ba", b"gram bal", b"gram all", b"gram ll#")
-    assert _pieces("ball", 4096) == tuple(crc(name) % 4096 for name in names)
+    assert word_pieces("ball", 4096) == tuple(crc(name) % 4096 for name in names)
 
 
 def test_gradient_reaches_every_weight() -> None:
