@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +51,7 @@ def _spectrum(wave: Tensor) -> Tensor:
 
 
 def patch(wave: Tensor) -> Tensor:
-    """Return the loudest second of a sound (S,) as a spectrum (bands, frames), mean 0 and norm 1."""
+    """Return the spectrum (bands, frames) of the loudest second of (S,), of mean 0 and norm 1."""
     spectrum = _spectrum(wave)
     loud = F.avg_pool1d((10 ** (spectrum / 10)).sum(dim=0)[None], FRAMES, 1)[0]
     start = int(loud.argmax())
@@ -127,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = open_set(args.recordings).classes
     sounds: dict[str, list[Tensor]] = {}
     for name, alone in (("scenes", False), ("texts", True)):
-        examples = opened(
-            args.recordings, bundle.encoders, known, args.clips, text_alone=alone
-        )
+        examples = opened(args.recordings, bundle.encoders, known, args.clips, text_alone=alone)
         sampling = bundle.sampling.changed(args.steps, None, None)
         sounds[name] = list(generate(bundle, examples, sampling))
     sounds["held out"] = [_wave(recordings, row) for row in recordings.of("test")]

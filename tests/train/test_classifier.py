@@ -151,8 +151,10 @@ def test_clips_of_the_open_set_are_among_the_recordings(tmp_path: Path) -> None:
     recipe = dataclasses.replace(stage(tmp_path), recordings=corpus, fewest=1)
     found = [ClassifierTask(dataclasses.replace(recipe, scenes=s)) for s in (0.0, 1.0, 1.0)]
     alone, (crops, labels), (again, same) = (t.draw(3).passes[0].inputs for t in found)
-    assert torch.equal(crops, again) and torch.equal(labels, same)
-    assert crops.shape == alone[0].shape and not torch.equal(crops, alone[0])
+    assert torch.equal(crops, again)
+    assert torch.equal(labels, same)
+    assert crops.shape == alone[0].shape
+    assert not torch.equal(crops, alone[0])
     # What is seen: half of the clips are scenes, of which no wind is heard first.
     names = [found[1].classifier.config.classes[label] for label in labels]
     assert set(names) <= set(STRUCK + LASTING)

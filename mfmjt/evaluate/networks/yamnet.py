@@ -7,6 +7,7 @@ folded into its convolutions, as in the published TensorFlow Lite file.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -48,8 +49,7 @@ class YAMNet(nn.Module):
             for before, stride in zip(_WIDTHS[:-1], _STRIDES[1:], strict=True)
         )
         self.pointwise = nn.ModuleList(
-            nn.Conv2d(before, after, 1)
-            for before, after in zip(_WIDTHS[:-1], _WIDTHS[1:], strict=True)
+            nn.Conv2d(before, after, 1) for before, after in itertools.pairwise(_WIDTHS)
         )
         with torch.device("cpu"):
             window = torch.hann_window(_WINDOW, dtype=torch.float64)
