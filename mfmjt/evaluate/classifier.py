@@ -25,7 +25,6 @@ from mfmjt.families import PRETRAINED
 __all__ = ["Classifier", "ClassifierConfig", "load_classifier"]
 
 _LEVEL = 0.05  # RMS
-_DROPPED = 0.3  # of what is pooled, in training
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,14 @@ class Classifier(nn.Module):
         white = 0.375 * config.window
         return torch.log(power / white + 1e-6) / 4 + 1
 
-    def embedding(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Compute what the classes are read from.
+    def pooled(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Compute what is heard, pooled over time.
 
         Args:
             waveform: Mono samples (B, S) at the config's sample rate, any level and length.
 
         Returns:
-            Embedding (B, config.embedding), float32.
+            Means and maxima (B, width), float32.
 
         Raises:
             InputError: Not (B, S) with S >= 1.
@@ -116,13 +115,23 @@ class Classifier(nn.Module):
             )
         if self.config.ears == "yamnet":
             pieces = self.yamnet(_audible(waveform))
-            x = torch.cat([pieces.mean(dim=1), pieces.amax(dim=1)], dim=1)
-            return self.embed(functional.dropout(x, _DROPPED, self.training))
+            return torch.cat([pieces.mean(dim=1), pieces.amax(dim=1)], dim=1)
         x = self.features(waveform)[:, None]
         for stage in self.stages:
             x = stage(x)
         pooled = torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)  # (B, 2 channels, rows)
-        return self.embed(pooled.flatten(1))
+        return pooled.flatten(1)
+
+    def embedding(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Compute the embedding (B, config.embedding), float32, that the classes are read from.
+
+        Args:
+            waveform: As for `pooled`.
+
+        Raises:
+            InputError: As for `pooled`.
+        """
+        return self.embed(self.pooled(waveform))
 
     def logits(self, embedding: torch.Tensor) -> torch.Tensor:
         """Class logits (B, classes) from embeddings (B, config.embedding)."""

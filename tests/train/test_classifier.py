@@ -165,12 +165,28 @@ def test_yamnet_listens_and_stays_as_it_is(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(YAMNet, "from_tflite", lambda path: published)
     corpus = write_recordings(tmp_path / "corpus", labels=("low", "high"), seconds=(1.0,))
     recipe = dataclasses.replace(
-        stage(tmp_path, steps=2, batch=2), recordings=corpus, fewest=1, yamnet=Path("yamnet.tflite")
+        stage(tmp_path, steps=2, batch=2, clips=3),
+        recordings=corpus,
+        fewest=1,
+        yamnet=Path("yamnet.tflite"),
     )
     judge = Classifier.load(train_classifier(recipe).file)
     assert judge.config.ears == "yamnet"
     for name, value in published.state_dict().items():
         assert torch.equal(judge.yamnet.state_dict()[name], value.half().float())
+    first = ClassifierTask(recipe)
+    assert first.heard is not None
+    assert first.heard[0].shape == (4, 2048)  # two draws of two
+    # What was heard is kept: other steps hear nothing anew, another seed does.
+    monkeypatch.setattr(YAMNet, "forward", None)
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, steps=9))
+    again = ClassifierTask(longer)
+    assert again.heard is not None
+    assert torch.equal(again.heard[0], first.heard[0])
+    with pytest.raises(TypeError, match="not callable"):
+        ClassifierTask(
+            dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=1))
+        )
 
 
 def test_labels_with_few_recordings_are_no_classes(tmp_path: Path) -> None:

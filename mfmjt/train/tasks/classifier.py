@@ -8,6 +8,8 @@ training.learning_rate=1e-3 training.seed=1`.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from mfmjt.checkpoints import read_own
 from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.data.open_set import open_set
@@ -25,6 +29,8 @@ from mfmjt.data.recordings import SAMPLE_RATE, Recording, Recordings
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
 from mfmjt.evaluate.networks import YAMNet
+from mfmjt.files import atomic_path
+from mfmjt.progress import ProgressBar
 from mfmjt.train import optim
 from mfmjt.train.recipe import Loop
 from mfmjt.train.tasks.procedural import whole_batch
@@ -34,6 +40,7 @@ from mfmjt.train.trainer import Batch, Task, TrainingResult, train
 __all__ = ["ClassifierStage", "ClassifierTask", "ClassifierTraining", "train_classifier"]
 
 TENTH = foley.SAMPLE_RATE // 10
+_DROPPED = 0.3  # of what YAMNet hears
 _CLIPS = 1 << 20  # of the open set that may be drawn
 _BEHIND = 0.4  # share of recordings with another, of any class, 10 to 30 dB below
 
@@ -43,7 +50,7 @@ class ClassifierTraining:
     """How the classifier is trained.
 
     Attributes:
-        clips: Training clips.
+        clips: Training clips; with YAMNet's ears, sounds that are drawn and heard once.
         validation_clips: Validation clips.
         steps: Optimizer steps.
         batch: Crops per step.
@@ -84,7 +91,8 @@ class ClassifierStage:
         fewest: Training recordings that a label needs to be a class.
         widths: Channels after each convolution.
         embedding: Size of the embedding.
-        training: How it is trained; `clips` and `validation_clips` are of procedural sound.
+        training: How it is trained; `validation_clips` are of procedural sound, and so are `clips`
+            without YAMNet.
     """
 
     out: str = "output/nano/classifier"
@@ -360,18 +368,56 @@ class ClassifierTask(Task):
         if self.classifier.config.classes != self.source.classes:
             raise InputError(f"{init} knows other classes. Leave out init_from.")
         super().__init__(recipe, recipe.loop(), self.classifier)
+        self.heard = self._heard() if self.classifier.config.ears == "yamnet" else None
+
+    @torch.no_grad()
+    def _heard(self) -> tuple[Tensor, Tensor]:
+        """Return what YAMNet hears of the drawn sounds (n, 2048), and their classes (n,).
+
+        It takes longer than all steps, so that a file in `out` keeps it for the next run.
+        """
+        path, batch = Path(self.loop.out) / "heard.safetensors", self.training.batch
+        steps = -(-self.training.clips // batch)
+        made_by = dataclasses.replace(self.training, steps=0, learning_rate=0.0, weight_decay=0.0)
+        recipe = dataclasses.replace(self.recipe, out="", init_from=None, training=made_by)
+        key = json.dumps(dataclasses.asdict(recipe), default=str)
+        if path.is_file():
+            kept, tensors = read_own(path, "not what YAMNet heard")
+            if kept.get("recipe") == key:
+                return tensors["pooled"].float(), tensors["labels"]
+        parts, labels = [], []
+        with ProgressBar("YAMNet listens", steps * batch, unit="sounds") as bar:
+            for step in range(steps):
+                sounds, classes = self.source.draw(step)
+                parts.append(self.classifier.pooled(sounds).half())
+                labels.append(classes)
+                bar.update((step + 1) * batch)
+        found = {"pooled": torch.cat(parts), "labels": torch.cat(labels)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(found, temporary, {"recipe": key})
+        return found["pooled"].float(), found["labels"]
 
     def rate(self, step: int, share: float) -> float:
         """Fall to what is not quite 0 at the last step."""
         return optim.schedule(step, (step + 1) / (self.loop.steps + 1), self.loop.warmup, "cosine")
 
     def draw(self, step: int) -> Batch:
-        """Draw sounds and their classes."""
-        return whole_batch(self.training.batch, self.figures, *self.source.draw(step))
+        """Draw sounds, or what was heard of some, and their classes."""
+        if self.heard is None:
+            return whole_batch(self.training.batch, self.figures, *self.source.draw(step))
+        pooled, labels = self.heard
+        generator = torch.Generator().manual_seed((self.training.seed << 32) + step)
+        rows = torch.randint(len(labels), (self.training.batch,), generator=generator)
+        kept = torch.rand(len(rows), pooled.shape[1], generator=generator) >= _DROPPED
+        inputs = pooled[rows] * kept / (1 - _DROPPED), labels[rows]
+        return whole_batch(len(rows), self.figures, *inputs)
 
-    def loss(self, crops: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the cross-entropy of crops (B, S) and their classes (B,)."""
-        logits = self.classifier(crops)
+    def loss(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropy of crops (B, S), or what was heard, and their classes (B,)."""
+        judge = self.classifier
+        embedding = judge.embedding(inputs) if self.heard is None else judge.embed(inputs)
+        logits = judge.logits(embedding)
         return {"loss": functional.cross_entropy(logits, labels, label_smoothing=0.05)}
 
     def validate(self) -> dict[str, float]:
