@@ -52,7 +52,7 @@ class Listener:
         name: Short name.
         rate: Of the sound that it takes, in Hz.
         shortest: Length of the shortest clip that it takes, in seconds.
-        load: Makes it, of what the weight file holds.
+        load: Makes it, of what the weight file holds; of a `.tflite` file, of its path.
         listen: Takes it and sound (1, S) at `rate`, and gives arrays by name.
         file: Its weights, as published; None where they ship with mfmjt.
         text: Sizes and tokenizer of its half for captions; None where it reads none.
@@ -127,6 +127,14 @@ LISTENERS = {
             published.PaSST.from_state_dict,
             _tagged,
             published.PASST_FILES[0],
+        ),
+        Listener(
+            "yamnet",
+            16000,
+            0.975,
+            published.YAMNet.from_tflite,
+            _embedding,
+            published.YAMNET_FILES[0],
         ),
         Listener(
             "imagebind",
@@ -263,7 +271,8 @@ class Networks:
             else:
                 path = self._path(listener)
                 with about(path, listener.file):
-                    network = listener.load(read_content(path))
+                    is_content = path.suffix != ".tflite"
+                    network = listener.load(read_content(path) if is_content else path)
             if isinstance(network, torch.nn.Module):
                 network.to(self.device)
             self._loaded[name] = network

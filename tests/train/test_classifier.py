@@ -183,6 +183,10 @@ def test_yamnet_listens_and_stays_as_it_is(tmp_path: Path, monkeypatch: Any) -> 
     again = ClassifierTask(longer)
     assert again.heard is not None
     assert torch.equal(again.heard[0], first.heard[0])
+    (tmp_path / "heard.safetensors").write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"heard\.safetensors is damaged .* Delete it"):
+        ClassifierTask(recipe)
+    (tmp_path / "heard.safetensors").unlink()
     with pytest.raises(TypeError, match="not callable"):
         ClassifierTask(
             dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=1))

@@ -173,4 +173,4 @@ def test_names_are_given_with_commas():
     assert load_config(NetworkTraining, "nano", "network", ["metrics="]).metrics == ()
     config = load_config(NetworkTraining, "nano", "network", ["metrics=fd,kad_panns"])
     names = [metric.name for metric in config.chosen_metrics()]
-    assert names == ["fd_vggish", "fd_panns", "fd_passt", "kad_panns"]
+    assert names == ["fd_vggish", "fd_panns", "fd_passt", "fd_yamnet", "kad_panns"]

@@ -1,4 +1,4 @@
-"""Fréchet distances: FAD (VGGish), and FD in the embeddings of PANNs and PaSST."""
+"""Fréchet distances: FAD (VGGish), and FD in the embeddings of PANNs, PaSST and YAMNet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mfmjt.evaluate.metrics.intervals import halves, jackknife
 from mfmjt.evaluate.sounds import Sounds
 from mfmjt.evaluate.statistics import frechet, frechet_unbiased
 
-__all__ = ["FD_PANNS", "FD_PASST", "FD_VGGISH"]
+__all__ = ["FD_PANNS", "FD_PASST", "FD_VGGISH", "FD_YAMNET"]
 
 Rows = list[np.ndarray]
 """Embeddings of each clip, (d,) or (pieces, d)."""
@@ -83,3 +83,4 @@ def _rows(clips: Rows, kept: np.ndarray | None = None) -> np.ndarray:
 FD_VGGISH = _metric("vggish", "FAD (VGGish)")
 FD_PANNS = _metric("panns", "FD (PANNs)")
 FD_PASST = _metric("passt", "FD (PaSST)")
+FD_YAMNET = _metric("yamnet", "FD (YAMNet)")

@@ -10,7 +10,7 @@ from mfmjt.evaluate.metrics.intervals import halves, jackknife
 from mfmjt.evaluate.sounds import Sounds
 from mfmjt.evaluate.statistics import kernel_distance, median_distance
 
-__all__ = ["KAD_PANNS", "KAD_PASST", "KAD_VGGISH"]
+__all__ = ["KAD_PANNS", "KAD_PASST", "KAD_VGGISH", "KAD_YAMNET"]
 
 LARGEST = 5000
 """Clips up to which there are intervals: each takes 20 times the work of the value."""
@@ -54,3 +54,4 @@ def _means(clips: list[np.ndarray]) -> np.ndarray:
 KAD_VGGISH = _metric("vggish", "KAD (VGGish)")
 KAD_PANNS = _metric("panns", "KAD (PANNs)")
 KAD_PASST = _metric("passt", "KAD (PaSST)")
+KAD_YAMNET = _metric("yamnet", "KAD (YAMNet)")

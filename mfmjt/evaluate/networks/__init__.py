@@ -10,7 +10,7 @@ from mfmjt.evaluate.networks.imagebind import IMAGEBIND_FILES, ImageBind
 from mfmjt.evaluate.networks.passt import PASST_FILES, PaSST
 from mfmjt.evaluate.networks.synchformer import SYNCHFORMER_FILES, Synchformer
 from mfmjt.evaluate.networks.vggish import VGGISH_FILES, VGGish
-from mfmjt.evaluate.networks.yamnet import YAMNet
+from mfmjt.evaluate.networks.yamnet import YAMNET_FILES, YAMNet
 
 __all__ = [
     "CLAP",
@@ -20,6 +20,7 @@ __all__ = [
     "PASST_FILES",
     "SYNCHFORMER_FILES",
     "VGGISH_FILES",
+    "YAMNET_FILES",
     "Cnn14",
     "ImageBind",
     "PaSST",

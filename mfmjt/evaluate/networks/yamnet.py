@@ -15,10 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfmjt.checkpoints import PublishedFile
 from mfmjt.errors import InputError, reason
 from mfmjt.evaluate.networks._frontend import check_waveform, mel_filters, power
 
-__all__ = ["YAMNet"]
+__all__ = ["YAMNET_FILES", "YAMNet"]
+
+YAMNET_FILES = (
+    PublishedFile(
+        "yamnet.tflite",
+        "https://github.com/Jaskaran197/Speaker-Detector",
+        "3.9M",
+        sha256="469be6a3421cbc52cf97e9f2f966cba984198e8e7af9854d68b3e3ebb1e04194",
+        license="Apache-2.0",
+    ),
+)
+"""The published weights: a copy of those of TensorFlow Hub."""
 
 _WINDOW, _HOP, _FFT, _FRAMES = 400, 160, 512, 96
 _PIECE = _WINDOW + (_FRAMES - 1) * _HOP  # samples that a piece sees

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from mfmjt.checkpoints import read_own
 from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.data.open_set import open_set
 from mfmjt.data.recordings import SAMPLE_RATE, Recording, Recordings
-from mfmjt.errors import InputError
+from mfmjt.errors import InputError, reason
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
 from mfmjt.evaluate.networks import YAMNet
 from mfmjt.files import atomic_path
@@ -382,9 +382,12 @@ class ClassifierTask(Task):
         recipe = dataclasses.replace(self.recipe, out="", init_from=None, training=made_by)
         key = json.dumps(dataclasses.asdict(recipe), default=str)
         if path.is_file():
-            kept, tensors = read_own(path, "not what YAMNet heard")
-            if kept.get("recipe") == key:
-                return tensors["pooled"].float(), tensors["labels"]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if (file.metadata() or {}).get("recipe") == key:
+                        return file.get_tensor("pooled").float(), file.get_tensor("labels")
+            except SafetensorError as error:
+                raise InputError(f"{path} is damaged ({reason(error)}). Delete it.") from error
         parts, labels = [], []
         with ProgressBar("YAMNet listens", steps * batch, unit="sounds") as bar:
             for step in range(steps):

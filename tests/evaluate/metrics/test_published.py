@@ -46,11 +46,11 @@ def measured(name: str, made: Features, real: Features) -> Score:
     return found
 
 
-@pytest.mark.parametrize("name", ["fd_panns", "fd_passt", "fd_vggish"])
+@pytest.mark.parametrize("name", ["fd_panns", "fd_passt", "fd_vggish", "fd_yamnet"])
 def test_the_frechet_distance_of_two_gaussians(name: str) -> None:
     rng = np.random.default_rng(0)
     count, width, shift, scale = 2000, 6, 1.5, 2.0
-    shape = (count, 4, width) if name == "fd_vggish" else (count, width)
+    shape = (count, 4, width) if name in ("fd_vggish", "fd_yamnet") else (count, width)
     real = Features(embedding=rng.standard_normal(shape))
     made = Features(embedding=shift + scale * rng.standard_normal(shape))
     found = measured(name, made, real)
@@ -58,7 +58,7 @@ def test_the_frechet_distance_of_two_gaussians(name: str) -> None:
     low, high = found.interval[f"{name}_unbiased"]
     assert low < truth < high
     # Four standard errors of the mean's part alone, which is the larger one.
-    rows = count * (4 if name == "fd_vggish" else 1)
+    rows = count * (4 if name in ("fd_vggish", "fd_yamnet") else 1)
     error = 2 * shift * np.sqrt(width * (1 + scale**2) / rows)
     assert abs(found.figures[name] - truth) < 4 * error + width * (1 + scale**2) / rows * 2
     assert found.figures[f"{name}_half_real"] < 0.05 < found.figures[f"{name}_half"]
@@ -74,10 +74,10 @@ def test_a_few_clips_have_a_distance_and_nothing_that_needs_more() -> None:
         METRIC["fd_passt"].score(one, one, NOTHING)
 
 
-@pytest.mark.parametrize("name", ["kad_panns", "kad_passt", "kad_vggish"])
+@pytest.mark.parametrize("name", ["kad_panns", "kad_passt", "kad_vggish", "kad_yamnet"])
 def test_the_kernel_distance_of_equal_and_of_other_sets(name: str) -> None:
     rng = np.random.default_rng(2)
-    shape = (60, 3, 5) if name == "kad_vggish" else (60, 5)
+    shape = (60, 3, 5) if name in ("kad_vggish", "kad_yamnet") else (60, 5)
     real = Features(embedding=rng.standard_normal(shape))
     same = Features(embedding=rng.standard_normal(shape))
     other = Features(embedding=1 + rng.standard_normal(shape))
