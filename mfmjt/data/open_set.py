@@ -159,6 +159,10 @@ class OpenSet:
         """Return the labels that a split has recordings of, in the order of `classes`."""
         return tuple(self._groups[split])
 
+    def in_scenes(self, split: str) -> frozenset[str]:
+        """Return the labels that a split has recordings of which fit a picture."""
+        return frozenset(label for s in SOUNDS for label in self._labels_of(s, split))
+
     def clip(
         self,
         index: int,

@@ -236,7 +236,9 @@ def opened(
 
     def like(row: int) -> np.ndarray:
         name = found[0][row].class_name
-        options: dict[str, Any] = {"kind": kind, "class_name": name, "render": False}
+        # A sound of that class without a picture, where no other recording fits one.
+        other = kind if name in made.in_scenes("train") else "single"
+        options: dict[str, Any] = {"kind": other, "class_name": name, "render": False}
         return made.clip(indices[row], "train", 1, duration=duration, **options).audio
 
     others = (name for name in made.classes if name not in known)

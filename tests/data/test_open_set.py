@@ -147,6 +147,15 @@ def test_a_class_can_be_forced(made: OpenSet) -> None:
     )
 
 
+def test_what_fits_a_picture_can_be_seen(made: OpenSet) -> None:
+    for split in SPLITS:
+        fits = made.in_scenes(split)
+        assert fits == {*STRUCK, "rain", "engine", "machine"}
+        assert "wind" in made.labels(split)
+    for label in fits:
+        assert made.clip(0, "train", kind="scene", class_name=label, render=False).seen
+
+
 def test_a_long_sound_that_lasts_has_no_seam() -> None:
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(2 * SAMPLE_RATE).astype(np.float32)

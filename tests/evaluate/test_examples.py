@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfmjt.data import foley
-from mfmjt.data.open_set import open_set
+from mfmjt.data.open_set import OpenSet, open_set
 from mfmjt.data.wordings import wordings
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier
@@ -66,6 +66,12 @@ def test_open_scenes_and_open_prompts(bundle: Bundle, tmp_path: Path) -> None:
     others = scenes.others()
     assert others.shape == scenes.audio.shape
     assert not any(torch.equal(a, b) for a, b in zip(others, scenes.audio, strict=True))
+    # A class of which no training recording fits a picture is heard without one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenSet, "in_scenes", lambda *_: frozenset())
+        without = scenes.others()
+    assert without.shape == others.shape
+    assert not any(torch.equal(a, b) for a, b in zip(without, others, strict=True))
     prompts = opened(
         corpus, bundle.encoders, ("rain", "bell"), 4, text_alone=True, unseen=True, duration=1.0
     )
