@@ -63,6 +63,17 @@ TERMS = (
         "this version",
     ),
     Terms(
+        "foley",
+        (),
+        "",
+        "Apache-2.0",
+        "Apache-2.0, with the credits of CREDITS.md",
+        "yes",
+        "It ships with this package, and was trained on recordings under CC0, CC-BY, OGA-BY or in the "
+        "public domain; its judge holds YAMNet's weights, Apache-2.0.",
+        "this version",
+    ),
+    Terms(
         "MMAudio small_16k, small_44k, medium_44k, large_44k, large_44k_v2",
         _MMAUDIO,
         f"{_HUB}hkchengrex/MMAudio",
@@ -170,10 +181,12 @@ def terms_of(model: str | os.PathLike[str]) -> list[Terms]:
         model: A name such as "nano", "small_16k" or "fdaudio", a file, a folder, or a repository
             of Hugging Face's hub. A file is known by its name alone.
     """
-    nano, *published = TERMS
     path, name = Path(model), str(model)
-    if name == "nano" or (path.is_dir() and path.samefile(PRETRAINED / "nano")):
-        return [nano]
+    shipped = {terms.networks: terms for terms in TERMS if not terms.publisher}
+    for own, terms in shipped.items():
+        if name == own or (path.is_dir() and path.resolve() == (PRETRAINED / own).resolve()):
+            return [terms]
+    published = [terms for terms in TERMS if terms.publisher]
     if path.is_dir():
         names = {file.name for depth in ("*", "*/*", "*/*/*") for file in path.glob(depth)}
     elif name in NETWORK_FILES:

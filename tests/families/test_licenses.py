@@ -27,7 +27,8 @@ def test_a_model_by_name_file_and_repository(tmp_path: Path) -> None:
     def known(model: str | Path) -> list[str]:
         return [terms.networks.split()[0] for terms in terms_of(model)]
 
-    assert known("nano") == known(PRETRAINED / "nano") == ["nano"]
+    for name in ("nano", "foley"):
+        assert known(name) == known(PRETRAINED / name) == [name]
     assert known("large_44k_v2") == known("weights/mmaudio_large_44k.pth") == ["MMAudio"]
     assert known("fp/mmaudio_large_44k_v2_fp16.safetensors") == ["ComfyUI's"]
     assert known("fdaudio") == known("a/fdaudio.pth") == known("kph68/FdAudio") == ["FdAudio"]
@@ -47,7 +48,7 @@ def test_a_line_is_complete(terms) -> None:
     assert terms.weights in line
     assert f"commercial use: {terms.commercial}." in line
     assert "2026-11" in line
-    assert (terms.commercial == "no") == ("MIT" not in terms.weights and terms.networks != "nano")
+    assert (terms.commercial == "no") == ("MIT" not in terms.weights and terms.publisher != "")
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
