@@ -156,12 +156,12 @@ class TimeEmbedding(nn.Module):
             return linear(x, weight_2.to(work), bias_2.to(work))
 
 
-def r_embedding(dim: int) -> TimeEmbedding:
+def r_embedding(dim: int, time_scale: float = 1.0) -> TimeEmbedding:
     """Make the second embedding, which starts at zero, so that u(z, r, t) starts as u(z, t, t).
 
     Never with v2's frequencies: a tangent of 10,000 rad per unit of time drowns du/dt.
     """
-    embedding = TimeEmbedding(dim, 256, max_period=10_000.0)
+    embedding = TimeEmbedding(dim, 256, max_period=10_000.0 / time_scale)
     nn.init.zeros_(embedding.mlp[2].get_parameter("weight"))
     return embedding
 

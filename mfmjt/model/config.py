@@ -59,6 +59,8 @@ class ModelConfig:
         text_rope: Text tokens have positions, 0, 1, ..., as MeanAudio's.
         pooled_dim: Width of the vector of a whole text that is given beside its tokens, as
             MeanAudio's of CLAP; None pools the projected tokens, as MMAudio does.
+        time_scale: Factor on times where they are embedded: 1 here and in MMAudio; with 1000, as in
+            many diffusion networks, a tangent along time is dominated by the fastest sinusoids.
         second_time: What the second embedding is of: "t - r", or "r" as in MeanAudio.
         towards_data: The weights count time from noise to data and predict the velocity in that
             direction, as MMAudio's; the network turns both around. MeanAudio's are as they are.
@@ -84,6 +86,7 @@ class ModelConfig:
     video: VideoMode = "joint"
     text_rope: bool = False
     pooled_dim: int | None = None
+    time_scale: float = 1.0
     second_time: SecondTime = "t - r"
     towards_data: bool = True
     latent_rate: float = 31.25

@@ -99,8 +99,8 @@ class MFMJT(nn.Module):
             )
 
         frequencies, period = (dim, 1.0) if config.v2 else (256, 10_000.0)
-        self.t_embed = TimeEmbedding(dim, frequencies, max_period=period)
-        self.r_embed = r_embedding(dim)
+        self.t_embed = TimeEmbedding(dim, frequencies, max_period=period / config.time_scale)
+        self.r_embed = r_embedding(dim, config.time_scale)
 
         self.joint_blocks = nn.ModuleList(
             JointBlock(dim, heads, hidden, i == config.joint_depth - 1, config.video)

@@ -106,6 +106,7 @@ class NetworkTraining(Loop):
         data: Several stores instead, such as one of videos and one of sounds with captions, each
             with a weight. What a clip lacks, frames or a caption, is replaced by the null tokens.
             Latents are normalized as the first one's, which also gives the validation clips.
+        clips: Train on the first so many clips of each store; 0 for all.
         codec: Codec that decodes the previews: weights from the stage `codec`, or a model's folder,
             such as that of MMAudio's files; null for none.
         encoders: Encoders that turn captions into text features, likewise; not used where the store
@@ -170,6 +171,7 @@ class NetworkTraining(Loop):
     out: str = "output/nano/network"
     store: str = "output/nano/features"
     data: tuple[DataSource, ...] = ()
+    clips: int = 0
     codec: str | None = "output/nano/codec/codec.safetensors"
     encoders: str | None = "output/nano/encoders/encoders.safetensors"
     model: str = "nano"

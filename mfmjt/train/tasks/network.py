@@ -68,7 +68,7 @@ class NetworkTask(Task):
         self.config, self.processes, self.device = config, processes, processes.device
         sources = [(source.store, source.weight) for source in config.data]
         sources = sources or [(config.store, 1.0)]
-        self.store = FeatureStore(sources, "train", self.device)
+        self.store = FeatureStore(sources, "train", self.device, config.clips)
         # Without validations and previews there need be no such clips.
         looks = config.validate_every or config.preview_every
         looked_at = FeatureStore(sources[0][0], "validation", self.device) if looks else self.store
