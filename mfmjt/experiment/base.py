@@ -58,12 +58,14 @@ class Arm:
             of the network NAME, an arm of the same experiment, trained with the same seed.
         ways: How it is sampled.
         at: Numbers that place it on an axis, which its rows repeat.
+        shares: Settings that are a part of the recipe's: `steps`, or `clips` of the store's.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     ways: tuple[Way, ...] = ()
     at: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from mfmjt.train.recipe import NetworkTraining, as_json, load_config
 
 __all__ = ["NAMES", "Grid", "Job", "load_experiment"]
 
-NAMES = ("guidance", "ratio", "steps", "objectives")
+NAMES = ("guidance", "ratio", "steps", "scale", "elsewhere", "joint", "objectives")
 """Each is a module of this package."""
 VERSION = 1
 """Of the rows: another one is not comparable."""
@@ -116,6 +116,10 @@ class Grid:
             named = isinstance(given, str) and given.startswith("@")
             settings[key] = str(self.file(Job(given[1:], job.seed))) if named else given
         config = load_config(NetworkTraining, self.recipe, "network", _texts(settings))
+        whole = {"steps": config.steps, "flow_steps": config.flow_steps, "clips": features.clips}
+        parts = arms[job.arm].shares
+        shares = {**parts, "flow_steps": parts.get("steps", 1.0)}
+        config = dataclasses.replace(config, **{k: round(v * whole[k]) for k, v in shares.items()})
         own = dataclasses.replace(config, out="")
         about = json.dumps([as_json(own), self._data(), VERSION], sort_keys=True)
         about = about.replace(f"{self.out}/", "").replace(str(PACKAGE), "")

@@ -138,7 +138,7 @@ def _probe(trained: Trained) -> Iterator[Row]:
 
 
 def _cost(config: NetworkTraining) -> tuple[float, float]:
-    """Return seconds of a step's passes, and of a step of flow matching, in turn and the medians."""
+    """Return seconds of a step's passes and of one of flow matching: medians, taken in turn."""
     net = MFMJT.load(Path(config.out) / "network.safetensors").train()
     teacher = MFMJT.load(config.teacher).eval() if config.teacher else None
     store = FeatureStore(config.store, "train")

@@ -286,3 +286,17 @@ def test_tables_of_real_and_of_fake_tensors_do_not_meet():
     with FakeTensorMode():
         assert isinstance(run(), FakeTensor)
     assert not isinstance(run(), FakeTensor)
+
+
+def test_times_are_embedded_at_their_scale():
+    sizes = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
+    plain = MFMJT.from_config("nano", **sizes).double()
+    fast = MFMJT.from_config("nano", **sizes, time_scale=1000.0).double()
+    for embedding in (plain.r_embed, plain.t_embed):  # the one of t - r begins at zero
+        torch.nn.init.normal_(embedding.mlp[2].weight)
+    fast.load_state_dict(plain.state_dict())
+    t = torch.rand(5, dtype=torch.float64)
+    for name in ("t_embed", "r_embed"):
+        embedded, expected = getattr(fast, name)(t), getattr(plain, name)(1000 * t)
+        # Angles of up to 1,000 rad in float64.
+        torch.testing.assert_close(embedded, expected, rtol=0, atol=1e-9)
