@@ -45,7 +45,7 @@ ALLOWED: dict[str, str] = {
     "convert": "errors files model",
     "listen": "errors files extract",
     "experiment": "errors files devices progress meanflow model codec encoders plotting families "
-    "features evaluate train",
+    "features evaluate train pipeline",
 }
 TOP = {"cli", "info", "__init__"}
 MADE_OF_OPS = {"__init__", "_accelerate", "streams", "swiglu_product", "vocoder"}  # known to no op

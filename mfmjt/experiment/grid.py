@@ -19,7 +19,7 @@ from mfmjt.train.recipe import NetworkTraining, as_json, load_config
 
 __all__ = ["NAMES", "Grid", "Job", "load_experiment"]
 
-NAMES = ("guidance", "ratio", "steps", "scale", "elsewhere", "joint", "objectives")
+NAMES = ("guidance", "ratio", "steps", "scale", "elsewhere", "length", "joint", "objectives")
 """Each is a module of this package."""
 VERSION = 1
 """Of the rows: another one is not comparable."""

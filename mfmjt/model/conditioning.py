@@ -26,6 +26,7 @@ __all__ = [
     "nearest_rows",
     "r_embedding",
     "rope_table",
+    "sinusoids",
     "stream_ropes",
     "tables",
     "time_frequencies",
@@ -93,10 +94,22 @@ def stream_ropes(
     def table(tokens: int, scaling: float) -> Tensor:
         return rope_table(tokens, config.head_dim, scaling, text.device)
 
-    ropes: list[Tensor | None] = [table(length, 1.0)]
-    if video is not None:
+    rotary = config.positions == "rotary"
+    ropes: list[Tensor | None] = [table(length, 1.0) if rotary else None]
+    if video is not None and not rotary:
+        ropes.append(None)
+    elif video is not None:
         ropes.append(table(video.shape[1], length / video.shape[1]))
     return (*ropes, table(text.shape[1], 1.0) if config.text_rope else None)
+
+
+def sinusoids(length: int, dim: int, scaling: float, device: torch.device) -> Tensor:
+    """Return cosines and then sines of the angles n·scaling·10000^(−2i/dim), (N, dim)."""
+
+    def make() -> Tensor:
+        return rope_table(length, dim, scaling, device).transpose(1, 2).flatten(1)
+
+    return _cached(("sinusoids", length, dim, scaling, device), make)
 
 
 def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
