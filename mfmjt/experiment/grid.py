@@ -25,7 +25,7 @@ VERSION = 1
 """Of the rows: another one is not comparable."""
 PACKAGE = Path(__file__).parents[1]
 QUICK_FEATURES = {"clips": 192, "validation": 64}
-QUICK_NETWORK = {"steps": 120, "flow_steps": 0, "warmup": 20, "ema": [0.97]}
+QUICK_NETWORK = {"steps": 80, "flow_steps": 0, "warmup": 20, "ema": [0.97]}
 QUICK_CLIPS, CLIPS = 24, 96
 """Validation clips that sound is made for, at most."""
 
@@ -119,7 +119,8 @@ class Grid:
         whole = {"steps": config.steps, "flow_steps": config.flow_steps, "clips": features.clips}
         parts = arms[job.arm].shares
         shares = {**parts, "flow_steps": parts.get("steps", 1.0)}
-        config = dataclasses.replace(config, **{k: round(v * whole[k]) for k, v in shares.items()})
+        counts: dict[str, Any] = {key: round(part * whole[key]) for key, part in shares.items()}
+        config = dataclasses.replace(config, **counts)
         own = dataclasses.replace(config, out="")
         about = json.dumps([as_json(own), self._data(), VERSION], sort_keys=True)
         about = about.replace(f"{self.out}/", "").replace(str(PACKAGE), "")

@@ -71,7 +71,8 @@ def made(bundle: Bundle, examples: Examples, window: int | None) -> tuple[Tensor
         found = bundle.latents(noise(begin, sizes.latents).to(bundle.device), cond, sampling)
         latents.append(found.float())
         joiner.add(begin, latents[-1])
-    return joiner.finish(), torch.cat(latents, dim=1)
+    samples = round(examples.duration * codec.sample_rate)
+    return joiner.finish()[:, :samples], torch.cat(latents, dim=1)
 
 
 def looping(latents: Tensor, rate: float) -> float:
@@ -102,7 +103,6 @@ def _probe(trained: Trained) -> Iterator[Row]:
         "one pass": made(bundle, examples, None),
         "windows": made(bundle, examples, SECONDS),
     }.items():
-        waves = waves[:, : examples.audio.shape[1]]
         yield {"way": way, "looping": round(looping(latents, rate), 4)}
         for segment in _segments(examples, waves):
             yield {"way": way, **segment}

@@ -23,8 +23,8 @@ from mfmjt.families import Bundle
 
 __all__ = ["MEASURES", "Measure", "Value", "cell", "compared", "measure", "value"]
 
-SEEDS = 3
-"""Fewest seeds of an interval."""
+SEEDS, MOST = 3, 10
+"""Fewest and most seeds of an interval."""
 
 
 class Measure(NamedTuple):

@@ -77,8 +77,7 @@ def _page(
     path: Path,
 ) -> str:
     size = "the quick grid" if about["quick"] else "the full grid"
-    network, clips = about["network"], about["clips"]
-    judged = len(rows[0]["clips"]["right"])
+    network, judged = about["network"], len(rows[0]["clips"]["right"])
     quick = " --quick" if about["quick"] else ""
     recipe = "" if about["recipe"] == "pico" else f" --recipe {about['recipe']}"
     command = f"mfmjt experiment {about['experiment']}{quick}{recipe} --seeds {about['seeds']}"
@@ -87,7 +86,7 @@ def _page(
         f"These are results of {size} of `{about['recipe']}`: {len(about['arms'])} networks of "
         f"{about['seeds']} seeds each, {network['steps']} steps of {network['batch']} windows of "
         f"{network['window']} latents from {about['data']['clips']} clips, judged on "
-        f"{min(judged, clips)} validation clips of 8 s. {_INTERVALS}"
+        f"{judged} validation clips of 8 s. {_INTERVALS}"
     )
     parts += ["## Result"]
     if experiment.claims:
@@ -99,9 +98,9 @@ def _page(
     parts += ["## What it does not show", experiment.limits]
     if about["quick"]:
         parts.append(
-            "The quick grid trains for seconds. Its networks have hardly learned to hear and see: "
-            "it shows that the experiment runs and which large effects are there at once; a "
-            "difference that is undecided here may well exist."
+            "The quick grid trains for seconds, and its networks are far from trained. It shows "
+            "that the experiment runs and which large effects are there at once; a difference that "
+            "is undecided here may well exist, and one that is not may be of the first steps only."
         )
     folder = Path(os.path.relpath(results, path.parent))
     files = [name for name in (ROWS, PROBES, ABOUT) if (results / name).exists()]
@@ -128,7 +127,8 @@ def _claims(claims: Sequence[Claim], rows: list[Row]) -> str:
     lines += [
         "",
         "The difference is of the two cells that the claim names, first less second. A claim "
-        "holds, or does not, where its interval leaves 0 out.",
+        "holds, or does not, where its interval leaves 0 out; claims are judged one by one, "
+        "without a correction for their number.",
     ]
     return "\n".join(lines)
 

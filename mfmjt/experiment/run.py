@@ -18,7 +18,7 @@ from mfmjt.devices import cpu_name
 from mfmjt.errors import InputError, RunError
 from mfmjt.experiment.base import Arm, Row
 from mfmjt.experiment.grid import Grid, Job, load_experiment
-from mfmjt.experiment.measures import SEEDS
+from mfmjt.experiment.measures import MOST, SEEDS
 from mfmjt.experiment.page import ABOUT, PROBES, ROWS, write_page
 from mfmjt.features.procedural import extract_all
 from mfmjt.files import atomic_path
@@ -50,8 +50,8 @@ def run(grid: Grid, seeds: int = SEEDS, jobs: int = 1) -> Path:
         RunError: A process failed; the message has its last line.
     """
     load_experiment(grid.name)
-    if seeds < SEEDS:
-        raise InputError(f"--seeds {seeds}: an interval needs at least {SEEDS} seeds. Give more.")
+    if not SEEDS <= seeds <= MOST:
+        raise InputError(f"--seeds {seeds}: an interval needs {SEEDS} to {MOST}. Give as many.")
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: at least one process has to work. Give 1 or more.")
     check_matplotlib()

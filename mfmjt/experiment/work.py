@@ -81,7 +81,7 @@ def _judged(grid: Grid, job: Job) -> tuple[list[Row], list[Row]]:
     rows = []
     for way in arm.ways:
         rows.append(about | way.about | measure(bundle, examples, classifier, way))
-        print(f"{arm.name}, seed {job.seed}, {way.about}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"Judged {way.about}.\n")
     probes: list[Row] = []
     if experiment.probe is not None:
         trained = Trained(bundle, examples, grid.network(job), grid.quick)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mfmjt.evaluate.examples import procedural
-from mfmjt.experiment.grid import Grid, Job
 from mfmjt.experiment.length import looping, made
 from mfmjt.families import open_bundle
 
@@ -19,8 +18,8 @@ def test_what_repeats_itself_loops() -> None:
     assert looping(torch.randn(3, 90, 4), rate) < 5 * 0.075
 
 
-def test_long_sounds_in_one_pass_and_in_windows(grid: Grid) -> None:
-    bundle = open_bundle("nano", grid.file(Job("10 %", 0))).to("cpu")
+def test_long_sounds_in_one_pass_and_in_windows() -> None:
+    bundle = open_bundle("nano").to("cpu")
     examples = procedural(bundle.encoders, 2, duration=10.0, batch=1)
     whole, latents = made(bundle, examples, None)
     assert latents.shape[1] == bundle.lengths(10.0).latents

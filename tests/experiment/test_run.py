@@ -84,9 +84,10 @@ def test_another_configuration_is_refused(grid: Grid) -> None:
         path.write_text(text)
 
 
-def test_too_few_seeds_are_refused(grid: Grid) -> None:
-    with pytest.raises(InputError, match="at least 3 seeds"):
-        run(grid, 2, 1)
+def test_too_few_and_too_many_seeds_are_refused(grid: Grid) -> None:
+    for seeds in (2, 11):
+        with pytest.raises(InputError, match=f"--seeds {seeds}: an interval needs 3 to 10"):
+            run(grid, seeds, 1)
 
 
 def test_a_failed_process_is_reported(grid: Grid, tmp_path: Path) -> None:
