@@ -1,4 +1,4 @@
-"""A tiny grid that really trains: two networks of three seeds, two steps each, on four clips."""
+"""A tiny grid that really trains: five networks of three seeds, two steps each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECIPE = {
         "codec": f"{PRETRAINED}/codec.safetensors",
         "encoders": f"{PRETRAINED}/encoders.safetensors",
         "clips": 4,
-        "validation": 4,
+        "validation": 2,
         "workers": 0,
     },
     "network": {
@@ -44,7 +44,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def grid(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    """The grid `ratio`, of which the last network was left to `run`: it was killed before."""
+    """The grid `ratio`, whose last network was left to `run`: it had been killed before."""
     grid = Grid("ratio", str(tmp_path_factory.mktemp("experiments").resolve()), str(recipe))
     (grid.folder / "parts").mkdir(parents=True)
     extract_all(grid.features(0))
