@@ -119,7 +119,9 @@ class Grid:
         whole = {"steps": config.steps, "flow_steps": config.flow_steps, "clips": features.clips}
         parts = arms[job.arm].shares
         shares = {**parts, "flow_steps": parts.get("steps", 1.0)}
-        counts: dict[str, Any] = {key: round(part * whole[key]) for key, part in shares.items()}
+        counts: dict[str, Any] = {
+            key: max(round(part * whole[key]), min(whole[key], 1)) for key, part in shares.items()
+        }
         config = dataclasses.replace(config, **counts)
         own = dataclasses.replace(config, out="")
         about = json.dumps([as_json(own), self._data(), VERSION], sort_keys=True)

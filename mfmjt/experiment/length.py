@@ -92,7 +92,7 @@ def looping(latents: Tensor, rate: float) -> float:
 def _probe(trained: Trained) -> Iterator[Row]:
     """Yield figures of each segment of long sounds, made in both ways, and of the real ones."""
     bundle = trained.bundle
-    clips, seconds = (3, 32.0) if trained.quick else (12, 64.0)
+    clips, seconds = max(2, len(trained.examples) // 8), 32.0 if trained.quick else 64.0
     examples = procedural(bundle.encoders, clips, split="test", duration=seconds, batch=1)
     rate = bundle.network.config.latent_rate
     encoded = torch.cat(
