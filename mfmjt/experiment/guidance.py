@@ -26,7 +26,7 @@ STRENGTH = 4.5
 """w of the guided steps whose length is measured."""
 PANELS = {
     "angle": "angle of u_c and u_0, degrees",
-    "ratio": "|u_c| / |u_0|",
+    "ratio": "length of u_c over u_0",
     "scale": "scale s",
     "overshoot_cfg": f"overshoot, CFG, w = {STRENGTH}",
     "overshoot_cfg_scaled": f"overshoot, CFG-scaled, w = {STRENGTH}",
