@@ -58,14 +58,13 @@ def made(bundle: Bundle, examples: Examples, window: int | None) -> tuple[Tensor
     for part in plan(length, lambda upto: examples.duration if upto >= examples.duration else None):
         sizes = bundle.lengths(part.duration)
         begin = round(part.start * rate)
-        cut = {
-            "video": slice(8 * part.start, 8 * part.start + sizes.frames),
-            "sync": slice(25 * part.start, 25 * part.start + sizes.sync),
-        }
-        features = {
-            name: (rows[:, cut[name]] if name in cut else rows).to(bundle.device)
-            for name, rows in examples.features.items()
-        }
+        cut = {"video": (8, sizes.frames), "sync": (25, sizes.sync)}
+        features = {name: rows.to(bundle.device) for name, rows in examples.features.items()}
+        for name, (per_second, count) in cut.items():
+            # Whole segments may end after the clip, which then stands still.
+            at = per_second * part.start + torch.arange(count)
+            rows = features[name]
+            features[name] = rows[:, at.clamp(max=rows.shape[1] - 1)]
         sampling = Sampling()
         cond = bundle.conditions(features, sizes.latents, sampling)
         found = bundle.latents(noise(begin, sizes.latents).to(bundle.device), cond, sampling)

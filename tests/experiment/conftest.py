@@ -43,11 +43,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def grid(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    """The grid `ratio`, whose last network was left to `run`: it had been killed before."""
+def features(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    """The grid `ratio` with its features, and nothing else."""
     grid = Grid("ratio", str(tmp_path_factory.mktemp("experiments").resolve()), str(recipe))
-    (grid.folder / "parts").mkdir(parents=True)
     extract_all(grid.features(0))
+    return grid
+
+
+@pytest.fixture(scope="session")
+def grid(features: Grid) -> Grid:
+    """The grid `ratio`, whose last network was left to `run`: it had been killed before."""
+    grid = features
+    (grid.folder / "parts").mkdir(parents=True)
     jobs = [Job(arm, seed) for seed in range(3) for arm in grid.arms()]
     for job in jobs[:-1]:
         work(grid, job)

@@ -30,8 +30,8 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_page(name: str, grid: Grid, tmp_path: Path) -> None:
-    own = dataclasses.replace(grid, name=name)
+def test_a_page(name: str, features: Grid, tmp_path: Path) -> None:
+    own = dataclasses.replace(features, name=name)
     (own.folder / "parts").mkdir(parents=True)
     arms, found, seen = own.arms(), [], []
     for arm in TRAINED[name]:
