@@ -54,10 +54,9 @@ def differentiable_tangents() -> Iterator[None]:
     """Keep the graph of tangents inside the block, so that a gradient reaches them.
 
     For losses of which a derivative of the network is a part, as in LSD and TVM: an op keeps its
-    tangents for the backward pass then, which may run outside. Eager calls go through kernels of
-    ours, on a CPU and without a mode around them; others are PyTorch's own: compiled ones, those of
-    ops that have no such formula on a device, those under `accelerate_jvp`. An op without a
-    gradient of its tangents (`snake`) raises in the backward pass as outside.
+    tangents for the backward pass then, which may run outside. Eager calls have formulas of ours;
+    compiled ones, those under a mode and those under `accelerate_jvp` are PyTorch's own. An op
+    without a gradient of its tangents (`snake`) raises in the backward pass as outside.
 
     PyTorch's gradient of the tangent of `layer_norm` is wrong (torch 2.13; found by `gradcheck`),
     and so is that of batch statistics. The block computes the first from differentiable pieces, and
@@ -74,7 +73,7 @@ def differentiable_tangents() -> Iterator[None]:
         torch.Size([3])
 
     Raises:
-        NotImplementedError: `batch_norm` or `instance_norm` meets a tangent and computes statistics.
+        NotImplementedError: `batch_norm` computes statistics of what has a tangent.
     """
     global _graph_of_tangents
     before, _graph_of_tangents = _graph_of_tangents, True

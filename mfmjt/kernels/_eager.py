@@ -55,8 +55,8 @@ TRANSPARENT: list[type] = [DeviceContext]
 def is_intercepted() -> bool:
     """Return True if a dispatch mode, function mode or tracer must see this call.
 
-    Modes of `TRANSPARENT` do not count, such as `with torch.device(...)`. True as well if this PyTorch lacks the private
-    functions that tell.
+    Modes of `TRANSPARENT` do not count, such as `with torch.device(...)`. True as well if this
+    PyTorch lacks the private functions that tell.
     """
     if not _KNOWN:
         return True
