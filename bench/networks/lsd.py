@@ -169,6 +169,7 @@ def trained(provider: str, count: int, seed: int = 0, batch: int = 256) -> nn.Mo
                 loss = _reference_loss(net, x, generator)
         adam.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # LSD may run away without
         adam.step()
         schedule.step()
     return net

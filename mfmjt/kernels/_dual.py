@@ -13,7 +13,7 @@ that no library op of ours computed). Inside `differentiable_tangents()` tangent
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def _batch_norm(input: Tensor, mean: Any, var: Any, *args: Any, **kwargs: Any) -
     return result
 
 
-_WRONG_NORMS = {
+_WRONG_NORMS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
