@@ -24,6 +24,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +105,15 @@ class Moons(nn.Module):
         """Return u (B, 2) for z (B, 2) and times (B,)."""
         times = torch.stack((r, t), -1) * math.pi
         x = torch.cat((z, times, times.cos(), times.sin()), -1)
-        x = kernels.linear(x, self.enter.weight, self.enter.bias)
+        x = _linear(x, self.enter)
         for up, down in zip(self.up, self.down, strict=True):
-            h = kernels.swiglu(*kernels.linear(x, up.weight, up.bias).chunk(2, -1))
-            x = x + kernels.linear(h, down.weight, down.bias)
-        return kernels.linear(x, self.leave.weight, self.leave.bias)
+            gate, linear = _linear(x, up).chunk(2, -1)
+            x = x + _linear(kernels.swiglu(gate, linear), down)
+        return _linear(x, self.leave)
+
+
+def _linear(x: Tensor, layer: Any) -> Tensor:
+    return kernels.linear(x, layer.weight, layer.bias)
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
@@ -140,7 +145,7 @@ def _reference_loss(net: nn.Module, x: Tensor, generator: torch.Generator) -> Te
     first, second = torch.rand(2, len(x), generator=generator)
     r, t = torch.minimum(first, second), torch.maximum(first, second)
     z, _ = point(t)
-    u, du_dr = torch.func.jvp(lambda r: net(z, r, t), (r,), (torch.ones_like(r),))
+    u, du_dr, *_ = torch.func.jvp(lambda r: net(z, r, t), (r,), (torch.ones_like(r),))
     span = (t - r)[:, None]
     with torch.no_grad():
         goal = net(z - span * u, r, r)
