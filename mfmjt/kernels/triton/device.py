@@ -52,23 +52,16 @@ def choose(values, stream):
 
 @jit
 def choose_field(tuples, i: tl.constexpr, stream):
-    """Return field i of one of a tuple of tuples, likewise.
-
-    It stays None where it is for all streams, and counts as 0 where it is for some.
-    """
-    STREAMS: tl.constexpr = tuples.__len__()  # Triton 3.6 has no len() of tuples that hold None
+    """Return field i of one of a tuple of tuples, likewise."""
     chosen = tuples[0][i]
-    for s in tl.static_range(1, STREAMS):
-        other = tuples[s][i]
-        if chosen is not None or other is not None:
-            other = 0 if other is None else other
-            chosen = tl.where(stream == s, other, 0 if chosen is None else chosen)
+    for s in tl.static_range(1, len(tuples)):
+        chosen = tl.where(stream == s, tuples[s][i], chosen)
     return chosen
 
 
 @jit
 def choose_view(views, stream):
-    """Return (pointer, sample, token, head) of one of a tuple of `View`s, none of them None."""
+    """Return (pointer, sample, token, head) of one of a tuple of `View`s."""
     return (
         choose_field(views, 0, stream),
         choose_field(views, 1, stream),
@@ -78,19 +71,12 @@ def choose_view(views, stream):
 
 
 @jit
-def at(views, stream, sample, token, head=None):
+def at(views, stream, sample, token, head=0):
     """Return pointers to the first channels of rows of one of a tuple of `View`s."""
     pointer = choose_field(views, 0, stream)
-    by_sample = choose_field(views, 1, stream)
-    if by_sample is not None:
-        pointer += sample * by_sample
-    by_token = choose_field(views, 2, stream)
-    if by_token is not None:
-        pointer += token * by_token
-    by_head = choose_field(views, 3, stream)
-    if by_head is not None:
-        pointer += head * by_head
-    return pointer
+    pointer += sample * choose_field(views, 1, stream)
+    pointer += token * choose_field(views, 2, stream)
+    return pointer + head * choose_field(views, 3, stream)
 
 
 @jit

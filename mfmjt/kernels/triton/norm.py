@@ -21,9 +21,9 @@ from torch import Tensor
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
 from mfmjt.kernels.triton.device import at, choose, locate, put
-from mfmjt.kernels.triton.launching import alike, empty, filled, launch, views
+from mfmjt.kernels.triton.launching import alike, empty, filled, launch, present, views
 
-__all__ = ["MAX_WIDTH", "columns", "fits", "forward", "load", "mean", "picked"]
+__all__ = ["MAX_WIDTH", "columns", "fits", "forward", "load", "mean"]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
 
@@ -60,7 +60,7 @@ def _norm_fwd_kernel(
     gate_dots,
     shift_dots,
     scale_dots,
-    picks,  # for each stream the row that modulates a token, or None for its own; None for all
+    picks,  # (rows that modulate tokens, 1 for each stream that has them); or None
     totals,  # None where nothing is added
     total_dots,
     ys,
@@ -88,10 +88,9 @@ def _norm_fwd_kernel(
     out = row.to(tl.int64) * width + col
     of = token  # the row of modulations
     if picks is not None:
-        for s in tl.static_range(len(ys)):
-            if picks[s] is not None:
-                picked = tl.load(picks[s] + token, exists & (stream == s), 0).to(tl.int64)
-                of = tl.where(stream == s, picked, of)
+        rows, given = picks
+        picked = exists & (choose(given, stream) == 1)
+        of = tl.where(picked, tl.load(choose(rows, stream) + token, picked, 0).to(tl.int64), token)
     x = load(xs, stream, sample, token, col, inside, WORK)
     if hs is not None:
         h = load(hs, stream, sample, token, col, inside, WORK)
@@ -150,12 +149,6 @@ def fits(
     )
 
 
-def picked(picks: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    """Return rows to pick as a kernel takes them; None where no stream picks."""
-    found = [p if p is None else p.contiguous() for p in picks]
-    return None if all(p is None for p in found) else found
-
-
 def forward(
     added: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     xs: Sequence[Tensor],
@@ -207,7 +200,7 @@ def forward(
         (sum(cdiv(n, options["BLOCK_ROWS"]) for n in counts),),
         *map(views, moving),
         *tangents,
-        picked(picks),
+        present(picks),
         *results,
         counts,
         [x.shape[1] for x in xs],

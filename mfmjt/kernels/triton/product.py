@@ -116,12 +116,10 @@ def _products(
         b = tl.load(filters + k[:, None], (k < depth)[:, None] & exists, 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TYPE)
     if biases is not None:
-        pointers, steps, given = biases
-        bias = choose(pointers, stream) + out
-        if given is not None:
-            exists = exists & (choose(given, stream) == 1)
-        if steps is not None:
-            bias += token[:, None].to(tl.int64) * choose(steps, stream)
+        bias = choose(biases[0], stream) + out
+        exists = exists & (choose(biases[1], stream) == 1)
+        if len(biases) > 2:
+            bias += token[:, None].to(tl.int64) * choose(biases[2], stream)
             exists = exists & inside[:, None]
         total += tl.load(bias, exists, 0.0).to(TYPE)
     return total, token
@@ -248,7 +246,7 @@ def _product_gated_kernel(
 def _product_qkv_kernel(
     operands,
     norms,  # of queries, of keys
-    ropes,  # as `angles` takes them
+    ropes,  # as `angles` takes them, or None
     ys,  # queries, keys, values
     tiles,
     rows,
@@ -278,8 +276,9 @@ def _product_qkv_kernel(
     total = tl.where(which == 2, total, total * tl.rsqrt(square + EPS) * weight)
     turns = exists & (which < 2)
     token = token[:, None].to(tl.int64)
-    cos, sin = angles(ropes, stream, token, column, width, turns, total.dtype)
-    total = rotated(total, cos, sin)
+    if ropes is not None:
+        cos, sin = angles(ropes, stream, token, column, width, turns, total.dtype)
+        total = rotated(total, cos, sin)
     y = choose((choose(ys[0], stream), choose(ys[1], stream), choose(ys[2], stream)), which)
     y += (row[:, None].to(tl.int64) * heads + (part - which * heads)) * width + column
     tl.store(y, total, exists)
@@ -343,8 +342,8 @@ def _operands(
 
     What lies `beside` is loaded by units, too.
 
-    Biases are pointers, elements from one token's to the next or None where none is per token, and
-    which are there or None where all are; or None.
+    Biases are pointers, which are there and, where one is per token, elements from one token's to
+    the next; or None.
     """
     packed = tuple([weight.contiguous() for weight in weights])
     taps = [weight.shape[1] for weight in weights]
@@ -352,7 +351,7 @@ def _operands(
     bias = present(biases)
     if bias is not None:
         steps = tuple([0 if b is None or b.ndim == 1 else b.shape[1] for b in biases])
-        bias = (bias[0], steps if any(steps) else None, bias[1])
+        bias = (*bias, steps) if any(steps) else bias
     return (sources, packed, bias), unit
 
 
