@@ -4,13 +4,14 @@
     project_qkv          q, k, v of a projection; q and k RMS-normalised per head and rotated
     gated_residual_norm  x' = x + gate h,  y = LN(x') (1 + scale) + shift
 
-and, once a step, what PyTorch does: pool, silu_conditions, guide.
+and, once a step: pool, silu_conditions, guide.
 
 The streams of a joint block (latent, video, text) have weights and lengths of their own, and at
 batch 1 their sub-layers are so short that launching them takes longer than running them. A
 convolution is a product too: the K tokens around a token, K C numbers, times a weight that is
 packed as (O, K C). On a CPU the windows are copied out and multiplied by oneDNN. Projections keep
-nothing for a gradient and propagate no tangent: what asks for either is refused. Stored in the
+nothing for a gradient and propagate no tangent: what asks for either is refused; what is done once
+a step then is PyTorch's own operations. Stored in the
 dtype of x, summed in float32 (float64 for float64).
 """
 
@@ -134,8 +135,33 @@ def _project_qkv(
     return qs, ks, vs
 
 
-def _library_op(schema: str, formula: Any) -> Any:
-    triton = _op.backend("triton", "product", formula.__name__[1:], formula)
+def _pool(xs: list[Tensor]) -> Tensor:
+    means = [x.mean(1, keepdim=True, dtype=_op.work_dtype(x)).to(x.dtype) for x in xs]
+    return torch.cat(means, dim=-1)
+
+
+def _silu_conditions(shared: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    acc = shared.to(_op.work_dtype(shared))
+    return F.silu(acc).to(shared.dtype), F.silu(acc + frames).to(shared.dtype)
+
+
+def _guide(
+    z: Tensor, u: Tensor, w: float, ws: Tensor | None, mode: str, step: float, eps: float
+) -> Tensor:
+    acc = _op.work_dtype(z)
+    u = u.to(acc)
+    if mode != "none":
+        conditional, null = u.chunk(2)
+        if mode == "cfg_scaled":
+            dot = (conditional * null).sum((1, 2), keepdim=True)
+            null = null * (dot / (null.square().sum((1, 2), keepdim=True) + eps))
+        scale: Any = w if ws is None else ws.to(acc).reshape(-1, 1, 1)
+        u = scale * conditional + (1 - scale) * null
+    return (z.to(acc) - step * u).to(z.dtype)
+
+
+def _library_op(schema: str, formula: Any, module: str = "product") -> Any:
+    triton = _op.backend("triton", module, formula.__name__[1:], formula)
     return _op.register(schema, formula, None, triton if _backends.ON_CPU else None, triton)
 
 
@@ -150,6 +176,27 @@ _project_qkv_op = _library_op(
     "-> (Tensor[], Tensor[], Tensor[])",
     _project_qkv,
 )
+_pool_op = _library_op("streams_pool(Tensor[] xs) -> Tensor", _pool, "step")
+_silu_conditions_op = _library_op(
+    "streams_silu_conditions(Tensor shared, Tensor frames) -> (Tensor, Tensor)",
+    _silu_conditions,
+    "step",
+)
+_guide_op = _library_op(
+    "streams_guide(Tensor z, Tensor u, float w, Tensor? ws, str mode, float step, float eps) "
+    "-> Tensor",
+    _guide,
+    "step",
+)
+
+
+def _once(op: Any, formula: Any, *args: Any) -> Any:
+    """Call a library op; or its formula where that is asked for, or derivatives are wanted."""
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    if _op.use_reference() or _dual.wants_derivatives(tensors):
+        return formula(*args)
+    return op(*args)
 
 
 def _run(op: Any, formula: Any, instead: str, weights: list[Packed], *args: Any) -> Any:
@@ -355,8 +402,8 @@ def pool(xs: Sequence[Tensor]) -> Tensor:
     )
     fits = fits and all(x.dtype == xs[0].dtype for x in xs)
     _op.check(fits, "streams.pool", "streams (B, N, D), N > 0, of one dtype", **_named(x=xs))
-    means = [x.mean(1, keepdim=True, dtype=_op.work_dtype(x)).to(x.dtype) for x in xs]
-    return torch.cat(means, dim=-1)
+    pooled: Tensor = _once(_pool_op, _pool, list(xs))
+    return pooled
 
 
 def silu_conditions(
@@ -382,9 +429,9 @@ def silu_conditions(
     needs = "shared (B, 1, D), frames (B or 1, S, D) of its dtype and rows (N,) of integers or None"
     given = {"shared": shared, "frames": frames, "rows": rows}
     _op.check(fits, "streams.silu_conditions", needs, **given)
-    acc = shared.to(_op.work_dtype(shared))
-    sums = acc + (frames if rows is None else frames.index_select(1, rows))
-    return F.silu(acc).to(shared.dtype), F.silu(sums).to(shared.dtype)
+    frames = frames if rows is None else frames.index_select(1, rows)
+    found: tuple[Tensor, Tensor] = _once(_silu_conditions_op, _silu_conditions, shared, frames)
+    return found
 
 
 def guide(
@@ -425,15 +472,11 @@ def guide(
         "(B, N, C) for mode 'none', w one or (B,), std and mean of C elements, on one device"
     )
     _op.check(fits, "streams.guide", needs, z=z, u=u, w=scale, std=std, mean=mean)
-    acc = _op.work_dtype(z)
-    u = u.to(acc)
-    if mode != "none":
-        conditional, null = u.chunk(2)
-        if mode == "cfg_scaled":
-            dot = (conditional * null).sum((1, 2), keepdim=True)
-            null = null * (dot / (null.square().sum((1, 2), keepdim=True) + _GUIDANCE_EPS))
-        w = w.to(acc).reshape(-1, 1, 1) if isinstance(w, Tensor) else w
-        u = w * conditional + (1 - w) * null
-    x = z.to(acc) - step * u
-    x = x if std is None else x * std.to(acc).flatten()
-    return (x if mean is None else x + mean.to(acc).flatten()).to(z.dtype)
+    number = 1.0 if isinstance(w, Tensor) else float(w)
+    args = (u, number, scale, mode, step, _GUIDANCE_EPS)
+    if std is None and mean is None:
+        x: Tensor = _once(_guide_op, _guide, z, *args)
+        return x
+    x = _guide(z.to(_op.work_dtype(z)), *args)
+    x = x if std is None else x * std.to(x.dtype).flatten()
+    return (x if mean is None else x + mean.to(x.dtype).flatten()).to(z.dtype)

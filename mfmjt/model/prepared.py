@@ -28,7 +28,7 @@ from mfmjt.model.blocks import (
     normalize,
     run,
 )
-from mfmjt.model.conditioning import Features, frame_condition, stream_ropes, tables
+from mfmjt.model.conditioning import Features, resampled, stream_ropes, tables
 from mfmjt.model.config import SYNC_SEGMENT
 
 if TYPE_CHECKING:
@@ -139,6 +139,19 @@ class _Null(NamedTuple):
     position: Tensor | None
     by_frame: FrameCondition
     by_clip: Tensor
+
+
+def _expanded(xs: Sequence[Tensor], batch: int) -> list[Tensor]:
+    return [x.expand(batch, -1, -1) for x in xs]
+
+
+def _both(conds: Sequence[Tensor], nulls: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """Return both passes of each as one batch, (2 B, N, D), copied in one launch."""
+    wholes = [x.new_empty(2 * batch, *x.shape[1:]) for x in conds]
+    halves = [half for whole in wholes for half in whole.chunk(2)]
+    parts = [x for pair in zip(conds, nulls, strict=True) for x in pair]
+    torch._foreach_copy_(halves, _expanded(parts, batch))
+    return wholes
 
 
 class PreparedStep:
@@ -273,22 +286,19 @@ class PreparedStep:
         if null and negative_text is not None:
             uncond = self._against(uncond, negative_text, negative_pooled, length)
 
-        def both(cond: Tensor, uncond: Tensor) -> Tensor:
-            cond = cond.expand(batch, -1, -1)
-            return torch.cat((cond, uncond.expand(batch, -1, -1))) if null else cond
-
-        whole = FrameCondition(both(by_clip, uncond.by_clip))
-        frames = whole
-        if by_frame.rows is not by_clip:
-            rows = both(by_frame.rows, uncond.by_frame.rows)
-            frames = FrameCondition(rows, by_frame.row_of)
         names = [name for name in ("video", "text") if name in tokens]
+        framed = by_frame.rows is not by_clip
+        conds = [by_clip, latent, *(tokens[name] for name in names)]
+        nulls = [uncond.by_clip, latent, *(uncond.tokens[name] for name in names)]
+        if framed:
+            conds.append(by_frame.rows)
+            nulls.append(uncond.by_frame.rows)
+        of_clip, *parts = _both(conds, nulls, batch) if null else _expanded(conds, batch)
+        whole = FrameCondition(of_clip)
+        frames = FrameCondition(parts.pop(), by_frame.row_of) if framed else whole
         residual = run(
             self._blocks,
-            [
-                Pending(both(latent, latent)),
-                *(Pending(both(tokens[name], uncond.tokens[name])) for name in names),
-            ],
+            [Pending(part) for part in parts],
             (frames, *[whole] * len(names)),
             stream_ropes(self.config, length, tokens.get("video"), tokens["text"]),
         )
@@ -325,19 +335,19 @@ class PreparedStep:
         self, tokens: Mapping[str, Tensor], pooled: Tensor | None, length: int
     ) -> tuple[FrameCondition, Tensor]:
         """Return the modulations of all blocks: the latent's by frame, and those of a clip."""
-        means = [tokens[name].mean(1, keepdim=True) for name in ("video", "text") if name in tokens]
+        read = [tokens[name] for name in ("video", "text") if name in tokens]
         if pooled is None:
-            samples = max(mean.shape[0] for mean in means)
-            pooled = torch.cat([mean.expand(samples, -1, -1) for mean in means], dim=-1)
+            pooled = streams.pool(_expanded(read, max(x.shape[0] for x in read)))
         (shared,) = self._pool_down(self._pool_up(self._pool([pooled])))
         if self._pool_video is not None:
-            shared = shared + self._pool_video(means[:1])[0]
+            shared = shared + self._pool_video([streams.pool(read[:1])])[0]
         if "sync" not in tokens:
             (by_clip,) = self._modulations([F.silu(shared)])
             return FrameCondition(by_clip), by_clip
-        frames = frame_condition(shared, tokens["sync"], length)
-        by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
-        return FrameCondition(by_frame, frames.row_of), by_clip
+        rows, row_of = resampled(tokens["sync"], length)
+        whole, frames = streams.silu_conditions(shared, rows)
+        by_frame, by_clip = self._modulations([frames, whole])
+        return FrameCondition(by_frame, row_of), by_clip
 
     def _against(self, null: _Null, text: Tensor, pooled: Tensor | None, length: int) -> _Null:
         """Return the pass without conditions with this text in place of the null text."""

@@ -385,6 +385,11 @@ def test_one_call_is_what_the_trainable_ops_give():
         assert oracle.error(one, other) <= oracle.allowance(other, torch.float32, terms=96)
 
 
+ONCE = {
+    "pool": (streams.pool, lambda: (POOLS["video and text"](),)),
+    "silu_conditions": (streams.silu_conditions, CONDITIONS["all rows"]),
+    "guide": (streams.guide, GUIDED["scaled"]),
+}
 CALLS = {
     "project": (streams.project, PRODUCTS["input stage"]),
     "project, gated": (streams.project, PRODUCTS["gated units"]),
@@ -392,16 +397,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *ONCE])
 def test_two_runs_are_equal_to_the_bit(call):
-    op, make = CALLS[call]
+    op, make = (CALLS | ONCE)[call]
     arguments = as_dtype(make(), torch.float32)
     one, other = (tree_leaves(op(*arguments)) for _ in range(2))
     assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *ONCE])
 def test_a_call_is_one_launch(call, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
@@ -412,14 +417,27 @@ def test_a_call_is_one_launch(call, monkeypatch):
         return launch(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", count)
-    op, make = CALLS[call]
+    op, make = (CALLS | ONCE)[call]
     op(*as_dtype(make(), torch.float32))
     assert len(launched) == 1
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ONCE)
+def test_derivatives_of_what_is_done_once_a_step_are_pytorchs(call):
+    op, make = ONCE[call]
+    first = tree_leaves(make())[0]
+    others = tree_map_only(torch.Tensor, lambda x: x + 1, make())
+
+    def of_first(x):
+        found = op(*tree_map_only(torch.Tensor, lambda t: x if t.shape == x.shape else t, others))
+        return torch.stack([y.sum() for y in tree_leaves(found)]).sum()
+
+    assert torch.autograd.gradcheck(of_first, first.requires_grad_(), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("call", [*CALLS, *ONCE])
 def test_compiled_in_one_graph(call):
-    op, make = CALLS[call]
+    op, make = (CALLS | ONCE)[call]
     arguments = as_dtype(make(), torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
@@ -455,9 +473,15 @@ def opcheck_arguments():
     yield ops.streams_project, (xs, [w.data for w in weights], [None] * 3, [0] * 3, True)
     xs, weights, *others = make["project_qkv"]
     yield ops.streams_project_qkv, (xs, [w.data for w in weights], *others, 1e-6)
+    once = {name: as_dtype(make(), torch.float32) for name, (_, make) in ONCE.items()}
+    yield ops.streams_pool, once["pool"]
+    yield ops.streams_silu_conditions, once["silu_conditions"]
+    z, u, w = once["guide"]
+    yield ops.streams_guide, (z, u, w, None, "cfg_scaled", 1.0, 1e-8)
+    yield ops.streams_guide, (z, u, 1.0, torch.tensor([1.5, 2.0]), "cfg", 0.5, 1e-8)
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(7))
 def test_library_ops_are_what_they_say(case):
     op, arguments = list(opcheck_arguments())[case]
     torch.library.opcheck(op.default, arguments)
