@@ -51,7 +51,7 @@ from mfmjt.model.config import CONFIGS
 __all__ = ["MOST", "Event", "atomics", "counted", "holds_none", "in_bfloat16", "main"]
 __all__ += ["meanflow_step", "network", "traced"]
 
-MOST = {"small_16k": 120}
+MOST = {"small_16k": 101}
 """Launches that a guided step may take."""
 Module = TypeVar("Module", bound=nn.Module)
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}

@@ -3,6 +3,7 @@
     project              y = act(x W^T + b), or silu(x W1^T) (x W3^T); W of a layer or a convolution
     project_qkv          q, k, v of a projection; q and k RMS-normalised per head and rotated
     gated_residual_norm  x' = x + gate h,  y = LN(x') (1 + scale) + shift
+    project_norm         the same of h = project(...), whose sums may be left to the norm
 
 and, once a step: pool, silu_conditions, guide.
 
@@ -40,6 +41,7 @@ __all__ = [
     "pack",
     "pool",
     "project",
+    "project_norm",
     "project_qkv",
     "silu_conditions",
 ]
@@ -119,6 +121,18 @@ def _project(
     return [functions[act](y, inplace=True) if act else y for y, act in zip(ys, acts, strict=True)]
 
 
+def _project_norm(
+    ins: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    *others: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    xs, *modulations, rows, eps = others
+    hs = _project(ins, weights, biases, [0] * len(ins), False)
+    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), *map(tuple, modulations), eps, rows)
+    return list(totals), list(ys)
+
+
 def _project_qkv(
     xs: list[Tensor],
     weights: list[Tensor],
@@ -169,6 +183,12 @@ _project_op = _library_op(
     "streams_project(Tensor[] xs, Tensor[] weights, Tensor?[] biases, int[] acts, bool glu) "
     "-> Tensor[]",
     _project,
+)
+_project_norm_op = _library_op(
+    "streams_project_norm(Tensor[] ins, Tensor[] weights, Tensor?[] biases, Tensor[] xs, "
+    "Tensor[] gates, Tensor[] shifts, Tensor[] scales, Tensor?[] rows, float eps) "
+    "-> (Tensor[], Tensor[])",
+    _project_norm,
 )
 _project_qkv_op = _library_op(
     "streams_project_qkv(Tensor[] xs, Tensor[] weights, Tensor?[] biases, Tensor[] q_norms, "
@@ -277,6 +297,66 @@ def project(
     return ys
 
 
+def project_norm(
+    ins: Sequence[Tensor],
+    weights: Sequence[Packed],
+    biases: Sequence[Tensor | None] | None,
+    xs: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rows: Sequence[Tensor | None] | None,
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what `gated_residual_norm` does of h = `project(ins, weights, biases)`.
+
+    Where h has too few elements to keep a GPU busy, its sums are made in parts side by side, which
+    the norm adds up: h then is rounded with x + gate h, and not before.
+
+    Args:
+        ins: `(B, N_i, C_i)` each.
+        weights: What `pack` made for each stream, not gated units.
+        biases: As for `project`.
+        xs: `(B, N_i, D_i)` each.
+        gates: As for `gated_residual_norm`, like the next four.
+        shifts: Likewise.
+        scales: Likewise.
+        rows: Likewise.
+        eps: Added to the variance.
+
+    Returns:
+        The new residual streams and their modulated norms.
+
+    Raises:
+        ValueError: The shapes or dtypes do not fit.
+        NotImplementedError: A gradient or a tangent is wanted.
+    """
+    count = len(xs)
+    bias = [None] * count if biases is None else list(biases)
+    picks = [None] * count if rows is None else list(rows)
+    lists = (ins, weights, bias, gates, shifts, scales, picks)
+    fits = count > 0 and all(len(given) == count for given in lists)
+    fits = fits and all(map(_fits_product, ins, weights, bias))
+    pairs = list(zip(ins, weights, xs, strict=True)) if fits else []
+    fits = fits and all((*i.shape[:2], w.out) == x.shape and not w.glu for i, w, x in pairs)
+    fits = fits and all(i.dtype == x.dtype == xs[0].dtype for i, _, x in pairs)
+    needs = "for each stream what `project` takes, not gated, and x (B, N, D) of its results' shape"
+    named = _named(input=ins, weight=[w.data for w in weights], bias=bias, x=xs)
+    _op.check(fits, "streams.project_norm", needs, **named)
+    modulations = [_spread(ms, xs) for ms in (gates, shifts, scales)]
+    results: tuple[list[Tensor], list[Tensor]] = _run(
+        *(_project_norm_op, _project_norm, "linear or conv1d, and gated_residual_adaln,"),
+        *(list(weights), list(ins), bias, list(xs), *modulations, picks, eps),
+    )
+    return results
+
+
+def _spread(modulations: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Return modulations of every sample."""
+    pairs = zip(modulations, xs, strict=True)
+    return [m if m.shape[0] == x.shape[0] else m.expand(len(x), -1, -1) for m, x in pairs]
+
+
 def project_qkv(
     xs: Sequence[Tensor],
     weights: Sequence[Packed],
@@ -369,15 +449,9 @@ def gated_residual_norm(
         needs = "for each stream rows (N,) of integers or None; h and gate, or neither"
         _op.check(False, "streams.gated_residual_norm", needs, **_named(x=xs, h=hs, rows=rows))
 
-    def spread(modulations: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        pairs = zip(modulations, xs, strict=True)
-        return tuple(
-            [m if m.shape[0] == x.shape[0] else m.expand(len(x), -1, -1) for m, x in pairs]
-        )
-
+    modulations = [tuple(_spread(ms or (), xs if ms else ())) for ms in (gates, shifts, scales)]
     if hs is None or gates is None:
-        return list(xs), list(adaln(tuple(xs), spread(shifts), spread(scales), eps, rows))
-    modulations = (spread(gates), spread(shifts), spread(scales))
+        return list(xs), list(adaln(tuple(xs), *modulations[1:], eps, rows))
     totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), *modulations, eps, rows)
     return list(totals), list(ys)
 

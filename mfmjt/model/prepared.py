@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mfmjt.errors import InputError
 from mfmjt.kernels import streams
 from mfmjt.model.blocks import (
+    NORM_EPS,
     Blocks,
     FrameCondition,
     Linear,
@@ -48,6 +49,10 @@ class _Layers(NamedTuple):
 
     def __call__(self, xs: Sequence[Tensor], act: str | Sequence[str] = "none") -> list[Tensor]:
         return streams.project(list(xs), self.weights, self.biases, act)
+
+    def later(self, xs: Sequence[Tensor]) -> list[_Later]:
+        """Leave them to the norm that follows."""
+        return list(map(_Later, xs, self.weights, self.biases))
 
     def only(self, indices: Sequence[int]) -> _Layers:
         """Select the layers of some of the streams."""
@@ -87,6 +92,29 @@ def _append(layers: list[nn.Module], layer: nn.Module) -> slice:
     return slice(start, end)
 
 
+class _Later(NamedTuple):
+    """A layer's result that is not yet computed: the norm that reads it may share the work."""
+
+    x: Tensor
+    weight: streams.Packed
+    bias: Tensor | None
+
+
+def _normalize(
+    given: Sequence[Pending],
+    modulations: Sequence[Sequence[Tensor]],
+    conditions: Sequence[FrameCondition],
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Do what `normalize` does, also of what is a `_Later` h."""
+    if not isinstance(given[0].h, _Later):
+        return normalize(given, modulations, conditions)
+    xs, hs, gates = zip(*given, strict=True)
+    ins, weights, biases = zip(*hs, strict=True)
+    shifts, scales = zip(*(parts[:2] for parts in modulations), strict=True)
+    rows = [condition.row_of for condition in conditions]
+    return streams.project_norm(ins, weights, biases, xs, gates, shifts, scales, rows, eps=NORM_EPS)
+
+
 class _Prepared(Blocks):
     """Blocks whose weights are packed, and whose modulations are parts of given ones.
 
@@ -117,11 +145,14 @@ class _Prepared(Blocks):
             ys, weights, biases, self.q_norms, self.k_norms, ropes, self.heads
         )
 
-    def out(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._out(xs)
+    def normalize(self, *args: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return _normalize(*args)
 
-    def feed_forward(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._down(self._up(xs))
+    def out(self, xs: Sequence[Tensor]) -> Any:
+        return self._out.later(xs)
+
+    def feed_forward(self, xs: Sequence[Tensor]) -> Any:
+        return self._down.later(self._up(xs))
 
 
 class _Null(NamedTuple):
@@ -303,7 +334,7 @@ class PreparedStep:
             stream_ropes(self.config, length, tokens.get("video"), tokens["text"]),
         )
         modulation = whole.rows[..., self._final_columns].chunk(2, dim=-1)
-        _, ys = normalize((residual,), (modulation,), (frames,))
+        _, ys = _normalize((residual,), (modulation,), (frames,))
         return self._final(ys)[0]
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ def counted():
 
 def test_a_step_of_small_16k_takes_few_launches(counted):
     launches = counted["launches"]
-    assert launches["mfmjt"] <= counted["most"] == 120
+    assert launches["mfmjt"] <= counted["most"] == 101
     assert counted["most"] < launches["mfmjt_eager"] < launches["eager"]
     assert counted["by_kernel"]["mfmjt"]["triton::attention_fwd_kernel"] == 12
 

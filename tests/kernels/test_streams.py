@@ -263,6 +263,52 @@ def test_gated_residual_norm(case, dtype):
     judge(streams.gated_residual_norm, NORMS[case](), dtype, terms=600)
 
 
+def product_and_norm(depth, taps, biased):
+    """Products of few elements and much depth, which are made in parts."""
+    xs, _, *modulations, rows, eps = norm_case(48)
+    ins = [randn(*x.shape[:2], depth) for x in xs[:3]]
+    weights = [single(48, depth, k) for k in taps]
+    biases = [randn(48), None, randn(3, 48)] if biased else None
+    return ins, weights, biases, xs[:3], *(ms[:3] for ms in modulations), rows[:3], eps
+
+
+PRODUCTS_AND_NORMS = {
+    "one part": lambda: product_and_norm(24, (3, 3, 1), True),
+    "parts": lambda: product_and_norm(700, (3, 3, 1), True),
+    "parts beyond a stream's depth": lambda: product_and_norm(360, (7, 1, 1), False),
+    "no token": lambda: (
+        [randn(2, 0, 8)], [single(8, 8)], None, [randn(2, 0, 8)], *([randn(2, 1, 8)],) * 3, None,
+        1e-5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", PRODUCTS_AND_NORMS)
+def test_project_norm(case, dtype):
+    judge(streams.project_norm, PRODUCTS_AND_NORMS[case](), dtype, terms=3000)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_products_of_much_depth(dtype):
+    """Their parts are added up, and activated, by another launch."""
+    sizes = ((9, 900, 7), (4, 2000, 1), (3, 500, 1))
+    xs, weights = [randn(2, n, c) for n, c, _ in sizes], [single(96, c, k) for _, c, k in sizes]
+    biases, acts = [randn(96), randn(4, 96), None], ["selu", "none", "silu"]
+    judge(streams.project, (xs, weights, biases, acts), dtype, terms=6300)
+
+
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="asks the tuning of kernels")
+def test_few_products_of_much_depth_are_made_in_parts():
+    from mfmjt.kernels.triton.tuning import product_parts
+
+    assert product_parts([18, 8, 3], [48] * 3, [2100, 2100, 700], 4, False)["PARTS"] > 1
+    assert product_parts([14, 8, 3], [48] * 3, [2520, 360, 360], 4, False)["PARTS"] > 1
+    assert product_parts([18, 8, 6], [96] * 3, [6300, 2000, 500], 4, True)["PARTS"] > 1
+    assert product_parts([18, 8, 3], [48] * 3, [72, 72, 24], 4, False)["PARTS"] == 1
+    assert product_parts([64000], [448], [3840], 2, False)["PARTS"] == 1
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_norm_of_what_is_far_from_zero(scale):
     """Large offsets cost no more digits than they cost PyTorch's own layer norm."""
@@ -394,6 +440,7 @@ CALLS = {
     "project": (streams.project, PRODUCTS["input stage"]),
     "project, gated": (streams.project, PRODUCTS["gated units"]),
     "project_qkv": (streams.project_qkv, HEADS["joint block"]),
+    "project_norm": (streams.project_norm, PRODUCTS_AND_NORMS["parts"]),
 }
 
 
@@ -419,7 +466,7 @@ def test_a_call_is_one_launch(call, monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", count)
     op, make = (CALLS | ONCE)[call]
     op(*as_dtype(make(), torch.float32))
-    assert len(launched) == 1
+    assert len(launched) == (2 if call == "project_norm" else 1)
 
 
 @pytest.mark.parametrize("call", ONCE)
@@ -473,6 +520,8 @@ def opcheck_arguments():
     yield ops.streams_project, (xs, [w.data for w in weights], [None] * 3, [0] * 3, True)
     xs, weights, *others = make["project_qkv"]
     yield ops.streams_project_qkv, (xs, [w.data for w in weights], *others, 1e-6)
+    ins, weights, *others = make["project_norm"]
+    yield ops.streams_project_norm, (ins, [w.data for w in weights], *others)
     once = {name: as_dtype(make(), torch.float32) for name, (_, make) in ONCE.items()}
     yield ops.streams_pool, once["pool"]
     yield ops.streams_silu_conditions, once["silu_conditions"]
@@ -481,7 +530,7 @@ def opcheck_arguments():
     yield ops.streams_guide, (z, u, 1.0, torch.tensor([1.5, 2.0]), "cfg", 0.5, 1e-8)
 
 
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(8))
 def test_library_ops_are_what_they_say(case):
     op, arguments = list(opcheck_arguments())[case]
     torch.library.opcheck(op.default, arguments)
@@ -513,6 +562,9 @@ WRONG = {
     ),
     "gate without h": lambda: streams.gated_residual_norm(
         [randn(1, 2, 3)], None, *([randn(1, 1, 3)],) * 3, None, 1e-6
+    ),
+    "residual of another shape": lambda: streams.project_norm(
+        [randn(1, 2, 3)], [single(4, 3)], None, *([randn(1, 2, 3)],) * 4, None, 1e-6
     ),
     "nothing to pool": lambda: streams.pool([randn(1, 0, 3)]),
     "condition": lambda: streams.silu_conditions(randn(1, 2, 3), randn(1, 2, 3)),

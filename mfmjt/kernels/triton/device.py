@@ -5,9 +5,30 @@ from __future__ import annotations
 from mfmjt.kernels._backends import INTERPRETED
 from mfmjt.kernels.triton import jit, tl
 
-__all__ = ["at", "choose", "choose_field", "choose_view", "fma", "locate", "put", "wide"]
+__all__ = [
+    "at",
+    "await_launches",
+    "choose",
+    "choose_field",
+    "choose_view",
+    "fma",
+    "locate",
+    "put",
+    "wide",
+]
 
 _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
+
+
+@jit
+def await_launches(EARLY: tl.constexpr):
+    """Wait for the launches before this one, if it began early, and let the next one begin early.
+
+    A kernel does this first, so whatever it reads is there, and whatever it overwrites was read.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfmjt.kernels.triton import tl
+from mfmjt.kernels.triton import target, tl
 
 __all__ = [
     "View",
@@ -24,6 +24,9 @@ __all__ = [
     "views",
 ]
 
+EARLY: frozenset[int] = frozenset()
+"""Compute capabilities, 90 or 100, on which a kernel of inference begins while the one before it
+ends (programmatic dependent launch). Empty until a measurement says that it is right and pays."""
 _ZERO = tl.constexpr(0)  # a kernel that knows it loads what tokens share once
 
 
@@ -44,7 +47,13 @@ class View(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel; lists, and lists in them, become the tuples that Triton takes."""
+    """Run a kernel; lists, and lists in them, become the tuples that Triton takes.
+
+    One that takes EARLY begins early where that pays.
+    """
+    if "EARLY" in kernel.arg_names:
+        early = target()[1] in EARLY
+        options |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
     kernel[grid](*map(_tuples, args), **options)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
-from mfmjt.kernels.triton.device import at, choose, locate, put
+from mfmjt.kernels.triton.device import at, await_launches, choose, locate, put
 from mfmjt.kernels.triton.launching import alike, empty, filled, launch, present, views
 
 __all__ = ["MAX_WIDTH", "columns", "fits", "forward", "load", "mean"]
@@ -51,7 +51,7 @@ def mean(block, width):
 @jit
 def _norm_fwd_kernel(
     xs,  # for each stream a `View`, as for the next nine
-    hs,  # None where nothing is added, and so are gates
+    hs,  # None where nothing is added, and so are gates; of PARTS to add up the first
     gates,
     shifts,
     scales,
@@ -74,7 +74,10 @@ def _norm_fwd_kernel(
     SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     STORED: tl.constexpr = ys[0].dtype.element_ty
     WORK: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
     stream, start, count = locate(counts, tl.program_id(0), BLOCK_ROWS)
@@ -94,6 +97,8 @@ def _norm_fwd_kernel(
     x = load(xs, stream, sample, token, col, inside, WORK)
     if hs is not None:
         h = load(hs, stream, sample, token, col, inside, WORK)
+        for part in tl.static_range(1, PARTS):
+            h += load(hs, stream, sample, token, col + part * count * width, inside, WORK)
         gate = load(gates, stream, sample, of, col, inside, WORK)
         total = (x + gate * h).to(STORED)  # what is normalised is what is stored
         put(totals, stream, out, total, inside)
@@ -161,7 +166,8 @@ def forward(
     """Run the kernel.
 
     Args:
-        added: h and gate of each stream, or None.
+        added: h and gate of each stream, or None; where no tangent is wanted h may be in parts
+            that add up to it, (P, B, N, C) in the dtype of sums.
         xs: (B, N, C) of each stream.
         shifts: (B, 1, C) or (B, N, C) of each stream; (B, S, C) where rows are picked.
         scales: Likewise.
@@ -178,6 +184,8 @@ def forward(
     modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
     if not fits(xs, picks, *modulations):
         return NotImplemented
+    parts = len(hs[0]) if hs is not None and hs[0].ndim == 4 else 1
+    hs = hs if parts == 1 else [h[0] for h in hs or ()]
     moving = (xs, hs, gates, shifts, scales)
     tangents = [
         None if dot is None or x is None else views(filled(dot, x))
@@ -206,6 +214,7 @@ def forward(
         [x.shape[1] for x in xs],
         width,
         EPS=eps,
+        PARTS=parts,
         **options,
     )
     return tuple([ys for ys in results if ys is not None])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mfmjt.kernels.triton import cdiv, jit, power_of_2, tl, tuning
-from mfmjt.kernels.triton.device import wide
+from mfmjt.kernels.triton.device import await_launches, wide
 from mfmjt.kernels.triton.launching import launch
 
 __all__ = ["guide", "pool", "silu_conditions"]
@@ -28,7 +28,9 @@ def _pool_kernel(
     total,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     for s in tl.static_range(len(xs)):
@@ -63,7 +65,10 @@ def _silu(x):
 
 
 @jit
-def _silu_conditions_kernel(shared, frames, y, of_frames, rows, width, step, BLOCK: tl.constexpr):
+def _silu_conditions_kernel(
+    shared, frames, y, of_frames, rows, width, step, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    await_launches(EARLY)
     row, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -101,7 +106,9 @@ def _guide_kernel(
     SCALED: tl.constexpr,  # whether what is without conditions is projected
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     z += sample * count
