@@ -133,6 +133,10 @@ def _project_norm(
     return list(totals), list(ys)
 
 
+def _alike(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _project_qkv(
     xs: list[Tensor],
     weights: list[Tensor],
@@ -174,9 +178,9 @@ def _guide(
     return (z.to(acc) - step * u).to(z.dtype)
 
 
-def _library_op(schema: str, formula: Any, module: str = "product") -> Any:
+def _library_op(schema: str, formula: Any, module: str = "product", fake: Any = None) -> Any:
     triton = _op.backend("triton", module, formula.__name__[1:], formula)
-    return _op.register(schema, formula, None, triton if _backends.ON_CPU else None, triton)
+    return _op.register(schema, formula, fake, triton if _backends.ON_CPU else None, triton)
 
 
 _project_op = _library_op(
@@ -189,6 +193,7 @@ _project_norm_op = _library_op(
     "Tensor[] gates, Tensor[] shifts, Tensor[] scales, Tensor?[] rows, float eps) "
     "-> (Tensor[], Tensor[])",
     _project_norm,
+    fake=lambda ins, weights, biases, xs, *_: tuple([list(map(_alike, xs)) for _ in range(2)]),
 )
 _project_qkv_op = _library_op(
     "streams_project_qkv(Tensor[] xs, Tensor[] weights, Tensor?[] biases, Tensor[] q_norms, "

@@ -265,17 +265,23 @@ def test_gated_residual_norm(case, dtype):
 
 def product_and_norm(depth, taps, biased):
     """Products of few elements and much depth, which are made in parts."""
-    xs, _, *modulations, rows, eps = norm_case(48)
-    ins = [randn(*x.shape[:2], depth) for x in xs[:3]]
+    xs = [randn(2, n, 48) for n in (9, 4, 3)]
+    ins = [randn(*x.shape[:2], depth) for x in xs]
     weights = [single(48, depth, k) for k in taps]
     biases = [randn(48), None, randn(3, 48)] if biased else None
-    return ins, weights, biases, xs[:3], *(ms[:3] for ms in modulations), rows[:3], eps
+    modulations = [chunks(3, 2, 5, 48), chunks(3, 1, 1, 48), chunks(3, 2, 3, 48)]
+    rows = [torch.tensor([0, 0, 1, 1, 2, 3, 3, 4, 4]), None, None]
+    return ins, weights, biases, xs, *map(list, zip(*modulations, strict=True)), rows, 1e-5
 
 
 PRODUCTS_AND_NORMS = {
     "one part": lambda: product_and_norm(24, (3, 3, 1), True),
     "parts": lambda: product_and_norm(700, (3, 3, 1), True),
     "parts beyond a stream's depth": lambda: product_and_norm(360, (7, 1, 1), False),
+    "other numbers of samples": lambda: (
+        [randn(2, 3, 8), randn(1, 4, 8)], [single(8, 8)] * 2, None,
+        [randn(2, 3, 8), randn(1, 4, 8)], *([randn(1, 1, 8)] * 2,) * 3, None, 1e-5,
+    ),
     "no token": lambda: (
         [randn(2, 0, 8)], [single(8, 8)], None, [randn(2, 0, 8)], *([randn(2, 1, 8)],) * 3, None,
         1e-5,
