@@ -184,8 +184,9 @@ def forward(
     modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
     if not fits(xs, picks, *modulations):
         return NotImplemented
-    parts = len(hs[0]) if hs is not None and hs[0].ndim == 4 else 1
-    hs = hs if parts == 1 else [h[0] for h in hs or ()]
+    partial = hs if hs is not None and hs[0].ndim == 4 else None
+    if partial is not None:
+        hs = [h[0] for h in partial]
     moving = (xs, hs, gates, shifts, scales)
     tangents = [
         None if dot is None or x is None else views(filled(dot, x))
@@ -201,12 +202,15 @@ def forward(
         means,
         empty(means),
     )
+    operands: list[Any] = list(map(views, moving))
+    if partial is not None:  # the first begins where all do
+        operands[1] = [v._replace(pointer=h) for v, h in zip(operands[1], partial, strict=True)]
     counts, width = [x.shape[0] * x.shape[1] for x in xs], xs[0].shape[2]
     options = tuning.norm(width, max(counts), xs[0].element_size(), 1)
     launch(
         _norm_fwd_kernel,
         (sum(cdiv(n, options["BLOCK_ROWS"]) for n in counts),),
-        *map(views, moving),
+        *operands,
         *tangents,
         present(picks),
         *results,
@@ -214,7 +218,7 @@ def forward(
         [x.shape[1] for x in xs],
         width,
         EPS=eps,
-        PARTS=parts,
+        PARTS=1 if partial is None else len(partial[0]),
         **options,
     )
     return tuple([ys for ys in results if ys is not None])
