@@ -376,6 +376,7 @@ class PreparedStep:
             (by_clip,) = self._modulations([F.silu(shared)])
             return FrameCondition(by_clip), by_clip
         rows, row_of = resampled(tokens["sync"], length)
+        shared = shared.expand(max(len(shared), len(rows)), -1, -1)
         whole, frames = streams.silu_conditions(shared, rows)
         by_frame, by_clip = self._modulations([frames, whole])
         return FrameCondition(by_frame, row_of), by_clip
