@@ -127,9 +127,11 @@ def _project_norm(
     biases: list[Tensor | None],
     *others: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    xs, *modulations, rows, eps = others
+    xs, gates, shifts, scales, rows, eps = others
     hs = _project(ins, weights, biases, [0] * len(ins), False)
-    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), *map(tuple, modulations), eps, rows)
+    lists = (xs, hs, gates, shifts, scales)
+    x, h, gate, shift, scale = (tuple(tensors) for tensors in lists)
+    totals, ys = gated_residual_adaln(x, h, gate, shift, scale, eps, rows)
     return list(totals), list(ys)
 
 
@@ -349,9 +351,10 @@ def project_norm(
     named = _named(input=ins, weight=[w.data for w in weights], bias=bias, x=xs)
     _op.check(fits, "streams.project_norm", needs, **named)
     modulations = [_spread(ms, xs) for ms in (gates, shifts, scales)]
+    others = (bias, list(xs), *modulations, picks, eps)
+    instead = "linear or conv1d, and gated_residual_adaln,"
     results: tuple[list[Tensor], list[Tensor]] = _run(
-        *(_project_norm_op, _project_norm, "linear or conv1d, and gated_residual_adaln,"),
-        *(list(weights), list(ins), bias, list(xs), *modulations, picks, eps),
+        _project_norm_op, _project_norm, instead, list(weights), list(ins), *others
     )
     return results
 
@@ -454,10 +457,11 @@ def gated_residual_norm(
         needs = "for each stream rows (N,) of integers or None; h and gate, or neither"
         _op.check(False, "streams.gated_residual_norm", needs, **_named(x=xs, h=hs, rows=rows))
 
-    modulations = [tuple(_spread(ms or (), xs if ms else ())) for ms in (gates, shifts, scales)]
+    shift, scale = tuple(_spread(shifts, xs)), tuple(_spread(scales, xs))
     if hs is None or gates is None:
-        return list(xs), list(adaln(tuple(xs), *modulations[1:], eps, rows))
-    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), *modulations, eps, rows)
+        return list(xs), list(adaln(tuple(xs), shift, scale, eps, rows))
+    gate = tuple(_spread(gates, xs))
+    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), gate, shift, scale, eps, rows)
     return list(totals), list(ys)
 
 
