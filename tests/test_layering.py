@@ -26,7 +26,7 @@ ALLOWED: dict[str, str] = {
     "checkpoints": "errors files memory",
     "kernels": "",
     "model": "errors files memory checkpoints kernels",
-    "meanflow": "errors cuda_graph",
+    "meanflow": "errors cuda_graph kernels",
     "codec": "errors checkpoints kernels",
     "encoders": "errors files checkpoints model",
     "plotting": "errors files codec",
@@ -44,6 +44,8 @@ ALLOWED: dict[str, str] = {
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",
     "listen": "errors files extract",
+    "experiment": "errors files devices progress meanflow model codec encoders plotting families "
+    "features evaluate train pipeline",
 }
 TOP = {"cli", "info", "__init__"}
 MADE_OF_OPS = {"__init__", "_accelerate", "streams", "swiglu_product", "vocoder"}  # known to no op
