@@ -226,7 +226,7 @@ def _streams(s: Shape, dtype: torch.dtype) -> None:
         xs = [empty(batch, tokens, width) for tokens in s.streams[:n]]
         units = [weight(2 * s.hidden, k, width)._replace(glu=True) for k in (3, 3, 1)[:n]]
         ys = project(xs, units)
-        project(ys, [weight(width, k, s.hidden) for k in (3, 3, 1)[:n]])
+        downs = [weight(width, k, s.hidden) for k in (3, 3, 1)[:n]]
         ropes = [torch.empty(x.shape[1], width // s.heads // 2, 2) for x in xs[:2]]
         qkv = [weight(3 * width, 1, width)] * n, [empty(3 * width)] * n
         norms = [empty(width // s.heads)] * n
@@ -234,7 +234,9 @@ def _streams(s: Shape, dtype: torch.dtype) -> None:
         modulations = [empty(batch, rows, 6 * width).chunk(6, -1) for rows in (192, 1, 1)[:n]]
         gates, shifts, scales = ([m[i] for m in modulations] for i in range(3))
         rows = [torch.empty(latent, dtype=torch.int64), None, None][:n]
-        norm(xs, xs, gates, shifts, scales, rows, 1e-5)
+        modulated = gates, shifts, scales, rows, 1e-5
+        norm(xs, xs, *modulated)
+        kernels.streams.project_norm(ys, downs, None, xs, *modulated)
     norm(xs, None, None, shifts, scales, rows, 1e-5)
     layers = ((latent, 20, 7), (video, 1024, 1), (192, 768, 7), (text, 1024, 1))
     project(
@@ -246,7 +248,10 @@ def _streams(s: Shape, dtype: torch.dtype) -> None:
     conditions = [empty(batch, 1, width), empty(batch, 192, width)]
     outs = [40 * width, 72 * width]
     project(conditions, [weight(n, 1, width) for n in outs], [empty(n) for n in outs])
-    project(xs, [weight(20, 7, width)], [empty(20)])
+    (u,) = project(xs, [weight(20, 7, width)], [empty(20)])
+    kernels.streams.guide(empty(batch // 2, *u.shape[1:]), u[: batch // 2 * 2], 1.5)
+    kernels.streams.silu_conditions(*conditions)
+    kernels.streams.pool([empty(batch, tokens, width) for tokens in (video, text)])
 
 
 def _joint_block(s: Shape, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -47,10 +48,10 @@ from mfmjt.meanflow import tangent
 from mfmjt.model import MFMJT, conditioning
 from mfmjt.model.config import CONFIGS
 
-__all__ = ["MOST", "Event", "atomics", "counted", "in_bfloat16", "main", "meanflow_step"]
-__all__ += ["network", "traced"]
+__all__ = ["MOST", "Event", "atomics", "counted", "holds_none", "in_bfloat16", "main"]
+__all__ += ["meanflow_step", "network", "traced"]
 
-MOST = {"small_16k": 120}
+MOST = {"small_16k": 101}
 """Launches that a guided step may take."""
 Module = TypeVar("Module", bound=nn.Module)
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
@@ -116,16 +117,35 @@ class _Trace(TorchDispatchMode):
         return table
 
 
+def holds_none(kernel: Any, args: tuple[Any, ...]) -> list[str]:
+    """Return arguments that a kernel compares with None though they are tuples that hold None.
+
+    Triton 3.6 has no type for such a tuple, and does not compile the comparison.
+    """
+    compared = set(re.findall(r"(\w+) is (?:not )?None", kernel.src))
+    pairs = zip(kernel.arg_names, args, strict=False)
+    return [name for name, x in pairs if name in compared and _holds_none(x)]
+
+
+def _holds_none(x: Any) -> bool:
+    return isinstance(x, tuple) and any(part is None or _holds_none(part) for part in x)
+
+
 def traced(call: Callable[[], Any], compiles: bool = False) -> list[Event]:
     """Return what a call on tensors without memory would launch, on sm_90.
 
     Args:
         call: What is called, inside of a FakeTensorMode.
         compiles: Compile our kernels; their launches are in the events.
+
+    Raises:
+        ValueError: Triton 3.6 would not compile a kernel, see `holds_none`.
     """
     mode = _Trace()
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if names := holds_none(kernel, args):
+            raise ValueError(f"{kernel.fn.__name__}: {', '.join(names)} hold None beside others")
         made = compile_launch(kernel, args, grid, kwargs) if compiles else None
         mode.found.append(Event(f"triton::{kernel.fn.__name__}", launch=made))
 

@@ -16,7 +16,8 @@ NAMES = {
     "kernels": "adaln gated_residual_adaln qk_norm_rope joint_attention swiglu linear conv1d snake "
     "swiglu_product reference accelerate_jvp jvp_rows streams vocoder",
     "kernels.vocoder": "activate arrange convolve suits upsample",
-    "kernels.streams": "gated_residual_norm guide pack pool project project_qkv silu_conditions",
+    "kernels.streams": "gated_residual_norm guide pack pool project project_norm project_qkv "
+    "silu_conditions",
     "meanflow": "loss sample guide OneStep mean_velocity improved_mean_velocity alpha_flow "
     "finite_difference guided_velocity control_variate teacher_rollout teacher_velocity",
     "model": "MFMJT ModelConfig load_mmaudio",

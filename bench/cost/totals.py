@@ -11,6 +11,7 @@ programmatic dependent launch: published figures of a graph's dependent nodes, n
     training_step     small_16k in bf16, 256 clips of which 26 have du/dt: loss and gradients
     training_step_at_once   the same in one call of the network (`jvp_rows`)
     guided_step       small_16k in bf16, one clip, conditions encoded: `meanflow.OneStep`
+    guided_step_early   the same with programmatic dependent launch, which is off
     vocoder           BigVGAN 16k in bf16, 8 s
 
 Examples:
@@ -23,6 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton and the kernels are imported
 
@@ -36,6 +38,7 @@ from bench.launches import Event, in_bfloat16, meanflow_step, network, traced
 from bench.rows import Row
 from mfmjt import meanflow
 from mfmjt.codec.bigvgan import BigVGAN
+from mfmjt.kernels.triton import launching
 
 __all__ = ["TOTALS", "main", "total"]
 
@@ -60,6 +63,11 @@ def _guided_step() -> list[Event]:
     return traced(lambda: frozen(z, **cond), compiles=True)
 
 
+def _guided_step_early() -> list[Event]:
+    with patch.object(launching, "EARLY", frozenset({90})):
+        return _guided_step()
+
+
 @torch.no_grad()
 def _vocoder() -> list[Event]:
     net = in_bfloat16(BigVGAN("16k"))
@@ -72,6 +80,7 @@ TOTALS: dict[str, Callable[[], list[Event]]] = {
     "training_step": _training_step,
     "training_step_at_once": _training_step_at_once,
     "guided_step": _guided_step,
+    "guided_step_early": _guided_step_early,
     "vocoder": _vocoder,
 }
 

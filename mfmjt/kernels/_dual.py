@@ -236,18 +236,23 @@ def refuse_gradient(y_bar: Any, *y_dot_bars: Tensor | None) -> Any:
     return y_bar
 
 
+def wants_derivatives(tensors: Sequence[Tensor]) -> str | None:
+    """Return why derivatives are wanted of an op on these tensors; None if they are not."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "requires a gradient"
+    return "carries a tangent" if any(split(t)[1] is not None for t in tensors) else None
+
+
 def refuse_derivatives(op: str, instead: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a gradient or a tangent is wanted of an op for inference.
 
     Raises:
         NotImplementedError: Names the ops to use instead.
     """
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if gradient or any(split(t)[1] is not None for t in tensors):
+    if wanted := wants_derivatives(tensors):
         raise NotImplementedError(
-            f"mfmjt.kernels.{op} is for inference and has no derivatives; an input "
-            f"{'requires a gradient' if gradient else 'carries a tangent'}. Use mfmjt.kernels."
-            f"{instead}, or torch.no_grad() where no gradient is wanted."
+            f"mfmjt.kernels.{op} is for inference and has no derivatives; an input {wanted}. Use "
+            f"mfmjt.kernels.{instead}, or torch.no_grad() where no gradient is wanted."
         )
 
 

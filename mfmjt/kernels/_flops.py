@@ -135,6 +135,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "swiglu_product_streams_jvp": _each(_gated_jvp, 2),
     "swiglu_product_streams_bwd": _each(_gated_bwd, 3),
     "streams_project": _each(_product, 2),
+    "streams_project_norm": _each(_product, 2),
     "streams_project_qkv": _each(_product, 2),
     "vocoder_convolve": _each(_product, 2),
     "vocoder_upsample": _product,

@@ -3,14 +3,16 @@
     project              y = act(x W^T + b), or silu(x W1^T) (x W3^T); W of a layer or a convolution
     project_qkv          q, k, v of a projection; q and k RMS-normalised per head and rotated
     gated_residual_norm  x' = x + gate h,  y = LN(x') (1 + scale) + shift
+    project_norm         the same of h = project(...), whose sums may be left to the norm
 
-and, once a step, what PyTorch does: pool, silu_conditions, guide.
+and, once a step: pool, silu_conditions, guide.
 
 The streams of a joint block (latent, video, text) have weights and lengths of their own, and at
 batch 1 their sub-layers are so short that launching them takes longer than running them. A
 convolution is a product too: the K tokens around a token, K C numbers, times a weight that is
 packed as (O, K C). On a CPU the windows are copied out and multiplied by oneDNN. Projections keep
-nothing for a gradient and propagate no tangent: what asks for either is refused. Stored in the
+nothing for a gradient and propagate no tangent: what asks for either is refused; what is done once
+a step then is PyTorch's own operations. Stored in the
 dtype of x, summed in float32 (float64 for float64).
 """
 
@@ -39,6 +41,7 @@ __all__ = [
     "pack",
     "pool",
     "project",
+    "project_norm",
     "project_qkv",
     "silu_conditions",
 ]
@@ -118,6 +121,24 @@ def _project(
     return [functions[act](y, inplace=True) if act else y for y, act in zip(ys, acts, strict=True)]
 
 
+def _project_norm(
+    ins: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    *others: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    xs, gates, shifts, scales, rows, eps = others
+    hs = _project(ins, weights, biases, [0] * len(ins), False)
+    lists = (xs, hs, gates, shifts, scales)
+    x, h, gate, shift, scale = (tuple(tensors) for tensors in lists)
+    totals, ys = gated_residual_adaln(x, h, gate, shift, scale, eps, rows)
+    return list(totals), list(ys)
+
+
+def _alike(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _project_qkv(
     xs: list[Tensor],
     weights: list[Tensor],
@@ -134,9 +155,34 @@ def _project_qkv(
     return qs, ks, vs
 
 
-def _library_op(schema: str, formula: Any) -> Any:
-    triton = _op.backend("triton", "product", formula.__name__[1:], formula)
-    return _op.register(schema, formula, None, triton if _backends.ON_CPU else None, triton)
+def _pool(xs: list[Tensor]) -> Tensor:
+    means = [x.mean(1, keepdim=True, dtype=_op.work_dtype(x)).to(x.dtype) for x in xs]
+    return torch.cat(means, dim=-1)
+
+
+def _silu_conditions(shared: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    acc = shared.to(_op.work_dtype(shared))
+    return F.silu(acc).to(shared.dtype), F.silu(acc + frames).to(shared.dtype)
+
+
+def _guide(
+    z: Tensor, u: Tensor, w: float, ws: Tensor | None, mode: str, step: float, eps: float
+) -> Tensor:
+    acc = _op.work_dtype(z)
+    u = u.to(acc)
+    if mode != "none":
+        conditional, null = u.chunk(2)
+        if mode == "cfg_scaled":
+            dot = (conditional * null).sum((1, 2), keepdim=True)
+            null = null * (dot / (null.square().sum((1, 2), keepdim=True) + eps))
+        scale: Any = w if ws is None else ws.to(acc).reshape(-1, 1, 1)
+        u = scale * conditional + (1 - scale) * null
+    return (z.to(acc) - step * u).to(z.dtype)
+
+
+def _library_op(schema: str, formula: Any, module: str = "product", fake: Any = None) -> Any:
+    triton = _op.backend("triton", module, formula.__name__[1:], formula)
+    return _op.register(schema, formula, fake, triton if _backends.ON_CPU else None, triton)
 
 
 _project_op = _library_op(
@@ -144,12 +190,40 @@ _project_op = _library_op(
     "-> Tensor[]",
     _project,
 )
+_project_norm_op = _library_op(
+    "streams_project_norm(Tensor[] ins, Tensor[] weights, Tensor?[] biases, Tensor[] xs, "
+    "Tensor[] gates, Tensor[] shifts, Tensor[] scales, Tensor?[] rows, float eps) "
+    "-> (Tensor[], Tensor[])",
+    _project_norm,
+    fake=lambda ins, weights, biases, xs, *_: tuple([list(map(_alike, xs)) for _ in range(2)]),
+)
 _project_qkv_op = _library_op(
     "streams_project_qkv(Tensor[] xs, Tensor[] weights, Tensor?[] biases, Tensor[] q_norms, "
     "Tensor[] k_norms, Tensor?[] ropes, SymInt num_heads, float eps) "
     "-> (Tensor[], Tensor[], Tensor[])",
     _project_qkv,
 )
+_pool_op = _library_op("streams_pool(Tensor[] xs) -> Tensor", _pool, "step")
+_silu_conditions_op = _library_op(
+    "streams_silu_conditions(Tensor shared, Tensor frames) -> (Tensor, Tensor)",
+    _silu_conditions,
+    "step",
+)
+_guide_op = _library_op(
+    "streams_guide(Tensor z, Tensor u, float w, Tensor? ws, str mode, float step, float eps) "
+    "-> Tensor",
+    _guide,
+    "step",
+)
+
+
+def _once(op: Any, formula: Any, *args: Any) -> Any:
+    """Call a library op; or its formula where that is asked for, or derivatives are wanted."""
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    if _op.use_reference() or _dual.wants_derivatives(tensors):
+        return formula(*args)
+    return op(*args)
 
 
 def _run(op: Any, formula: Any, instead: str, weights: list[Packed], *args: Any) -> Any:
@@ -228,6 +302,67 @@ def project(
         _project_op, _project, "linear or conv1d", weights, xs, bias, numbers, glu
     )
     return ys
+
+
+def project_norm(
+    ins: Sequence[Tensor],
+    weights: Sequence[Packed],
+    biases: Sequence[Tensor | None] | None,
+    xs: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rows: Sequence[Tensor | None] | None,
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what `gated_residual_norm` does of h = `project(ins, weights, biases)`.
+
+    Where h has too few elements to keep a GPU busy, its sums are made in parts side by side, which
+    the norm adds up: h then is rounded with x + gate h, and not before.
+
+    Args:
+        ins: `(B, N_i, C_i)` each.
+        weights: What `pack` made for each stream, not gated units.
+        biases: As for `project`.
+        xs: `(B, N_i, D_i)` each.
+        gates: As for `gated_residual_norm`, like the next four.
+        shifts: Likewise.
+        scales: Likewise.
+        rows: Likewise.
+        eps: Added to the variance.
+
+    Returns:
+        The new residual streams and their modulated norms.
+
+    Raises:
+        ValueError: The shapes or dtypes do not fit.
+        NotImplementedError: A gradient or a tangent is wanted.
+    """
+    count = len(xs)
+    bias = [None] * count if biases is None else list(biases)
+    picks = [None] * count if rows is None else list(rows)
+    lists = (ins, weights, bias, gates, shifts, scales, picks)
+    fits = count > 0 and all(len(given) == count for given in lists)
+    fits = fits and all(map(_fits_product, ins, weights, bias))
+    pairs = list(zip(ins, weights, xs, strict=True)) if fits else []
+    fits = fits and all((*i.shape[:2], w.out) == x.shape and not w.glu for i, w, x in pairs)
+    fits = fits and all(i.dtype == x.dtype == xs[0].dtype for i, _, x in pairs)
+    needs = "for each stream what `project` takes, not gated, and x (B, N, D) of its results' shape"
+    named = _named(input=ins, weight=[w.data for w in weights], bias=bias, x=xs)
+    _op.check(fits, "streams.project_norm", needs, **named)
+    modulations = [_spread(ms, xs) for ms in (gates, shifts, scales)]
+    others = (bias, list(xs), *modulations, picks, eps)
+    instead = "linear or conv1d, and gated_residual_adaln,"
+    results: tuple[list[Tensor], list[Tensor]] = _run(
+        _project_norm_op, _project_norm, instead, list(weights), list(ins), *others
+    )
+    return results
+
+
+def _spread(modulations: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Return modulations of every sample."""
+    pairs = zip(modulations, xs, strict=True)
+    return [m if m.shape[0] == x.shape[0] else m.expand(len(x), -1, -1) for m, x in pairs]
 
 
 def project_qkv(
@@ -322,16 +457,11 @@ def gated_residual_norm(
         needs = "for each stream rows (N,) of integers or None; h and gate, or neither"
         _op.check(False, "streams.gated_residual_norm", needs, **_named(x=xs, h=hs, rows=rows))
 
-    def spread(modulations: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        pairs = zip(modulations, xs, strict=True)
-        return tuple(
-            [m if m.shape[0] == x.shape[0] else m.expand(len(x), -1, -1) for m, x in pairs]
-        )
-
+    shift, scale = tuple(_spread(shifts, xs)), tuple(_spread(scales, xs))
     if hs is None or gates is None:
-        return list(xs), list(adaln(tuple(xs), spread(shifts), spread(scales), eps, rows))
-    modulations = (spread(gates), spread(shifts), spread(scales))
-    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), *modulations, eps, rows)
+        return list(xs), list(adaln(tuple(xs), shift, scale, eps, rows))
+    gate = tuple(_spread(gates, xs))
+    totals, ys = gated_residual_adaln(tuple(xs), tuple(hs), gate, shift, scale, eps, rows)
     return list(totals), list(ys)
 
 
@@ -355,8 +485,8 @@ def pool(xs: Sequence[Tensor]) -> Tensor:
     )
     fits = fits and all(x.dtype == xs[0].dtype for x in xs)
     _op.check(fits, "streams.pool", "streams (B, N, D), N > 0, of one dtype", **_named(x=xs))
-    means = [x.mean(1, keepdim=True, dtype=_op.work_dtype(x)).to(x.dtype) for x in xs]
-    return torch.cat(means, dim=-1)
+    pooled: Tensor = _once(_pool_op, _pool, list(xs))
+    return pooled
 
 
 def silu_conditions(
@@ -382,9 +512,9 @@ def silu_conditions(
     needs = "shared (B, 1, D), frames (B or 1, S, D) of its dtype and rows (N,) of integers or None"
     given = {"shared": shared, "frames": frames, "rows": rows}
     _op.check(fits, "streams.silu_conditions", needs, **given)
-    acc = shared.to(_op.work_dtype(shared))
-    sums = acc + (frames if rows is None else frames.index_select(1, rows))
-    return F.silu(acc).to(shared.dtype), F.silu(sums).to(shared.dtype)
+    frames = frames if rows is None else frames.index_select(1, rows)
+    found: tuple[Tensor, Tensor] = _once(_silu_conditions_op, _silu_conditions, shared, frames)
+    return found
 
 
 def guide(
@@ -425,15 +555,11 @@ def guide(
         "(B, N, C) for mode 'none', w one or (B,), std and mean of C elements, on one device"
     )
     _op.check(fits, "streams.guide", needs, z=z, u=u, w=scale, std=std, mean=mean)
-    acc = _op.work_dtype(z)
-    u = u.to(acc)
-    if mode != "none":
-        conditional, null = u.chunk(2)
-        if mode == "cfg_scaled":
-            dot = (conditional * null).sum((1, 2), keepdim=True)
-            null = null * (dot / (null.square().sum((1, 2), keepdim=True) + _GUIDANCE_EPS))
-        w = w.to(acc).reshape(-1, 1, 1) if isinstance(w, Tensor) else w
-        u = w * conditional + (1 - w) * null
-    x = z.to(acc) - step * u
-    x = x if std is None else x * std.to(acc).flatten()
-    return (x if mean is None else x + mean.to(acc).flatten()).to(z.dtype)
+    number = 1.0 if isinstance(w, Tensor) else float(w)
+    args = (u, number, scale, mode, step, _GUIDANCE_EPS)
+    if std is None and mean is None:
+        x: Tensor = _once(_guide_op, _guide, z, *args)
+        return x
+    x = _guide(z.to(_op.work_dtype(z)), *args)
+    x = x if std is None else x * std.to(x.dtype).flatten()
+    return (x if mean is None else x + mean.to(x.dtype).flatten()).to(z.dtype)

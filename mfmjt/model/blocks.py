@@ -278,8 +278,8 @@ class JointBlock(nn.Module):
 class Blocks:
     """The blocks of streams that attend to one another, one block for each stream.
 
-    The methods `modulate`, `project`, `out` and `feed_forward` apply the weights; a subclass that
-    holds weights in another form replaces them.
+    The methods `modulate`, `project`, `out` and `feed_forward` apply the weights, and `normalize`
+    takes what the last two return; a subclass that holds weights in another form replaces them.
 
     Args:
         blocks: Those whose streams go on first, then `pre_only` ones.
@@ -308,7 +308,7 @@ class Blocks:
             The streams that go on, the first ones: not those of `pre_only` blocks.
         """
         modulations = self.modulations(conditions)
-        xs, ys = normalize(streams, modulations, conditions)
+        xs, ys = self.normalize(streams, modulations, conditions)
         q, k, v = self.project(ys, ropes)
         count = len(self.ongoing)
         attended = self.attend(tuple(q[:count]), tuple(k), tuple(v))
@@ -316,7 +316,7 @@ class Blocks:
         gates = [parts[2] for parts in modulations[:count]]
         streams = [Pending(*stream) for stream in zip(xs[:count], hs, gates, strict=True)]
         second = [parts[3:] for parts in modulations[:count]]
-        xs, ys = normalize(streams, second, conditions[:count])
+        xs, ys = self.normalize(streams, second, conditions[:count])
         gates = [parts[5] for parts in modulations[:count]]
         hs = self.feed_forward(ys)
         return tuple(Pending(*stream) for stream in zip(xs, hs, gates, strict=True))
@@ -331,6 +331,10 @@ class Blocks:
     def modulate(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
         """Map conditions (B, S, D) to all parts of the modulations, (B, S, parts·D)."""
         return layer([block.adaLN_modulation[1] for block in self.blocks], rows)
+
+    def normalize(self, *args: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Add up, normalize and modulate, as the function of that name."""
+        return normalize(*args)
 
     def project(
         self, ys: Sequence[Tensor], ropes: Sequence[Tensor | None]

@@ -25,6 +25,7 @@ __all__ = [
     "frame_condition",
     "nearest_rows",
     "r_embedding",
+    "resampled",
     "rope_table",
     "sinusoids",
     "stream_ropes",
@@ -250,11 +251,21 @@ def frame_condition(shared: Tensor, sync: Tensor, length: int) -> FrameCondition
         sync: Projected synchronization features (B, N_sync, D).
         length: Latent tokens N.
     """
+    frames, index = resampled(sync, length)
+    return FrameCondition(F.silu(shared + frames), index)
+
+
+def resampled(sync: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+    """Return at most N rows (B, S, D) of synchronization, and the one of every token or None.
+
+    Args:
+        sync: Projected synchronization features (B, N_sync, D).
+        length: Latent tokens N.
+    """
     rows = sync.shape[1]
     if rows > length:  # only the needed ones; the gradient of an index would add by atomics
         sync = F.interpolate(sync.mT, size=length, mode="nearest-exact").mT
-    index = nearest_rows(rows, length, sync.device) if rows < length else None
-    return FrameCondition(F.silu(shared + sync), index)
+    return sync, nearest_rows(rows, length, sync.device) if rows < length else None
 
 
 def times(name: str, value: Tensor | float, z: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mfmjt.errors import InputError
 from mfmjt.kernels import streams
 from mfmjt.model.blocks import (
+    NORM_EPS,
     Blocks,
     FrameCondition,
     Linear,
@@ -28,7 +29,7 @@ from mfmjt.model.blocks import (
     normalize,
     run,
 )
-from mfmjt.model.conditioning import Features, frame_condition, stream_ropes, tables
+from mfmjt.model.conditioning import Features, resampled, stream_ropes, tables
 from mfmjt.model.config import SYNC_SEGMENT
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class _Layers(NamedTuple):
 
     def __call__(self, xs: Sequence[Tensor], act: str | Sequence[str] = "none") -> list[Tensor]:
         return streams.project(list(xs), self.weights, self.biases, act)
+
+    def later(self, xs: Sequence[Tensor]) -> list[_Later]:
+        """Leave them to the norm that follows."""
+        return list(map(_Later, xs, self.weights, self.biases))
 
     def only(self, indices: Sequence[int]) -> _Layers:
         """Select the layers of some of the streams."""
@@ -87,6 +92,29 @@ def _append(layers: list[nn.Module], layer: nn.Module) -> slice:
     return slice(start, end)
 
 
+class _Later(NamedTuple):
+    """A layer's result that is not yet computed: the norm that reads it may share the work."""
+
+    x: Tensor
+    weight: streams.Packed
+    bias: Tensor | None
+
+
+def _normalize(
+    given: Sequence[Pending],
+    modulations: Sequence[Sequence[Tensor]],
+    conditions: Sequence[FrameCondition],
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Do what `normalize` does, also of what is a `_Later` h."""
+    if not isinstance(given[0].h, _Later):
+        return normalize(given, modulations, conditions)
+    xs, hs, gates = zip(*given, strict=True)
+    ins, weights, biases = zip(*hs, strict=True)
+    shifts, scales = zip(*(parts[:2] for parts in modulations), strict=True)
+    rows = [condition.row_of for condition in conditions]
+    return streams.project_norm(ins, weights, biases, xs, gates, shifts, scales, rows, eps=NORM_EPS)
+
+
 class _Prepared(Blocks):
     """Blocks whose weights are packed, and whose modulations are parts of given ones.
 
@@ -117,11 +145,14 @@ class _Prepared(Blocks):
             ys, weights, biases, self.q_norms, self.k_norms, ropes, self.heads
         )
 
-    def out(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._out(xs)
+    def normalize(self, *args: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return _normalize(*args)
 
-    def feed_forward(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._down(self._up(xs))
+    def out(self, xs: Sequence[Tensor]) -> Any:
+        return self._out.later(xs)
+
+    def feed_forward(self, xs: Sequence[Tensor]) -> Any:
+        return self._down.later(self._up(xs))
 
 
 class _Null(NamedTuple):
@@ -139,6 +170,19 @@ class _Null(NamedTuple):
     position: Tensor | None
     by_frame: FrameCondition
     by_clip: Tensor
+
+
+def _expanded(xs: Sequence[Tensor], batch: int) -> list[Tensor]:
+    return [x.expand(batch, -1, -1) for x in xs]
+
+
+def _both(conds: Sequence[Tensor], nulls: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """Return both passes of each as one batch, (2 B, N, D), copied in one launch."""
+    wholes = [x.new_empty(2 * batch, *x.shape[1:]) for x in conds]
+    halves = [half for whole in wholes for half in whole.chunk(2)]
+    parts = [x for pair in zip(conds, nulls, strict=True) for x in pair]
+    torch._foreach_copy_(halves, _expanded(parts, batch))
+    return wholes
 
 
 class PreparedStep:
@@ -273,27 +317,24 @@ class PreparedStep:
         if null and negative_text is not None:
             uncond = self._against(uncond, negative_text, negative_pooled, length)
 
-        def both(cond: Tensor, uncond: Tensor) -> Tensor:
-            cond = cond.expand(batch, -1, -1)
-            return torch.cat((cond, uncond.expand(batch, -1, -1))) if null else cond
-
-        whole = FrameCondition(both(by_clip, uncond.by_clip))
-        frames = whole
-        if by_frame.rows is not by_clip:
-            rows = both(by_frame.rows, uncond.by_frame.rows)
-            frames = FrameCondition(rows, by_frame.row_of)
         names = [name for name in ("video", "text") if name in tokens]
+        framed = by_frame.rows is not by_clip
+        conds = [by_clip, latent, *(tokens[name] for name in names)]
+        nulls = [uncond.by_clip, latent, *(uncond.tokens[name] for name in names)]
+        if framed:
+            conds.append(by_frame.rows)
+            nulls.append(uncond.by_frame.rows)
+        of_clip, *parts = _both(conds, nulls, batch) if null else _expanded(conds, batch)
+        whole = FrameCondition(of_clip)
+        frames = FrameCondition(parts.pop(), by_frame.row_of) if framed else whole
         residual = run(
             self._blocks,
-            [
-                Pending(both(latent, latent)),
-                *(Pending(both(tokens[name], uncond.tokens[name])) for name in names),
-            ],
+            [Pending(part) for part in parts],
             (frames, *[whole] * len(names)),
             stream_ropes(self.config, length, tokens.get("video"), tokens["text"]),
         )
         modulation = whole.rows[..., self._final_columns].chunk(2, dim=-1)
-        _, ys = normalize((residual,), (modulation,), (frames,))
+        _, ys = _normalize((residual,), (modulation,), (frames,))
         return self._final(ys)[0]
 
     @torch.no_grad()
@@ -325,19 +366,20 @@ class PreparedStep:
         self, tokens: Mapping[str, Tensor], pooled: Tensor | None, length: int
     ) -> tuple[FrameCondition, Tensor]:
         """Return the modulations of all blocks: the latent's by frame, and those of a clip."""
-        means = [tokens[name].mean(1, keepdim=True) for name in ("video", "text") if name in tokens]
+        read = [tokens[name] for name in ("video", "text") if name in tokens]
         if pooled is None:
-            samples = max(mean.shape[0] for mean in means)
-            pooled = torch.cat([mean.expand(samples, -1, -1) for mean in means], dim=-1)
+            pooled = streams.pool(_expanded(read, max(x.shape[0] for x in read)))
         (shared,) = self._pool_down(self._pool_up(self._pool([pooled])))
         if self._pool_video is not None:
-            shared = shared + self._pool_video(means[:1])[0]
+            shared = shared + self._pool_video([streams.pool(read[:1])])[0]
         if "sync" not in tokens:
             (by_clip,) = self._modulations([F.silu(shared)])
             return FrameCondition(by_clip), by_clip
-        frames = frame_condition(shared, tokens["sync"], length)
-        by_frame, by_clip = self._modulations([frames.rows, F.silu(shared)])
-        return FrameCondition(by_frame, frames.row_of), by_clip
+        rows, row_of = resampled(tokens["sync"], length)
+        shared = shared.expand(max(len(shared), len(rows)), -1, -1)
+        whole, frames = streams.silu_conditions(shared, rows)
+        by_frame, by_clip = self._modulations([frames, whole])
+        return FrameCondition(by_frame, row_of), by_clip
 
     def _against(self, null: _Null, text: Tensor, pooled: Tensor | None, length: int) -> _Null:
         """Return the pass without conditions with this text in place of the null text."""

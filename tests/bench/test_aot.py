@@ -54,6 +54,36 @@ with kernels.reference():
 """
 
 
+def test_launches_begin_early_only_where_that_is_switched_on():
+    """Programmatic dependent launch, which AMD and older GPUs do not have; nowhere by default."""
+    done = python("-c", EARLY)
+    assert done.returncode == 0, done.stderr
+
+
+EARLY = """
+import torch, bench.aot as aot
+from mfmjt.kernels import streams
+from mfmjt.kernels.triton import launching
+
+def compiled(target):
+    with aot.offline(aot.TARGETS[target].target) as launches:
+        streams.guide(torch.empty(1, 5, 4), torch.empty(2, 5, 4), 1.5)
+    return launches[0].kernel
+
+assert not launching.EARLY
+assert "griddepcontrol" not in compiled("sm_90").asm["ptx"]
+launching.EARLY = frozenset({90, 100})
+for target in ("sm_90", "sm_100"):
+    kernel = compiled(target)
+    assert kernel.metadata.launch_pdl
+    code = kernel.asm["ptx"]
+    wait, launch = code.index("griddepcontrol.wait"), code.index("griddepcontrol.launch_dependents")
+    assert wait < launch < code.index("ld.global")
+assert "griddepcontrol" not in compiled("sm_80").asm["ptx"]
+assert "amdgcn" in compiled("gfx942").asm
+"""
+
+
 def test_the_gate_finds_what_is_wrong(tmp_path):
     (tmp_path / "spill.py").write_text(SPILL)  # Triton reads a kernel's source from its file
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

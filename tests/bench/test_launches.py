@@ -20,9 +20,24 @@ def counted():
 
 def test_a_step_of_small_16k_takes_few_launches(counted):
     launches = counted["launches"]
-    assert launches["mfmjt"] <= counted["most"] == 120
+    assert launches["mfmjt"] <= counted["most"] == 101
     assert counted["most"] < launches["mfmjt_eager"] < launches["eager"]
     assert counted["by_kernel"]["mfmjt"]["triton::attention_fwd_kernel"] == 12
+
+
+def test_a_tuple_that_holds_none_is_not_compared_with_none():
+    """Triton 3.6 does not compile that; every launch that is counted above is held against it."""
+    script = """
+from types import SimpleNamespace
+from bench.launches import holds_none
+source = "def kernel(xs, ys, zs, n):\\n if xs is not None: ...\\n if ys is None: ..."
+kernel = SimpleNamespace(src=source, arg_names=["xs", "ys", "zs", "n"])
+mixed = ((1, (2, None)), (None, 1), (None, 1), 3)
+print(*holds_none(kernel, mixed), *holds_none(kernel, (None, (1, 2), *mixed[2:])))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["xs", "ys"], done.stderr
 
 
 def test_nothing_in_a_training_step_is_added_by_atomics(counted):

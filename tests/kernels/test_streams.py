@@ -263,6 +263,58 @@ def test_gated_residual_norm(case, dtype):
     judge(streams.gated_residual_norm, NORMS[case](), dtype, terms=600)
 
 
+def product_and_norm(depth, taps, biased):
+    """Products of few elements and much depth, which are made in parts."""
+    xs = [randn(2, n, 48) for n in (9, 4, 3)]
+    ins = [randn(*x.shape[:2], depth) for x in xs]
+    weights = [single(48, depth, k) for k in taps]
+    biases = [randn(48), None, randn(3, 48)] if biased else None
+    modulations = [chunks(3, 2, 5, 48), chunks(3, 1, 1, 48), chunks(3, 2, 3, 48)]
+    rows = [torch.tensor([0, 0, 1, 1, 2, 3, 3, 4, 4]), None, None]
+    return ins, weights, biases, xs, *map(list, zip(*modulations, strict=True)), rows, 1e-5
+
+
+PRODUCTS_AND_NORMS = {
+    "one part": lambda: product_and_norm(24, (3, 3, 1), True),
+    "parts": lambda: product_and_norm(700, (3, 3, 1), True),
+    "parts beyond a stream's depth": lambda: product_and_norm(360, (7, 1, 1), False),
+    "other numbers of samples": lambda: (
+        [randn(2, 3, 8), randn(1, 4, 8)], [single(8, 8)] * 2, None,
+        [randn(2, 3, 8), randn(1, 4, 8)], *([randn(1, 1, 8)] * 2,) * 3, None, 1e-5,
+    ),
+    "no token": lambda: (
+        [randn(2, 0, 8)], [single(8, 8)], None, [randn(2, 0, 8)], *([randn(2, 1, 8)],) * 3, None,
+        1e-5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", PRODUCTS_AND_NORMS)
+def test_project_norm(case, dtype):
+    judge(streams.project_norm, PRODUCTS_AND_NORMS[case](), dtype, terms=3000)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_products_of_much_depth(dtype):
+    """Their parts are added up, and activated, by another launch."""
+    sizes = ((9, 900, 7), (4, 2000, 1), (3, 500, 1))
+    xs, weights = [randn(2, n, c) for n, c, _ in sizes], [single(96, c, k) for _, c, k in sizes]
+    biases, acts = [randn(96), randn(4, 96), None], ["selu", "none", "silu"]
+    judge(streams.project, (xs, weights, biases, acts), dtype, terms=6300)
+
+
+@pytest.mark.skipif(not _backends.INTERPRETED, reason="asks the tuning of kernels")
+def test_few_products_of_much_depth_are_made_in_parts():
+    from mfmjt.kernels.triton.tuning import product_parts
+
+    assert product_parts([18, 8, 3], [48] * 3, [2100, 2100, 700], 4, False)["PARTS"] > 1
+    assert product_parts([14, 8, 3], [48] * 3, [2520, 360, 360], 4, False)["PARTS"] > 1
+    assert product_parts([18, 8, 6], [96] * 3, [6300, 2000, 500], 4, True)["PARTS"] > 1
+    assert product_parts([18, 8, 3], [48] * 3, [72, 72, 24], 4, False)["PARTS"] == 1
+    assert product_parts([64000], [448], [3840], 2, False)["PARTS"] == 1
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_norm_of_what_is_far_from_zero(scale):
     """Large offsets cost no more digits than they cost PyTorch's own layer norm."""
@@ -385,23 +437,29 @@ def test_one_call_is_what_the_trainable_ops_give():
         assert oracle.error(one, other) <= oracle.allowance(other, torch.float32, terms=96)
 
 
+ONCE = {
+    "pool": (streams.pool, lambda: (POOLS["video and text"](),)),
+    "silu_conditions": (streams.silu_conditions, CONDITIONS["all rows"]),
+    "guide": (streams.guide, GUIDED["scaled"]),
+}
 CALLS = {
     "project": (streams.project, PRODUCTS["input stage"]),
     "project, gated": (streams.project, PRODUCTS["gated units"]),
     "project_qkv": (streams.project_qkv, HEADS["joint block"]),
+    "project_norm": (streams.project_norm, PRODUCTS_AND_NORMS["parts"]),
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *ONCE])
 def test_two_runs_are_equal_to_the_bit(call):
-    op, make = CALLS[call]
+    op, make = (CALLS | ONCE)[call]
     arguments = as_dtype(make(), torch.float32)
     one, other = (tree_leaves(op(*arguments)) for _ in range(2))
     assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.skipif(not _backends.INTERPRETED, reason="counts launches of interpreted kernels")
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *ONCE])
 def test_a_call_is_one_launch(call, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
@@ -412,14 +470,27 @@ def test_a_call_is_one_launch(call, monkeypatch):
         return launch(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", count)
-    op, make = CALLS[call]
+    op, make = (CALLS | ONCE)[call]
     op(*as_dtype(make(), torch.float32))
-    assert len(launched) == 1
+    assert len(launched) == (2 if call == "project_norm" else 1)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ONCE)
+def test_derivatives_of_what_is_done_once_a_step_are_pytorchs(call):
+    op, make = ONCE[call]
+    first = tree_leaves(make())[0]
+    others = tree_map_only(torch.Tensor, lambda x: x + 1, make())
+
+    def of_first(x):
+        found = op(*tree_map_only(torch.Tensor, lambda t: x if t.shape == x.shape else t, others))
+        return torch.stack([y.sum() for y in tree_leaves(found)]).sum()
+
+    assert torch.autograd.gradcheck(of_first, first.requires_grad_(), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("call", [*CALLS, *ONCE])
 def test_compiled_in_one_graph(call):
-    op, make = CALLS[call]
+    op, make = (CALLS | ONCE)[call]
     arguments = as_dtype(make(), torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
@@ -455,9 +526,17 @@ def opcheck_arguments():
     yield ops.streams_project, (xs, [w.data for w in weights], [None] * 3, [0] * 3, True)
     xs, weights, *others = make["project_qkv"]
     yield ops.streams_project_qkv, (xs, [w.data for w in weights], *others, 1e-6)
+    ins, weights, *others = make["project_norm"]
+    yield ops.streams_project_norm, (ins, [w.data for w in weights], *others)
+    once = {name: as_dtype(make(), torch.float32) for name, (_, make) in ONCE.items()}
+    yield ops.streams_pool, once["pool"]
+    yield ops.streams_silu_conditions, once["silu_conditions"]
+    z, u, w = once["guide"]
+    yield ops.streams_guide, (z, u, w, None, "cfg_scaled", 1.0, 1e-8)
+    yield ops.streams_guide, (z, u, 1.0, torch.tensor([1.5, 2.0]), "cfg", 0.5, 1e-8)
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(8))
 def test_library_ops_are_what_they_say(case):
     op, arguments = list(opcheck_arguments())[case]
     torch.library.opcheck(op.default, arguments)
@@ -489,6 +568,9 @@ WRONG = {
     ),
     "gate without h": lambda: streams.gated_residual_norm(
         [randn(1, 2, 3)], None, *([randn(1, 1, 3)],) * 3, None, 1e-6
+    ),
+    "residual of another shape": lambda: streams.project_norm(
+        [randn(1, 2, 3)], [single(4, 3)], None, *([randn(1, 2, 3)],) * 4, None, 1e-6
     ),
     "nothing to pool": lambda: streams.pool([randn(1, 0, 3)]),
     "condition": lambda: streams.silu_conditions(randn(1, 2, 3), randn(1, 2, 3)),

@@ -33,7 +33,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mfmjt.kernels.triton import jit, tl
-from mfmjt.kernels.triton.device import choose, choose_field, choose_view, fma, locate
+from mfmjt.kernels.triton.device import (
+    await_launches,
+    choose,
+    choose_field,
+    choose_view,
+    fma,
+    locate,
+)
 
 __all__ = ["Sizes", "attention_bwd_kv_kernel", "attention_bwd_q_kernel", "attention_fwd_kernel"]
 
@@ -234,8 +241,10 @@ def attention_fwd_kernel(
     BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
     BLOCK_OUT: tl.constexpr,  # columns of v and o in one program: likewise
     EVERY: tl.constexpr,  # keys of a stream after which the center moves
+    EARLY: tl.constexpr,
 ):
     """Compute o, o_dot and lse of a block of queries."""
+    await_launches(EARLY)
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     SUMS: tl.constexpr = 8  # columns, all alike, of a matmul with ones

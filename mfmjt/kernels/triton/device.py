@@ -5,9 +5,30 @@ from __future__ import annotations
 from mfmjt.kernels._backends import INTERPRETED
 from mfmjt.kernels.triton import jit, tl
 
-__all__ = ["at", "choose", "choose_field", "choose_view", "fma", "locate", "put", "wide"]
+__all__ = [
+    "at",
+    "await_launches",
+    "choose",
+    "choose_field",
+    "choose_view",
+    "fma",
+    "locate",
+    "put",
+    "wide",
+]
 
 _ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
+
+
+@jit
+def await_launches(EARLY: tl.constexpr):
+    """Wait for the launches before this one, if it began early, and let the next one begin early.
+
+    A kernel does this first, so whatever it reads is there, and whatever it overwrites was read.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit
@@ -52,23 +73,16 @@ def choose(values, stream):
 
 @jit
 def choose_field(tuples, i: tl.constexpr, stream):
-    """Return field i of one of a tuple of tuples, likewise.
-
-    It stays None where it is for all streams, and counts as 0 where it is for some.
-    """
-    STREAMS: tl.constexpr = tuples.__len__()  # Triton 3.6 has no len() of tuples that hold None
+    """Return field i of one of a tuple of tuples, likewise."""
     chosen = tuples[0][i]
-    for s in tl.static_range(1, STREAMS):
-        other = tuples[s][i]
-        if chosen is not None or other is not None:
-            other = 0 if other is None else other
-            chosen = tl.where(stream == s, other, 0 if chosen is None else chosen)
+    for s in tl.static_range(1, len(tuples)):
+        chosen = tl.where(stream == s, tuples[s][i], chosen)
     return chosen
 
 
 @jit
 def choose_view(views, stream):
-    """Return (pointer, sample, token, head) of one of a tuple of `View`s, none of them None."""
+    """Return (pointer, sample, token, head) of one of a tuple of `View`s."""
     return (
         choose_field(views, 0, stream),
         choose_field(views, 1, stream),
@@ -78,19 +92,12 @@ def choose_view(views, stream):
 
 
 @jit
-def at(views, stream, sample, token, head=None):
+def at(views, stream, sample, token, head=0):
     """Return pointers to the first channels of rows of one of a tuple of `View`s."""
     pointer = choose_field(views, 0, stream)
-    by_sample = choose_field(views, 1, stream)
-    if by_sample is not None:
-        pointer += sample * by_sample
-    by_token = choose_field(views, 2, stream)
-    if by_token is not None:
-        pointer += token * by_token
-    by_head = choose_field(views, 3, stream)
-    if by_head is not None:
-        pointer += head * by_head
-    return pointer
+    pointer += sample * choose_field(views, 1, stream)
+    pointer += token * choose_field(views, 2, stream)
+    return pointer + head * choose_field(views, 3, stream)
 
 
 @jit

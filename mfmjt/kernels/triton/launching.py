@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mfmjt.kernels.triton import target, tl
+
 __all__ = [
     "View",
     "alike",
@@ -22,25 +24,36 @@ __all__ = [
     "views",
 ]
 
+EARLY: frozenset[int] = frozenset()
+"""Compute capabilities, 90 or 100, on which a kernel of inference begins while the one before it
+ends (programmatic dependent launch). Empty until a measurement says that it is right and pays."""
+_ZERO = tl.constexpr(0)  # a kernel that knows it loads what tokens share once
+
 
 class View(NamedTuple):
     """A strided tensor as a kernel reads it, channels dense.
 
     Attributes:
         pointer: The tensor.
-        sample: Elements from one sample to the next; None where all samples share what is there.
-        token: Elements from one token (or row) to the next; None likewise.
-        head: Elements from one head to the next; None likewise.
+        sample: Elements from one sample to the next; 0 where all samples share what is there.
+        token: Elements from one token (or row) to the next; 0 likewise.
+        head: Elements from one head to the next; 0 likewise.
     """
 
     pointer: Tensor
-    sample: int | None = None
-    token: int | None = None
-    head: int | None = None
+    sample: int | tl.constexpr = _ZERO
+    token: int | tl.constexpr = _ZERO
+    head: int | tl.constexpr = _ZERO
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel; lists, and lists in them, become the tuples that Triton takes."""
+    """Run a kernel; lists, and lists in them, become the tuples that Triton takes.
+
+    One that takes EARLY begins early where that pays.
+    """
+    if "EARLY" in kernel.arg_names:
+        early = target()[1] in EARLY
+        options |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
     kernel[grid](*map(_tuples, args), **options)
 
 
@@ -87,15 +100,15 @@ def filled(tensors: Sequence[Tensor | None], xs: Sequence[Tensor]) -> list[Tenso
 def present(tensors: Sequence[Tensor | None]) -> Any:
     """Return contiguous tensors of one dtype, another's where one is absent, and which are there.
 
-    The second is 1 or 0 for each, or None where all are. Returns None where all are absent.
+    The second is 1 or 0 for each: 1 is a constant to Triton, and costs nothing where all are there.
+    Returns None where all are absent.
     """
     given = [t for t in tensors if t is not None]
     if not given:
         return None
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in given])
     filled = [(given[0] if t is None else t).to(dtype).contiguous() for t in tensors]
-    there = [int(t is not None) for t in tensors]
-    return tuple(filled), None if all(there) else tuple(there)
+    return tuple(filled), tuple([int(t is not None) for t in tensors])
 
 
 def dense(x: Tensor) -> Tensor:
@@ -115,5 +128,5 @@ def views(tensors: Sequence[Tensor] | None) -> list[View] | None:
 
 def _view(x: Tensor) -> View:
     x = dense(x)
-    steps = [d or None for d in strides(x)]
-    return View(x, *steps) if x.ndim > 2 else View(x, None, *steps)
+    steps = [d or _ZERO for d in strides(x)]
+    return View(x, *steps) if x.ndim > 2 else View(x, _ZERO, *steps)

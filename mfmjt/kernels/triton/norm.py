@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
-from mfmjt.kernels.triton.device import at, choose, locate, put
-from mfmjt.kernels.triton.launching import alike, empty, filled, launch, views
+from mfmjt.kernels.triton.device import at, await_launches, choose, locate, put
+from mfmjt.kernels.triton.launching import alike, empty, filled, launch, present, views
 
-__all__ = ["MAX_WIDTH", "columns", "fits", "forward", "load", "mean", "picked"]
+__all__ = ["MAX_WIDTH", "columns", "fits", "forward", "load", "mean"]
 
 MAX_WIDTH = 8192  # channels of a row that fits into the registers of one program
 
@@ -51,7 +51,7 @@ def mean(block, width):
 @jit
 def _norm_fwd_kernel(
     xs,  # for each stream a `View`, as for the next nine
-    hs,  # None where nothing is added, and so are gates
+    hs,  # None where nothing is added, and so are gates; of PARTS to add up the first
     gates,
     shifts,
     scales,
@@ -60,7 +60,7 @@ def _norm_fwd_kernel(
     gate_dots,
     shift_dots,
     scale_dots,
-    picks,  # for each stream the row that modulates a token, or None for its own; None for all
+    picks,  # (rows that modulate tokens, 1 for each stream that has them); or None
     totals,  # None where nothing is added
     total_dots,
     ys,
@@ -74,7 +74,10 @@ def _norm_fwd_kernel(
     SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     STORED: tl.constexpr = ys[0].dtype.element_ty
     WORK: tl.constexpr = tl.float64 if tl.float64 == STORED else tl.float32
     stream, start, count = locate(counts, tl.program_id(0), BLOCK_ROWS)
@@ -88,13 +91,14 @@ def _norm_fwd_kernel(
     out = row.to(tl.int64) * width + col
     of = token  # the row of modulations
     if picks is not None:
-        for s in tl.static_range(len(ys)):
-            if picks[s] is not None:
-                picked = tl.load(picks[s] + token, exists & (stream == s), 0).to(tl.int64)
-                of = tl.where(stream == s, picked, of)
+        rows, given = picks
+        picked = exists & (choose(given, stream) == 1)
+        of = tl.where(picked, tl.load(choose(rows, stream) + token, picked, 0).to(tl.int64), token)
     x = load(xs, stream, sample, token, col, inside, WORK)
     if hs is not None:
         h = load(hs, stream, sample, token, col, inside, WORK)
+        for part in tl.static_range(1, PARTS):
+            h += load(hs, stream, sample, token, col + part * count * width, inside, WORK)
         gate = load(gates, stream, sample, of, col, inside, WORK)
         total = (x + gate * h).to(STORED)  # what is normalised is what is stored
         put(totals, stream, out, total, inside)
@@ -150,12 +154,6 @@ def fits(
     )
 
 
-def picked(picks: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    """Return rows to pick as a kernel takes them; None where no stream picks."""
-    found = [p if p is None else p.contiguous() for p in picks]
-    return None if all(p is None for p in found) else found
-
-
 def forward(
     added: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     xs: Sequence[Tensor],
@@ -168,7 +166,8 @@ def forward(
     """Run the kernel.
 
     Args:
-        added: h and gate of each stream, or None.
+        added: h and gate of each stream, or None; where no tangent is wanted h may be in parts
+            that add up to it, (P, B, N, C) in the dtype of sums.
         xs: (B, N, C) of each stream.
         shifts: (B, 1, C) or (B, N, C) of each stream; (B, S, C) where rows are picked.
         scales: Likewise.
@@ -185,6 +184,9 @@ def forward(
     modulations = [shifts, scales] if gates is None else [gates, shifts, scales]
     if not fits(xs, picks, *modulations):
         return NotImplemented
+    partial = hs if hs is not None and hs[0].ndim == 4 else None
+    if partial is not None:
+        hs = [h[0] for h in partial]
     moving = (xs, hs, gates, shifts, scales)
     tangents = [
         None if dot is None or x is None else views(filled(dot, x))
@@ -200,19 +202,23 @@ def forward(
         means,
         empty(means),
     )
+    operands: list[Any] = list(map(views, moving))
+    if partial is not None:  # the first begins where all do
+        operands[1] = [v._replace(pointer=h) for v, h in zip(operands[1], partial, strict=True)]
     counts, width = [x.shape[0] * x.shape[1] for x in xs], xs[0].shape[2]
     options = tuning.norm(width, max(counts), xs[0].element_size(), 1)
     launch(
         _norm_fwd_kernel,
         (sum(cdiv(n, options["BLOCK_ROWS"]) for n in counts),),
-        *map(views, moving),
+        *operands,
         *tangents,
-        picked(picks),
+        present(picks),
         *results,
         counts,
         [x.shape[1] for x in xs],
         width,
         EPS=eps,
+        PARTS=1 if partial is None else len(partial[0]),
         **options,
     )
     return tuple([ys for ys in results if ys is not None])

@@ -18,8 +18,8 @@ from torch import Tensor
 from mfmjt.kernels._op import work_dtype
 from mfmjt.kernels.triton import cdiv, jit, tl, tuning
 from mfmjt.kernels.triton.device import choose, locate, put
-from mfmjt.kernels.triton.launching import empty, filled, launch, views
-from mfmjt.kernels.triton.norm import columns, fits, load, mean, picked
+from mfmjt.kernels.triton.launching import empty, filled, launch, present, views
+from mfmjt.kernels.triton.norm import columns, fits, load, mean
 from mfmjt.kernels.triton.sums import Sum, add_up
 
 __all__ = ["backward"]
@@ -208,7 +208,7 @@ def _first_step(per_token: tuple[bool, ...], tensors: list[Any]) -> list[Sum]:
     Returns the sums over programs that are still to do.
     """
     total_bars, y_bars, xs, hs, gates, scales, means, rstds, x_bars, h_bars, picks, *bars = tensors
-    picks = picked(picks)
+    picks = present(picks)
     samples, _, width = xs[0].shape
     tokens = [x.shape[1] for x in xs]
     taken = [scale.shape[1] for scale in scales] if picks else tokens
@@ -242,7 +242,8 @@ def _first_step(per_token: tuple[bool, ...], tensors: list[Any]) -> list[Sum]:
         (sum(counts),),
         *map(views, (total_bars, y_bars, xs, hs, gates, scales)),
         *([t.contiguous() for t in ts] for ts in (means, rstds)),
-        *(x_bars, h_bars, written, parts, picks, counts, tokens, chunks, sizes),
+        *(x_bars, h_bars, written, parts, picks and picks[0]),
+        *(counts, tokens, chunks, sizes),
         taken if picks else None,
         width,
         **options,

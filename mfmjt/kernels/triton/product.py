@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from mfmjt.kernels._backends import INTERPRETED
-from mfmjt.kernels.triton import cdiv, jit, target, tl, tuning
-from mfmjt.kernels.triton.device import choose, locate, put
+from mfmjt.kernels._op import work_dtype
+from mfmjt.kernels.triton import cdiv, jit, norm, target, tl, tuning
+from mfmjt.kernels.triton.device import await_launches, choose, locate, put
 from mfmjt.kernels.triton.launching import dense, launch, present, strides
 from mfmjt.kernels.triton.qk_norm_rope import angles, rotated
 
-__all__ = ["precision", "project", "project_gated", "project_qkv", "takes", "window", "windows"]
+__all__ = ["precision", "project", "project_gated", "project_norm", "project_qkv", "takes"]
+__all__ += ["window", "windows"]
 
 MAX_HEAD = 128  # width of a head that fits into registers, beside the products that make it
 
@@ -96,9 +98,11 @@ def _products(
     out,  # (1, O)
     exists,  # likewise
     away,  # (R,), units to what is multiplied in place of a row; None for the rows themselves
+    part,  # of PARTS, along the windows; the first has the biases
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
     """Return products of windows and filters, (R, O), and tokens (R,)."""
     sources, weights, biases = operands
@@ -109,19 +113,24 @@ def _products(
         x += away[:, None] * UNIT
     filters = choose(weights, stream) + out.to(tl.int64) * depth
     total = tl.zeros((row.shape[0], out.shape[1]), TYPE)
-    for start in range(0, depth, BLOCK_DEPTH):
+    first_k, end = 0, depth
+    if PARTS > 1:
+        length = tl.cdiv(tl.cdiv(depth, BLOCK_DEPTH), PARTS) * BLOCK_DEPTH
+        first_k = part * length
+        end = tl.minimum(depth, first_k + length)
+    for start in range(first_k, end, BLOCK_DEPTH):
         k = start + tl.arange(0, BLOCK_DEPTH)
         i = first + k[None, :]
         a = tl.load(x + k[None, :], (i >= 0) & (i < count) & (k < depth)[None, :], 0.0)
         b = tl.load(filters + k[:, None], (k < depth)[:, None] & exists, 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TYPE)
     if biases is not None:
-        pointers, steps, given = biases
-        bias = choose(pointers, stream) + out
-        if given is not None:
-            exists = exists & (choose(given, stream) == 1)
-        if steps is not None:
-            bias += token[:, None].to(tl.int64) * choose(steps, stream)
+        bias = choose(biases[0], stream) + out
+        exists = exists & (choose(biases[1], stream) == 1)
+        if PARTS > 1:
+            exists = exists & (part == 0)
+        if len(biases) > 2:
+            bias += token[:, None].to(tl.int64) * choose(biases[2], stream)
             exists = exists & inside[:, None]
         total += tl.load(bias, exists, 0.0).to(TYPE)
     return total, token
@@ -130,6 +139,14 @@ def _products(
 @jit
 def _silu(x):
     return x / (1 + tl.exp(-x))
+
+
+@jit
+def _activated(x, act):
+    """Return silu of x where `act` is 1, selu where it is 2, else x."""
+    negative = 1.6732632423543772 * (tl.exp(tl.minimum(x, 0.0)) - 1)
+    selu = 1.0507009873554805 * tl.where(x > 0, x, negative)
+    return tl.where(act == 1, _silu(x), tl.where(act == 2, selu, x))
 
 
 @jit
@@ -156,7 +173,7 @@ def _rows_apart(tile):
 def _product_kernel(
     operands,  # `Windows`, weights, and biases as `_operands` returns them
     acts,  # 1 for silu, 2 for selu; None where no stream has an activation
-    ys,
+    ys,  # (rows, outs); of (PARTS, rows, outs) what is to be added up
     tiles,  # programs of each stream
     rows,
     outs,
@@ -165,24 +182,65 @@ def _product_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     stream, tile, _ = locate(tiles, tl.program_id(0), 1)
+    part = 0
+    if PARTS > 1:
+        part = tile % PARTS
+        tile //= PARTS
     count = choose(outs, stream)
     blocks = tl.cdiv(count, BLOCK_OUTS)  # neighbours, which read the same rows
     row = (tile // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < choose(rows, stream)
     out = ((tile % blocks) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS))[None, :]
     total, _ = _products(
-        operands, stream, row, inside, out, out < count, None, UNIT, PRECISION, BLOCK_DEPTH
+        operands,
+        stream,
+        row,
+        inside,
+        out,
+        out < count,
+        None,
+        part,
+        UNIT,
+        PRECISION,
+        BLOCK_DEPTH,
+        PARTS,
     )
     if acts is not None:
-        act = choose(acts, stream)
-        selu = 1.0507009873554805 * tl.where(
-            total > 0, total, 1.6732632423543772 * (tl.exp(tl.minimum(total, 0.0)) - 1)
-        )
-        total = tl.where(act == 1, _silu(total), tl.where(act == 2, selu, total))
+        total = _activated(total, choose(acts, stream))
     place = row[:, None].to(tl.int64) * count + out
+    if PARTS > 1:
+        place += part * choose(rows, stream) * count  # few: they do not fill a GPU otherwise
     put(ys, stream, place, total, inside[:, None] & (out < count))
+
+
+@jit
+def _finish_kernel(
+    parts,  # (PARTS, rows, outs) of each stream
+    acts,  # as `_product_kernel` takes them
+    ys,
+    counts,  # blocks of each stream
+    sizes,  # rows times outs
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    await_launches(EARLY)
+    stream, block, _ = locate(counts, tl.program_id(0), 1)
+    size = choose(sizes, stream)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    pointer = choose(parts, stream) + place
+    total = tl.load(pointer, inside, 0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(pointer + part * size, inside, 0.0)
+    if acts is not None:
+        total = _activated(total, choose(acts, stream))
+    put(ys, stream, place, total, inside)
 
 
 @jit
@@ -200,7 +258,9 @@ def _product_gated_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     ROWS: tl.constexpr = BLOCK_ROWS if x_dots is None else BLOCK_ROWS // 2
     OUTS: tl.constexpr = BLOCK_OUTS // 2
     stream, tile, _ = locate(tiles, tl.program_id(0), 1)
@@ -224,7 +284,7 @@ def _product_gated_kernel(
     out += lane // 8 % 2 * count
     inside = row < choose(rows, stream)
     total, _ = _products(
-        operands, stream, row, inside, out, exists, away, UNIT, PRECISION, BLOCK_DEPTH
+        operands, stream, row, inside, out, exists, away, 0, UNIT, PRECISION, BLOCK_DEPTH
     )
     gate, up = _columns_apart(total)
     if x_dots is not None:
@@ -248,7 +308,7 @@ def _product_gated_kernel(
 def _product_qkv_kernel(
     operands,
     norms,  # of queries, of keys
-    ropes,  # as `angles` takes them
+    ropes,  # as `angles` takes them, or None
     ys,  # queries, keys, values
     tiles,
     rows,
@@ -260,7 +320,9 @@ def _product_qkv_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_launches(EARLY)
     stream, tile, _ = locate(tiles, tl.program_id(0), 1)
     part = tile % (3 * heads)  # one head of q, k or v
     which = part // heads
@@ -270,16 +332,17 @@ def _product_qkv_kernel(
     exists = inside[:, None] & (column < width)
     out, none = part * width + column, None
     total, token = _products(
-        operands, stream, row, inside, out, column < width, none, UNIT, PRECISION, BLOCK_DEPTH
+        operands, stream, row, inside, out, column < width, none, 0, UNIT, PRECISION, BLOCK_DEPTH
     )
-    norm = choose((choose(norms[0], stream), choose(norms[1], stream)), which)
-    weight = tl.load(norm + column, (column < width) & (which < 2), 0.0).to(total.dtype)
+    pointer = choose((choose(norms[0], stream), choose(norms[1], stream)), which)
+    weight = tl.load(pointer + column, (column < width) & (which < 2), 0.0).to(total.dtype)
     square = tl.sum(total * total, 1)[:, None] / width
     total = tl.where(which == 2, total, total * tl.rsqrt(square + EPS) * weight)
     turns = exists & (which < 2)
     token = token[:, None].to(tl.int64)
-    cos, sin = angles(ropes, stream, token, column, width, turns, total.dtype)
-    total = rotated(total, cos, sin)
+    if ropes is not None:
+        cos, sin = angles(ropes, stream, token, column, width, turns, total.dtype)
+        total = rotated(total, cos, sin)
     y = choose((choose(ys[0], stream), choose(ys[1], stream), choose(ys[2], stream)), which)
     y += (row[:, None].to(tl.int64) * heads + (part - which * heads)) * width + column
     tl.store(y, total, exists)
@@ -343,8 +406,8 @@ def _operands(
 
     What lies `beside` is loaded by units, too.
 
-    Biases are pointers, elements from one token's to the next or None where none is per token, and
-    which are there or None where all are; or None.
+    Biases are pointers, which are there and, where one is per token, elements from one token's to
+    the next; or None.
     """
     packed = tuple([weight.contiguous() for weight in weights])
     taps = [weight.shape[1] for weight in weights]
@@ -352,7 +415,7 @@ def _operands(
     bias = present(biases)
     if bias is not None:
         steps = tuple([0 if b is None or b.ndim == 1 else b.shape[1] for b in biases])
-        bias = (bias[0], steps if any(steps) else None, bias[1])
+        bias = (*bias, steps) if any(steps) else bias
     return (sources, packed, bias), unit
 
 
@@ -378,19 +441,77 @@ def project(
     results = [x.new_empty(*x.shape[:2], w.shape[0]) for x, w in pairs]
     xs, weights, biases, acts, ys = _not_empty(results, xs, weights, biases, acts, results)
     if ys:
-        rows, outs = [y.shape[0] * y.shape[1] for y in ys], [y.shape[2] for y in ys]
-        options = tuning.product(rows, outs, xs[0].element_size())
-        tiles = _tiles(rows, outs, options)
-        operands, unit = _operands(xs, weights, biases)
-        launch(
-            _product_kernel,
-            (sum(tiles),),
-            *(operands, acts if any(acts) else None, ys, tiles, rows, outs),
-            UNIT=unit,
-            PRECISION=precision(),
-            **options,
-        )
+        options = _options(xs, weights, finished=True)
+        parts = options["PARTS"]
+        given = acts if any(acts) else None
+        if parts == 1:
+            _launch_products(xs, weights, biases, given, ys, options)
+            return results
+        partial = _empty_parts(ys, parts)
+        _launch_products(xs, weights, biases, None, partial, options)
+        sizes, block = [y.numel() for y in ys], 1024
+        blocks = [cdiv(size, block) for size in sizes]
+        operands = partial, given, ys, blocks, sizes
+        launch(_finish_kernel, (sum(blocks),), *operands, PARTS=parts, BLOCK=block)
     return results
+
+
+def _options(xs: list[Tensor], weights: list[Tensor], finished: bool) -> tuning.Options:
+    """Return the options of products; `finished` if another launch has to add up their parts."""
+    rows = [x.shape[0] * x.shape[1] for x in xs]
+    outs, depths = [w.shape[0] for w in weights], [w[0].numel() for w in weights]
+    return tuning.product_parts(rows, outs, depths, xs[0].element_size(), finished)
+
+
+def _empty_parts(ys: list[Tensor], parts: int) -> list[Tensor]:
+    """Return memory for parts of products of these shapes."""
+    return [y.new_empty(parts, *y.shape, dtype=work_dtype(y)) for y in ys]
+
+
+def _launch_products(
+    xs: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    acts: list[int] | None,
+    ys: list[Tensor],
+    options: tuning.Options,
+) -> None:
+    """Launch `_product_kernel` into `ys`, (B, N, O) or all parts of it."""
+    rows, outs = [x.shape[0] * x.shape[1] for x in xs], [y.shape[-1] for y in ys]
+    tiles = [n * options["PARTS"] for n in _tiles(rows, outs, options)]
+    operands, unit = _operands(xs, weights, biases)
+    launch(
+        _product_kernel,
+        (sum(tiles),),
+        *(operands, acts, ys, tiles, rows, outs),
+        UNIT=unit,
+        PRECISION=precision(),
+        **options,
+    )
+
+
+def project_norm(
+    ins: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    xs: list[Tensor],
+    gates: list[Tensor],
+    shifts: list[Tensor],
+    scales: list[Tensor],
+    rows: list[Tensor | None],
+    eps: float,
+) -> Any:
+    """Launch products, in parts where that is faster, and the norm that adds them up."""
+    if not takes(ins) or not all(x.numel() for x in (*ins, *xs)):
+        return NotImplemented
+    if not norm.fits(xs, rows, gates, shifts, scales):
+        return NotImplemented
+    options = _options(ins, weights, finished=False)
+    parts = options["PARTS"]
+    hs = _empty_parts(xs, parts) if parts > 1 else [x.new_empty(x.shape) for x in xs]
+    _launch_products(ins, weights, biases, None, hs, options)
+    found = norm.forward((hs, gates), xs, shifts, scales, None, eps, rows)
+    return found[0], found[1]
 
 
 def project_gated(

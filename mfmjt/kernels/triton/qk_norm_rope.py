@@ -47,19 +47,15 @@ def _heads(first, n_rows, n_tokens, n_heads, BLOCK_ROWS: tl.constexpr):
 
 @jit
 def angles(ropes, stream, token, col, width, inside, WORK: tl.constexpr):
-    """Return cosines and sines of rows of heads, (rows, D/2) each; None if nothing is rotated.
+    """Return cosines and sines of rows of heads, (rows, D/2) each.
 
-    `ropes` are (angles, 1 for each stream that is rotated or None where all are), or None. What is
-    not `inside`, or not rotated, is turned by nothing.
+    `ropes` are (angles, 1 for each stream that is rotated). What is not `inside`, or not rotated,
+    is turned by nothing.
     """
-    cos, sin = None, None
-    if ropes is not None:
-        pointers, given = ropes
-        if given is not None:
-            inside = inside & (choose(given, stream) == 1)
-        rope = choose(pointers, stream) + token * width + col
-        cos, sin = _pairs(tl.load(rope, inside, tl.where(col % 2 == 0, 1.0, 0.0)).to(WORK))
-    return cos, sin
+    pointers, given = ropes
+    inside = inside & (choose(given, stream) == 1)
+    rope = choose(pointers, stream) + token * width + col
+    return _pairs(tl.load(rope, inside, tl.where(col % 2 == 0, 1.0, 0.0)).to(WORK))
 
 
 @jit
@@ -82,7 +78,7 @@ def _qk_norm_rope_fwd_kernel(
     qkvs,  # for each stream a `View` of q, as for the next
     qkv_dots,  # None where no tangent is wanted, and so are the results' tangents
     weights,  # of q and of k, for each stream, as all results
-    ropes,  # as `angles` takes them
+    ropes,  # as `angles` takes them, or None
     ys,  # q, k and v
     y_dots,
     rstds,  # of q and of k
@@ -110,7 +106,9 @@ def _qk_norm_rope_fwd_kernel(
         part_dot = choose(part_dots, stream)
         put(y_dots[2], stream, out, tl.load(q_dot + 2 * part_dot, inside), inside)
     put(ys[2], stream, out, tl.load(q + 2 * part, inside), inside)
-    cos, sin = angles(ropes, stream, token, col, width, inside, WORK)
+    cos, sin = None, None
+    if ropes is not None:
+        cos, sin = angles(ropes, stream, token, col, width, inside, WORK)
     for i in tl.static_range(2):
         weight = tl.load(choose(weights[i], stream) + col, col < width, 0.0).to(WORK)
         x = wide(tl.load(q + i * part, inside, 0.0))
@@ -156,14 +154,15 @@ def _qk_norm_rope_bwd_kernel(
         q = at(qkvs, stream, sample, token, head) + col
         out = ((sample * length + token) * 3 * n_heads + head) * width + col
         # In the loop, because there are no registers to keep them and the weights in
-        cos, sin = angles(ropes, stream, token, col, width, inside, WORK)
+        if ropes is not None:
+            cos, sin = angles(ropes, stream, token, col, width, inside, WORK)
         sums = ()  # type: Any
         for i in tl.static_range(2):
             weight = tl.load(choose(weights[i], stream) + col, col < width, 0.0).to(WORK)
             x_bar, total = zeros, totals[i]
             if bars[i] is not None:
                 g = wide(tl.load(at(bars[i], stream, sample, token, head) + col, inside, 0.0))
-                if cos is not None:
+                if ropes is not None:
                     g = rotated(g, cos, -sin)
                 r = tl.load(choose(rstds[i], stream) + row, exists, 0.0)
                 n = wide(tl.load(q + i * part, inside, 0.0)) * r

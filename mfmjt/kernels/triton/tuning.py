@@ -22,6 +22,7 @@ __all__ = [
     "norm_chunk",
     "product",
     "product_heads",
+    "product_parts",
     "registers",
     "snake",
     "snake_last",
@@ -73,6 +74,8 @@ _PRODUCTS: dict[Any, dict[Tile, float]] = {
     90: {
         Tile(128, 256, 64, 8, 4): 1.0,
         Tile(128, 128, 64, 8, 3): 0.85,
+        Tile(64, 256, 64, 8, 3): 0.8,
+        Tile(128, 64, 64, 8, 3): 0.8,
         Tile(64, 64, 64, 4, 4): 0.6,
         Tile(64, 32, 128, 4, 3): 0.4,
     },
@@ -99,7 +102,10 @@ _PRODUCTS_FLOAT32: dict[Any, dict[Tile, float]] = {
     },
 }
 _STEP = 2048  # what a step of the contraction costs besides its area, in elements of a tile
-_PART = 12  # what a float32 to write and add up costs, in multiplications of one processor
+# In multiplications of one processor:
+_PART = 12  # what a float32 to write and add up costs
+_WRITTEN = 6  # the same at the speed of memory, and without a launch
+_LAUNCH = 4e6  # what another launch costs
 
 
 def _product_tiles(element_size: int, widest: bool = True) -> tuple[dict[Tile, float], int]:
@@ -130,9 +136,50 @@ def product(
         area = tile.rows * tile.columns / tiles[tile]
         return cdiv(programs, processors) * (area + _STEP * 64 / tile.depth)
 
-    best = min(tiles, key=time)
-    blocks = {"BLOCK_ROWS": best.rows, "BLOCK_OUTS": best.columns, "BLOCK_DEPTH": best.depth}
-    return {**blocks, "num_warps": best.warps, "num_stages": best.stages}
+    return _blocks(min(tiles, key=time))
+
+
+def product_parts(
+    rows: Sequence[int],
+    outs: Sequence[int],
+    depths: Sequence[int],
+    element_size: int,
+    finished: bool,
+) -> Options:
+    """Return the options of products of streams, in PARTS along the depth that are added up later.
+
+    Parts pay where the programs of one are fewer than processors. A part has eight blocks of the
+    depth or more.
+
+    Args:
+        rows: Of each stream.
+        outs: Of each stream.
+        depths: Of each stream: a window's numbers.
+        element_size: Bytes.
+        finished: Whether another launch adds up, and not the next one that is there anyway.
+    """
+    whole = product(rows, outs, element_size)
+    tiles, processors = _product_tiles(element_size, widest=False)
+    numbers = sum(n * o for n, o in zip(rows, outs, strict=True))
+
+    def time(tile: Tile, parts: int) -> float:
+        pairs = zip(rows, outs, strict=True)
+        programs = parts * sum(cdiv(n, tile.rows) * cdiv(o, tile.columns) for n, o in pairs)
+        work = tile.rows * tile.columns / tiles[tile] + _STEP * 64 / tile.depth
+        steps = cdiv(cdiv(max(depths), tile.depth), parts)
+        more = parts * numbers * _WRITTEN + (_LAUNCH if finished else 0) if parts > 1 else 0
+        return cdiv(programs, processors) * steps * tile.depth * work + more
+
+    most = max(1, max(depths) // 512)
+    choices = ((time(tile, parts), parts, tile) for tile in tiles for parts in range(1, most + 1))
+    _, parts, tile = min(choices)
+    # One part is as it was; the widest tiles have programs enough
+    return {**(_blocks(tile) if parts > 1 else whole), "PARTS": parts}
+
+
+def _blocks(tile: Tile) -> Options:
+    blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_OUTS": tile.columns, "BLOCK_DEPTH": tile.depth}
+    return {**blocks, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def product_heads(rows: Sequence[int], parts: int, width: int, element_size: int) -> Options:
@@ -140,8 +187,12 @@ def product_heads(rows: Sequence[int], parts: int, width: int, element_size: int
     columns = max(16, power_of_2(width))
     tiles, processors = _product_tiles(element_size, widest=False)
     large, *_, least = tiles
-    wide = parts * sum(cdiv(n, 128) for n in rows) >= 2 * processors
-    tile = large if wide and columns <= 64 else least
+
+    def time(tile: Tile) -> int:
+        programs = parts * sum(cdiv(n, tile.rows) for n in rows)
+        return cdiv(programs, processors) * (tile.rows + columns)
+
+    tile = large if columns <= 64 and time(large) <= time(least) else least
     blocks = {"BLOCK_ROWS": tile.rows, "BLOCK_WIDTH": columns, "BLOCK_DEPTH": tile.depth}
     warps = 8 if columns > 64 else tile.warps
     return {**blocks, "num_warps": warps, "num_stages": tile.stages}
@@ -157,7 +208,7 @@ def conv1d_weight(rows: int, outs: int, depth: int, element_size: int) -> tuple[
     widest = 256 if target()[1] == 90 else 128
     choices = []
     for tile, speed in tiles.items():
-        if not 64 <= tile.columns <= widest:
+        if not tile.rows <= tile.columns <= min(widest, 2 * tile.rows):
             continue
         programs, steps = cdiv(outs, tile.rows) * cdiv(depth, tile.columns), cdiv(rows, tile.depth)
         work = tile.rows * tile.columns / speed + _STEP * 64 / tile.depth
