@@ -279,7 +279,7 @@ def joint_attention(
         mask: Which keys a query sees, of bool, or what is added to its scores, of q's dtype, where
             -inf hides a key. It broadcasts to `(B, H, N, M)`, N and M counting the tokens of all
             streams. One that is added has a gradient, but no tangent. Where all a row's numbers are
-            below -1e4, their largest is taken off, which softmax cancels.
+            below -32, their largest is taken off, which softmax cancels.
         causal: A query sees the keys up to its own place among all tokens.
 
     Returns:
@@ -310,7 +310,7 @@ def joint_attention(
 def _checked_mask(mask: Tensor, q: Sequence[Tensor], k: Sequence[Tensor]) -> Tensor:
     """Return a mask of four axes; the largest number of a row is not far below zero.
 
-    Else, where all are about -1e38, say, the log of the row's sum would have no digits left.
+    Else the log of the row's sum would have fewer digits left, and at -1e38, say, none.
     """
     batch, _, heads, _ = q[0].shape
     sizes = (batch, heads, *(sum(x.shape[1] for x in xs) for xs in (q, k)))
@@ -326,7 +326,7 @@ def _checked_mask(mask: Tensor, q: Sequence[Tensor], k: Sequence[Tensor]) -> Ten
     if not added or mask.numel() == 0:
         return mask
     top = mask.detach().amax(-1, keepdim=True)
-    return mask - torch.where((top < -1e4) & (top > -torch.inf), top, 0)
+    return mask - torch.where((top < -32) & (top > -torch.inf), top, 0)
 
 
 def _check(

@@ -49,7 +49,7 @@ def arguments(
         return {"s": s, "s_dot": other, **rest}
     if name.startswith("joint_attention_rows"):
         given = inputs("joint_attention", even, dtype=torch.bfloat16)
-        lengths, scale = given.pop("lengths"), given.pop("scale")
+        lengths, scale, *_ = map(given.pop, ("lengths", "scale", "mask", "causal"))
         keys = torch.arange(tokens + 2)
         bias = torch.zeros(batch, tokens + 2)
         bias[keys >= lengths[:, None]] = torch.finfo(torch.float32).min
