@@ -407,16 +407,15 @@ _KEEP_TANGENTS = {
 }
 
 
-_FUSED_ATTENTION = [
+_FUSED_ATTENTION = (
     "flash_attn",
     "flash_attn_interface",
-    "flash_attn_2_cuda",
-    "xformers",
-    "sageattention",
     "natten",
-    "transformer_engine",
+    "sageattention",
     "torch.nn.attention.flex_attention",
-]
+    "transformer_engine",
+    "xformers",
+)
 
 
 def _fused_attention(trace: Any) -> str | None:

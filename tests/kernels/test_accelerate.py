@@ -66,7 +66,7 @@ CASES = {
         weight=randn(6),
         bias=randn(6),
     ),
-    "group_norm, plain": layer(lambda input: F.group_norm(input, 3), 2, 6),
+    "group_norm, plain": layer(lambda input: F.group_norm(input, 3), 2, 9, 4),
     "batch_norm": layer(
         lambda input, weight, bias: F.batch_norm(
             input, torch.arange(3.0).to(input), torch.arange(1.0, 4).to(input), weight, bias
@@ -238,7 +238,7 @@ HEADS = {
     "self, mask of heads, added": (Heads(batch_first=True), {"attn_mask": randn(4, 5, 5)}),
     "self, both masks": (
         Heads(batch_first=True),
-        {"attn_mask": torch.zeros(5, 5).double(), "key_padding_mask": PADDING},
+        {"attn_mask": randn(5, 5), "key_padding_mask": -10 * PADDING.double()},
     ),
     "self, padding": (Heads(batch_first=True), {"key_padding_mask": PADDING}),
     "self, one sample": (Heads(), {"one": True, "attn_mask": ~MASK, "need_weights": True}),
@@ -574,10 +574,12 @@ UNCOMMON = {
 
 
 def test_statistics_of_the_batch_are_pytorchs():
-    x = randn(4, 3)
+    x, v = randn(4, 3), randn(4, 3)
     with accelerate_jvp() as report:
-        found = torch.func.jvp(lambda x: F.batch_norm(x, None, None, training=True), (x,), (x,))
-    truth = torch.func.jvp(lambda x: (x - x.mean(0)) / (x.var(0, False) + 1e-5).sqrt(), (x,), (x,))
+        found = torch.func.jvp(lambda x: F.batch_norm(x, None, None, training=True), (x,), (v,))
+    truth = torch.func.jvp(
+        lambda x: (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt(), (x,), (v,)
+    )
     for one, other in zip(found, truth, strict=True):
         assert oracle.error(one, other) <= oracle.allowance(other, other.dtype, terms=60)
     assert report.left == {("batch_norm", "statistics of the batch"): 1}
