@@ -457,7 +457,7 @@ class AcceleratedJvp(TorchFunctionMode):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
-        name = None if trace is None else _fused_attention(trace)
+        name = _fused_attention(trace) if isinstance(error, RuntimeError) else None
         if name is not None:
             raise NotImplementedError(
                 f"{name} has no forward mode. Call F.scaled_dot_product_attention in its place "
