@@ -30,6 +30,7 @@ COMMANDS = {
     "mmaudio": ("bench.networks.mmaudio", "MMAudio's encoders and vocoder"),
     "store": ("bench.store", "reading and writing of extracted features"),
     "parts": ("bench.parts", "codec, text encoder and classifier of a model, alone"),
+    "copying": ("bench.copying", "training recordings in what a network makes"),
     "serve": ("bench.serve", "the web server under load and under faults"),
     "aot": ("bench.aot", "Triton kernels compiled for GPUs that are not there"),
     "totals": ("bench.cost.totals", "what a training step and others take on sm_90, modelled"),

@@ -32,7 +32,7 @@ def evaluate(
     metric: _sets.Metrics = None,
     weights: _sets.Weights = None,
     suite: Annotated[
-        Path | None, typer.Option(help="Folder for the whole table: reports at 1, 4 and 25 steps.")
+        Path | None, typer.Option(help="Folder for the whole table, at 1, 2, 4 and 25 steps.")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Flow-matching network of its size, for --suite's table.")

@@ -1,7 +1,7 @@
-"""The judge of what a sound is: a small convolutional network on log-mel spectra.
+"""The judge of what a sound is: a small convolutional network on log-mel spectra, or YAMNet's.
 
-It is trained on real procedural audio alone (`mfmjt train classifier`): its opinion of generated
-audio says how far that would pass for the real thing; its embedding carries the Fréchet distance.
+It is trained on real audio alone (`mfmjt train classifier`): its opinion of generated audio says
+how far that would pass for the real thing; its embedding carries the Fréchet distance.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from torch.nn import functional
 from mfmjt.checkpoints import load_module, save_module
 from mfmjt.codec.mel import mel_power
 from mfmjt.errors import InputError
+from mfmjt.evaluate.networks._frontend import resized
+from mfmjt.evaluate.networks.yamnet import YAMNet
 from mfmjt.families import PRETRAINED
 
 __all__ = ["Classifier", "ClassifierConfig", "load_classifier"]
+
+_LEVEL = 0.05  # RMS
+_DROPPED = 0.3  # of what is pooled, in training
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class ClassifierConfig:
         bands: Mel bands.
         widths: Channels after each of the halving convolutions.
         embedding: Size of the embedding.
+        ears: `spectra` for convolutions on log-mel spectra, or `yamnet` for YAMNet as published,
+            which the sizes of windows, bands and widths are not of.
     """
 
     classes: tuple[str, ...]
@@ -44,6 +51,7 @@ class ClassifierConfig:
     bands: int = 64
     widths: tuple[int, ...] = (24, 48, 80, 112)
     embedding: int = 64
+    ears: str = "spectra"
 
 
 class Classifier(nn.Module):
@@ -51,6 +59,7 @@ class Classifier(nn.Module):
 
     The level of a clip is normalized away; what distinguishes the classes is timbre and rhythm.
     Mean and maximum over time are both pooled: one hears what lasts, the other what strikes.
+    With YAMNet's ears these are of the embeddings of its pieces, and its weights stay as they are.
 
     Args:
         config: Shape of the network.
@@ -59,6 +68,11 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
+        if config.ears == "yamnet":
+            self.yamnet = YAMNet().requires_grad_(False)
+            self.embed = nn.Linear(2 * YAMNet.width, config.embedding)
+            self.head = nn.Linear(config.embedding, len(config.classes))
+            return
         channels = (1, *config.widths)
         self.stages = nn.ModuleList(
             nn.Sequential(
@@ -100,6 +114,10 @@ class Classifier(nn.Module):
                 f"The classifier listens to (batch, samples): got {tuple(waveform.shape)}. "
                 "Give mono audio with at least one sample."
             )
+        if self.config.ears == "yamnet":
+            pieces = self.yamnet(_audible(waveform))
+            x = torch.cat([pieces.mean(dim=1), pieces.amax(dim=1)], dim=1)
+            return self.embed(functional.dropout(x, _DROPPED, self.training))
         x = self.features(waveform)[:, None]
         for stage in self.stages:
             x = stage(x)
@@ -144,6 +162,13 @@ class Classifier(nn.Module):
             InputError: No such file, or not a classifier.
         """
         return load_module(path, cls, ClassifierConfig, "classifier")
+
+
+def _audible(waveform: torch.Tensor) -> torch.Tensor:
+    """Return samples (B, S) at the level of recordings, at least a piece of YAMNet's long."""
+    wave = waveform.float()
+    wave = wave * (_LEVEL / wave.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4))
+    return resized(wave, max(wave.shape[1], YAMNet.least))
 
 
 def load_classifier(folder: str | os.PathLike[str] | None = None) -> Classifier:

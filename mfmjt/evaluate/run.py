@@ -103,7 +103,7 @@ def suite(
     examples: Examples,
     sampling: Sampling | None = None,
     *,
-    steps: Sequence[int] = (1, 4, 25),
+    steps: Sequence[int] = (1, 2, 4, 25),
     metrics: Sequence[Metric] = METRICS,
     **options: Any,
 ) -> list[Report]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Cond", "Network", "called_in", "network_dtype", "rows", "stack"]
+__all__ = ["Cond", "Network", "called_in", "in_one_pass", "network_dtype", "rows", "stack"]
 
 Network = Callable[..., Tensor]
 """f(z, r, t, **cond) -> u, shaped like z."""
 Cond = Mapping[str, Any]
 """Keyword arguments for a network: tensors with the batch first, or nested tuples of them."""
 Tree = TypeVar("Tree")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def network_dtype(x: Tensor) -> torch.dtype:
@@ -33,12 +36,47 @@ def network_dtype(x: Tensor) -> torch.dtype:
 
 
 def called_in(dtype: torch.dtype, f: Network) -> Network:
-    """f(z, r, t, **cond), with its latents and times cast to `dtype`."""
+    """Return f(z, r, t, **cond) with its latents and times cast to `dtype`; `args[0]` is f."""
 
-    def call(z: Tensor, r: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def call(f: Network, z: Tensor, r: Tensor, t: Tensor, **cond: Any) -> Tensor:
         return f(z.to(dtype), r.to(dtype), t.to(dtype), **cond)
 
-    return call
+    return functools.partial(call, f)
+
+
+class _OnePass(nn.Module):
+    """What `DistributedDataParallel` calls in place of its network while a loss is computed."""
+
+    def __init__(self, loss: Callable[[nn.Module, Tensor, Cond], Any], network: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.network = loss, network
+
+    def forward(self, x: Tensor, cond: Cond) -> Any:
+        return self.loss(self.network, x, cond)
+
+
+def in_one_pass(loss: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of (f, x, cond, ...) take an f that is `DistributedDataParallel`.
+
+    The whole loss is then one forward pass of the wrapper, around the network itself. Called by the
+    loss, its forward would run inside forward mode, where PyTorch's fails, and twice a backward.
+    """
+
+    @functools.wraps(loss)
+    def call(f: Any, x: Tensor, cond: Cond | None = None, *args: Any, **kwargs: Any) -> Any:
+        def of(network: nn.Module, x: Tensor, cond: Cond) -> Any:
+            return loss(network, x, cond, *args, **kwargs)  # type: ignore[arg-type]
+
+        if not isinstance(f, nn.parallel.DistributedDataParallel):
+            return of(f, x, cond)  # type: ignore[arg-type]
+        network = f.module
+        f.module = _OnePass(of, network)
+        try:
+            return f(x, dict(cond or {}))
+        finally:
+            f.module = network
+
+    return cast("Callable[P, R]", call)
 
 
 def rows(tree: Tree, index: slice | Tensor) -> Tree:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from mfmjt.errors import InputError
-from mfmjt.meanflow._network import Cond, Network, called_in, network_dtype, rows
+from mfmjt.meanflow._network import (
+    Cond,
+    Network,
+    called_in,
+    in_one_pass,
+    network_dtype,
+    rows,
+)
 from mfmjt.meanflow.tangent import value_and_tangent
 from mfmjt.meanflow.targets import Target, Velocity, mean_velocity, regressed_to
 from mfmjt.meanflow.times import TimeSampler, logit_normal, time_pairs
@@ -91,7 +98,8 @@ def loss(
     Args:
         f: f(z, r, t, **cond) -> u, shaped like z. Called in the dtype of x and with subsets of the
             batch: once for the samples with r < t, under `torch.func.jvp`, and once for the others;
-            or once for all, where f has a method `jvp_rows` and that is faster (see `tangent`).
+            or once for all, where f has a method `jvp_rows` and that is faster (see `tangent`). A
+            network in `DistributedDataParallel` is given as it is, and `fully_shard`'s too.
         x: Clean data (B, ...), noise-free and normalized, in the dtype that f takes. The mixture,
             the target and the loss are computed in float32 or wider; times are rounded to the dtype
             of x first, so that f gets exactly the times of z.
@@ -142,6 +150,7 @@ def loss(
     return (value, stats) if return_stats else value  # type: ignore[return-value]
 
 
+@in_one_pass
 def loss_and_errors(
     f: Network,
     x: Tensor,

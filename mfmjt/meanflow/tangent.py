@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfmjt.errors import InputError
 from mfmjt.meanflow._network import Cond, Network, rows
@@ -20,12 +21,15 @@ _WORDS = {
         "mfmjt.kernels.recompute(block, *args) in its place."
     ),
     "torch.nn.parallel.distributed": (
-        "DistributedDataParallel with find_unused_parameters or static_graph fails inside "
-        "torch.func.jvp. Wrap a module that computes the loss, not the network: docs/accelerate.md "
-        "shows one."
+        "DistributedDataParallel fails inside torch.func.jvp. Give it to meanflow.loss itself, in "
+        "place of a function that calls it."
     ),
 }
 """By the module of PyTorch that fails in forward mode."""
+_FSDP1 = (
+    "FullyShardedDataParallel does not work inside torch.func.jvp. Shard the network with "
+    "torch.distributed.fsdp.fully_shard."
+)
 
 
 def value_and_tangent(
@@ -94,11 +98,16 @@ def derivative(
 
     if torch.compiler.is_compiling():
         return run()  # where PyTorch's checkpoints are right
+    network = f.args[0] if isinstance(f, functools.partial) and f.args else f
+    if isinstance(network, nn.Module) and any(
+        type(m).__name__ == "FullyShardedDataParallel" for m in network.modules()
+    ):
+        raise InputError(_FSDP1)  # it may end the process, with no error
     begin = torch.empty(0, device="cpu", requires_grad=True).view(0).grad_fn
     try:
         u, du_dt = run()
     except RuntimeError as error:
-        words = _WORDS.get(_apply_called_by(error))
+        words = _WORDS.get(_failed(error))
         if words is None:
             raise
         raise InputError(words) from error
@@ -107,14 +116,12 @@ def derivative(
     return u, du_dt
 
 
-def _apply_called_by(error: Exception) -> str:
-    """Return the module that called the `autograd.Function` that failed; empty for other errors."""
+def _failed(error: Exception) -> str:
+    """Return the module that raised, or called the `autograd.Function` that did."""
     places = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
-    if places[-1] != "torch.autograd.function":
-        return ""
-    return next(place for place in reversed(places) if place != places[-1])
+    return next(place for place in reversed(places) if place != "torch.autograd.function")
 
 
 def _is_checkpointed(u: Tensor, begin: int) -> bool:

@@ -63,7 +63,7 @@ def test_the_whole_table(here: Path, model_folder: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert result.stdout == (here / "results/table.md").read_text()
     assert "loudest" in result.stdout
-    names = {f"evaluate_{kind}_{n}.json" for kind in ("meanflow", "flow") for n in (1, 4, 25)}
+    names = {f"evaluate_{kind}_{n}.json" for kind in ("meanflow", "flow") for n in (1, 2, 4, 25)}
     assert {path.name for path in (here / "results").iterdir()} == {
         *names,
         "table.md",

@@ -62,3 +62,18 @@ def test_files_that_hold_no_classifier_are_refused(tmp_path: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:-100])
     with pytest.raises(InputError, match="is not a Classifier checkpoint"):
         Classifier.load(truncated)
+
+
+def test_with_the_ears_of_yamnet(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    judge = Classifier(ClassifierConfig(("a", "b", "c"), embedding=8, ears="yamnet")).eval()
+    wave = torch.rand(2, 30000) - 0.5
+    embedding = judge.embedding(wave)
+    assert embedding.shape == (2, 8)
+    assert torch.equal(judge(wave), judge(wave / 8))
+    assert torch.isfinite(judge(torch.zeros(1, 100))).all()
+    judge.save(tmp_path / "judge.safetensors")
+    again = Classifier.load(tmp_path / "judge.safetensors")
+    assert again.config == judge.config
+    # Stored in half precision.
+    assert torch.allclose(again.embedding(wave), embedding, rtol=1e-2, atol=1e-2)

@@ -99,40 +99,75 @@ def test_other_errors_come_through():
 
 
 PROCESSES = """
-import os, sys
+import copy, functools, os, sys
 import pytest, torch
 import torch._decomp.decompositions_for_jvp
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from tests.meanflow.test_tangent import Net
+
+def loss(net, x, e, r, t, given):
+    return meanflow.loss(net, x, {"given": given}, noise=e, r=r, t=t)
 
 class Loss(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
 
-    def forward(self, x, e, r, t):
-        return meanflow.loss(self.net, x, noise=e, r=r, t=t)
+    def forward(self, *batch):
+        return loss(self.net, *batch)
+
+def with_buffer(net):  # which DDP sends around in every forward pass
+    net.register_buffer("count", torch.zeros(()))
+    return DDP(net)
+
+def sharded(net):
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (net.inner, net):
+        fully_shard(part, mesh=mesh)
+    return net
 
 def work(rank):
     distributed.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    t = torch.rand(8)
-    r = torch.where(torch.arange(8) % 4 < 2, t / 2, t)
-    whole = torch.randn(8, 4), torch.randn(8, 4), r, t
+    t, first = torch.rand(8), Net()
+    data = torch.randn(8, 4), torch.randn(8, 4), torch.randn(8, 8)
+    ways = {
+        DDP: [0, 2, 4],  # one of the processes has no sample with a tangent
+        with_buffer: [0, 2],
+        functools.partial(DDP, find_unused_parameters=True): [0, 1],
+        functools.partial(DDP, static_graph=True): [1],
+        sharded: [0, 1, 2],
+        lambda net: DDP(Loss(net), find_unused_parameters=True): [0, 1],
+    }
+    for wrap, moving in ways.items():
+        r = t.clone()
+        r[moving] /= 2
+        whole = *data[:2], r, t, data[2]
+        value = loss(first, *whole)
+        truth = torch.autograd.grad(value, list(first.parameters()))
+        net = copy.deepcopy(first)
+        wrapped = wrap(net)
+        compute = wrapped if isinstance(getattr(wrapped, "module", None), Loss) else (
+            functools.partial(loss, wrapped)
+        )
+        for _ in range(2):  # in the second pass DDP arranges its buckets anew
+            net.zero_grad()
+            compute(*(given[rank::2] for given in whole)).backward()
+            for p, g in zip(net.parameters(), truth):
+                found = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                assert (found - g).norm() <= 64 * torch.finfo(g.dtype).eps * g.norm()
     part = [given[rank::2] for given in whole]
-    net = Net()
-    truth = torch.autograd.grad(Loss(net)(*whole), list(net.parameters()))
-    for flag in ("find_unused_parameters", "static_graph"):
-        with pytest.raises(InputError, match="Wrap a module that computes the loss"):
-            Loss(DDP(net, **{flag: True}))(*part)
-        net.zero_grad()
-        wrapped = DDP(Loss(net), **{flag: True})
-        wrapped(*part).backward()
-        for p, g in zip(net.parameters(), truth):
-            assert (p.grad - g).norm() <= 64 * torch.finfo(g.dtype).eps * g.norm()
+    hidden = DDP(copy.deepcopy(first), find_unused_parameters=True)
+    with pytest.raises(InputError, match="Give it to meanflow.loss itself"):
+        loss(lambda *args, **cond: hidden(*args, **cond), *part)
+    old = FullyShardedDataParallel(copy.deepcopy(first), device_id=torch.device("cpu"))
+    with pytest.raises(InputError, match="torch.distributed.fsdp.fully_shard"):
+        loss(old, *part)
     distributed.destroy_process_group()
 
 torch.set_num_threads(1)
@@ -152,7 +187,8 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
-def test_wrapped_by_ddp_the_network_is_refused_and_the_loss_is_not(tmp_path):
+def test_networks_of_several_processes(tmp_path):
+    """DDP and fully_shard as they are, with synchronized gradients; others in one line."""
     command = [sys.executable, "-W", "ignore", "-c", PROCESSES, str(tmp_path / "meeting")]
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -41,7 +41,7 @@ def write_corpus(folder: Path) -> Path:
                 else:
                     sound = lasting(rng, PITCH[split])
                 parts.append(np.round(sound / np.abs(sound).max() * 30000).astype(np.int16))
-                row = dict.fromkeys(COLUMNS, "x") | {"id": f"{split}_{label}_{take}"}
+                row = dict.fromkeys(COLUMNS, "x") | {"id": f"{split}_{label}_{take}_000"}
                 row |= {"start": start, "samples": len(sound), "split": split}
                 rows.append(row | {"label": label, "caption": f"the {label}"})
                 start += len(sound)

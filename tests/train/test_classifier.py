@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
+from mfmjt.evaluate.networks import YAMNet
 from mfmjt.train.parallel import Processes
 from mfmjt.train.tasks import classifier
 from mfmjt.train.tasks.classifier import (
@@ -22,6 +24,7 @@ from mfmjt.train.tasks.classifier import (
 )
 from mfmjt.train.trainer import Trainer
 from tests.support.bundles import TINY_CODEC
+from tests.support.open_corpus import LASTING, STRUCK, write_corpus
 from tests.support.recordings import write_recordings
 from tests.train.states import load_state, records, undo
 
@@ -140,9 +143,34 @@ def test_half_of_the_recordings_are_heard_through_a_codec(tmp_path: Path) -> Non
         stage(tmp_path, batch=64), recordings=corpus, fewest=1, codec=codec
     )
     crops, _ = ClassifierTask(recipe).draw(0).passes[0].inputs
-    heard = int((crops.abs().amax(1) > 0.01).sum())
-    # 64 tosses of a coin, a fifth of which are joined by a second: five standard deviations.
-    assert 32 - 20 <= heard <= 40 + 20
+    assert int((crops.abs().amax(1) > 0.01).sum()) == 32
+
+
+def test_clips_of_the_open_set_are_among_the_recordings(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    recipe = dataclasses.replace(stage(tmp_path), recordings=corpus, fewest=1)
+    found = [ClassifierTask(dataclasses.replace(recipe, scenes=s)) for s in (0.0, 1.0, 1.0)]
+    alone, (crops, labels), (again, same) = (t.draw(3).passes[0].inputs for t in found)
+    assert torch.equal(crops, again)
+    assert torch.equal(labels, same)
+    assert crops.shape == alone[0].shape
+    assert not torch.equal(crops, alone[0])
+    # What is seen: half of the clips are scenes, of which no wind is heard first.
+    names = [found[1].classifier.config.classes[label] for label in labels]
+    assert set(names) <= set(STRUCK + LASTING)
+
+
+def test_yamnet_listens_and_stays_as_it_is(tmp_path: Path, monkeypatch: Any) -> None:
+    published = YAMNet()
+    monkeypatch.setattr(YAMNet, "from_tflite", lambda path: published)
+    corpus = write_recordings(tmp_path / "corpus", labels=("low", "high"), seconds=(1.0,))
+    recipe = dataclasses.replace(
+        stage(tmp_path, steps=2, batch=2), recordings=corpus, fewest=1, yamnet=Path("yamnet.tflite")
+    )
+    judge = Classifier.load(train_classifier(recipe).file)
+    assert judge.config.ears == "yamnet"
+    for name, value in published.state_dict().items():
+        assert torch.equal(judge.yamnet.state_dict()[name], value.half().float())
 
 
 def test_labels_with_few_recordings_are_no_classes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from mfmjt.evaluate.networks.imagebind import IMAGEBIND_FILES, ImageBind
 from mfmjt.evaluate.networks.passt import PASST_FILES, PaSST
 from mfmjt.evaluate.networks.synchformer import SYNCHFORMER_FILES, Synchformer
 from mfmjt.evaluate.networks.vggish import VGGISH_FILES, VGGish
+from mfmjt.evaluate.networks.yamnet import YAMNet
 
 __all__ = [
     "CLAP",
@@ -25,4 +26,5 @@ __all__ = [
     "Synchformer",
     "Tagged",
     "VGGish",
+    "YAMNet",
 ]

@@ -20,10 +20,11 @@ from torch.nn import functional
 
 from mfmjt.codec import NanoCodec
 from mfmjt.data import foley
+from mfmjt.data.open_set import open_set
 from mfmjt.data.recordings import SAMPLE_RATE, Recording, Recordings
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig
-from mfmjt.progress import ProgressBar
+from mfmjt.evaluate.networks import YAMNet
 from mfmjt.train import optim
 from mfmjt.train.recipe import Loop
 from mfmjt.train.tasks.procedural import whole_batch
@@ -33,6 +34,7 @@ from mfmjt.train.trainer import Batch, Task, TrainingResult, train
 __all__ = ["ClassifierStage", "ClassifierTask", "ClassifierTraining", "train_classifier"]
 
 TENTH = foley.SAMPLE_RATE // 10
+_CLIPS = 1 << 20  # of the open set that may be drawn
 _BEHIND = 0.4  # share of recordings with another, of any class, 10 to 30 dB below
 
 
@@ -74,8 +76,11 @@ class ClassifierStage:
         init_from: Weights to start from, instead of random ones.
         recordings: Corpus to train on in place of procedural clips, from `mfmjt data real`; its
             labels are the classes. Null for none.
-        codec: Codec through which half of the recordings are heard, as all that is made will be:
-            otherwise it would be the codec that is judged. Null for none.
+        codec: Codec through which half of that is heard, as all that is made will be: otherwise it
+            would be the codec that is judged. Null for none.
+        scenes: Share of clips of the open set among the recordings.
+        yamnet: YAMNet's published TensorFlow Lite file, to listen with in place of convolutions
+            of its own. Null for these.
         fewest: Training recordings that a label needs to be a class.
         widths: Channels after each convolution.
         embedding: Size of the embedding.
@@ -86,6 +91,8 @@ class ClassifierStage:
     init_from: str | None = None
     recordings: Path | None = None
     codec: Path | None = None
+    scenes: float = 0.0
+    yamnet: Path | None = None
     fewest: int = 5
     widths: tuple[int, ...] = (24, 48, 80, 112)
     embedding: int = 64
@@ -242,27 +249,15 @@ class _Recorded:
                 f"No label of {corpus} has {recipe.fewest} recordings to train on. Lower fewest."
             )
         self.classes = tuple(self.rows)
-        self.through: dict[str, np.ndarray[Any, np.dtype[np.float16]]] = {}
-        if recipe.codec:
-            self._decode(NanoCodec.load(recipe.codec))
+        self.codec = NanoCodec.load(recipe.codec) if recipe.codec else None
+        self.scenes = recipe.scenes
+        self.set = open_set(corpus) if recipe.scenes else None
         # By the root of their number: neither do steps drown bells, nor are five bells worn out.
         weights = np.sqrt([len(rows) for rows in self.rows.values()])
         self.chances = weights / weights.sum()
 
-    @torch.no_grad()
-    def _decode(self, codec: NanoCodec) -> None:
-        rows = [row for some in self.rows.values() for row in some]
-        with ProgressBar("through the codec", len(rows), unit="recordings") as bar:
-            for done, row in enumerate(rows, 1):
-                wave = torch.from_numpy(self.recordings.sound(row))[None]
-                made = codec.decode(codec.encode(wave)[0])[0, : row.samples]
-                self.through[row.id] = made.half().numpy()
-                bar.update(done)
-
     def _wave(self, label: str, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
         row = self.rows[label][rng.integers(len(self.rows[label]))]
-        if self.through and rng.uniform() < 0.5:
-            return self.through[row.id].astype(np.float32)
         return self.recordings.sound(row)
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
@@ -271,8 +266,28 @@ class _Recorded:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         samples = _length(self.training, round(self.training.duration * SAMPLE_RATE), generator)
         labels = rng.choice(len(self.classes), size=self.training.batch, p=self.chances)
-        sounds = np.stack([self._sound(self.classes[label], samples, rng) for label in labels])
-        return augment(torch.from_numpy(sounds), generator), torch.from_numpy(labels)
+        sounds = np.empty((len(labels), samples), np.float32)
+        for place, label in enumerate(labels):
+            if rng.uniform() < self.scenes:
+                labels[place], sounds[place] = self._scene(samples, rng)
+            else:
+                sounds[place] = self._sound(self.classes[label], samples, rng)
+        waves = torch.from_numpy(sounds)
+        if self.codec is not None:
+            half = waves[: len(waves) // 2]
+            with torch.no_grad():
+                half.copy_(self.codec.decode(self.codec.encode(half)[0])[:, :samples])
+        return augment(waves, generator), torch.from_numpy(labels)
+
+    def _scene(
+        self, samples: int, rng: np.random.Generator
+    ) -> tuple[int, np.ndarray[Any, np.dtype[np.float32]]]:
+        """Draw a clip of the open set whose class is known, and crop it."""
+        assert self.set is not None
+        while True:
+            clip = self.set.clip(int(rng.integers(_CLIPS)), "train", render=False)
+            if clip.class_name in self.classes:
+                return self.classes.index(clip.class_name), crop(clip.audio, samples, rng)
 
     def _sound(
         self, label: str, samples: int, rng: np.random.Generator
@@ -332,10 +347,16 @@ class ClassifierTask(Task):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             config = ClassifierConfig(
-                self.source.classes, widths=recipe.widths, embedding=recipe.embedding
+                self.source.classes,
+                widths=recipe.widths,
+                embedding=recipe.embedding,
+                ears="yamnet" if recipe.yamnet else "spectra",
             )
             init = recipe.init_from
             self.classifier = Classifier.load(init) if init else Classifier(config)
+            if recipe.yamnet and not init:
+                published = YAMNet.from_tflite(recipe.yamnet)
+                self.classifier.yamnet.load_state_dict(published.state_dict())
         if self.classifier.config.classes != self.source.classes:
             raise InputError(f"{init} knows other classes. Leave out init_from.")
         super().__init__(recipe, recipe.loop(), self.classifier)
