@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 BLOCK = 2**21  # bytes of S in one block of heads and query rows: those of a cache
+BLOCK_OF_GPU = 2**28  # there a block is some launches, and should fill the device
 CAUSAL_ROWS = 64  # of a block where later keys are skipped
 
 _INFINITY = float("inf")
@@ -144,7 +145,7 @@ class Heads:
         self.device = keys.device
         self.groups = queries.shape[2] // self.heads
         self.dtype = torch.bfloat16 if multiplies_bfloat16(queries) else work_dtype(queries)
-        self.block = max(1, BLOCK // self.dtype.itemsize)
+        self.block = max(1, (BLOCK if keys.is_cpu else BLOCK_OF_GPU) // self.dtype.itemsize)
 
     def gather(self, streams: Sequence[Tensor] | None, valid: Tensor | None = None) -> Any:
         """Return all tokens of the streams as batches, padding zero; None of None."""

@@ -13,10 +13,6 @@ add them up, as matmuls with ones: on sm_90 the compiler converts one number at 
 for a sum of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
 4 B H N M D operations, 12 with all tangents.
 
-Masks and causal order hide keys: their S is -inf, and no tile is visited in which all are later
-than all queries. Masked or with grouped queries, all tokens are one stream. S and its maximum are
-to the base 2 there, as what a mask adds can be far larger than S.
-
 A branch that rescales only when the maximum grows by much needs the maximum of all warps before any
 exponential, and P waits for S_dot then: more cycles than the multiplications that it spares.
 
@@ -219,45 +215,6 @@ def enter(streams, limits, tile, BLOCK: tl.constexpr):
 
 
 @jit
-def mask_at(mask, sample, head):
-    """Return a pointer to the mask of a sample and head, and its strides; None of None."""
-    found = None
-    if mask is not None:
-        pointer, by_sample, by_head, by_query, by_key = mask
-        found = (pointer + sample * by_sample + head * by_head, by_query, by_key)
-    return found
-
-
-@jit
-def hide(score, mask, query, key, scale_2, CAUSAL: tl.constexpr):
-    """Return scale S plus what a mask adds, to the base 2, -inf for what is hidden, and what is.
-
-    Args:
-        score: Products of queries and keys.
-        mask: `mask_at`, of bytes, zero for what is hidden, or of numbers to add; or None.
-        query: Numbers of the queries, as rows or columns of the tile.
-        key: Numbers of the keys, the other way.
-        scale_2: Factor of the scores.
-        CAUSAL: Later keys are hidden.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    score *= scale_2
-    hidden = key < 0
-    if CAUSAL:
-        hidden = key > query
-    if mask is not None:
-        pointer, by_query, by_key = mask
-        tile = tl.load(pointer + query.to(tl.int64) * by_query + key * by_key)
-        if tile.dtype == tl.uint8:
-            hidden = hidden | (tile == 0)
-        else:
-            tile = tile.to(score.dtype)
-            hidden = hidden | (tile == float("-inf"))
-            score += tile * LOG2E
-    return tl.where(hidden, float("-inf"), score), hidden
-
-
-@jit
 def attention_fwd_kernel(
     q,  # views, one for each stream
     q_dot,  # None where no query moves, or pointers: strides are those of q
@@ -269,12 +226,9 @@ def attention_fwd_kernel(
     o,  # pointers, one for each stream of queries
     o_dot,  # None where no tangent is wanted
     lse,
-    mask,  # (pointer, sample, head, query, key), strides in elements; or None
     sizes,  # `Sizes`
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,  # heads of queries for each of keys
-    CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
@@ -285,7 +239,6 @@ def attention_fwd_kernel(
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     SUMS: tl.constexpr = 8  # columns, all alike, of a matmul with ones
-    HIDES: tl.constexpr = CAUSAL or mask is not None  # then of one stream
     pair, column, stream, place = block_of(sizes.queries, sizes.heads, WIDTH, BLOCK_N, BLOCK_OUT)
     sample, head, _, first, count = place
     own = choose_view(q, stream)
@@ -295,12 +248,6 @@ def attention_fwd_kernel(
         own_dot = (choose(q_dot, stream), own[1], own[2], own[3])
         pointer, stride = at_head(own_dot, sample, head, WIDTH)
         query_dot = tile_of((pointer, stride, first, count), WIDTH, BLOCK_N, BLOCK_IN)
-    of_keys = head
-    if GROUP > 1:
-        of_keys = head // GROUP
-    if HIDES:
-        own_mask = mask_at(mask, sample, head)
-        row_of = tl.minimum(first + tl.arange(0, BLOCK_N), count - 1)[:, None]
     key = tl.arange(0, BLOCK_M)
     ones = tl.full([BLOCK_M, SUMS], 1.0, STORED)
     top = tl.full([BLOCK_N], float("-inf"), TYPE)
@@ -315,11 +262,8 @@ def attention_fwd_kernel(
             out_dot += center[:, None] * out
             sum_w += center[:, None] * sum_p
             center = tl.zeros([BLOCK_N], TYPE)
-        streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, of_keys, WIDTH)
+        streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, head, WIDTH)
         limits, tiles = limits_of(counts[g], sizes, g, sample, BLOCK_M)
-        if CAUSAL:
-            limits = (tl.minimum(limits[0], first + BLOCK_N),)
-            tiles = tl.cdiv(limits[0], BLOCK_M)
         fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
         for tile in range(0, tiles):
             if len(k[g]) > 1 and tile == until:
@@ -335,24 +279,13 @@ def attention_fwd_kernel(
             if k_dot[g] is not None:
                 rows = (own_k_dot, stride, start, limit)
                 score_dot = add_products(score_dot, query, rows, WIDTH, PRECISION, BLOCK_IN)
-            if HIDES:
-                column_of = tl.minimum(start + key, limit - 1)[None, :]
-                score, hidden = hide(score, own_mask, row_of, column_of, sizes.scale_2, CAUSAL)
-                score_dot = tl.where(hidden, 0.0, score_dot)
-                new_top = tl.maximum(top, tl.max(score, 1))
-                new_top_2 = tl.where(new_top == float("-inf"), 0.0, new_top)
-                p = tl.exp2(score - new_top_2[:, None])
-            else:
-                new_top = tl.maximum(top, tl.max(score, 1))
-                # What rounds is the same for a whole row, and so leaves P as it is
-                new_top_2 = new_top * sizes.scale_2
-                p = tl.exp2(fma(score, sizes.scale_2, -new_top_2[:, None]))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            # What rounds is the same for a whole row, and so leaves P as it is
+            new_top_2 = new_top * sizes.scale_2
+            p = tl.exp2(fma(score, sizes.scale_2, -new_top_2[:, None]))
             if limit - start < BLOCK_M:
                 p = tl.where((key < limit - start)[None, :], p, 0.0)
-            if HIDES:
-                shrink = tl.exp2(top - new_top_2)[:, None]
-            else:
-                shrink = tl.exp2(fma(top, sizes.scale_2, -new_top_2))[:, None]
+            shrink = tl.exp2(fma(top, sizes.scale_2, -new_top_2))[:, None]
             top = new_top
             p_rounded = p.to(STORED)
             sum_before = sum_p * shrink
@@ -367,10 +300,7 @@ def attention_fwd_kernel(
                     # The center becomes the mean of S_dot so far: it takes a common offset off
                     # before W is rounded. What was summed with another one moves along.
                     moment = (tl.sum(p * score_dot, 1) * sizes.scale)[:, None]
-                    seen = sum_p
-                    if HIDES:  # no key so far: the moment is 0
-                        seen = tl.where(sum_p == 0, 1.0, sum_p)
-                    root = tl.rsqrt(seen)
+                    root = tl.rsqrt(sum_p)
                     moment = sum_w + center[:, None] * sum_before + moment
                     new = tl.max(moment * root * root, 1)
                     shift = (center - new)[:, None]
@@ -394,9 +324,7 @@ def attention_fwd_kernel(
         out_dot = (out_dot - tl.max(sum_w, 1)[:, None] * out) * inverse
         store(choose(o_dot, stream), out_dot, place, column, WIDTH, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
-    if not HIDES:
-        top *= sizes.scale_2
-    sums = top + tl.log2(tl.where(nothing, 1.0, total))
+    sums = top * sizes.scale_2 + tl.log2(tl.where(nothing, 1.0, total))
     row = choose(lse, stream) + pair * sizes.all_queries + first
     here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
     tl.store(row + token, tl.where(nothing, 0.0, sums), here)
@@ -413,12 +341,9 @@ def attention_bwd_q_kernel(
     q_bar,  # pointers, one for each stream of queries
     delta,  # receives rowsum(o_bar o)
     lse,
-    mask,  # (pointer, sample, head, query, key), strides in elements; or None
     sizes,  # `Sizes`
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,  # heads of queries for each of keys
-    CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -450,20 +375,10 @@ def attention_bwd_q_kernel(
     query = tile_of(q_rows, WIDTH, BLOCK_N, BLOCK_IN)
     out_bar = tile_of(o_bar_rows, WIDTH, BLOCK_N, BLOCK_IN)
 
-    HIDES: tl.constexpr = CAUSAL or mask is not None
-    of_keys = head
-    if GROUP > 1:
-        of_keys = head // GROUP
-    if HIDES:
-        own_mask = mask_at(mask, sample, head)
-        row_of = tl.minimum(first + token, count - 1)[:, None]
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
-    streams = at_heads(k, v, None, None, sample, of_keys, WIDTH)
+    streams = at_heads(k, v, None, None, sample, head, WIDTH)
     limits, tiles = limits_of(counts, sizes, 0, sample, BLOCK_M)
-    if CAUSAL:
-        limits = (tl.minimum(limits[0], first + BLOCK_N),)
-        tiles = tl.cdiv(limits[0], BLOCK_M)
     fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
     for tile in range(0, tiles):
         if len(k) > 1 and tile == until:
@@ -475,18 +390,10 @@ def attention_bwd_q_kernel(
         score = add_products(zeros, query, k_rows, WIDTH, PRECISION, BLOCK_IN)
         v_rows = (own_v, stride, start, limit)
         p_bar = add_products(zeros, out_bar, v_rows, WIDTH, PRECISION, BLOCK_IN)
-        if HIDES:
-            column_of = tl.minimum(start + key, limit - 1)[None, :]
-            score, hidden = hide(score, own_mask, row_of, column_of, sizes.scale_2, CAUSAL)
-            p = tl.exp2(score - sums[:, None])
-        else:
-            p = tl.exp2(fma(score, sizes.scale_2, -sums[:, None]))
+        p = tl.exp2(fma(score, sizes.scale_2, -sums[:, None]))
         if limit - start < BLOCK_M:
             p = tl.where((key < limit - start)[None, :], p, 0.0)
-        score_bar = p * (p_bar - center[:, None])
-        if HIDES:
-            score_bar = tl.where(hidden, 0.0, score_bar)
-        score_bar = score_bar.to(STORED)
+        score_bar = (p * (p_bar - center[:, None])).to(STORED)
         a = load(k_rows, column, WIDTH, BLOCK_M, BLOCK_OUT)
         query_bar = dot(score_bar, a, query_bar, PRECISION)
     query_bar *= sizes.scale
@@ -504,12 +411,9 @@ def attention_bwd_kv_kernel(
     v_bar,
     delta,  # and of queries
     lse,
-    mask,  # (pointer, sample, head, query, key), strides in elements; or None
     sizes,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,  # heads of queries for each of keys
-    CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -518,11 +422,7 @@ def attention_bwd_kv_kernel(
     """Compute k_bar and v_bar of a block of keys."""
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
-    HIDES: tl.constexpr = CAUSAL or mask is not None
-    heads = sizes.heads
-    if GROUP > 1:
-        heads = heads // GROUP
-    pair, column, stream, place = block_of(counts, heads, WIDTH, BLOCK_M, BLOCK_OUT)
+    pair, column, stream, place = block_of(counts, sizes.heads, WIDTH, BLOCK_M, BLOCK_OUT)
     sample, head, _, first, _ = place
     limit = choose(limits_of(counts, sizes, 0, sample, BLOCK_M)[0], stream)
     view = choose_view(k, stream)
@@ -535,41 +435,20 @@ def attention_bwd_kv_kernel(
     key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     token = tl.arange(0, BLOCK_N)
-    of_queries = head
+    streams = at_heads(q, o_bar, None, None, sample, head, WIDTH)
     row = pair * sizes.all_queries
-    if GROUP > 1:
-        of_queries = head * GROUP
-        row = row * GROUP
-        by_head = q[0][3] * (8 if WIDTH % 8 == 0 else 1)
-    if HIDES:
-        own_mask = mask_at(mask, sample, of_queries)
-        row_of = tl.minimum(first + tl.arange(0, BLOCK_M), limit - 1)[:, None]
-    streams = at_heads(q, o_bar, None, None, sample, of_queries, WIDTH)
     with_sums = ()
     for s in tl.static_range(len(q)):
         own = streams[s]
         with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)  # type: ignore[assignment]
     limits, tiles = limits_of(sizes.queries, sizes, None, sample, BLOCK_N)
     tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
-    begin = 0
-    if CAUSAL:
-        begin = tl.minimum(first // BLOCK_N, tiles)
-    if GROUP > 1:
-        each = tiles - begin
-        tiles = begin + each * GROUP
     fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)
-    for tile in range(begin, tiles):
+    for tile in range(0, tiles):
         if len(q) > 1 and tile == until:
             fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
         own_q, stride, own_o_bar, own_lse, own_delta = fields
         start = (tile - since) * BLOCK_N
-        if GROUP > 1:
-            member = ((tile - begin) // each).to(tl.int64)
-            start = (tile - member.to(tl.int32) * each) * BLOCK_N
-            own_q += member * by_head
-            own_o_bar += member * by_head
-            own_lse += member * sizes.all_queries
-            own_delta += member * sizes.all_queries
         zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
         q_rows = (own_q, stride, start, stop)
         o_bar_rows = (own_o_bar, stride, start, stop)
@@ -578,22 +457,12 @@ def attention_bwd_kv_kernel(
         query = tl.minimum(start + token, stop - 1)
         sums = tl.load(own_lse + query)
         center = tl.load(own_delta + query)
-        if HIDES:
-            of_member = own_mask
-            if mask is not None and GROUP > 1:
-                of_member = (own_mask[0] + member * mask[2], own_mask[1], own_mask[2])
-            score, hidden = hide(score, of_member, query[None, :], row_of, sizes.scale_2, CAUSAL)
-            p = tl.where(hidden, 0.0, tl.exp2(score - sums[None, :]))
-        else:
-            p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
+        p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
         if stop - start < BLOCK_N:
             p = tl.where((token < stop - start)[None, :], p, 0.0)
         b = load(o_bar_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
         value_bar = dot(p.to(STORED), b, value_bar, PRECISION)
-        score_bar = p * (p_bar - center[None, :])
-        if HIDES:
-            score_bar = tl.where(hidden, 0.0, score_bar)
-        score_bar = score_bar.to(STORED)
+        score_bar = (p * (p_bar - center[None, :])).to(STORED)
         a = load(q_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
         key_bar = dot(score_bar, a, key_bar, PRECISION)
     inside = (tl.arange(0, BLOCK_M) < limit - first)[:, None]

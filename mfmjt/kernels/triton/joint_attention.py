@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from mfmjt.kernels._attention import joined, parted, tangents, valid_keys
+from mfmjt.kernels._attention import joined, parted
 from mfmjt.kernels._backends import INTERPRETED
 from mfmjt.kernels._op import check, work_dtype
 from mfmjt.kernels.triton import cdiv, target, tuning
@@ -24,7 +23,6 @@ from mfmjt.kernels.triton.launching import View, empty, launch, strides
 
 __all__ = ["bwd", "fwd", "jvp"]
 
-LOG2E = math.log2(math.e)
 FASTER: frozenset[tuple[str, torch.dtype, int]] = frozenset()
 """(GPU, dtype, D) of committed measurements in which PyTorch's attention computes a value faster
 than our kernel, the concatenation of streams included. None has been made."""
@@ -70,7 +68,6 @@ def _launch(
     lengths: Sequence[tuple[Tensor | None, ...]],
     lse: Tensor,
     scale: float,
-    hides: Hides,
 ) -> None:
     """Run one kernel over all blocks of queries, or of keys for the gradients of keys.
 
@@ -83,10 +80,8 @@ def _launch(
         lengths: As `Sizes` has them.
         lse: (B, H, all queries).
         scale: Factor of the scores.
-        hides: Mask, causal order, groups.
     """
-    width = q[0].shape[3]
-    batch, _, heads, _ = blocks[0].shape
+    batch, _, heads, width = q[0].shape
     tokens = tuple([x.shape[1] for x in blocks])
     if batch * heads * sum(tokens) == 0:
         return
@@ -99,12 +94,9 @@ def _launch(
         grid,
         _views(q),
         *tensors,
-        hides.mask,
-        Sizes(queries, tuple(lengths), lse.shape[2], lse.shape[1], scale, scale * LOG2E),
+        Sizes(queries, tuple(lengths), lse.shape[2], heads, scale, scale * math.log2(math.e)),
         WIDTH=width,
         PRECISION="tf32x3" if q[0].dtype.itemsize == 4 and target()[0] == "cuda" else "ieee",
-        GROUP=hides.group,
-        CAUSAL=hides.causal,
         **options,
     )
 
@@ -157,81 +149,13 @@ def _by_streams(lse: Tensor, q: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return lse.split([x.shape[1] for x in q], dim=2)
 
 
-def _is_left(q: Sequence[Tensor]) -> bool:
-    """Return whether the formulas compute it: Triton knows no matrix unit with float64."""
-    return q[0].element_size() == 8 and not INTERPRETED
-
-
-class Hides(NamedTuple):
-    """What the kernels take besides the streams.
-
-    Attributes:
-        mask: (pointer, sample, head, query, key), of bytes or of numbers to add; or None.
-        causal: Whether later keys are hidden.
-        group: Heads of queries for each of keys.
-    """
-
-    mask: tuple[Tensor, int, int, int, int] | None = None
-    causal: bool = False
-    group: int = 1
-
-    @classmethod
-    def of(cls, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Hides:
-        if mask is not None:
-            by = [d if n > 1 else 0 for d, n in zip(mask.stride(), mask.shape, strict=True)]
-            pointer = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-            mask = (pointer, *by)  # type: ignore[assignment]
-        return cls(mask, causal, q.shape[2] // k.shape[2])  # type: ignore[arg-type]
-
-
-def _is_special(
+def _is_left(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Tensor | None, causal: bool
 ) -> bool:
-    """Return whether more is asked for than streams of equal heads and widths."""
-    hides = mask is not None or causal
-    return hides or q[0].shape[2:] != k[0].shape[2:] or k[0].shape[3] != v[0].shape[3]
-
-
-def _one(streams: Sequence[Tensor | None], like: Sequence[Tensor], width: int) -> list[Any]:
-    """Return a list with all tokens in one tensor of heads so wide, zeros beyond; or with None."""
-    filled = tangents(like, streams)
-    if filled is None:
-        return [None]
-    x = joined(filled)
-    return [x if x.shape[3] == width else pad(x, (0, width - x.shape[3]))]
-
-
-def _all_hidden(
-    mask: Tensor | None, lengths: Sequence[Tensor | None], k: Sequence[Tensor]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return mask and lengths of one stream of keys: lengths of several become a mask."""
-    if len(lengths) == 1:
-        return mask, list(lengths)
-    valid = valid_keys(k, lengths)
-    if valid is None:
-        return mask, [None]
-    shown = valid[:, None, None]
-    if mask is None:
-        return shown, [None]
-    if mask.dtype == torch.bool:
-        return mask & shown, [None]
-    return torch.where(shown, mask, -torch.inf), [None]
-
-
-def _finite(k: Tensor | None, v: Tensor | None, marked: bool) -> tuple[Any, Any]:
-    """Return keys and values with zeros for what is not finite.
-
-    A hidden key must not reach a result by 0 * NaN. `marked`: keys are NaN where a key or value
-    was not finite, so that whoever sees one has NaN for an answer.
-    """
-    if k is None and v is not None:
-        k = torch.zeros_like(v)
-    if k is None or v is None:
-        return k, v
-    bad = ~v.isfinite()
-    bad_key = (bad | ~k.isfinite()).any(-1, keepdim=True)
-    k = k.masked_fill(bad_key, torch.nan) if marked else k.masked_fill(~k.isfinite(), 0)
-    return k, v.masked_fill(bad, 0)
+    """Return whether the formulas compute it: Triton knows no matrix unit with float64."""
+    if mask is not None or causal or q[0].shape[2:] != k[0].shape[2:] or k[0].shape != v[0].shape:
+        return True
+    return q[0].element_size() == 8 and not INTERPRETED
 
 
 def _new_lse(q: Sequence[Tensor]) -> Tensor:
@@ -251,34 +175,18 @@ def fwd(
     scale: float,
 ) -> Any:
     """Launch the value: o, lse."""
-    if _is_left(q):
+    if _is_left(q, k, v, mask, causal):
         return NotImplemented
-    still: list[Tensor | None] = [None] * len(k)
-    if _is_special(q, k, v, mask, causal):
-        fixed: list[Tensor | None] = [None] * len(q)
-        o, _, lse = jvp(q, k, v, fixed, still, still, mask, lengths, causal, scale)
-        return o, lse
     gpu = torch.cuda.get_device_name(q[0].device) if q[0].is_cuda else "cpu"
     if (gpu, q[0].dtype, q[0].shape[3]) in FASTER and all(n is None for n in lengths):
         return _by_pytorch(q, k, v, scale)
-    return _value(q, k, v, lengths, scale, Hides())
-
-
-def _value(
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    lengths: Sequence[Tensor | None],
-    scale: float,
-    hides: Hides,
-) -> tuple[list[Tensor], Tensor]:
     o, lse = empty(q), _new_lse(q)
     (queries,) = _packed(q)
     _check(q=queries)
     still: list[Tensor | None] = [None] * len(k)
     *groups, counts = _groups(k, v, still, still, lengths)
     tensors = (None, *groups, o, None, list(_by_streams(lse, q)))
-    _launch(attention_fwd_kernel, "value", queries, tensors, queries, counts, lse, scale, hides)
+    _launch(attention_fwd_kernel, "value", queries, tensors, queries, counts, lse, scale)
     return o, lse
 
 
@@ -293,7 +201,7 @@ def _by_pytorch(
     else:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         o, lse = flash(*heads, scale=scale)
-    return parted(o.transpose(1, 2), q), lse.reshape(o.shape[:3]) * LOG2E
+    return parted(o.transpose(1, 2), q), lse.reshape(o.shape[:3]) * math.log2(math.e)
 
 
 def jvp(
@@ -309,41 +217,8 @@ def jvp(
     scale: float,
 ) -> Any:
     """Launch value and tangent, o, o_dot, lse: once, or twice where only some queries move."""
-    if _is_left(q):
+    if _is_left(q, k, v, mask, causal):
         return NotImplemented
-    if not _is_special(q, k, v, mask, causal):
-        return _dual(q, k, v, q_dot, k_dot, v_dot, lengths, scale, Hides())
-    width, own = max(q[0].shape[3], v[0].shape[3]), v[0].shape[3]
-    one_q, one_k, one_v = (_one(x, x, width)[0] for x in (q, k, v))
-    one_q_dot, one_k_dot, one_v_dot = (
-        _one(dot, x, width)[0] for x, dot in ((q, q_dot), (k, k_dot), (v, v_dot))
-    )
-    if mask is not None or causal:
-        one_k, one_v = _finite(one_k, one_v, marked=True)
-        one_k_dot, one_v_dot = _finite(one_k_dot, one_v_dot, marked=True)
-    mask, lengths = _all_hidden(mask, lengths, k)
-    hides = Hides.of(mask, causal, one_q, one_k)
-    if one_q_dot is None and one_k_dot is None and one_v_dot is None:
-        (o,), lse = _value([one_q], [one_k], [one_v], lengths, scale, hides)
-        o_dot = torch.zeros_like(o)
-    else:
-        given = [one_q], [one_k], [one_v], [one_q_dot], [one_k_dot], [one_v_dot]
-        (o,), (o_dot,), lse = _dual(*given, lengths, scale, hides)
-    # The formula may have the gradient, of a mask
-    return parted(o[..., :own], q), parted(o_dot[..., :own], q), lse / LOG2E
-
-
-def _dual(
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    q_dot: Sequence[Tensor | None],
-    k_dot: Sequence[Tensor | None],
-    v_dot: Sequence[Tensor | None],
-    lengths: Sequence[Tensor | None],
-    scale: float,
-    hides: Hides,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
     o, o_dot, lse = empty(q), empty(q), _new_lse(q)
     all_q, q_dot = _packed(q, q_dot)
     _check(q=all_q)
@@ -361,7 +236,7 @@ def _dual(
         dots = own_dot if queries_move else None
         tensors = (dots, *groups, out, out_dot if moves else None, sums)
         part = "tangent" if moves else "value"
-        _launch(attention_fwd_kernel, part, own, tensors, own, counts, lse, scale, hides)
+        _launch(attention_fwd_kernel, part, own, tensors, own, counts, lse, scale)
     return o, o_dot, lse
 
 
@@ -378,35 +253,9 @@ def bwd(
     scale: float,
     needs: list[bool],
 ) -> Any:
-    """Launch the gradients q_bar, k_bar and v_bar; the formula has that of a mask."""
-    if _is_left(q) or (mask is not None and needs[3]):
+    """Launch the gradients q_bar, k_bar and v_bar, and an empty mask_bar."""
+    if _is_left(q, k, v, mask, causal):
         return NotImplemented
-    nothing = q[0].new_empty(0)
-    if not _is_special(q, k, v, mask, causal):
-        return *_gradients(o_bar, q, k, v, o, lse, lengths, scale, Hides()), nothing
-    width, narrow, own = max(q[0].shape[3], v[0].shape[3]), q[0].shape[3], v[0].shape[3]
-    given = [_one(x, x, width)[0] for x in (o_bar, q, k, v, o)]
-    if mask is not None or causal:
-        given[2:4] = _finite(*given[2:4], marked=False)
-    mask, lengths = _all_hidden(mask, lengths, k)
-    hides = Hides.of(mask, causal, given[1], given[2])
-    bars = _gradients(*([x] for x in given), lse * LOG2E, lengths, scale, hides)
-    (q_bar,), (k_bar,), (v_bar,) = bars
-    narrowed = parted(q_bar[..., :narrow], q), parted(k_bar[..., :narrow], k)
-    return *narrowed, parted(v_bar[..., :own], v), nothing
-
-
-def _gradients(
-    o_bar: Sequence[Tensor],
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    o: Sequence[Tensor],
-    lse: Tensor,
-    lengths: Sequence[Tensor | None],
-    scale: float,
-    hides: Hides,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     q_bar, k_bar, v_bar = empty(q), empty(k), empty(v)
     queries, o_bar = _packed(q, o_bar)
     (o,), (k, v) = _packed(o), _packed(k, v)
@@ -414,7 +263,7 @@ def _gradients(
     sums, delta = ([*_by_streams(x, q)] for x in (lse, torch.empty_like(lse)))
     keys, counts = (_views(k), v, _tokens(k)), [_dense(lengths)]
     of_q = (o_bar, _views(o), *keys, q_bar, delta, sums)
-    _launch(attention_bwd_q_kernel, "bwd_q", queries, of_q, queries, counts, lse, scale, hides)
+    _launch(attention_bwd_q_kernel, "bwd_q", queries, of_q, queries, counts, lse, scale)
     of_kv = (o_bar, *keys, k_bar, v_bar, delta, sums)
-    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, of_kv, k, counts, lse, scale, hides)
-    return q_bar, k_bar, v_bar
+    _launch(attention_bwd_kv_kernel, "bwd_kv", queries, of_kv, k, counts, lse, scale)
+    return q_bar, k_bar, v_bar, q[0].new_empty(0)
