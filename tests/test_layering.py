@@ -44,6 +44,8 @@ ALLOWED: dict[str, str] = {
     "serve": "errors encoders data media evaluate pipeline",
     "convert": "errors files model",
     "listen": "errors files extract",
+    "experiment": "errors files devices progress meanflow model codec encoders plotting families "
+    "features evaluate train pipeline",
 }
 TOP = {"cli", "info", "__init__"}
 MADE_OF_OPS = {"__init__", "_accelerate", "streams", "swiglu_product", "vocoder"}  # known to no op

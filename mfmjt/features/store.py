@@ -43,6 +43,7 @@ class FeatureStore:
             the sum of all.
         split: Name of the split.
         device: Device of the batches.
+        clips: Batches are drawn of the first so many clips of each store; 0 for all.
 
     Attributes:
         folder: Folder of the split; of several stores, the first one's.
@@ -64,6 +65,7 @@ class FeatureStore:
         folder: str | Path | Sequence[tuple[str | Path, float]],
         split: str = "train",
         device: torch.device | str = "cpu",
+        clips: int = 0,
     ) -> None:
         given = [(folder, 1.0)] if isinstance(folder, str | Path) else list(folder)
         self.folder = Path(given[0][0]) / split
@@ -74,7 +76,10 @@ class FeatureStore:
         self.events = [events for s in splits for events in s.events]
         statistics = torch.tensor(splits[0].statistics, device=self.device)
         self.latent_mean, self.latent_std = statistics
-        self._sizes = [len(s.captions) for s in splits]
+        sizes = [len(s.captions) for s in splits]
+        if clips > min(sizes):
+            raise InputError(f"clips={clips}: {self.folder} holds {min(sizes)}. Give fewer, or 0.")
+        self._sizes = [clips or size for size in sizes]
         self._streams = {key: _Stream([s.tensors[key] for s in splits]) for key in _STREAMS}
         self._text: _Stream | None = None
         self._text_row: NDArray[np.int64] = np.empty(0, np.int64)
@@ -101,7 +106,7 @@ class FeatureStore:
         if not (weights > 0).all() or not np.isfinite(weights).all():
             raise InputError(f"Stores with weights {weights.tolist()}: give positive numbers.")
         self._upto = torch.tensor(np.cumsum(weights / weights.sum())[:-1])
-        self._first = torch.tensor(np.cumsum([0, *self._sizes])[:-1])
+        self._first = torch.tensor(np.cumsum([0, *sizes])[:-1])
         self._count = torch.tensor(self._sizes)
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: dict[_Request, Future[dict[str, Tensor]]] = {}
@@ -150,7 +155,7 @@ class FeatureStore:
             InputError: These features can only be taken whole.
         """
         if len(self._sizes) == 1:
-            clips = torch.randint(len(self), (batch,), generator=generator)
+            clips = torch.randint(self._sizes[0], (batch,), generator=generator)
         else:
             where, which = torch.rand(2, batch, generator=generator, dtype=torch.float64)
             source = torch.bucketize(where, self._upto, right=True)

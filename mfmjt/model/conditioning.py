@@ -26,6 +26,7 @@ __all__ = [
     "nearest_rows",
     "r_embedding",
     "rope_table",
+    "sinusoids",
     "stream_ropes",
     "tables",
     "time_frequencies",
@@ -93,10 +94,22 @@ def stream_ropes(
     def table(tokens: int, scaling: float) -> Tensor:
         return rope_table(tokens, config.head_dim, scaling, text.device)
 
-    ropes: list[Tensor | None] = [table(length, 1.0)]
-    if video is not None:
+    rotary = config.positions == "rotary"
+    ropes: list[Tensor | None] = [table(length, 1.0) if rotary else None]
+    if video is not None and not rotary:
+        ropes.append(None)
+    elif video is not None:
         ropes.append(table(video.shape[1], length / video.shape[1]))
     return (*ropes, table(text.shape[1], 1.0) if config.text_rope else None)
+
+
+def sinusoids(length: int, dim: int, scaling: float, device: torch.device) -> Tensor:
+    """Return cosines and then sines of the angles n·scaling·10000^(−2i/dim), (N, dim)."""
+
+    def make() -> Tensor:
+        return rope_table(length, dim, scaling, device).transpose(1, 2).flatten(1)
+
+    return _cached(("sinusoids", length, dim, scaling, device), make)
 
 
 def nearest_rows(rows: int, length: int, device: torch.device) -> Tensor:
@@ -156,12 +169,12 @@ class TimeEmbedding(nn.Module):
             return linear(x, weight_2.to(work), bias_2.to(work))
 
 
-def r_embedding(dim: int) -> TimeEmbedding:
+def r_embedding(dim: int, time_scale: float = 1.0) -> TimeEmbedding:
     """Make the second embedding, which starts at zero, so that u(z, r, t) starts as u(z, t, t).
 
     Never with v2's frequencies: a tangent of 10,000 rad per unit of time drowns du/dt.
     """
-    embedding = TimeEmbedding(dim, 256, max_period=10_000.0)
+    embedding = TimeEmbedding(dim, 256, max_period=10_000.0 / time_scale)
     nn.init.zeros_(embedding.mlp[2].get_parameter("weight"))
     return embedding
 

@@ -15,6 +15,7 @@ __all__ = [
     "SYNC_SEGMENT",
     "VIDEO_RATE",
     "ModelConfig",
+    "Positions",
     "SecondTime",
     "VideoMode",
     "config_for",
@@ -22,6 +23,7 @@ __all__ = [
 
 VideoMode = Literal["joint", "gated", "none"]
 SecondTime = Literal["t - r", "r"]
+Positions = Literal["rotary", "none", "sinusoidal", "learned"]
 
 VIDEO_RATE = 8.0
 """Video tokens per second."""
@@ -56,9 +58,15 @@ class ModelConfig:
         video: What video is to the network, and with it synchronization: "joint" tokens that all
             attend to, as in MMAudio; "gated", attended to apart from the others, see
             `mfmjt.model.blocks.JointBlock`; or "none", as in MeanAudio, which reads text alone.
+        positions: How latent and video tokens know their time: "rotary" as in the published
+            networks; "none"; or a table added to them, of sinusoids or of "learned" rows, one for
+            each latent of the reference duration, the last for all that is later. A network with a
+            table cannot be prepared for one step.
         text_rope: Text tokens have positions, 0, 1, ..., as MeanAudio's.
         pooled_dim: Width of the vector of a whole text that is given beside its tokens, as
             MeanAudio's of CLAP; None pools the projected tokens, as MMAudio does.
+        time_scale: Factor on times where they are embedded: 1 here and in MMAudio; with 1000, as in
+            many diffusion networks, a tangent along time is dominated by the fastest sinusoids.
         second_time: What the second embedding is of: "t - r", or "r" as in MeanAudio.
         towards_data: The weights count time from noise to data and predict the velocity in that
             direction, as MMAudio's; the network turns both around. MeanAudio's are as they are.
@@ -82,8 +90,10 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     v2: bool = False
     video: VideoMode = "joint"
+    positions: Positions = "rotary"
     text_rope: bool = False
     pooled_dim: int | None = None
+    time_scale: float = 1.0
     second_time: SecondTime = "t - r"
     towards_data: bool = True
     latent_rate: float = 31.25
@@ -95,7 +105,8 @@ class ModelConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and not 0 < value < math.inf:
                 raise InputError(f"{field.name} is {value}: it must be positive. Give another.")
-        for name, known in (("video", VideoMode), ("second_time", SecondTime)):
+        modes = {"video": VideoMode, "second_time": SecondTime, "positions": Positions}
+        for name, known in modes.items():
             if getattr(self, name) not in get_args(known):
                 choices = ", ".join(map(repr, get_args(known)))
                 raise InputError(f"{name} is {getattr(self, name)!r}. Give one of {choices}.")

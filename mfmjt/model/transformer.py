@@ -45,6 +45,7 @@ from mfmjt.model.conditioning import (
     fill_nulls,
     frame_condition,
     r_embedding,
+    sinusoids,
     stream_ropes,
     times,
 )
@@ -99,8 +100,8 @@ class MFMJT(nn.Module):
             )
 
         frequencies, period = (dim, 1.0) if config.v2 else (256, 10_000.0)
-        self.t_embed = TimeEmbedding(dim, frequencies, max_period=period)
-        self.r_embed = r_embedding(dim)
+        self.t_embed = TimeEmbedding(dim, frequencies, max_period=period / config.time_scale)
+        self.r_embed = r_embedding(dim, config.time_scale)
 
         self.joint_blocks = nn.ModuleList(
             JointBlock(dim, heads, hidden, i == config.joint_depth - 1, config.video)
@@ -114,6 +115,8 @@ class MFMJT(nn.Module):
         def constant(*shape: int, fill: float = 0.0, trained: bool = False) -> nn.Parameter:
             return nn.Parameter(torch.full(shape, fill), requires_grad=trained)
 
+        if config.positions == "learned":
+            self.pos_emb = nn.Parameter(0.02 * torch.randn(config.latent_length, dim))
         if config.takes_video:
             self.sync_pos_emb = constant(1, 1, SYNC_SEGMENT, config.sync_dim, trained=True)
         self.latent_mean = constant(1, 1, config.latent_dim)
@@ -270,7 +273,16 @@ class MFMJT(nn.Module):
         )
 
     def frozen(self, r: float = 0.0, t: float = 1.0) -> PreparedStep:
-        """Prepare the network for one (r, t), as generation in one step does."""
+        """Prepare the network for one (r, t), as generation in one step does.
+
+        Raises:
+            InputError: It adds a table of positions to its tokens.
+        """
+        if self.config.positions in ("sinusoidal", "learned"):
+            raise InputError(
+                f"A network with {self.config.positions} positions cannot be prepared for one "
+                "step. Call it as it is, or train one with rotary positions."
+            )
         return PreparedStep(self, r, t)
 
     def forward(
@@ -323,6 +335,11 @@ class MFMJT(nn.Module):
 
         tokens = [x.expand(batch, -1, -1) for x in (cond.video, cond.text) if x is not None]
         streams = (self.audio_input_proj(z.to(self.dtype)), *tokens)
+        if self.config.positions in ("sinusoidal", "learned"):
+            timed = 1 if cond.video is None else 2  # text has no time
+            positions = (self.positions(x.shape[1], length / x.shape[1]) for x in streams[:timed])
+            placed = (x + at for x, at in zip(streams, positions, strict=False))
+            streams = (*placed, *streams[timed:])
         latent = run(
             (*self.joint_blocks, *self.fused_blocks),
             [Pending(x) for x in streams],
@@ -331,6 +348,14 @@ class MFMJT(nn.Module):
         )
         u = self.final_layer(latent, whole._replace(row_of=frames.row_of)).to(z.dtype)
         return -u if self.config.towards_data else u
+
+    def positions(self, tokens: int, scaling: float) -> Tensor:
+        """Return what is added to tokens (N, D) that are `scaling` latents apart."""
+        if self.config.positions == "sinusoidal":
+            table = sinusoids(tokens, self.config.hidden_dim, scaling, self.latent_mean.device)
+            return table.to(self.dtype)
+        at = (torch.arange(tokens, device=self.pos_emb.device) * scaling).long()
+        return self.pos_emb[at.clamp(max=len(self.pos_emb) - 1)]
 
     def embed(self, r: Tensor, t: Tensor) -> Tensor:
         """Return the embedding (B, D) of intervals from t back to r, (B,) each."""

@@ -106,6 +106,7 @@ class NetworkTraining(Loop):
         data: Several stores instead, such as one of videos and one of sounds with captions, each
             with a weight. What a clip lacks, frames or a caption, is replaced by the null tokens.
             Latents are normalized as the first one's, which also gives the validation clips.
+        clips: Train on the first so many clips of each store; 0 for all.
         codec: Codec that decodes the previews: weights from the stage `codec`, or a model's folder,
             such as that of MMAudio's files; null for none.
         encoders: Encoders that turn captions into text features, likewise; not used where the store
@@ -118,6 +119,7 @@ class NetworkTraining(Loop):
             what it gave.
         lora: Adapters to train in place of all weights, such as `{"rank": 16}`; see
             `mfmjt.model.lora`. Needs `peft`.
+        frozen: Beginnings of names of weights that are not trained, such as `fused_blocks`.
         seed: Seed of the initial weights and of every draw.
         parallel: How processes that torchrun started share the work: `ddp` copies the weights to
             each, `fsdp` shards them, `auto` takes `fsdp` where they would fill half of a GPU, and
@@ -151,6 +153,8 @@ class NetworkTraining(Loop):
             `teacher_rollout`.
         teacher: Network file: `teacher_rollout` is led by it, and every other target has its
             velocity in place of the clip's (`mfmjt.meanflow.teacher_velocity`).
+        reflow: Steps of Euler's method in which the teacher leads from each row's noise to the data
+            that is then paired with it: a rectified flow (arXiv 2209.03003); 0 for clips.
         balance: Scale the errors of rows with r != t to those of the others; with p=0.
         to_data: Share of the rows with r != t that have r = 0, and t as drawn.
         omega: Guidance inside the target: the share of the clip's own velocity; 1 with kappa=0 for
@@ -170,12 +174,14 @@ class NetworkTraining(Loop):
     out: str = "output/nano/network"
     store: str = "output/nano/features"
     data: tuple[DataSource, ...] = ()
+    clips: int = 0
     codec: str | None = "output/nano/codec/codec.safetensors"
     encoders: str | None = "output/nano/encoders/encoders.safetensors"
     model: str = "nano"
     overrides: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     lora: LoRA | None = None
+    frozen: tuple[str, ...] = ()
     seed: int = 0
     parallel: str = "auto"
     accumulate: int = 1
@@ -198,6 +204,7 @@ class NetworkTraining(Loop):
     alpha: float = 0.1
     target_options: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
+    reflow: int = 0
     balance: bool = False
     to_data: float = 0.0
     omega: float = 1.0
@@ -231,6 +238,11 @@ class NetworkTraining(Loop):
                 )
         else:
             load_target(self.target, **self.target_options)  # refused before anything is loaded
+        if self.reflow and (self.teacher is None or self.target == "teacher_rollout"):
+            raise InputError(
+                f"reflow={self.reflow} pairs noise with what the teacher makes of it. Give "
+                "teacher=FILE, and a target other than teacher_rollout."
+            )
         if self.balance and self.p:
             raise InputError(
                 f"balance=true and p={self.p}: the adaptive weight has already evened out the "

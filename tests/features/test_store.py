@@ -84,6 +84,16 @@ def test_every_place_and_clip_is_drawn(clock):
     assert batch["latent"][:, 0, 1].unique().tolist() == list(range(CLIPS))
 
 
+def test_the_first_clips_of_a_store(clock):
+    folder = clock.folder.parent
+    few = FeatureStore(folder, clips=2)
+    clips, _ = few.choose(64, None, torch.Generator().manual_seed(0))
+    assert set(clips.tolist()) == {0, 1}
+    assert len(few) == CLIPS
+    with pytest.raises(InputError, match=f"clips=6: .* holds {CLIPS}"):
+        FeatureStore(folder, clips=6)
+
+
 def test_whole_clips(clock):
     batch = drawn(clock, 3, None, torch.Generator().manual_seed(0))
     assert [batch[k].shape[1] for k in ("latent", "video", "sync")] == [250, 64, 200]

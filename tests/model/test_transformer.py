@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfmjt import kernels
+from mfmjt import kernels, meanflow
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT, config_for
 from mfmjt.model.conditioning import TimeEmbedding, nearest_rows, rope_table
@@ -286,3 +286,54 @@ def test_tables_of_real_and_of_fake_tensors_do_not_meet():
     with FakeTensorMode():
         assert isinstance(run(), FakeTensor)
     assert not isinstance(run(), FakeTensor)
+
+
+def test_times_are_embedded_at_their_scale():
+    sizes = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
+    plain = MFMJT.from_config("nano", **sizes).double()
+    fast = MFMJT.from_config("nano", **sizes, time_scale=1000.0).double()
+    for embedding in (plain.r_embed, plain.t_embed):  # the one of t - r begins at zero
+        torch.nn.init.normal_(embedding.mlp[2].weight)
+    fast.load_state_dict(plain.state_dict())
+    t = torch.rand(5, dtype=torch.float64)
+    for name in ("t_embed", "r_embed"):
+        embedded, expected = getattr(fast, name)(t), getattr(plain, name)(1000 * t)
+        # Angles of up to 1,000 rad in float64.
+        torch.testing.assert_close(embedded, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "none", "sinusoidal", "learned"])
+def test_positions(positions):
+    """Only without positions does a network not notice that its tokens are in another order."""
+    sizes = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
+    net = MFMJT.from_config("nano", **sizes, positions=positions)
+    for name, parameter in net.named_parameters():
+        if name == "sync_pos_emb":
+            continue  # zero
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+        if parameter.ndim == 3:  # convolutions see neighbors
+            middle = parameter.shape[2] // 2
+            with torch.no_grad():
+                parameter[..., :middle] = parameter[..., middle + 1 :] = 0
+    z, r, t = torch.randn(2, 20, 20), torch.zeros(2), torch.ones(2)
+    turned = net(z.flip(1), r, t).flip(1)
+    assert torch.allclose(net(z, r, t), turned, atol=1e-5) is (positions == "none")
+    far = net(torch.randn(1, 300, 20), 0.0, 1.0)  # longer than the reference duration
+    assert far.isfinite().all()
+    if positions in ("sinusoidal", "learned"):
+        with pytest.raises(InputError, match="cannot be prepared"):
+            net.frozen()
+
+
+@pytest.mark.parametrize("positions", ["none", "sinusoidal", "learned"])
+def test_positions_have_no_tangent_of_their_own(positions):
+    sizes = {"hidden_dim": 32, "num_heads": 1, "depth": 2, "fused_depth": 1}
+    net = MFMJT.from_config("nano", **sizes, positions=positions).double()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    x, noise = torch.randn(2, 4, 20, 20, dtype=torch.float64)
+    r, t = torch.tensor([0.1, 0.2, 0.5, 0.6]).double(), torch.tensor([0.9, 0.8, 0.5, 0.6]).double()
+    found = meanflow.loss(net, x, noise=noise, r=r, t=t)
+    torch.testing.assert_close(found, meanflow.loss_ref(net, x, {}, noise, r, t))

@@ -6,7 +6,7 @@ import torch
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
-from mfmjt.train.tasks.network import train_network
+from mfmjt.train.tasks.network import starting_network, train_network
 from mfmjt.train.tasks.step import Draws, Step
 from tests.oracle import allowance, error
 from tests.train.conftest import TINY
@@ -112,6 +112,38 @@ def test_a_trained_network_leads(recipe, tmp_path):
         recipe(target="teacher_rollout")
     with pytest.raises(InputError, match="Give p=0"):
         recipe(balance=True, p=1.0)
+
+
+def test_a_rectified_flow_pairs_noise_with_what_the_teacher_makes_of_it(recipe):
+    features, draws = batch()
+    net, teacher = (MFMJT.from_config("nano", **TINY) for _ in range(2))
+    for p in (*net.parameters(), *teacher.parameters()):
+        torch.nn.init.normal_(p, std=0.05)
+    config = recipe(reflow=2, teacher="teacher.safetensors", p=0.0)
+    found, _ = Step(net, config, teacher)(features, draws, 3)
+
+    cond = {k: v for k, v in features.items() if k != "latent"}
+    cond |= {"video_mask": draws.video_mask, "text_mask": draws.text_mask}
+    one, half = torch.ones(4), torch.full((4,), 0.5)
+    with torch.no_grad():
+        middle = draws.noise - teacher(draws.noise, one, one, **cond) / 2
+        x = middle - teacher(middle, half, half, **cond) / 2
+    truth = meanflow.loss(net, x, cond, noise=draws.noise, r=draws.r, t=draws.t, intervals=3)
+    assert torch.equal(found, truth)
+    with pytest.raises(InputError, match="Give teacher=FILE"):
+        recipe(reflow=2)
+
+
+def test_frozen_weights_stay(recipe):
+    config = recipe(frozen=("fused_blocks", "t_embed"), ema=(0.0,))
+    before = starting_network(config).half().float().state_dict()  # the file has float16
+    after = MFMJT.load(train_network(config).file).state_dict()
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    assert moved
+    assert not any(name.startswith(config.frozen) for name in moved)
+    assert any(name.startswith("joint_blocks") for name in moved)
+    with pytest.raises(InputError, match="frozen=nothing: no weights begin so"):
+        starting_network(recipe(frozen=("nothing",)))
 
 
 def test_a_target_of_ones_own_is_one_function(recipe, tmp_path, monkeypatch):

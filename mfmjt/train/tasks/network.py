@@ -68,7 +68,7 @@ class NetworkTask(Task):
         self.config, self.processes, self.device = config, processes, processes.device
         sources = [(source.store, source.weight) for source in config.data]
         sources = sources or [(config.store, 1.0)]
-        self.store = FeatureStore(sources, "train", self.device)
+        self.store = FeatureStore(sources, "train", self.device, config.clips)
         # Without validations and previews there need be no such clips.
         looks = config.validate_every or config.preview_every
         looked_at = FeatureStore(sources[0][0], "validation", self.device) if looks else self.store
@@ -333,8 +333,8 @@ def starting_network(config: NetworkTraining) -> MFMJT:
     MeanAudio's u. The latter with `overrides.video=gated` is the start of a network of video.
 
     Raises:
-        InputError: The file cannot be used, or is of another network than `config.model`; what
-            `add_lora` raises.
+        InputError: The file cannot be used, or is of another network than `config.model`; there are
+            no weights to freeze by these names; what `add_lora` raises.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -349,6 +349,15 @@ def starting_network(config: NetworkTraining) -> MFMJT:
             net = _read(config.init_from, config)
         if config.lora is not None:
             add_lora(net, config.lora)
+        for beginning in config.frozen:
+            found = [p for name, p in net.named_parameters() if name.startswith(beginning)]
+            if not found:
+                raise InputError(
+                    f"frozen={beginning}: no weights begin so. Their names are those of the file's "
+                    "tensors, such as fused_blocks.0."
+                )
+            for parameter in found:
+                parameter.requires_grad_(False)
     return net
 
 

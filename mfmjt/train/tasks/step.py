@@ -7,6 +7,8 @@ depend on the number of processes, nor on the number of passes that accumulate a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +110,7 @@ class Step(nn.Module):
         self.net, self.p, self.c, self.balance = net, config.p, config.c, config.balance
         self.target = _target(config, teacher)
         self.velocity = _velocity(config, teacher)
+        self.pair = _pair(config, teacher)
 
     def forward(
         self, features: dict[str, Tensor], draws: Draws, intervals: int
@@ -122,9 +125,10 @@ class Step(nn.Module):
         cond = {key: value for key, value in features.items() if key != "latent"}
         for name, kept in (("video_mask", draws.video_mask), ("text_mask", draws.text_mask)):
             cond[name] = cond[name] & kept if name in cond else kept  # a clip may lack them
+        x = features["latent"] if self.pair is None else self.pair(draws.noise, cond=cond)
         return meanflow.loss_and_errors(
             self.net,
-            features["latent"],
+            x,
             cond,
             noise=draws.noise,
             r=draws.r,
@@ -161,11 +165,20 @@ def _target(config: NetworkTraining, teacher: Network | None) -> Target:
 
 def _velocity(config: NetworkTraining, teacher: Network | None) -> Velocity | None:
     """Return a teacher's velocity, or a guided one; rows without conditions keep the clip's."""
-    if teacher is not None and config.target != "teacher_rollout":
+    if teacher is not None and config.target != "teacher_rollout" and not config.reflow:
         return meanflow.teacher_velocity(teacher)
     if config.omega == 1 and config.kappa == 0:
         return None
     return meanflow.guided_velocity(config.omega, config.kappa, _null, _has_none)
+
+
+def _pair(config: NetworkTraining, teacher: Network | None) -> Callable[..., Tensor] | None:
+    """Return what makes the data to pair with noise, for a rectified flow."""
+    if not config.reflow or teacher is None:
+        return None
+    return functools.partial(
+        meanflow.sample, teacher, steps=config.reflow, mode="none", instantaneous=True
+    )
 
 
 def _null(cond: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from mfmjt.errors import InputError
-from mfmjt.evaluate.metrics.intervals import bootstrap_mean, halves, jackknife
+from mfmjt.evaluate.metrics.intervals import (
+    bootstrap_mean,
+    halves,
+    jackknife,
+    nested_bootstrap,
+    student,
+)
 from mfmjt.evaluate.statistics import frechet, kernel_distance
 
 
@@ -73,3 +79,38 @@ def test_halves_share_nothing() -> None:
     for one, other in halves(9):
         assert len(one) == len(other) == 4
         assert not set(one) & set(other)
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+    return rows.mean(axis=1)
+
+
+def test_equal_trainings_leave_the_interval_over_clips() -> None:
+    values = np.random.default_rng(0).standard_normal(80)
+    interval = nested_bootstrap(np.stack([values] * 3), _mean)
+    error = values.std() / np.sqrt(80)
+    # 1,000 resamples place a 2.5 % quantile to about 0.08 standard errors.
+    assert np.allclose(
+        interval, [values.mean() - 1.96 * error, values.mean() + 1.96 * error], atol=0.35 * error
+    )
+    assert nested_bootstrap(np.stack([values] * 3), _mean, np.stack([values] * 3)) == (0, 0)
+
+
+def test_trainings_widen_it() -> None:
+    """Clips that are all alike leave the trainings' spread, as the unbiased variance has it."""
+    levels = np.random.default_rng(0).standard_normal(200)
+    low, high = nested_bootstrap(np.repeat(levels[:, None], 5, axis=1), _mean)
+    error = levels.std(ddof=1) / np.sqrt(200)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.12)  # 1,000 resamples
+    few = nested_bootstrap(np.repeat(np.array([[0.0], [1.0], [2.0]]), 5, axis=1), _mean)
+    # Three trainings: the largest mean is that of the third one thrice, 1 above the middle.
+    assert few == pytest.approx((1 - 1.5**0.5, 1 + 1.5**0.5))
+    with pytest.raises(InputError, match="Use more seeds"):
+        nested_bootstrap(np.zeros((1, 5)), _mean)
+
+
+def test_students_interval() -> None:
+    # Mean 2, standard deviation 1, three values: 2 ± 4.303 / √3.
+    assert student(np.array([1.0, 2.0, 3.0])) == pytest.approx((2 - 2.4843, 2 + 2.4843), abs=1e-4)
+    with pytest.raises(InputError, match="1 seeds"):
+        student(np.array([1.0]))
