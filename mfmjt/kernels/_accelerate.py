@@ -511,13 +511,14 @@ def accelerate_jvp() -> AcceleratedJvp:
     """Give any network the tangents of this package, unchanged, inside a `with` block.
 
     While a tangent is alive (in `torch.func.jvp` or a `torch.autograd.forward_ad.dual_level`),
-    these functions of `torch.nn.functional`, and the modules that call them, propagate it by our
-    rules: linear, scaled_dot_product_attention, conv1d, conv2d, conv3d, layer_norm, rms_norm, silu,
-    gelu, multi_head_attention_forward. A layer then costs two products instead of three, attention
-    has a forward mode, and backward keeps no tangent. Calls without a tangent are PyTorch's own,
-    bit for bit. What we do not take stays PyTorch's: masked, causal, grouped-query or dropout
-    attention goes through its math backend; a tangent of a weight, nested forward mode, and
-    forward mode inside `torch.func.grad` or `vmap` are left as they are.
+    these functions, and the modules that call them, propagate it by our rules: linear, conv1d,
+    conv2d, conv3d, matmul and its kin with one factor that moves, scaled_dot_product_attention and
+    multi_head_attention_forward with any masks, layer_norm, rms_norm, group_norm, batch_norm in
+    eval mode, silu, gelu. A layer then costs two products instead of three, attention has a forward
+    mode, and backward keeps no tangent. Calls without a tangent are PyTorch's own, bit for bit.
+    What we do not take stays PyTorch's: attention with dropout goes through its math backend; a
+    tangent of a weight, nested forward mode, and forward mode inside `torch.func.grad` or `vmap`
+    are left as they are.
 
     Works eagerly, and with `torch.compile(fullgraph=True)`, opened inside or around what is
     compiled. Gradients are those of the values; detach the tangent before it enters the loss.
@@ -528,5 +529,6 @@ def accelerate_jvp() -> AcceleratedJvp:
 
     Raises:
         RuntimeError: In the backward pass, where a gradient arrives at a tangent.
+        NotImplementedError: The attention of another package failed inside; what to call instead.
     """
     return AcceleratedJvp()
