@@ -25,6 +25,7 @@ COMMANDS = {
     "step": ("bench.networks.step", "a training step, against flow matching"),
     "generate": ("bench.networks.generate", "one guided step, and from a video to sound"),
     "tangent": ("bench.networks.tangent", "what a tangent costs the whole network"),
+    "lsd": ("bench.networks.lsd", "gradients of tangents: LSD against its own formula"),
     "memory": ("bench.networks.memory", "what a training step keeps, counted"),
     "curves": ("bench.networks.curves", "do our ops train as plain PyTorch does?"),
     "mmaudio": ("bench.networks.mmaudio", "MMAudio's encoders and vocoder"),

@@ -26,7 +26,7 @@ ALLOWED: dict[str, str] = {
     "checkpoints": "errors files memory",
     "kernels": "",
     "model": "errors files memory checkpoints kernels",
-    "meanflow": "errors cuda_graph",
+    "meanflow": "errors cuda_graph kernels",
     "codec": "errors checkpoints kernels",
     "encoders": "errors files checkpoints model",
     "plotting": "errors files codec",

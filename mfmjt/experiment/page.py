@@ -155,6 +155,7 @@ def main(arguments: list[str]) -> int:
         return 2
     results, pages = (Path(text) for text in arguments)
     try:
+        pages.mkdir(parents=True, exist_ok=True)
         for name in NAMES:
             if (results / name / ABOUT).exists():
                 write_page(results / name, pages / f"{name}.md")

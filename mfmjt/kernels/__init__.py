@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mfmjt.kernels import _flops, streams, vocoder
 from mfmjt.kernels._accelerate import accelerate_jvp
+from mfmjt.kernels._dual import differentiable_tangents
 from mfmjt.kernels._jvp_rows import jvp_rows
 from mfmjt.kernels._op import reference
 from mfmjt.kernels._recompute import recompute
@@ -21,6 +22,7 @@ __all__ = [
     "accelerate_jvp",
     "adaln",
     "conv1d",
+    "differentiable_tangents",
     "gated_residual_adaln",
     "joint_attention",
     "jvp_rows",

@@ -69,6 +69,8 @@ def _forward_mode() -> str | None:
     """
     if _dual.levels() == 0:
         return None
+    if _dual.are_differentiable():
+        return "inside kernels.differentiable_tangents()"
     stack = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack):
         return "inside torch.func.grad, vjp or vmap"

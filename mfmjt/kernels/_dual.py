@@ -7,21 +7,34 @@ computes value and tangent on plain tensors, and the results are put together ag
 
 Reverse mode goes through values only. Tangents are detached, so nothing of them is kept for
 backward, and a gradient that arrives at a tangent raises (`refuse_gradient`; `seal` for a tangent
-that no library op of ours computed).
+that no library op of ours computed). Inside `differentiable_tangents()` tangents have a graph too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from mfmjt.kernels import _eager
 
-__all__ = ["join", "levels", "no_tangent", "refuse_derivatives", "refuse_gradient", "seal", "split"]
+__all__ = [
+    "are_differentiable",
+    "differentiable_tangents",
+    "join",
+    "levels",
+    "no_tangent",
+    "refuse_derivatives",
+    "refuse_gradient",
+    "seal",
+    "split",
+]
 
 _JVP = torch._C._functorch.TransformType.Jvp
 _NO_TANGENT = (
@@ -30,8 +43,102 @@ _NO_TANGENT = (
 )
 _ARRIVED = (
     "A gradient arrived at a tangent, and mfmjt.kernels keep no tape of tangents: detach the "
-    "tangent before it enters the loss."
+    "tangent before it enters the loss, or compute it inside "
+    "mfmjt.kernels.differentiable_tangents()."
 )
+_graph_of_tangents = False
+
+
+@contextlib.contextmanager
+def differentiable_tangents() -> Iterator[None]:
+    """Keep the graph of tangents inside the block, so that a gradient reaches them.
+
+    For losses of which a derivative of the network is a part, as in LSD and TVM: an op keeps its
+    tangents for the backward pass then, which may run outside. Eager calls have formulas of ours;
+    compiled ones, those under a mode and those under `accelerate_jvp` are PyTorch's own. An op
+    without a gradient of its tangents (`snake`) raises in the backward pass as outside.
+
+    PyTorch's gradient of the tangent of `layer_norm` is wrong (torch 2.13; found by `gradcheck`),
+    and so is that of batch statistics. The block computes the first from differentiable pieces, and
+    refuses the second.
+
+    Example:
+        >>> import torch
+        >>> from mfmjt import kernels
+        >>> gate = torch.randn(3, requires_grad=True)
+        >>> with kernels.differentiable_tangents():
+        ...     _, dot = torch.func.jvp(lambda x: kernels.swiglu(x, x), (gate,), (torch.ones(3),))
+        >>> dot.sum().backward()
+        >>> gate.grad.shape
+        torch.Size([3])
+
+    Raises:
+        NotImplementedError: `batch_norm` computes statistics of what has a tangent.
+    """
+    global _graph_of_tangents
+    before, _graph_of_tangents = _graph_of_tangents, True
+    try:
+        with _RightNorms():
+            yield
+    finally:
+        _graph_of_tangents = before
+
+
+class _RightNorms(TorchFunctionMode):
+    """Norms of PyTorch whose tangents have a wrong gradient, computed in another way."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _WRONG_NORMS or levels() == 0 or split(args[0])[1] is None:
+            return func(*args, **kwargs)
+        return _WRONG_NORMS[func](*args, **kwargs)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    wide = wide - wide.mean(axes, keepdim=True)
+    n = wide * (wide.square().mean(axes, keepdim=True) + eps).rsqrt()
+    n = n if weight is None else n * weight
+    return (n if bias is None else n + bias).to(input.dtype)
+
+
+def _refuse_statistics(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        "PyTorch's gradient of the tangent of batch_norm and instance_norm is wrong. Use layer "
+        "or group norm where a derivative is part of the loss."
+    )
+
+
+def _batch_norm(input: Tensor, mean: Any, var: Any, *args: Any, **kwargs: Any) -> Tensor:
+    given = dict(zip(("weight", "bias", "training"), args, strict=False)) | kwargs
+    if given.get("training"):
+        _refuse_statistics()
+    result: Tensor = F.batch_norm(input, mean, var, *args, **kwargs)
+    return result
+
+
+_WRONG_NORMS: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _refuse_statistics,
+}
+_eager.TRANSPARENT.append(_RightNorms)
+
+
+def are_differentiable() -> bool:
+    """Return True inside a `differentiable_tangents()` block."""
+    return _graph_of_tangents
 
 
 def levels() -> int:

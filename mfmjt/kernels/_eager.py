@@ -48,23 +48,24 @@ ENABLED = _KNOWN
 _JVP = torch._C._functorch.TransformType.Jvp
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
+TRANSPARENT: list[type] = [DeviceContext]
+"""Function modes that need not see what is called on tensors."""
 
 
 def is_intercepted() -> bool:
     """Return True if a dispatch mode, function mode or tracer must see this call.
 
-    `with torch.device(...)` does not count. True as well if this PyTorch lacks the private
-    functions that tell.
+    Modes of `TRANSPARENT` do not count, such as `with torch.device(...)`. True as well if this
+    PyTorch lacks the private functions that tell.
     """
     if not _KNOWN:
         return True
-    modes = _len_torch_function_stack()
-    if modes == 1 and type(_get_function_stack_at(0)) is DeviceContext:
-        modes = 0
-    return modes > 0 or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
+    modes = map(_get_function_stack_at, range(_len_torch_function_stack()))
+    watched = any(type(mode) not in TRANSPARENT for mode in modes)
+    return watched or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
 
 
-def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def run(op: Any, args: tuple[Any, ...], graphed: bool = False) -> tuple[Any, ...] | None:
     """Run an op outside functorch, on its device's kernel.
 
     Unwraps all inputs once, leaves the level of `torch.func.jvp`, computes on plain tensors,
@@ -73,6 +74,7 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     Args:
         op: An `_op.Op`.
         args: Its arguments, tensors dual or not; a list of tensors for several streams.
+        graphed: Tangents have a graph, which `op.graphed` goes on with.
 
     Returns:
         The op's results, or None, and nothing has been done, where a shortcut is not safe: anything
@@ -89,7 +91,7 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if watched and is_intercepted():
         return None
     flat, sizes = flatten(args) if op.lists else (args, None)
-    plain = _plain(flat, level)
+    plain = _plain(flat, level, graphed)
     if plain is None:
         return None
     values, dots, device = plain
@@ -99,7 +101,7 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op.refuse_tangents(dots)
     opened = None if level is None else pop_dynamic_layer_stack()
     try:
-        ys, y_dots = _compute(op, values, dots, device)
+        ys, y_dots = _compute(op, values, dots, device, graphed)
     finally:
         if opened is not None:
             push_dynamic_layer_stack(opened)
@@ -111,7 +113,7 @@ def run(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _plain(
-    flat: Sequence[Any], level: int | None
+    flat: Sequence[Any], level: int | None, graphed: bool = False
 ) -> tuple[Sequence[Any], Sequence[Any] | None, str] | None:
     """Return values and tangents without functorch's wrappers, and "cpu" or "cuda".
 
@@ -138,7 +140,9 @@ def _plain(
                 dot = get_unwrapped(dot) if maybe_get_level(dot) == 1 else dot
                 if maybe_get_level(dot) != -1 or type(dot) not in _PLAIN:
                     return None
-                if dot.requires_grad:  # what is detached in here is functorch's again
+                if (
+                    dot.requires_grad and not graphed
+                ):  # what is detached in here is functorch's again
                     dot = dot.detach()
                     dot = get_unwrapped(dot) if maybe_get_level(dot) == 1 else dot
                 dots = [None] * len(flat) if dots is None else dots
@@ -172,7 +176,7 @@ def _joined(y: Any, y_dot: Any) -> Any:
 
 
 def _compute(
-    op: Any, values: Sequence[Any], dots: Sequence[Any] | None, device: str
+    op: Any, values: Sequence[Any], dots: Sequence[Any] | None, device: str, graphed: bool
 ) -> tuple[tuple[Any, ...], Any]:
     """Return the results and their tangents, None where nothing moves."""
     if dots is None and op.plain is not None and forward_ad._current_level >= 0:  # not asked yet
@@ -183,11 +187,11 @@ def _compute(
         values, dots = op.cast(values, dots)
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # inside, the op chooses dtypes
-            return _compute(op, values, dots, device)
+            return _compute(op, values, dots, device, graphed)
     part, args = op.fwd, values
     if dots is not None:
         both = (*values, *dots)
-        part, args = op.jvp, [both[i] for i in op.order]
+        part, args = op.graphed if graphed else op.jvp, [both[i] for i in op.order]
     on_cpu = device == "cpu"
     if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
         outputs: Any = part.pick(on_cpu, args)(*args)

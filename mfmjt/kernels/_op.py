@@ -36,6 +36,7 @@ from torch.autograd import forward_ad
 
 from mfmjt.kernels import _backends, _dual, _eager, _native, precision
 from mfmjt.kernels._eager import flatten, nest
+from mfmjt.kernels._second_order import Graphed
 
 __all__ = [
     "MaybeTensors",
@@ -129,6 +130,8 @@ class Op:
             weight of one dtype", in the words given here.
         streams: Whether tuples of streams are taken too.
         single: Of an op over lists of streams, the op of one.
+        jvp_bwd: Formula of the gradient through value and tangent; see `_second_order`. Without one
+            a gradient that arrives at a tangent is refused.
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class Op:
         autocasts: str = "",
         streams: bool = False,
         single: Op | None = None,
+        jvp_bwd: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.check, self.reference, self.plain = name, check, reference, plain
         self.takes, self.fake, self.autocasts, self.single = takes, fake, autocasts, single
@@ -176,6 +180,7 @@ class Op:
         self.fwd, self.jvp, self.bwd = (
             Part(self, *part) for part in (("fwd", fwd), ("jvp", jvp), ("bwd", bwd))
         )
+        self.graphed = None if jvp_bwd is None else Graphed(self, jvp_bwd)
         self.over_streams: Op | None = None
         if streams:
             self.over_streams = Op(
@@ -200,10 +205,14 @@ class Op:
             if self.plain is not None and forward_ad._current_level < 0:  # nothing moves
                 results = self.by_pytorch(args)
             if results is None:
-                results = _eager.run(self, args)
+                results = _eager.run(self, args, self._keeps_tangents())
         if results is None:
             results = self._dispatched(args)
         return results[0] if len(results) == 1 else results
+
+    def _keeps_tangents(self) -> bool:
+        """Return True where a gradient is to reach tangents and can."""
+        return _dual.are_differentiable() and self.graphed is not None
 
     def _of_streams(self, over_streams: Op, args: tuple[Any, ...]) -> Any:
         """Compute the results, each a tuple of streams.
@@ -212,7 +221,7 @@ class Op:
             ValueError: There are not as many streams of one argument as of another.
         """
         count = len(args[0])
-        lists, apart = list(args), _forced_reference or count == 1
+        lists, apart = list(args), _forced_reference or count == 1 or self._keeps_tangents()
         for i, n in enumerate(self.inputs):
             if n not in self.tensors:
                 continue
@@ -244,6 +253,8 @@ class Op:
             flat, sizes = flatten(args)
             pairs = [_dual.split(x) for x in flat]
             if any(dot is not None for _, dot in pairs):
+                if self._keeps_tangents() and self.reference is not None:
+                    return _tuple(self.reference(*args))
                 values, dots = (nest(half, sizes) for half in zip(*pairs, strict=True))
                 self.refuse_tangents(dots)
         if dots is None:

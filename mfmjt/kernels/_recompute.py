@@ -38,7 +38,8 @@ def recompute(block: Any, *args: Any, preserve_rng_state: bool = True, **kwargs:
         kwargs: Its arguments by name.
 
     Returns:
-        What the block returns; there is nothing to compute again without gradients.
+        What the block returns; there is nothing to compute again without gradients. Where tangents
+        are differentiable (`differentiable_tangents`) all is kept.
 
     Raises:
         TypeError: `block` is no module and no method of one.
@@ -64,6 +65,8 @@ def recompute(block: Any, *args: Any, preserve_rng_state: bool = True, **kwargs:
     leaves, layout = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not (torch.is_grad_enabled() and places):
+        return block(*args, **kwargs)
+    if _dual.are_differentiable() and _dual.levels():  # the graph of tangents has to stay
         return block(*args, **kwargs)
     tensors = [leaves[i] for i in places]
     rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
 from mfmjt.kernels._op import MaybeTensors, Op, Tensors, work_dtype
+from mfmjt.kernels._second_order import of_reference
 
 __all__ = ["adaln", "adaln_ref"]
 
@@ -89,6 +90,7 @@ _op = Op(
     plain=precision.float16_by(adaln_ref, _norm.normalised_and_modulated),
     passes={"shift": "y"},
     streams=True,
+    jvp_bwd=of_reference(adaln_ref, _jvp, "y"),
 )
 
 

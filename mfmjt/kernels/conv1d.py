@@ -3,6 +3,7 @@
     value      y = x * W + b
     tangent    y_dot = x_dot * W
     cotangent  x_bar = y_bar * W flipped,  W_bar = correlation of x and y_bar,  b_bar = sum y_bar
+    of both    x_dot_bar = y_dot_bar * W flipped, and W_bar has that of x_dot and y_dot_bar too
 
 x (B, N, C), W (O, C, K) as published, K odd; zeros beyond both ends. As for `linear`, the dual op
 does two convolutions where PyTorch's forward mode does three, and keeps x and W alone. Stored in
@@ -104,6 +105,21 @@ def _bwd(
     return x_bar, weight_bar, bias_bar
 
 
+def _jvp_bwd(
+    y_bar: Tensor,
+    y_dot_bar: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_dot: Tensor,
+    dilation: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_bar, weight_bar, bias_bar = _bwd(y_bar, x, weight, dilation, needs[:3])
+    wanted = [needs[3], needs[1], False]
+    x_dot_bar, of_x_dot, _ = _bwd(y_dot_bar, x_dot, weight, dilation, wanted)
+    return x_bar, weight_bar.add_(of_x_dot), bias_bar, x_dot_bar
+
+
 def _x_bar(y_bar: Tensor, weight: Tensor, dilation: int) -> Tensor:
     if _weight_is_larger(y_bar, weight.transpose(0, 1)):
         x = y_bar.new_empty(1).expand(*y_bar.shape[:2], weight.shape[1])  # values do not matter
@@ -159,6 +175,7 @@ _conv1d = _op.Op(
     plain=_plain,
     autocasts="x, weight and bias of one floating dtype",
     streams=True,
+    jvp_bwd=_jvp_bwd,
 )
 
 

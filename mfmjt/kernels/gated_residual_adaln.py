@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _norm, precision
 from mfmjt.kernels._op import MaybeTensors, Op, Tensors, work_dtype
+from mfmjt.kernels._second_order import of_reference
 
 __all__ = ["gated_residual_adaln", "gated_residual_adaln_ref"]
 
@@ -148,6 +149,7 @@ _op = Op(
     plain=precision.float16_by(gated_residual_adaln_ref, _in_float16),
     passes={"shift": "y"},
     streams=True,
+    jvp_bwd=of_reference(gated_residual_adaln_ref, _jvp, "total", "y"),
 )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _attention, _backends
 from mfmjt.kernels._op import Op, Tensors, check, check_tensors, use_reference, work_dtype
+from mfmjt.kernels._second_order import of_reference
 from mfmjt.kernels.cpu import joint_attention as cpu
 
 __all__ = ["joint_attention", "joint_attention_ref"]
@@ -241,14 +242,29 @@ def _plain(*args: Any) -> Any:
     return cpu.flash(q, k, v, rest[0], rest[2])
 
 
+def _reference(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    mask: Tensor | None,
+    lengths: list[Tensor | None],
+    causal: bool,
+    scale: float,
+) -> tuple[list[Tensor]]:
+    """Call `joint_attention_ref` with the op's arguments."""
+    return (list(joint_attention_ref(tuple(q), k, v, scale, lengths, mask, causal)),)
+
+
 _op = Op(
     "joint_attention",
     _fwd,
     _jvp,
     _bwd,
+    reference=_reference,
     fake=_fake,
     plain=_plain,
     autocasts="q, k, v, and a mask that is added, of one dtype",
+    jvp_bwd=of_reference(_reference, _jvp, "o"),
 )
 
 

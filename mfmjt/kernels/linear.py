@@ -3,6 +3,7 @@
     value      y = x W^T + b
     tangent    y_dot = x_dot W^T
     cotangent  x_bar = y_bar W,  W_bar = y_bar^T x,  b_bar = sum over rows of y_bar
+    of both    x_dot_bar = y_dot_bar W,  W_bar = y_bar^T x + y_dot_bar^T x_dot
 
 x (..., C), W (O, C), b (O). PyTorch's own forward mode does a third product, of x with a zero
 tangent of W that it makes up, and keeps x_dot for backward. Here the dual op multiplies the rows of
@@ -57,6 +58,19 @@ def _bwd(
     return x_bar, weight_bar, bias_bar
 
 
+def _jvp_bwd(
+    y_bar: Tensor,
+    y_dot_bar: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_dot: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_bar, weight_bar, bias_bar = _bwd(y_bar, x, weight, needs[:3])
+    x_dot_bar, of_x_dot, _ = _bwd(y_dot_bar, x_dot, weight, [needs[3], needs[1], False])
+    return x_bar, weight_bar.add_(of_x_dot), bias_bar, x_dot_bar
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _op.check_tensors("linear", {"bias": bias}, x=x, weight=weight)
     fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
@@ -78,6 +92,7 @@ _linear = _op.Op(
     reference=linear_ref,
     plain=linear_ref,
     autocasts="x, weight and bias of one dtype",
+    jvp_bwd=_jvp_bwd,
 )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _native
 from mfmjt.kernels._op import MaybeTensors, Op, Tensors, check, check_tensors, work_dtype
+from mfmjt.kernels._second_order import of_reference
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_ref"]
 
@@ -184,6 +185,7 @@ _op = Op(
     reference=qk_norm_rope_ref,
     takes=_takes,
     streams=True,
+    jvp_bwd=of_reference(qk_norm_rope_ref, _jvp, "q", "k", "v"),
 )
 
 

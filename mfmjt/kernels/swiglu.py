@@ -3,12 +3,17 @@
     value      s = gate sigmoid(gate),  y = s up
     tangent    s' = sigmoid(gate) + s (1 - sigmoid(gate)),  y_dot = s' gate_dot up + s up_dot
     cotangent  up_bar = y_bar s,  gate_bar = y_bar up s'
+    of both    gate_bar = y_bar up s' + y_dot_bar (s'' gate_dot up + s' up_dot),
+               up_bar = y_bar s + y_dot_bar s' gate_dot,
+               gate_dot_bar = y_dot_bar up s',  up_dot_bar = y_dot_bar s
 
 gate, up: any shape, the same. Stored in their dtype, computed in float32 (float64 for float64);
 kept for backward: gate and up. A fused kernel moves 3 elements per element, 6 with tangents.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +67,22 @@ def _bwd(y_bar: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_bar.to(dtype), up_bar.to(dtype)
 
 
+def _jvp_bwd(
+    y_bar: Tensor, y_dot_bar: Tensor, gate: Tensor, up: Tensor, gate_dot: Any, up_dot: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    work, dtype = work_dtype(gate), gate.dtype
+    y_bar, y_dot_bar, gate, up = (t.to(work) for t in (y_bar, y_dot_bar, gate, up))
+    gate_dot, up_dot = (0 if t is None else t.to(work) for t in (gate_dot, up_dot))
+    sigma = gate.sigmoid()
+    rest = gate * (1 - sigma)
+    s, first = gate * sigma, sigma * (1 + rest)
+    second = sigma * (1 - sigma) * (2 + rest - gate * sigma)
+    gate_bar = y_bar * first * up + y_dot_bar * (second * gate_dot * up + first * up_dot)
+    up_bar = y_bar * s + y_dot_bar * first * gate_dot
+    bars = gate_bar, up_bar, y_dot_bar * first * up, y_dot_bar * s
+    return tuple([bar.to(dtype) for bar in bars])  # type: ignore[return-value]
+
+
 def _check(gate: Tensor, up: Tensor) -> None:
     check_tensors("swiglu", gate=gate, up=up)
     if not (gate.shape == up.shape and gate.dtype == up.dtype and gate.is_floating_point()):
@@ -78,6 +99,7 @@ _op = Op(
     takes=_native.floats,
     plain=precision.float16_by(swiglu_ref),
     streams=True,
+    jvp_bwd=_jvp_bwd,
 )
 
 

@@ -18,9 +18,11 @@ from mfmjt.meanflow.targets import (
     finite_difference,
     guided_velocity,
     improved_mean_velocity,
+    lsd,
     mean_velocity,
     teacher_rollout,
     teacher_velocity,
+    tvm,
 )
 from mfmjt.meanflow.times import TimeSampler, logit_normal, time_pairs, uniform
 
@@ -40,10 +42,12 @@ __all__ = [
     "loss",
     "loss_and_errors",
     "loss_ref",
+    "lsd",
     "mean_velocity",
     "sample",
     "teacher_rollout",
     "teacher_velocity",
     "time_pairs",
+    "tvm",
     "uniform",
 ]

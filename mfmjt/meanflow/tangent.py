@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfmjt.errors import InputError
+from mfmjt.kernels import differentiable_tangents
 from mfmjt.meanflow._network import Cond, Network, rows
 
-__all__ = ["derivative", "one_call_is_cheaper", "value_and_tangent"]
+__all__ = ["derivative", "end_derivative", "one_call_is_cheaper", "value_and_tangent"]
 
 _CHECKPOINT = "torch.utils.checkpoint"
 _WORDS = {
@@ -88,13 +90,30 @@ def derivative(
     Raises:
         InputError: f calls a part of PyTorch that is known to fail in forward mode.
     """
+    # r has no tangent, so it is no input of the derivative.
+    return _along(f, lambda z, t: f(z, r, t, **cond), (z, t), (v, torch.ones_like(t)))
+
+
+def end_derivative(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, cond: Cond
+) -> tuple[Tensor, Tensor]:
+    """Evaluate u = f(z, r, t, **cond) and du/dr, which is along (0, 1, 0), both with their graph.
+
+    Raises:
+        InputError: f calls a part of PyTorch that is known to fail in forward mode.
+    """
+    with differentiable_tangents():
+        return _along(f, lambda r: f(z, r, t, **cond), (r,), (torch.ones_like(r),))
+
+
+def _along(
+    f: Network, function: Callable[..., Tensor], primals: Any, tangents: Any
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a function that calls f once, and its derivative along tangents."""
 
     def run() -> tuple[Tensor, Tensor]:
-        # r has no tangent, so it is no input of the derivative.
-        u, du_dt, *_ = torch.func.jvp(
-            lambda z, t: f(z, r, t, **cond), (z, t), (v, torch.ones_like(t))
-        )
-        return u, du_dt
+        u, rate, *_ = torch.func.jvp(function, primals, tangents)
+        return u, rate
 
     if torch.compiler.is_compiling():
         return run()  # where PyTorch's checkpoints are right
@@ -105,7 +124,7 @@ def derivative(
         raise InputError(_FSDP1)  # it may end the process, with no error
     begin = torch.empty(0, device="cpu", requires_grad=True).view(0).grad_fn
     try:
-        u, du_dt = run()
+        u, rate = run()
     except RuntimeError as error:
         words = _WORDS.get(_failed(error))
         if words is None:
@@ -113,7 +132,7 @@ def derivative(
         raise InputError(words) from error
     if begin is not None and _is_checkpointed(u, begin._sequence_nr()):
         raise InputError(_WORDS[_CHECKPOINT])
-    return u, du_dt
+    return u, rate
 
 
 def _failed(error: Exception) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mfmjt.errors import InputError, reason
 from mfmjt.meanflow._network import Network
-from mfmjt.meanflow.tangent import derivative
+from mfmjt.meanflow.tangent import derivative, end_derivative
 
 __all__ = [
     "TARGETS",
@@ -29,10 +29,12 @@ __all__ = [
     "guided_velocity",
     "improved_mean_velocity",
     "load_target",
+    "lsd",
     "mean_velocity",
     "regressed_to",
     "teacher_rollout",
     "teacher_velocity",
+    "tvm",
 ]
 
 Target = Callable[
@@ -130,6 +132,46 @@ def teacher_rollout(teacher: Network, steps: int = 8) -> Target:
     return target
 
 
+def lsd(
+    f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Lagrangian self-distillation: a jump ends with the velocity there (arXiv 2505.18825).
+
+    z_r = z - (t - r)u(z, r, t) moves with r as dz_r/dr = u - (t - r)·du/dr, which is regressed to
+    u(z_r, r, r), a constant. The gradient goes through du/dr (`kernels.differentiable_tangents`),
+    whose forward mode moves r alone. Costs one more evaluation, without a graph. The samples with
+    r = t teach the velocity itself; give them three quarters, ratio = 0.25, as Pocket TTS does.
+    """
+    return _terminal(f, f, z, r, t, cond)
+
+
+def tvm(teacher: Network) -> Target:
+    """Terminal velocity matching (arXiv 2511.19797): `lsd` to a teacher's velocity at the end.
+
+    Args:
+        teacher: teacher(z, r, t, **cond), called at r = t with f's conditions, without a graph. In
+            the paper it is the average of f's weights over the training.
+    """
+
+    def target(
+        f: Network, z: Tensor, r: Tensor, t: Tensor, v: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        return _terminal(f, teacher, z, r, t, cond)
+
+    return target
+
+
+def _terminal(
+    f: Network, teacher: Network, z: Tensor, r: Tensor, t: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the velocity with which a jump's end moves, and that of `teacher` at the end."""
+    u, du_dr = (x.to(z.dtype) for x in end_derivative(f, z, r, t, cond))
+    span = _span(t - r, z)
+    with torch.no_grad():
+        goal = teacher(z - span * u, r, r, **cond).to(z.dtype)
+    return u - span * du_dr, goal
+
+
 def finite_difference(h: float = 5e-3) -> Target:
     """MeanFlow with du/dt ≈ (u(z + hv, r, t + h) − u(z − hv, r, t − h)) / 2h; no forward mode.
 
@@ -190,6 +232,7 @@ TARGETS: dict[str, Target] = {
     "alpha_flow": alpha_flow(0.1),
     "finite_difference": finite_difference(),
     "control_variate": control_variate(),
+    "lsd": lsd,
 }
 """The targets by name, those that take a parameter with its usual value."""
 FACTORIES: dict[str, Callable[..., Target]] = {
@@ -197,6 +240,7 @@ FACTORIES: dict[str, Callable[..., Target]] = {
     "finite_difference": finite_difference,
     "control_variate": control_variate,
     "teacher_rollout": teacher_rollout,
+    "tvm": tvm,
 }
 """The targets that take parameters."""
 

@@ -144,7 +144,7 @@ class NetworkTraining(Loop):
         time_mean: Mean of the logit-normal distribution of times.
         time_std: Its standard deviation.
         target: What rows with r != t are regressed to: `mean_velocity`, `improved_mean_velocity`,
-            `alpha_flow`, `finite_difference`, `control_variate` or `teacher_rollout` of
+            `alpha_flow`, `finite_difference`, `control_variate`, `lsd` or `teacher_rollout` of
             `mfmjt.meanflow`, or a function of your own, `package.module:function`, called as
             `mfmjt.meanflow.mean_velocity` is.
         alpha: Of `alpha_flow`.

@@ -9,7 +9,7 @@ import pytest
 
 from mfmjt.errors import InputError, RunError
 from mfmjt.experiment.grid import NAMES, Grid, Job, load_experiment
-from mfmjt.experiment.page import read_rows, write_page
+from mfmjt.experiment.page import main, read_rows, write_page
 from mfmjt.experiment.run import digest, run
 from mfmjt.experiment.work import work
 from tests.support.commands import refused
@@ -62,6 +62,14 @@ def test_the_page_is_made_of_the_files(grid: Grid, tmp_path: Path) -> None:
     damaged.write_text("\n".join(damaged.read_text().splitlines()[:-2]) + "\n")
     with pytest.raises(InputError, match="2 seeds: an interval needs at least 3"):
         write_page(tmp_path / "ratio", tmp_path / "page.md")
+
+
+def test_pages_of_several_results(grid: Grid, tmp_path: Path) -> None:
+    shutil.copytree(grid.folder, tmp_path / "results" / "ratio")
+    assert main([str(tmp_path / "results"), str(tmp_path / "pages")]) == 0
+    page = (tmp_path / "pages" / "ratio.md").read_text()
+    assert page.replace("../results/ratio/", "") == (grid.folder / "ratio.md").read_text()
+    assert (tmp_path / "pages" / "ratio.svg").exists()
 
 
 def test_what_is_done_is_not_done_again(grid: Grid) -> None:

@@ -171,6 +171,7 @@ def test_every_target_is_loaded_by_name():
     """Those with a parameter have its default of the recipes and of the function."""
     net, x, e = batch()
     made = {
+        "lsd": meanflow.lsd,
         "mean_velocity": meanflow.mean_velocity,
         "improved_mean_velocity": meanflow.improved_mean_velocity,
         "alpha_flow": meanflow.alpha_flow(0.1),
@@ -228,3 +229,50 @@ def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
         InputError, match="target=broken_objective:f cannot be imported: division by zero"
     ):
         load_target("broken_objective:f")
+
+
+def test_a_flow_map_ends_with_the_velocity_there():
+    """Independent normals: what LSD and TVM regress is what they regress it to."""
+    _, x, e = batch()
+    z = ((1 - spread(T)) * x + spread(T) * e)[R < T]
+    r, t = R[R < T], T[R < T]
+    for target in (meanflow.lsd, meanflow.tvm(lambda z, r, t: exact.velocity(z, t))):
+        found, goal = target(exact.average_velocity, z, r, t, z, {})
+        same(found, goal, terms=TERMS / float((t - r).min()))
+
+
+@pytest.mark.parametrize("name", ["lsd", "tvm"])
+def test_the_gradient_goes_through_the_derivative(name):
+    """That of the loss as its paper writes it, with dz_r/dr by differences in float64."""
+    net, x, e = batch()
+    teacher = net if name == "lsd" else (lambda z, r, t: exact.velocity(z, t))
+    target = meanflow.lsd if name == "lsd" else load_target("tvm", teacher=teacher)
+    ours = gradients(net, meanflow.loss(net, x, noise=e, r=R, t=T, target=target))
+    z, v, h = (1 - spread(T)) * x + spread(T) * e, e - x, 1e-4
+
+    def end(r):
+        return z - spread(T - r) * net(z, r, T)
+
+    moved = (end(R + h) - end(R - h)) / (2 * h)
+    with torch.no_grad():
+        goal = teacher(end(R), R, R)
+    intervals = (moved - goal).square().mean((1, 2))
+    plain = (net(z, T, T) - v).square().mean((1, 2))
+    truth = gradients(net, torch.where(R < T, intervals, plain).mean())
+    largest = max(float(g.abs().max()) for g in truth)
+    for g, g_truth in zip(ours, truth, strict=True):
+        assert error(g, g_truth) <= 1e3 * h**2 * largest  # the differences' own error
+    halved = meanflow.loss(net, x, noise=e, r=R, t=T, target=_without_its_gradient(target))
+    distance = max(error(g, x) for g, x in zip(gradients(net, halved), truth, strict=True))
+    assert distance > 1e5 * h**2 * largest
+
+
+def _without_its_gradient(target):
+    """The same with du/dr detached: another gradient, so that the test above can tell."""
+
+    def detached(f, z, r, t, v, cond):
+        found, goal = target(f, z, r, t, v, cond)
+        u = f(z, r, t, **cond)
+        return u + (found - u).detach(), goal
+
+    return detached
