@@ -12,13 +12,15 @@ struct SoftmaxPass {
   int64_t rows, width;  // rows of each head
   float scale;
   T *s, *dot;           // (G, R, M): scores, and their tangent or the cotangent of p
-  const T* bias;        // (G, M), added to scale s
-  int64_t bias_stride;  // 0 where all heads share a row
+  const T* bias;        // (G or 1, R or 1, M), added to scale s; -inf hides, whatever s is
+  int64_t bias_head, bias_row;  // its strides
   float* lse;           // (G, R), the log of each row's sum of exp
 };
 
+constexpr uint32_t kHidden = 0xff800000u;  // -inf, compared as an integer: see exponential.h
+
 // One row; p is room for it in the order of sweeps.
-template <class T>
+template <class T, bool masked>
 struct ScoreRow {
   T *s, *dot;
   const T* bias;
@@ -28,7 +30,13 @@ struct ScoreRow {
 
   template <class Lane>
   MFMJT_BODY float score(Lane lane, int64_t i) const {
-    return at(lane, s, i) * scale + at(lane, bias, i);
+    const float a = at(lane, s, i) * scale;
+    if constexpr (!masked) return a;
+    return shown(lane, i, a + at(lane, bias, i), kHidden);
+  }
+  template <class Lane>
+  MFMJT_BODY float shown(Lane lane, int64_t i, float x, uint32_t instead) const {
+    return float_of(bits_of(at(lane, bias, i)) == kHidden ? instead : bits_of(x));
   }
   template <class Lane>
   MFMJT_BODY float power(Lane lane, int64_t i) const {
@@ -40,12 +48,14 @@ struct ScoreRow {
   }
   template <class Lane>
   MFMJT_BODY float shifted(Lane lane, int64_t i) const {
-    return at(lane, dot, i) - first;
+    const float a = at(lane, dot, i) - first;
+    if constexpr (!masked) return a;
+    return shown(lane, i, a, 0);
   }
 };
 
-template <bool tangent, class T>
-MFMJT_BODY float softmax_row(ScoreRow<T> row, int64_t width) {
+template <bool tangent, class T, bool masked>
+MFMJT_BODY float softmax_row(ScoreRow<T, masked> row, int64_t width) {
   const int64_t groups = width / kLanes<T>;
   float top = row.top;
 #pragma omp simd reduction(max : top)
@@ -64,6 +74,7 @@ MFMJT_BODY float softmax_row(ScoreRow<T> row, int64_t width) {
     at(Single{}, row.p, i) = a;
     top = a > top ? a : top;
   }
+  if (masked && bits_of(top) == kHidden) top = 0;
   row.top = top;
   float sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
@@ -85,6 +96,7 @@ MFMJT_BODY float softmax_row(ScoreRow<T> row, int64_t width) {
     sum += a;
     if constexpr (tangent) product += a * row.shifted(Single{}, i);
   }
+  if (masked && sum == 0) sum = 1;
   row.inverse_sum = 1.0f / sum;
   row.center = product * row.inverse_sum;
 #pragma omp simd
@@ -105,8 +117,8 @@ MFMJT_BODY float softmax_row(ScoreRow<T> row, int64_t width) {
 }
 
 // `top` is the row's log-sum, so that the powers are probabilities at once.
-template <class T>
-MFMJT_BODY void softmax_bar_row(ScoreRow<T> row, int64_t width) {
+template <class T, bool masked>
+MFMJT_BODY void softmax_bar_row(ScoreRow<T, masked> row, int64_t width) {
   const int64_t groups = width / kLanes<T>;
   float product = 0;
 #pragma omp simd reduction(+ : product)
@@ -145,13 +157,14 @@ MFMJT_BODY void softmax_bar_row(ScoreRow<T> row, int64_t width) {
 
 enum class What { value, tangent, cotangent };
 
-template <class T, What what>
+template <class T, What what, bool masked>
 MFMJT_BODY void rows_body(const SoftmaxPass<T>* pass, float* scratch, int64_t begin, int64_t end) {
   const int64_t width = pass->width;
   for (int64_t i = begin; i < end; ++i) {
-    ScoreRow<T> row{pass->s + i * width, pass->dot == nullptr ? nullptr : pass->dot + i * width,
-               pass->bias + i / pass->rows * pass->bias_stride, {scratch, width / 2}, pass->scale, 0};
-    if constexpr (what != What::value) row.first = load(*row.dot);
+    const int64_t at_bias = i / pass->rows * pass->bias_head + i % pass->rows * pass->bias_row;
+    ScoreRow<T, masked> row{pass->s + i * width, pass->dot == nullptr ? nullptr : pass->dot + i * width,
+                            masked ? pass->bias + at_bias : nullptr, {scratch, width / 2}, pass->scale, 0};
+    if constexpr (what != What::value) row.first = row.shifted(Single{}, 0);
     if constexpr (what == What::cotangent) {
       row.top = pass->lse[i];
       softmax_bar_row(row, width);
@@ -170,19 +183,26 @@ void run(const char* op, const Tensor& s, T* dot, const Maybe& bias, float* lse,
   pass.s = mutable_data<T>(s);
   pass.dot = dot;
   pass.lse = lse;
-  const std::vector<T> zeros(bias ? 0 : pass.width);
-  pass.bias = zeros.data();
   if (bias) {
     check_dtype(op, "bias", *bias, s);
-    check_shape(op, "bias", *bias, std::vector{s.size(0), pass.width});
+    check_rank(op, "bias", *bias, 3);
+    const int64_t heads = bias->size(0), rows = bias->size(1);
+    check_shape(
+        op, "bias", *bias,
+        std::vector{heads == 1 ? 1 : s.size(0), rows == 1 ? 1 : pass.rows, pass.width});
     require(bias->is_contiguous(), op, "bias must be contiguous");
     pass.bias = data<T>(*bias);
-    pass.bias_stride = pass.width;
+    pass.bias_head = heads == 1 ? 0 : rows * pass.width;
+    pass.bias_row = rows == 1 ? 0 : pass.width;
   }
   const int64_t grain = std::max<int64_t>(1, kGrain / pass.width);
   parallel_for(s.size(0) * pass.rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(pass.width);
-    Clones<&rows_body<T, what>>::run(&pass, scratch.data(), begin, end);
+    if (pass.bias == nullptr) {
+      Clones<&rows_body<T, what, false>>::run(&pass, scratch.data(), begin, end);
+    } else {
+      Clones<&rows_body<T, what, true>>::run(&pass, scratch.data(), begin, end);
+    }
   });
 }
 

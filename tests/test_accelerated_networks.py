@@ -1,4 +1,4 @@
-"""Networks from PyPI, unchanged: diffusers' DiT, and timm's two ViTs (timm has no DiT)."""
+"""Networks from PyPI, unchanged: diffusers' DiT, timm's ViTs, transformers' text encoders."""
 
 from __future__ import annotations
 
@@ -50,8 +50,66 @@ def naflexvit():
     return net, lambda net, z: net(z), {"z": randn(2, 3, 8, 8)}
 
 
-NETWORKS = {"DiT": dit, "ViT": vit, "NaFlexViT": naflexvit}
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
+SMALL |= {"num_attention_heads": 4, "vocab_size": 7}
+
+
+def text_encoder(model, config, **options):
+    """One of transformers' encoders, of embeddings, the last of one sample's tokens padding."""
+
+    def make():
+        load_torchvision()
+        transformers = pytest.importorskip("transformers")
+        net = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+        padding = torch.ones(2, 5, dtype=torch.int64)
+        padding[1, 3:] = 0
+
+        def call(net, z):
+            return net(inputs_embeds=z, attention_mask=padding, return_dict=False)[0]
+
+        return net, call, {"z": randn(2, 5, 16)}
+
+    return make
+
+
+def clip_text():
+    """Causal and padded; its embeddings are of numbers, to which what moves is added."""
+    load_torchvision()
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(**SMALL, eos_token_id=6, bos_token_id=0, pad_token_id=1)
+    net = transformers.CLIPTextModel(config).eval()
+    words, padding = torch.tensor([[0, 2, 3, 4, 6], [0, 2, 6, 1, 1]]), torch.ones(2, 5)
+    padding[1, 3:] = 0
+    table = next(m for m in net.modules() if getattr(m, "num_embeddings", 0) == 7)
+
+    def call(net, z):
+        hook = table.register_forward_hook(lambda module, given, found: found + z)
+        try:
+            return net(input_ids=words, attention_mask=padding, return_dict=False)[0]
+        finally:
+            hook.remove()
+
+    return net, call, {"z": randn(2, 5, 16)}
+
+
+NETWORKS = {
+    "DiT": dit,
+    "ViT": vit,
+    "NaFlexViT": naflexvit,
+    "BERT": text_encoder("BertModel", "BertConfig", **SMALL),
+    "Llama": text_encoder(
+        "LlamaModel", "LlamaConfig", **SMALL, num_key_value_heads=2, use_cache=False
+    ),
+    "T5": text_encoder(
+        "T5EncoderModel",
+        "T5Config",
+        **{"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": LAYERS, "num_heads": 4},
+        vocab_size=7,
+    ),
+    "CLIP text": clip_text,
+}
 everywhere = pytest.mark.parametrize("name", NETWORKS)
+in_pictures = pytest.mark.parametrize("name", ["DiT", "ViT", "NaFlexViT"])
 
 # Of each layer's calls: two norms (four with qk-norm), qkv in one product or three, out, two of the
 # MLP. DiT adds a time embedding to every layer, and modulates the last norm.
@@ -76,6 +134,19 @@ TAKEN = {
         "layer_norm": 2 * LAYERS + 2,
         "linear": 4 * LAYERS + 6,
         "scaled_dot_product_attention": LAYERS + 1,
+    },
+    "BERT": {
+        "gelu": LAYERS,
+        "layer_norm": 2 * LAYERS + 1,
+        "linear": 6 * LAYERS + 1,
+        "scaled_dot_product_attention": LAYERS,
+    },
+    "Llama": {"linear": 7 * LAYERS, "scaled_dot_product_attention": LAYERS, "silu": LAYERS},
+    "T5": {"linear": 6 * LAYERS, "scaled_dot_product_attention": LAYERS},
+    "CLIP text": {
+        "layer_norm": 2 * LAYERS + 1,
+        "linear": 6 * LAYERS,
+        "scaled_dot_product_attention": LAYERS,
     },
 }
 
@@ -127,13 +198,13 @@ def test_value_tangent_and_gradients(name):
 
 
 @pytest.mark.slow
-@everywhere
+@in_pictures
 def test_compiled(name):
     function, inputs, moving = as_function(name)
     oracle.check_compiled(by_us(function), inputs, moving, terms=2500, backend="aot_eager")
 
 
-@everywhere
+@in_pictures
 def test_costs(name):
     """Two products for each of a plain forward; of tapes, nothing that plain training has not."""
     net, call, moving = network(name)

@@ -39,7 +39,7 @@ PARAMETERS = {
     "kernels.adaln": "x shift scale eps",
     "kernels.gated_residual_adaln": "x h gate shift scale eps",
     "kernels.qk_norm_rope": "qkv q_weight k_weight rope eps",
-    "kernels.joint_attention": "q k v scale lengths",
+    "kernels.joint_attention": "q k v scale lengths mask causal",
     "kernels.swiglu": "gate up",
     "kernels.swiglu_product": "x gate_weight up_weight",
     "kernels.linear": "x weight bias",

@@ -5,13 +5,17 @@ the block. Where no input has a tangent it calls the function and does no more. 
 
     F.scaled_dot_product_attention               our `joint_attention`
     F.linear, conv1d, conv2d, conv3d             the function, on the value and on the tangent
-    F.multi_head_attention_forward               both
-    F.silu, gelu, layer_norm, rms_norm           the function on the value, and on the tangent
+    matmul, mm, bmm, addmm, baddbmm, einsum      likewise, where one factor moves
+    F.multi_head_attention_forward               attention and `linear`
+    F.batch_norm of running statistics           the function on the value, and on the tangent
+    F.silu, gelu, layer_norm, rms_norm,          the function on the value, and on the tangent
+    F.group_norm
         silu, gelu     y_dot = f'(x) x_dot           by the function's own backward kernel, since
-        layer_norm     y_dot = w J x_dot             a diagonal Jacobian is symmetric, and so is J
+        layer_norm,    y_dot = w J x_dot             a diagonal Jacobian is symmetric, and so is J
+        group_norm
         rms_norm       y_dot = w r (x_dot - n mean(n x_dot)),  n = r x,  r = (mean x^2 + eps)^-1/2
-    matmuls and the like, whose derivative       PyTorch's value and tangent, the tangent then
-    would keep a tangent for backward            detached from the graph
+    matmuls of two that move and the like, whose PyTorch's value and tangent, the tangent then
+    derivative would keep a tangent              detached from the graph
     anything else                                PyTorch's
 
 So a layer costs two matmuls where PyTorch's forward mode does three (it multiplies by a zero
@@ -25,6 +29,7 @@ not), autocast keeps its copies of weights, and a compiler can fuse across.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -46,10 +51,15 @@ Route = Callable[..., Any]  # the dual result of a call with a tangent; or raise
 _WIDEST_HEAD = 256  # that our attention takes on every device
 
 _layer_norm_bar = torch.ops.aten.native_layer_norm_backward.default
+_group_norm_bar = torch.ops.aten.native_group_norm_backward.default
 
 
 class NotOurs(Exception):
     """A call with a tangent that stays PyTorch's; the argument says why."""
+
+
+class NotCounted(Exception):
+    """A call whose tangent costs PyTorch what it would cost us."""
 
 
 def _forward_mode() -> str | None:
@@ -76,8 +86,11 @@ def _join(y: Tensor, y_dot: Tensor) -> Tensor:
 
 
 def _moves(*arguments: Any) -> bool:
-    """Return True if one of the arguments carries a tangent."""
-    return any(isinstance(a, Tensor) and _dual.split(a)[1] is not None for a in arguments)
+    """Return True if one of the arguments, or of a list among them, carries a tangent."""
+    return any(
+        _moves(*a) if isinstance(a, (list, tuple)) else _dual.split(a)[1] is not None
+        for a in arguments
+    )
 
 
 def _detached(result: Any) -> Any:
@@ -172,6 +185,71 @@ def _rms_norm_dot(
     return y_dot if weight is None else y_dot * weight
 
 
+def _group_norm_dot(
+    x: Tensor,
+    x_dot: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    work = work_dtype(x)
+    x, x_dot = (t.to(work).contiguous() for t in (x, x_dot))
+    sizes = x.shape[0], x.shape[1], x[0, 0].numel(), num_groups
+    _, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
+    y_dot, _, _ = _group_norm_bar(x_dot, x, mean, rstd, None, *sizes, [True, False, False])
+    return y_dot if weight is None else y_dot * _of_channels(weight, x)
+
+
+def _of_channels(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.view(-1, *[1] * (x.ndim - 2))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_var is None:
+        raise NotOurs("statistics of the batch")
+
+    def tangent(x: Tensor, x_dot: Tensor, mean: Tensor, var: Tensor, *others: Any) -> Tensor:
+        r = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+        return x_dot * _of_channels(r, x)
+
+    route = _apart(F.batch_norm, tangent)
+    y: Tensor = route(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return y
+
+
+def _product(function: Callable[..., Tensor], first: int) -> Route:
+    """Return the route of a product of its arguments from the first on; what precedes is added."""
+
+    def route(*args: Any, **kwargs: Any) -> Tensor:
+        if function is torch.einsum and isinstance(args[1], (list, tuple)):
+            args = args[0], *args[1]
+        values, dots = zip(*map(_dual.split, args), strict=True)
+        moving = [i for i in range(first, len(args)) if dots[i] is not None]
+        if len(moving) != 1:
+            raise NotCounted
+        y = function(*values, **kwargs)
+        with torch.no_grad():
+            given = [v.detach() if isinstance(v, Tensor) else v for v in values]
+            given[moving[0]] = dots[moving[0]]
+            if first and isinstance(values[0], Tensor):
+                given[0] = y.new_zeros(()) if dots[0] is None else dots[0]
+            y_dot = function(*given, **kwargs).to(y.dtype)
+        return _join(y, y_dot)
+
+    return route
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -182,21 +260,35 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    reasons = {
-        "attn_mask": attn_mask is not None,
-        "dropout": dropout_p > 0,
-        "is_causal": is_causal,
-        "not (B, H, N, D)": not (query.ndim == key.ndim == value.ndim == 4),
-        "queries and keys of different numbers": not (
-            query.shape[:2] == key.shape[:2] == value.shape[:2]
-        ),
-        "values of a width of their own": not (query.shape[-1] == key.shape[-1] == value.shape[-1]),
-        "no key": key.shape[-2] == 0,
-        f"heads wider than {_WIDEST_HEAD}": query.shape[-1] > _WIDEST_HEAD,
-    }
-    _leave(reasons)
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return joint_attention(q, k, v, scale=scale).transpose(1, 2)
+    given = query, key, value
+    _leave(
+        {
+            "tangent of attn_mask": _moves(attn_mask),
+            "dropout": dropout_p > 0,
+            "not (B, H, N, D)": {x.ndim for x in given} not in ({4}, {3}),
+        }
+    )
+    if query.ndim == 3:  # no heads
+        mask = attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask[:, None]
+        query, key, value = (x[:, None] for x in given)
+        return _attention(query, key, value, mask, 0.0, is_causal, scale)[:, 0]
+    heads, of_keys = query.shape[1], max(1, key.shape[1])
+    _leave(
+        {
+            "samples or heads of different numbers": not (
+                query.shape[0] == key.shape[0]
+                and key.shape[:2] == value.shape[:2]
+                and (heads == of_keys or (enable_gqa and heads % of_keys == 0))
+            ),
+            "no key": key.shape[2] == 0,
+            f"heads wider than {_WIDEST_HEAD}": max(query.shape[3], value.shape[3]) > _WIDEST_HEAD,
+        }
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = attn_mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    return joint_attention(q, k, v, scale, None, mask, is_causal).transpose(1, 2)
 
 
 def _leave(reasons: dict[str, bool]) -> None:
@@ -212,22 +304,26 @@ _MULTI_HEAD_DEFAULTS = {n: p.default for n, p in _MULTI_HEAD.items() if p.defaul
 _MORE_KEYS = ("bias_k", "bias_v", "static_k", "static_v")
 
 
-def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     # What inspect.Signature.bind does, in words that a compiler traces
     given = {**_MULTI_HEAD_DEFAULTS, **dict(zip(_MULTI_HEAD_NAMES, args, strict=False)), **kwargs}
     query, key, value = inputs = given.pop("query"), given.pop("key"), given.pop("value")
+    if query.ndim == 2:  # one sample
+        lone = {"query": query[:, None], "key": key[:, None], "value": value[:, None]}
+        padding = given["key_padding_mask"]
+        lone["key_padding_mask"] = None if padding is None else padding[None]
+        o, weights = _multi_head_attention(**{**given, **lone})
+        return o[:, 0], None if weights is None else weights[0]
     heads = given["num_heads"]
     reasons = {
         "tangent of a parameter": _moves(*given.values()),
-        "need_weights=True": given["need_weights"],
-        "attn_mask": given["attn_mask"] is not None or given["key_padding_mask"] is not None,
         "dropout": given["dropout_p"] > 0 and given["training"],
         "keys beyond those given": given["add_zero_attn"]
         or any(given[name] is not None for name in _MORE_KEYS),
-        "not (N, B, C)": query.ndim != 3,
         f"heads wider than {_WIDEST_HEAD}": query.shape[-1] // heads > _WIDEST_HEAD,
     }
     _leave(reasons)
+    mask = _multi_head_mask(given["attn_mask"], given["key_padding_mask"], heads, query.dtype)
     weight, bias = given["in_proj_weight"], given["in_proj_bias"]
     if query is key is value and weight is not None:
         qkv = _linear(query, weight, bias).chunk(3, -1)
@@ -238,8 +334,37 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         layers = zip(inputs, weights, biases, strict=True)
         qkv = [(_linear if _moves(x) else F.linear)(x, *layer) for x, *layer in layers]
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in qkv)
-    o = joint_attention(q, k, v).transpose(0, 1).flatten(2)
-    return _linear(o, given["out_proj_weight"], given["out_proj_bias"]), None
+    p = None
+    if given["need_weights"]:
+        scores = torch.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
+        if mask is not None:
+            hides = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if hides else scores + mask
+        p = scores.softmax(-1)
+        o = _detached(torch.einsum("bhnm,bmhd->bnhd", p, v))
+        p = _detached(p.mean(1) if given["average_attn_weights"] else p)
+    else:
+        o = joint_attention(q, k, v, mask=mask)
+    o = o.transpose(0, 1).flatten(2)
+    return _linear(o, given["out_proj_weight"], given["out_proj_bias"]), p
+
+
+def _multi_head_mask(
+    mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the masks of multi-head attention, True for what is hidden, as `joint_attention`'s."""
+    if mask is not None and mask.ndim == 3:
+        mask = mask.unflatten(0, (-1, heads))
+    rules = [
+        m for m in (mask, None if padding is None else padding[:, None, None]) if m is not None
+    ]
+    if not rules:
+        return None
+    if all(m.dtype == torch.bool for m in rules):
+        return ~functools.reduce(torch.logical_or, rules)
+    zero = torch.zeros((), dtype=dtype, device=rules[0].device)
+    added = [m if m.dtype != torch.bool else torch.where(m, -torch.inf, zero) for m in rules]
+    return functools.reduce(torch.add, added).to(dtype)
 
 
 _ROUTES: dict[Any, tuple[str, Route]] = {
@@ -253,18 +378,27 @@ _ROUTES: dict[Any, tuple[str, Route]] = {
     F.gelu: ("gelu", _apart(F.gelu, _gelu_dot)),
     F.layer_norm: ("layer_norm", _apart(F.layer_norm, _layer_norm_dot)),
     F.rms_norm: ("rms_norm", _apart(F.rms_norm, _rms_norm_dot)),
+    F.group_norm: ("group_norm", _apart(F.group_norm, _group_norm_dot)),
+    F.batch_norm: ("batch_norm", _batch_norm),
     # What a compiler makes of the two.
     torch.layer_norm: ("layer_norm", _apart(torch.layer_norm, _layer_norm_dot)),
     torch.rms_norm: ("rms_norm", _apart(torch.rms_norm, _rms_norm_dot)),
+}
+_PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "einsum": 1, "addmm": 1, "baddbmm": 1}
+_ROUTES |= {
+    getattr(owner, name): (name, _product(getattr(torch, name), first))
+    for name, first in _PRODUCTS.items()
+    for owner in (torch, Tensor)
+    if hasattr(owner, name)
 }
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 # Functions whose forward derivative would keep tangents for backward, by their names in torch,
 # torch.Tensor and torch.nn.functional. None returns its input or a view of it.
 _NAMES = (
-    "mul div true_divide pow __rdiv__ __rtruediv__ __rpow__ matmul mm bmm addmm baddbmm einsum "
+    "mul div true_divide pow __rdiv__ __rtruediv__ __rpow__ "
     "addcmul addcdiv lerp square sqrt rsqrt reciprocal exp log sin cos tanh sigmoid relu softplus "
-    "elu leaky_relu mish hardswish softmax log_softmax glu group_norm instance_norm batch_norm "
+    "elu leaky_relu mish hardswish softmax log_softmax glu instance_norm "
     "normalize conv_transpose1d conv_transpose2d"
 )
 _KEEP_TANGENTS = {
@@ -273,6 +407,28 @@ _KEEP_TANGENTS = {
     for name in _NAMES.split()
     if hasattr(owner, name)
 }
+
+
+_FUSED_ATTENTION = (
+    "flash_attn",
+    "flash_attn_interface",
+    "natten",
+    "sageattention",
+    "torch.nn.attention.flex_attention",
+    "transformer_engine",
+    "xformers",
+)
+
+
+def _fused_attention(trace: Any) -> str | None:
+    """Return the package of a fused attention in which an error arose; None for any other."""
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__"))
+        for name in _FUSED_ATTENTION:
+            if module == name or module.startswith(f"{name}."):
+                return name
+        trace = trace.tb_next
+    return None
 
 
 class AcceleratedJvp(TorchFunctionMode):
@@ -301,6 +457,15 @@ class AcceleratedJvp(TorchFunctionMode):
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
 
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        name = _fused_attention(trace) if isinstance(error, RuntimeError) else None
+        if name is not None:
+            raise NotImplementedError(
+                f"{name} has no forward mode. Call F.scaled_dot_product_attention in its place "
+                '(transformers: attn_implementation="sdpa"), which accelerate_jvp takes over.'
+            ) from error
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
     ) -> Any:
@@ -327,6 +492,9 @@ class AcceleratedJvp(TorchFunctionMode):
             if obstacle:
                 raise NotOurs(obstacle)
             result = route(*args, **kwargs)
+        except NotCounted:
+            result = func(*args, **kwargs)
+            return result if torch.compiler.is_compiling() else _detached(result)
         except NotOurs as left:
             reason = left.args[0]
         else:
@@ -345,13 +513,14 @@ def accelerate_jvp() -> AcceleratedJvp:
     """Give any network the tangents of this package, unchanged, inside a `with` block.
 
     While a tangent is alive (in `torch.func.jvp` or a `torch.autograd.forward_ad.dual_level`),
-    these functions of `torch.nn.functional`, and the modules that call them, propagate it by our
-    rules: linear, scaled_dot_product_attention, conv1d, conv2d, conv3d, layer_norm, rms_norm, silu,
-    gelu, multi_head_attention_forward. A layer then costs two products instead of three, attention
-    has a forward mode, and backward keeps no tangent. Calls without a tangent are PyTorch's own,
-    bit for bit. What we do not take stays PyTorch's: masked, causal, grouped-query or dropout
-    attention goes through its math backend; a tangent of a weight, nested forward mode, and
-    forward mode inside `torch.func.grad` or `vmap` are left as they are.
+    these functions, and the modules that call them, propagate it by our rules: linear, conv1d,
+    conv2d, conv3d, matmul and its kin with one factor that moves, scaled_dot_product_attention and
+    multi_head_attention_forward with any masks, layer_norm, rms_norm, group_norm, batch_norm in
+    eval mode, silu, gelu. A layer then costs two products instead of three, attention has a forward
+    mode, and backward keeps no tangent. Calls without a tangent are PyTorch's own, bit for bit.
+    What we do not take stays PyTorch's: attention with dropout goes through its math backend; a
+    tangent of a weight, nested forward mode, and forward mode inside `torch.func.grad` or `vmap`
+    are left as they are.
 
     Works eagerly, and with `torch.compile(fullgraph=True)`, opened inside or around what is
     compiled. Gradients are those of the values; detach the tangent before it enters the loss.
@@ -362,5 +531,6 @@ def accelerate_jvp() -> AcceleratedJvp:
 
     Raises:
         RuntimeError: In the backward pass, where a gradient arrives at a tangent.
+        NotImplementedError: The attention of another package failed inside; what to call instead.
     """
     return AcceleratedJvp()

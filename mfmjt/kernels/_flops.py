@@ -69,20 +69,24 @@ def _conv1d_toom(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
     return 2 * x[0] * x[2] * prod(weight)
 
 
-def _attention(q: Sequence[Shape], k: Sequence[Shape], products: int = 1) -> int:
-    """Count so many products of all queries (B, N, H, D) and all keys (B, M, H, D)."""
+def _attention(
+    q: Sequence[Shape], k: Sequence[Shape], v: Sequence[Shape], of_keys: int, of_values: int
+) -> int:
+    """Count products of all queries (B, N, H, D) with keys (B, M, K, D) and values (B, M, K, E)."""
     tokens = sum(i[1] for i in q) * sum(j[1] for j in k)
-    return products * 2 * q[0][0] * q[0][2] * q[0][3] * tokens
+    return 2 * q[0][0] * q[0][2] * tokens * (of_keys * q[0][3] + of_values * v[0][3])
 
 
-def _attention_fwd(q: Sequence[Shape], k: Sequence[Shape], *_: Any, out_shape: Any) -> int:
-    return _attention(q, k, 2)
+def _attention_fwd(
+    q: Sequence[Shape], k: Sequence[Shape], v: Sequence[Shape], *_: Any, out_shape: Any
+) -> int:
+    return _attention(q, k, v, 1, 1)
 
 
 def _attention_jvp(
     q: Sequence[Shape],
     k: Sequence[Shape],
-    v: Any,
+    v: Sequence[Shape],
     q_dot: Shapes,
     k_dot: Shapes,
     v_dot: Shapes,
@@ -91,18 +95,23 @@ def _attention_jvp(
 ) -> int:
     total = 0
     for queries, i_dot in zip(q, q_dot, strict=True):
-        for keys, j_dot, value_dot in zip(k, k_dot, v_dot, strict=True):
+        for keys, values, j_dot, value_dot in zip(k, v, k_dot, v_dot, strict=True):
             of_scores = (i_dot is not None) + (j_dot is not None)
             # S and P v; S_dot and, where that is not zero, W v; P v_dot.
-            products = 2 + of_scores + (of_scores > 0) + (value_dot is not None)
-            total += _attention([queries], [keys], products)
+            of_values = 1 + (of_scores > 0) + (value_dot is not None)
+            total += _attention([queries], [keys], [values], 1 + of_scores, of_values)
     return total
 
 
 def _attention_bwd(
-    o_bar: Any, q: Sequence[Shape], k: Sequence[Shape], *_: Any, out_shape: Any
+    o_bar: Any,
+    q: Sequence[Shape],
+    k: Sequence[Shape],
+    v: Sequence[Shape],
+    *_: Any,
+    out_shape: Any,
 ) -> int:
-    return _attention(q, k, 5)
+    return _attention(q, k, v, 3, 2)
 
 
 def _flash(q: Shape, k: Shape, *_: Any, **__: Any) -> int:

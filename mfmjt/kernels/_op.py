@@ -393,9 +393,16 @@ class Part:
             ys, statistics = results[: len(op.results)], results[len(op.results) :]
             return *(t for y in ys for t in (y, _empty_like(y))), *statistics
 
+        def nothing(args: Sequence[Any]) -> Tensor:
+            return next(x for x in flatten(args)[0] if isinstance(x, Tensor)).new_empty(0)
+
         def of_bwd(*args: Any) -> Any:
             given = dict(zip(self.names, args, strict=True))
-            bars = tuple(_empty_like(given[n]) for n in op.tensors[: self.count])
+            needs = given.get("needs") or [True] * len(op.tensors)
+            bars = tuple(
+                _empty_like(given[n]) if wanted or isinstance(given[n], list) else nothing(args)
+                for n, wanted in zip(op.tensors[: self.count], needs, strict=False)
+            )
             return bars if len(bars) > 1 else bars[0]
 
         return of_jvp if self.part == "jvp" else of_bwd
@@ -447,8 +454,8 @@ class Part:
         # No cotangent of what was None for every stream, such as a bias
         return tuple(
             [
-                nothing if nothing is None or found[i] is None else found[i]
-                for i, nothing in zip(self._places, ctx.nothing, strict=True)
+                nothing if found[i] is None or (nothing is None and wants is not True) else found[i]
+                for i, nothing, wants in zip(self._places, ctx.nothing, wanted, strict=False)
             ]
         )
 

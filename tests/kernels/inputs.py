@@ -70,7 +70,8 @@ def inputs(
     if op == "joint_attention":
         shapes = {"q": tokens, "k": tokens + 2, "v": tokens + 2}
         streams = {name: randn(batch, n, heads, width) for name, n in shapes.items()}
-        return {**streams, "scale": 0.5, "lengths": torch.arange(batch) % (tokens + 2) + 1}
+        hides = {"mask": None, "lengths": torch.arange(batch) % (tokens + 2) + 1, "causal": False}
+        return {**streams, "scale": 0.5, **hides}
     if op == "swiglu":
         return {"gate": 5 * x, "up": torch.randn_like(x)}
     if op == "snake":

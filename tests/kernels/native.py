@@ -42,20 +42,20 @@ def arguments(
     even = (batch, tokens, (width + 1) // 2 * 2)
     if name.startswith("joint_attention_softmax"):
         s, other = torch.randn(2, *size).to(dtype).unbind()
-        rest = {"bias": torch.randn(batch, width).to(dtype), "scale": 0.5}
+        rest = {"bias": torch.randn(batch, 1, width).to(dtype), "scale": 0.5}
         if name.endswith("bar"):
             lse = _scores(s, rest["bias"], 0.5).logsumexp(-1)
             return {"s": s, "p_bar": other, "bias": rest["bias"], "lse": lse, "scale": 0.5}
         return {"s": s, "s_dot": other, **rest}
     if name.startswith("joint_attention_rows"):
         given = inputs("joint_attention", even, dtype=torch.bfloat16)
-        lengths, scale = given.pop("lengths"), given.pop("scale")
+        lengths, scale, *_ = map(given.pop, ("lengths", "scale", "mask", "causal"))
         keys = torch.arange(tokens + 2)
         bias = torch.zeros(batch, tokens + 2)
         bias[keys >= lengths[:, None]] = torch.finfo(torch.float32).min
         rest = {"bias": bias, "scale": scale}
         if name.endswith("bar"):
-            lse = _log_sums(given["q"], given["k"], bias, scale)
+            lse = _log_sums(given["q"], given["k"], bias[:, None], scale)
             return {"o_bar": torch.randn_like(given["q"]), **given, "lse": lse, **rest}
         return {**given, **{f"{key}_dot": torch.randn_like(t) for key, t in given.items()}, **rest}
     if name.startswith("qk_norm_rope"):
@@ -66,7 +66,7 @@ def arguments(
 def _scores(s: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Scale and bias scores (G, R, M), in float32 at least."""
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
-    return s if bias is None else s + bias[:, None]
+    return s if bias is None else s + bias
 
 
 def _log_sums(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -103,7 +103,7 @@ def _rows(
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(attention(*leaves), leaves, others["o_bar"])
     dots = [others[f"{name}_dot"] for name in "qkv"]
-    lse = _log_sums(q, k, bias, scale)
+    lse = _log_sums(q, k, None if bias is None else bias[:, None], scale)
     if all(dot is None for dot in dots):
         return attention(q, k, v), q.new_empty(0), lse
     pairs = zip((q, k, v), dots, strict=True)

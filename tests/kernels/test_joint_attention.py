@@ -66,6 +66,186 @@ def test_all_modes(case, dtype):
     oracle.check_op(op, ref, make(), moving, dtype, terms=16)
 
 
+def hides(shape, whole_row=True):
+    """A mask of bool; the first query, or the first of each axis there is, sees nothing."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    if whole_row:
+        mask[..., 0, :] = False
+    return mask
+
+
+def adds(shape):
+    """A mask that is added: a bias, and -inf for some keys."""
+    return randn(*shape).masked_fill(~hides(shape), -torch.inf)
+
+
+N, M = 5, 7
+MASKED = {
+    "causal": ({"causal": True}, {}),
+    "causal, more queries": ({"causal": True}, {"keys": (3,)}),
+    "bool": ({"mask": hides((2, 2, N, M))}, {}),
+    "bool of pairs": ({"mask": hides((N, M))}, {}),
+    "bool of keys": ({"mask": hides((2, 1, 1, M), False)}, {}),
+    "bool of heads": ({"mask": hides((2, N, 1))}, {}),
+    "bool, causal": ({"mask": hides((2, 1, N, M)), "causal": True}, {}),
+    "bool, lengths": ({"mask": hides((2, 1, N, M)), "lengths": torch.tensor([4, 0])}, {}),
+    "causal, lengths": ({"causal": True, "lengths": torch.tensor([2, 0])}, {}),
+    "grouped": ({}, {"groups": 2}),
+    "grouped, lengths": ({"lengths": torch.tensor([4, 0])}, {"groups": 2}),
+    "one head of keys, causal": ({"causal": True}, {"groups": 4}),
+    "grouped, bool": ({"mask": hides((2, 4, N, M))}, {"groups": 2}),
+    "narrow values": ({}, {"values": 5}),
+    "wide values, grouped, causal": ({"causal": True}, {"groups": 2, "values": 11}),
+    "two streams, causal": ({"causal": True}, {"queries": (2, 3), "keys": (3, 4)}),
+    "two streams, all of it": (
+        {"mask": hides((2, 4, N, M)), "causal": True, "lengths": (None, torch.tensor([2, 0]))},
+        {"groups": 2, "values": 3, "queries": (2, 3), "keys": (3, 4)},
+    ),
+}
+
+
+def masked_inputs(queries=(N,), keys=(M,), heads=4, groups=1, values=8):
+    given = inputs(2, queries, keys, heads)
+    for name in (n for n in given if n[0] in "kv"):
+        given[name] = given[name][:, :, : heads // groups]
+        if name[0] == "v":
+            given[name] = randn(*given[name].shape[:3], values)
+    return given
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", MASKED)
+def test_masked_and_grouped_in_all_modes(case, dtype):
+    options, shape = MASKED[case]
+    heads = 2 if "mask" in options and options["mask"].shape[-3:-2] == (2,) else 4
+    given = masked_inputs(heads=heads, **shape)
+    op, ref = streams(joint_attention, **options), streams(joint_attention_ref, **options)
+    oracle.check_op(op, ref, given, [n for n in given if n != "k1"], dtype, terms=16)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("shape", [(2, 4, N, M), (1, 4, N, M), (N, M), (2, 1, 1, M), (4, 1, 1)])
+def test_a_mask_that_is_added_has_a_gradient(shape, dtype):
+    def with_mask(op):
+        def call(mask, **given):
+            return streams(op, mask=mask)(**given)[0]
+
+        return call
+
+    given = masked_inputs(groups=2) | {"mask": adds(shape)}
+    op, ref = with_mask(joint_attention), with_mask(joint_attention_ref)
+    oracle.check_op(op, ref, given, ("q0", "k0", "v0"), dtype, terms=16)
+
+
+@pytest.mark.skipif(_backends.INTERPRETED, reason="of the formulas, which do not run there")
+@pytest.mark.parametrize("block", [1, 320])
+def test_blocks_of_masked_queries_make_no_difference(block, monkeypatch):
+    monkeypatch.setattr(_attention, "BLOCK", block)
+    monkeypatch.setattr(_attention, "CAUSAL_ROWS", 2)
+    for case in ("two streams, all of it", "grouped, bool", "one head of keys, causal"):
+        test_masked_and_grouped_in_all_modes(case, torch.float64)
+    test_a_mask_that_is_added_has_a_gradient((2, 4, N, M), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["causal", "bool", "added", "grouped"])
+def test_what_is_hidden_does_not_leak(where, bad, dtype):
+    """Key 3 is no number: NaN for the queries that see it, and nothing for the others."""
+    q, dots = randn(1, 6, 2, 8).to(dtype), [randn(1, 6, 2, 8).to(dtype) for _ in range(3)]
+    k, v = (randn(1, 6, 1 if where == "grouped" else 2, 8).to(dtype) for _ in range(2))
+    dots[1:] = [x[:, :, : k.shape[2]] for x in dots[1:]]
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    options = {"causal": True} if where == "causal" else {"mask": mask}
+    if where == "added":
+        options["mask"] = torch.zeros(6, 6, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+    def run(k, v, k_dot, v_dot):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y, y_dot = torch.func.jvp(
+            lambda *xs: joint_attention(*xs, **options), tuple(leaves), (dots[0], k_dot, v_dot)
+        )
+        return y, y_dot, *torch.autograd.grad(y[:, :3].sum(), leaves)
+
+    truth = run(k, v, *dots[1:])
+    for what in range(4):
+        given = [x.clone() for x in (k, v, *dots[1:])]
+        given[what][:, 3] = bad
+        found = run(*given)
+        for i, (x, exact) in enumerate(zip(found[:2], truth, strict=False)):
+            limit = oracle.allowance(exact, dtype, terms=8)
+            assert oracle.error(x[:, :3], exact[:, :3]) <= limit
+            seen = i == 1 or what < 2
+            assert x[:, 3:].isnan().all() if seen else x.isfinite().all()
+        if what > 1:
+            for x, exact in zip(found[2:], truth[2:], strict=True):
+                assert oracle.error(x, exact) <= oracle.allowance(exact, dtype, terms=8)
+
+
+def test_agrees_with_pytorchs_masks_and_groups():
+    q, k, v = randn(2, 4, 5, 8), randn(2, 2, 7, 8), randn(2, 2, 7, 6)
+    for mask in (hides((2, 1, 5, 7)), randn(4, 5, 7), None):
+        causal = mask is None
+        truth = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, enable_gqa=True)
+        found = joint_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), mask=mask, causal=causal
+        ).transpose(1, 2)
+        assert oracle.error(found, truth) <= oracle.allowance(truth, torch.float64, terms=8)
+
+
+def test_a_row_of_a_number_for_minus_infinity_has_its_digits():
+    """All of a row at float32's least number: softmax cancels it, in the gradient too."""
+    q, k, v, o_bar = (randn(1, 5, 2, 8).float().requires_grad_() for _ in range(4))
+    mask = torch.zeros(5, 5)
+    mask[2], mask[3, 1:] = torch.finfo(torch.float32).min, -1e9
+    same = torch.zeros(5, 5).masked_fill(mask < 0, -torch.inf)
+    same[2] = 0
+    found, truth = (joint_attention(q, k, v, mask=m) for m in (mask, same))
+    found, truth = ((y, *torch.autograd.grad(y, (q, k, v), o_bar)) for y in (found, truth))
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_a_tangent_of_a_mask_is_refused():
+    q, mask = randn(1, 3, 1, 8), randn(3, 3)
+    with pytest.raises(NotImplementedError, match="does not propagate a tangent of its mask"):
+        torch.func.jvp(lambda mask: joint_attention(q, q, q, mask=mask), (mask,), (mask,))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            torch.zeros(3, 4),
+            r"broadcasts to \(B, H, N, M\) = \(2, 2, 3, 3\).*mask \(3, 4\) float32",
+        ),
+        (torch.zeros(3, 3, dtype=torch.int64), r"of bool or of q's dtype; got mask \(3, 3\) int64"),
+        (torch.zeros(1, 1, 1, 3, 3), r"broadcasts to"),
+        (torch.zeros(3, 3, dtype=torch.float64), r"of one dtype.*mask \(1, 1, 3, 3\) float64"),
+        (torch.zeros(3, 3, device="meta"), r"the mask on cpu as q, not on meta"),
+    ],
+)
+def test_refuses_masks_that_do_not_fit(mask, message):
+    q = torch.zeros(2, 3, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        joint_attention(q, q, q, mask=mask)
+
+
+def test_refuses_groups_that_do_not_divide():
+    q, k = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 3, 8)
+    with pytest.raises(ValueError, match=r"heads of k divide those of q; got q\[0\]"):
+        joint_attention(q, k, k)
+
+
+def test_compiled_with_a_mask():
+    given = masked_inputs(groups=2, values=6) | {"mask": adds((4, N, M)).clamp(min=-9)}
+    for options in ({}, {"causal": True, "lengths": torch.tensor([4, 2])}):
+
+        def attend(mask, options=options, **streams_by_name):
+            return streams(joint_attention, mask=mask, **options)(**streams_by_name)[0]
+
+        oracle.check_compiled(attend, given, ("q0", "k0", "v0"), terms=64, backend="aot_eager")
+
+
 @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float64, LOW])
 def test_lengths_and_scale(dtype, scale):
@@ -110,10 +290,12 @@ def test_blocks_of_queries_make_no_difference(block, monkeypatch):
 
 def test_explicit_form_that_other_devices_use():
     q, k, v, o_bar = ([randn(2, n, 2, 8) for n in (6, 3)] for _ in range(4))
-    rest = ([torch.tensor([6, 2]), None], 0.3)
+    lengths = [torch.tensor([6, 2]), None]
+    rest, needs = (None, lengths, False, 0.3), [True] * 3 + [False] * 2
     o, lse = module._fwd(q, k, v, *rest)
-    found = (o, *module._bwd(o_bar, q, k, v, o, lse, *rest))
-    truth = (cpu.flash(q, k, v, *rest), *cpu.bwd(o_bar, q, k, v, o, lse, *rest))
+    found = (o, *module._bwd(o_bar, q, k, v, o, lse, *rest, needs)[:3])
+    of_cpu = cpu.bwd(o_bar, q, k, v, o, lse, *rest, needs)[:3]
+    truth = (cpu.flash(q, k, v, lengths, 0.3), *of_cpu)
     for pairs in map(zip, found, truth):
         for a, b in pairs:
             assert oracle.error(a, b) <= oracle.allowance(b, torch.float64, terms=8)
@@ -175,15 +357,16 @@ def test_reference_is_differentiable_in_both_modes():
 
 def test_library_ops():
     q, k, v = ([randn(2, n, 1, 8).to(LOW) for n in (5, 2)] for _ in range(3))
-    lengths = [torch.tensor([5, 1]), None]
+    rest = (randn(1, 1, 7, 7).to(LOW), [torch.tensor([5, 1]), None], True, 0.3)
+    needs = [True] * 4 + [False]
     leaves = [[t.clone().requires_grad_() for t in streams] for streams in (q, k, v)]
     ops = torch.ops.mfmjt
-    torch.library.opcheck(ops.joint_attention_fwd.default, (*leaves, lengths, 0.3))
-    o, lse = ops.joint_attention_fwd(q, k, v, lengths, 0.3)
-    torch.library.opcheck(ops.joint_attention_bwd.default, (o, q, k, v, o, lse, lengths, 0.3))
+    torch.library.opcheck(ops.joint_attention_fwd.default, (*leaves, *rest))
+    o, lse = ops.joint_attention_fwd(q, k, v, *rest)
+    torch.library.opcheck(ops.joint_attention_bwd.default, (o, q, k, v, o, lse, *rest, needs))
     torch.library.opcheck(
         ops.joint_attention_jvp.default,
-        (*leaves, q, [None, None], [None, v[1]], lengths, 0.3),
+        (*leaves, q, [None, None], [None, v[1]], *rest),
         test_utils=oracle.OPCHECKS_OF_A_DUAL,
     )
 
@@ -243,7 +426,7 @@ def test_refuses_streams_whose_elements_32_bits_do_not_count(name):
     short, long = (torch.empty(1, n, 1, 128, device="meta") for n in (3, 2**24))
     q, k = ([long], [short] * 2) if name == "q[0]" else ([short], [short, long])
     with pytest.raises(ValueError, match=re.escape(f"in each stream on a GPU; got {name}")):
-        triton.fwd(q, k, k, [None, None], 1.0)
+        triton.fwd(q, k, k, None, [None, None], False, 1.0)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -364,7 +547,7 @@ def test_value_by_pytorch(dtype, monkeypatch):
     )
     truth, sums = triton._by_pytorch(*([x.double() for x in xs] for xs in (q, k, v)), 0.3)
     monkeypatch.setattr(triton, "FASTER", {("cpu", dtype, 8)})
-    found, lse = triton.fwd(q, k, v, [None, None], 0.3)
+    found, lse = triton.fwd(q, k, v, None, [None, None], False, 0.3)
     ref = joint_attention_ref(
         [x.double() for x in q], [x.double() for x in k], [x.double() for x in v], 0.3
     )

@@ -130,8 +130,10 @@ def test_swiglu(way, moves, layout, dtype):
 def test_joint_attention(way, size, heads, moves, dtype):
     keys = size[1] + 2
     lengths = torch.tensor([keys, 1, 0][: size[0]])
-    for some in (None, lengths):
-        given = wide("joint_attention", size, heads=heads) | {"lengths": some}
+    mask = torch.rand(size[1], keys) < 0.7
+    mask[0] = False
+    for hides in ({"lengths": None}, {}, {"mask": mask}, {"causal": True}):
+        given = wide("joint_attention", size, heads=heads) | {"lengths": lengths} | hides
         judge("joint_attention", given, dtype, keys, moves)
 
 

@@ -3,7 +3,8 @@
 rows     One C++ pass over six rows of queries at a time, matmuls included, where the CPU
          multiplies pairs of bfloat16 (AVX-512 BF16). S and S_dot stay float32 in the
          first-level cache; only P, W and S_bar are rounded.
-blocks   The formula: PyTorch's matmuls on blocks of heads and of query rows.
+blocks   The formula: PyTorch's matmuls on blocks of heads and of query rows. All that has a mask,
+         causal order, grouped queries or values of a width of their own.
 flash    PyTorch's flash kernels for value and gradient, the formula for a tangent. A value
          without a tangent has their own backward: a library op owes copies of results, which
          made it 3 to 9 % slower.
@@ -11,6 +12,7 @@ flash    PyTorch's flash kernels for value and gradient, the formula for a tange
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,25 +38,39 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_bar = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def route(q: Tensor) -> str:
-    """Return "rows", "blocks" or "flash" for queries (B, N, H, D) on this CPU."""
+def route(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    mask: Tensor | None,
+    causal: bool,
+) -> str:
+    """Return "rows", "blocks" or "flash" for streams (B, N, H, D) on this CPU."""
+    if mask is not None or causal or q[0].shape[2:] != k[0].shape[2:] or k[0].shape != v[0].shape:
+        return "blocks"
     if (
-        q.dtype == torch.bfloat16
+        q[0].dtype == torch.bfloat16
         and torch.cpu._is_avx512_bf16_supported()
         and _native.in_use
         and _native.status()["used"] == "avx512"
-        and q.numel() > 0
-        and q.shape[3] % 2 == 0
+        and q[0].numel() > 0
+        and q[0].shape[3] % 2 == 0
     ):
         return "rows"
-    return "blocks" if multiplies_bfloat16(q) else "flash"
+    return "blocks" if multiplies_bfloat16(q[0]) else "flash"
 
 
 def fwd(
-    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    mask: Tensor | None,
+    lengths: list[Tensor | None],
+    causal: bool,
+    scale: float,
 ) -> Any:
     """Compute o and lse by rows or by flash."""
-    by = route(q[0])
+    by = route(q, k, v, mask, causal)
     if by == "blocks":
         return NotImplemented
     if by == "flash":
@@ -72,11 +88,13 @@ def jvp(
     q_dot: list[Tensor | None],
     k_dot: list[Tensor | None],
     v_dot: list[Tensor | None],
+    mask: Tensor | None,
     lengths: list[Tensor | None],
+    causal: bool,
     scale: float,
 ) -> Any:
     """Compute o, o_dot and lse by rows."""
-    if route(q[0]) != "rows":
+    if route(q, k, v, mask, causal) != "rows":
         return NotImplemented
     o, o_dot, lse = _by_rows(q, k, v, q_dot, k_dot, v_dot, lengths, scale)
     o_dot = o_dot if o_dot.shape == o.shape else torch.zeros_like(o)  # nothing moves
@@ -111,11 +129,14 @@ def bwd(
     v: list[Tensor],
     o: list[Tensor],
     lse: Tensor,
+    mask: Tensor | None,
     lengths: list[Tensor | None],
+    causal: bool,
     scale: float,
+    needs: list[bool],
 ) -> Any:
-    """Compute q_bar, k_bar and v_bar by rows or by flash."""
-    by = route(q[0])
+    """Compute q_bar, k_bar, v_bar and an empty mask_bar by rows or by flash."""
+    by = route(q, k, v, mask, causal)
     if by == "blocks":
         return NotImplemented
     valid = valid_keys(k, lengths)
@@ -130,7 +151,7 @@ def bwd(
         )
         q_bar, k_bar, v_bar = (bar.transpose(1, 2) for bar in bars)
     k_bar, v_bar = without_padding(k_bar, valid), without_padding(v_bar, valid)
-    return parted(q_bar, q), parted(k_bar, k), parted(v_bar, v)
+    return parted(q_bar, q), parted(k_bar, k), parted(v_bar, v), q[0].new_empty(0)
 
 
 def flash(

@@ -149,8 +149,12 @@ def _by_streams(lse: Tensor, q: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return lse.split([x.shape[1] for x in q], dim=2)
 
 
-def _is_left(q: Sequence[Tensor]) -> bool:
+def _is_left(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], mask: Tensor | None, causal: bool
+) -> bool:
     """Return whether the formulas compute it: Triton knows no matrix unit with float64."""
+    if mask is not None or causal or q[0].shape[2:] != k[0].shape[2:] or k[0].shape != v[0].shape:
+        return True
     return q[0].element_size() == 8 and not INTERPRETED
 
 
@@ -162,10 +166,16 @@ def _new_lse(q: Sequence[Tensor]) -> Tensor:
 
 
 def fwd(
-    q: list[Tensor], k: list[Tensor], v: list[Tensor], lengths: list[Tensor | None], scale: float
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    mask: Tensor | None,
+    lengths: list[Tensor | None],
+    causal: bool,
+    scale: float,
 ) -> Any:
     """Launch the value: o, lse."""
-    if _is_left(q):
+    if _is_left(q, k, v, mask, causal):
         return NotImplemented
     gpu = torch.cuda.get_device_name(q[0].device) if q[0].is_cuda else "cpu"
     if (gpu, q[0].dtype, q[0].shape[3]) in FASTER and all(n is None for n in lengths):
@@ -201,11 +211,13 @@ def jvp(
     q_dot: list[Tensor | None],
     k_dot: list[Tensor | None],
     v_dot: list[Tensor | None],
+    mask: Tensor | None,
     lengths: list[Tensor | None],
+    causal: bool,
     scale: float,
 ) -> Any:
     """Launch value and tangent, o, o_dot, lse: once, or twice where only some queries move."""
-    if _is_left(q):
+    if _is_left(q, k, v, mask, causal):
         return NotImplemented
     o, o_dot, lse = empty(q), empty(q), _new_lse(q)
     all_q, q_dot = _packed(q, q_dot)
@@ -235,11 +247,14 @@ def bwd(
     v: list[Tensor],
     o: list[Tensor],
     lse: Tensor,
+    mask: Tensor | None,
     lengths: list[Tensor | None],
+    causal: bool,
     scale: float,
+    needs: list[bool],
 ) -> Any:
-    """Launch the gradients q_bar, k_bar and v_bar."""
-    if _is_left(q):
+    """Launch the gradients q_bar, k_bar and v_bar, and an empty mask_bar."""
+    if _is_left(q, k, v, mask, causal):
         return NotImplemented
     q_bar, k_bar, v_bar = empty(q), empty(k), empty(v)
     queries, o_bar = _packed(q, o_bar)
@@ -251,4 +266,4 @@ def bwd(
     _launch(attention_bwd_q_kernel, "bwd_q", queries, of_q, queries, counts, lse, scale)
     of_kv = (o_bar, *keys, k_bar, v_bar, delta, sums)
     _launch(attention_bwd_kv_kernel, "bwd_kv", queries, of_kv, k, counts, lse, scale)
-    return q_bar, k_bar, v_bar
+    return q_bar, k_bar, v_bar, q[0].new_empty(0)
