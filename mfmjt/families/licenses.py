@@ -69,8 +69,8 @@ TERMS = (
         "Apache-2.0",
         "Apache-2.0, with the credits of CREDITS.md",
         "yes",
-        "It ships with this package, and was trained on recordings under CC0, CC-BY, OGA-BY or in the "
-        "public domain; its judge holds YAMNet's weights, Apache-2.0.",
+        "It ships with this package, and was trained on recordings under CC0, CC-BY, OGA-BY or in "
+        "the public domain; its judge holds YAMNet's weights, Apache-2.0.",
         "this version",
     ),
     Terms(

@@ -329,9 +329,9 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
         qkv = _linear(query, weight, bias).chunk(3, -1)
     else:
         separate = (given[f"{name}_proj_weight"] for name in "qkv")
-        weights = separate if weight is None else weight.chunk(3)
+        three = separate if weight is None else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        layers = zip(inputs, weights, biases, strict=True)
+        layers = zip(inputs, three, biases, strict=True)
         qkv = [(_linear if _moves(x) else F.linear)(x, *layer) for x, *layer in layers]
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in qkv)
     p = None

@@ -125,6 +125,7 @@ def _jvp(
     if mask is not None or causal:
         keys, values, bad = _attention.cleaned(keys, values)
         keys_dot, values_dot, bad_dot = _attention.cleaned(keys_dot, values_dot)
+        assert keys is not None  # it was given
         keys_dot = torch.zeros_like(keys) if keys_dot is None and bad_dot is not None else keys_dot
     keys = _marked(heads.without_mean(keys), bad).transpose(1, 2)
     if keys_dot is not None:
