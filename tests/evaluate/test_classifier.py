@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mfmjt.data import foley
+from mfmjt.data.wordings import wordings
 from mfmjt.errors import InputError
 from mfmjt.evaluate.classifier import Classifier, ClassifierConfig, load_classifier
+from mfmjt.families import PRETRAINED
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,13 @@ def test_with_the_ears_of_yamnet(tmp_path: Path) -> None:
     assert again.config == judge.config
     # Stored in half precision.
     assert torch.allclose(again.embedding(wave), embedding, rtol=1e-2, atol=1e-2)
+
+
+def test_the_judge_of_recorded_sound_knows_what_it_ships_for() -> None:
+    judge = load_classifier(PRETRAINED / "foley")
+    assert judge.config.ears == "yamnet"
+    assert {"rain", "footsteps", "dog"} <= set(judge.config.classes) <= set(wordings())
+    # White noise is nothing that barks.
+    noise = torch.randn(4, 48000, generator=torch.Generator().manual_seed(0))
+    heard = [judge.config.classes[i] for i in judge.judge(noise)[0]]
+    assert "dog" not in heard

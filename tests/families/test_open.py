@@ -175,7 +175,7 @@ def test_a_part_that_is_missing_is_named(folder: Path, part: str) -> None:
 
 
 def test_a_name_that_is_nothing_lists_what_there_is() -> None:
-    with pytest.raises(InputError, match=r"neither a file, nor a folder.*\(nano\)"):
+    with pytest.raises(InputError, match=r"neither a file, nor a folder.*\(foley, nano\)"):
         open_bundle("nan0")
 
 
