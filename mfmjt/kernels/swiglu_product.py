@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mfmjt.kernels import _backends, _op
 from mfmjt.kernels._op import Tensors
+from mfmjt.kernels._second_order import of_reference
 from mfmjt.kernels.conv1d import conv1d
 from mfmjt.kernels.cpu.product import windows
 from mfmjt.kernels.linear import linear
@@ -126,6 +127,7 @@ _swiglu_product = _op.Op(
     reference=swiglu_product_ref,
     autocasts="x and both weights of one floating dtype",
     streams=True,
+    jvp_bwd=of_reference(swiglu_product_ref, _jvp, "y"),
 )
 
 

@@ -630,6 +630,7 @@ def test_wrapped_layers_are_taken(wrapper):
     assert (report.taken, report.left) == ({"linear": 1}, {})
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_fused_attention_of_another_package_says_what_to_swap():
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -483,7 +483,7 @@ def test_an_error_leaves_the_level_open(below):
     q, dot = heads(), heads()
 
     def run(x):
-        with pytest.raises(ValueError, match="q, k, v of one dtype"):
+        with pytest.raises(ValueError, match="q, k, v, and a mask that is added, of one dtype"):
             kernels.joint_attention(x, x.double(), x)
         assert torch._C._functorch.maybe_current_level() == 1
         with pytest.raises(NotImplementedError, match="tangent of its weight"):
