@@ -61,6 +61,8 @@ def text_encoder(model, config, **options):
         load_torchvision()
         transformers = pytest.importorskip("transformers")
         net = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+        if hasattr(net, "pooler"):  # of a result that is not asked for
+            net.pooler = None
         padding = torch.ones(2, 5, dtype=torch.int64)
         padding[1, 3:] = 0
 
@@ -116,6 +118,7 @@ in_pictures = pytest.mark.parametrize("name", ["DiT", "ViT", "NaFlexViT"])
 TAKEN = {
     "DiT": {
         "conv2d": 1,
+        "einsum": 1,
         "gelu": LAYERS,
         "layer_norm": 2 * LAYERS + 1,
         "linear": 9 * LAYERS + 4,
@@ -138,7 +141,7 @@ TAKEN = {
     "BERT": {
         "gelu": LAYERS,
         "layer_norm": 2 * LAYERS + 1,
-        "linear": 6 * LAYERS + 1,
+        "linear": 6 * LAYERS,
         "scaled_dot_product_attention": LAYERS,
     },
     "Llama": {"linear": 7 * LAYERS, "scaled_dot_product_attention": LAYERS, "silu": LAYERS},

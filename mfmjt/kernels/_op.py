@@ -205,7 +205,8 @@ class Op:
             if self.plain is not None and forward_ad._current_level < 0:  # nothing moves
                 results = self.by_pytorch(args)
             if results is None:
-                results = _eager.run(self, args, self._keeps_tangents())
+                graphed = self.graphed is not None and _dual._graph_of_tangents
+                results = _eager.run(self, args, graphed)
         if results is None:
             results = self._dispatched(args)
         return results[0] if len(results) == 1 else results

@@ -23,6 +23,6 @@ def test_both_objectives_come_nearer_to_two_moons():
     real, noise = lsd.moons(1000, generator), torch.randn(1000, 2, generator=generator)
     untrained = lsd.distance(noise, real)
     for provider in ("ours", "reference"):
-        net = lsd.trained(provider, 60)
+        net = lsd.trained(provider, 150)
         made = noise - net(noise, torch.zeros(1000), torch.ones(1000))
         assert lsd.distance(made.detach(), real) < untrained / 2, provider

@@ -170,7 +170,7 @@ def test_a_target_of_ones_own_is_one_function(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("mean", "alpha_flow, finite_difference, control_variate, package.module:function"),
+        ("mean", "alpha_flow, finite_difference, control_variate, lsd, package.module:function"),
         ("mfmjt.meanflow:mean", "has no attribute 'mean'.*Give package.module:function"),
         (":mean", "Give package.module:function"),
         ("mfmjt.meanflow:__doc__", "it is a str"),
