@@ -14,7 +14,6 @@ Examples:
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from bench import parser
 from mfmjt.codec.mel import mel_power
 from mfmjt.data.open_set import open_set
 from mfmjt.data.recordings import SAMPLE_RATE, Recording, Recordings
+from mfmjt.errors import InputError
 from mfmjt.evaluate.examples import opened
 from mfmjt.evaluate.sounds import generate
 from mfmjt.families import open_bundle
@@ -123,6 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--out", type=Path, help="folder for copying.json")
     args = options.parse_args(argv)
     recordings, bundle = Recordings(args.recordings), open_bundle(args.model)
+    train = recordings.of("train")
+    if not (groups := takes(train)):
+        raise InputError(
+            f"No recording in {args.recordings} has a second take, which is the measure. Give a "
+            "corpus in which some have."
+        )
     known = open_set(args.recordings).classes
     sounds: dict[str, list[Tensor]] = {}
     for name, alone in (("scenes", False), ("texts", True)):
@@ -130,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sampling = bundle.sampling.changed(args.steps, None, None)
         sounds[name] = list(generate(bundle, examples, sampling))
     sounds["held out"] = [_wave(recordings, row) for row in recordings.of("test")]
-    train = recordings.of("train")
     patches = {name: torch.stack([patch(w) for w in waves]) for name, waves in sounds.items()}
     with ProgressBar("compare", len(train), unit="recordings") as bar:
 
@@ -141,13 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         alike, where = nearest(torch.cat(list(patches.values())), heard())
     pairs = []
-    for group in takes(train):
+    for group in groups:
         for own in group:
             others = [_wave(recordings, row) for row in group if row is not own]
             pairs.append(nearest(patch(_wave(recordings, own))[None], others)[0])
-    if not pairs:
-        sys.stderr.write("Error: no recording has a second take, which is the measure.\n")
-        return 2
     measure = float(torch.cat(pairs).median())
     result: dict[str, Any] = {"takes": {"sounds": len(pairs), "median": round(measure, 3)}}
     for name, part in zip(patches, alike.split([len(p) for p in patches.values()]), strict=True):
