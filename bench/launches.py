@@ -174,11 +174,13 @@ def network(name: str) -> tuple[MFMJT, Tensor, dict[str, Tensor]]:
     return net, z, {n: x.to(dtype) for n, x in features(net.config, 1).items()}
 
 
-def meanflow_step(name: str, batch: int, intervals: int, one_call: bool = False) -> None:
-    """Make a loss of some clips, of which the first have du/dt, and its gradients.
+def meanflow_step(
+    name: str, batch: int, intervals: int, one_call: bool = False
+) -> Callable[[], None]:
+    """Return a call that makes a loss of some clips and its gradients; the first have du/dt.
 
     Args:
-        name: A named network.
+        name: A named network; it is made here, as a training makes it once.
         batch: Clips.
         intervals: How many have du/dt.
         one_call: The network is called once for all of them, and not once for each kind.
@@ -188,11 +190,16 @@ def meanflow_step(name: str, batch: int, intervals: int, one_call: bool = False)
     no = torch.zeros(batch, dtype=torch.bool)
     clips |= dict.fromkeys(("video_mask", "text_mask"), no)
     x, r = z.to(torch.bfloat16).expand(batch, -1, -1), torch.zeros(batch)
-    with patch.object(tangent, "one_call_is_cheaper", lambda *_: one_call):
-        loss, *_ = meanflow.loss_and_errors(
-            net, x, clips, noise=x, r=r, t=r + 1, intervals=intervals
-        )
-        loss.backward()
+    t = torch.ones(batch)
+
+    def step() -> None:
+        with patch.object(tangent, "one_call_is_cheaper", lambda *_: one_call):
+            loss, *_ = meanflow.loss_and_errors(
+                net, x, clips, noise=x, r=r, t=t, intervals=intervals
+            )
+            loss.backward()
+
+    return step
 
 
 def _count(call: Callable[[], Any]) -> Counter[str]:
@@ -218,7 +225,7 @@ def counted(name: str) -> dict[str, Counter[str]]:
             "mfmjt": _count(lambda: frozen(z, **cond)),
             "mfmjt_eager": _count(lambda: ours(z, **cond)),
             "eager": _count(eager),
-            "training": _count(lambda: meanflow_step(name, 3, 2)),
+            "training": _count(meanflow_step(name, 3, 2)),
         }
 
 

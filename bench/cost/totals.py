@@ -49,11 +49,11 @@ ATOMICS = 60e9
 
 
 def _training_step() -> list[Event]:
-    return traced(lambda: meanflow_step("small_16k", 256, 26), compiles=True)
+    return traced(meanflow_step("small_16k", 256, 26), compiles=True)
 
 
 def _training_step_at_once() -> list[Event]:
-    return traced(lambda: meanflow_step("small_16k", 256, 26, one_call=True), compiles=True)
+    return traced(meanflow_step("small_16k", 256, 26, one_call=True), compiles=True)
 
 
 def _guided_step() -> list[Event]:
