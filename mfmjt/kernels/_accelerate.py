@@ -4,7 +4,8 @@
 the block. Where no input has a tangent it calls the function and does no more. Where one does:
 
     F.scaled_dot_product_attention               our `joint_attention`
-    F.linear, conv1d, conv2d, conv3d             the function, on the value and on the tangent
+    F.linear, conv1d, conv2d, conv3d,            the function, on the value and on the tangent
+    F.conv_transpose1d, 2d, 3d
     matmul, mm, bmm, addmm, baddbmm, einsum      likewise, where one factor moves
     F.multi_head_attention_forward               attention and `linear`
     F.batch_norm of running statistics           the function on the value, and on the tangent
@@ -374,6 +375,9 @@ _ROUTES: dict[Any, tuple[str, Route]] = {
     F.conv1d: ("conv1d", _with_weight(F.conv1d)),
     F.conv2d: ("conv2d", _with_weight(F.conv2d)),
     F.conv3d: ("conv3d", _with_weight(F.conv3d)),
+    F.conv_transpose1d: ("conv_transpose1d", _with_weight(F.conv_transpose1d)),
+    F.conv_transpose2d: ("conv_transpose2d", _with_weight(F.conv_transpose2d)),
+    F.conv_transpose3d: ("conv_transpose3d", _with_weight(F.conv_transpose3d)),
     F.silu: ("silu", _silu),
     F.gelu: ("gelu", _apart(F.gelu, _gelu_dot)),
     F.layer_norm: ("layer_norm", _apart(F.layer_norm, _layer_norm_dot)),
@@ -398,8 +402,7 @@ _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 _NAMES = (
     "mul div true_divide pow __rdiv__ __rtruediv__ __rpow__ "
     "addcmul addcdiv lerp square sqrt rsqrt reciprocal exp log sin cos tanh sigmoid relu softplus "
-    "elu leaky_relu mish hardswish softmax log_softmax glu instance_norm "
-    "normalize conv_transpose1d conv_transpose2d"
+    "elu selu celu leaky_relu mish hardswish softmax log_softmax glu instance_norm normalize"
 )
 _KEEP_TANGENTS = {
     getattr(owner, name)
