@@ -99,7 +99,7 @@ class _Residual(nn.Module):
 class UNet(nn.Module):
     """The U-Net of py-meanflow for CIFAR-10 (DDPM++, 55 M weights).
 
-    Called as u(z, (t, t - r), augmentation) of images (B, 3, size, size), as there.
+    Called as u(z, (t, t - r), augmentation (B, 6)) of images, as there.
     """
 
     def __init__(self, size: int = 32, width: int = 256, blocks: int = 4, levels: int = 3) -> None:
@@ -128,6 +128,7 @@ class UNet(nn.Module):
         self.norm, self.leave = _GroupNorm(width), _Conv(width, 3)
 
     def forward(self, x: Tensor, times: tuple[Tensor, Tensor], augmentation: Tensor) -> Tensor:
+        """Return u (B, 3, size, size)."""
         frequencies = _frequencies(self.width // 2, self.width // 2 - 1)
         angles = [time.ger(frequencies.to(time)) for time in times]
         waves = torch.cat([part for a in angles for part in (a.sin(), a.cos())], 1)
@@ -193,7 +194,7 @@ class SiT(nn.Module):
     """The SiT-B/4 of zhuyu-cs/MeanFlow on latents of ImageNet at 256 pixels (131 M weights).
 
     Its attention is timm's without the fused kernel, which has no forward mode. Called as
-    u(z, r, t, y) of latents (B, 4, size, size), as there.
+    u(z, r, t, y) of latents and labels (B,), as there.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class SiT(nn.Module):
         self.leave = nn.Linear(width, 4 * patch**2)
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return u (B, 4, size, size)."""
         x = self.enter(z).flatten(2).transpose(1, 2) + self.places
         c = self.t(t) + self.span(t - r) + self.labels(y)
         for block in self.blocks:
@@ -296,7 +298,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class MeanAudio(nn.Module):
     """MeanAudio-S on 10 s of sound (120 M weights).
 
-    Called as u(latent, text, pooled, r, t) of latents (B, length, 20), as there.
+    Called as u(latent, text (B, words, 1024), pooled (B, 512), r, t), as there.
     """
 
     def __init__(
@@ -328,6 +330,7 @@ class MeanAudio(nn.Module):
             self.register_buffer(name, _turns(count, width // heads), persistent=False)
 
     def forward(self, latent: Tensor, text: Tensor, pooled: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """Return u (B, length, 20)."""
         c = (self.t(t) + self.r(r))[:, None] + self.pooled(pooled)[:, None]
         x, text, length = self.enter(latent), self.text(text), latent.shape[1]
         for of_latent, of_text in self.joint:

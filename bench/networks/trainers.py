@@ -10,8 +10,8 @@ without dropout and without dropped conditions. A step is loss and gradients wit
 
     plain       flow matching: the network without a tangent, for comparison
     original    the trainer's own step
-    with        that inside `mfmjt.kernels.accelerate_jvp()`. MeanAudio's default is no forward mode,
-                so its option for `torch.func.jvp` is set
+    with        that inside `mfmjt.kernels.accelerate_jvp()`; in MeanAudio, whose default is not
+                forward mode, with its own option for `torch.func.jvp`
     loss        `mfmjt.meanflow.loss` in such a block, with the trainer's weight and guidance
 
 All have the same draws, of which a share, --ratio, has r < t. The originals compute a tangent for
@@ -160,8 +160,9 @@ class Trainer:
         if self.source is None:
             raise InputError("--source: this trainer's own network is not called. Leave it out.")
         folder, module, name, options = self.source
-        if not (clone / folder / f"{module.replace('.', '/')}.py").exists():
-            raise InputError(f"{clone} has no {folder}/{module}.py. Give a clone of the original.")
+        path = clone.joinpath(folder, *module.split(".")).with_suffix(".py")
+        if not path.exists():
+            raise InputError(f"There is no {path}. Give --source a clone of the original.")
         sys.path.insert(0, str(clone / folder))
         try:
             net: nn.Module = getattr(importlib.import_module(module), name)(**options)

@@ -456,7 +456,10 @@ class AcceleratedJvp(TorchFunctionMode):
         left = sorted(self.left.items())
         rows += [(name, str(count), f"PyTorch: {why}") for (name, why), count in left]
         if len(rows) == 1:
-            return "No function was called with a tangent."
+            return (
+                "No function was called with a tangent. Call torch.func.jvp inside the block: "
+                "torch.autograd.functional.jvp is two backward passes, not forward mode."
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
 
@@ -516,11 +519,12 @@ def accelerate_jvp() -> AcceleratedJvp:
     """Give any network the tangents of this package, unchanged, inside a `with` block.
 
     While a tangent is alive (in `torch.func.jvp` or a `torch.autograd.forward_ad.dual_level`),
-    these functions, and the modules that call them, propagate it by our rules: linear, conv1d,
-    conv2d, conv3d, matmul and its kin with one factor that moves, scaled_dot_product_attention and
-    multi_head_attention_forward with any masks, layer_norm, rms_norm, group_norm, batch_norm in
-    eval mode, silu, gelu. A layer then costs two products instead of three, attention has a forward
-    mode, and backward keeps no tangent. Calls without a tangent are PyTorch's own, bit for bit.
+    these functions, and the modules that call them, propagate it by our rules: linear,
+    convolutions, transposed ones too, matmul and its kin with one factor that moves,
+    scaled_dot_product_attention and multi_head_attention_forward with any masks, layer_norm,
+    rms_norm, group_norm, batch_norm in eval mode, silu, gelu. A layer then costs two products
+    instead of three, attention has a forward mode, and backward keeps no tangent. Calls without a
+    tangent are PyTorch's own, bit for bit.
     What we do not take stays PyTorch's: attention with dropout goes through its math backend; a
     tangent of a weight, nested forward mode, and forward mode inside `torch.func.grad` or `vmap`
     are left as they are.
