@@ -5,8 +5,12 @@
     meanaudio   MeanAudio-S: `torch.autograd.functional.jvp(create_graph=True)`, and two passes for
                 guidance whose graphs are thrown away
 
-Networks and steps have the structure and the size of the originals (bench/networks/stand_ins.py),
-without dropout and without dropped conditions. A step is loss and gradients without the optimizer:
+    diffusers   diffusers' DiT (DiT-B/4), t - r in a channel of its own, by the paper's step
+    bert        transformers' BERT on embeddings, with a mask of padding, by the paper's step
+
+Networks and steps of the first three have the structure and the size of the originals, and are ours
+(bench/networks/stand_ins.py). Dropout and dropped conditions are left out. A step is loss and
+gradients without the optimizer:
 
     plain       flow matching: the network without a tangent, for comparison
     original    the trainer's own step
@@ -44,6 +48,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import parser
 from bench.clock import MIN_CALLS, on_cpu, take_turns
@@ -256,6 +261,86 @@ def _meanaudio_step(given: Given, inside: bool) -> Tensor:
     return (errors / (errors.detach() + 1e-3)).mean()
 
 
+# Networks of other libraries, which are called as they are installed, and the paper's own step.
+
+
+def _installed(package: str) -> Any:
+    try:
+        from tests.support.peers import load_torchvision
+
+        load_torchvision()  # which diffusers imports
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"There is no {error.name}: pip install {package}, or take another."
+        ) from None
+
+
+def _diffusers(small: bool) -> nn.Module:
+    options = {"attention_head_dim": 8 if small else 64, "num_attention_heads": 2 if small else 12}
+    options |= {"num_layers": 2 if small else 12, "sample_size": 8 if small else 32}
+    options |= {"in_channels": 5, "out_channels": 4, "patch_size": 4}
+    net: nn.Module = _installed("diffusers").DiTTransformer2DModel(**options).eval()
+    return net
+
+
+def _diffusers_velocity(net: nn.Module, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    span = (t - r).view(-1, 1, 1, 1).expand_as(z[:, :1])
+    return net(torch.cat((z, span), 1), timestep=t, class_labels=y, return_dict=False)[0]
+
+
+class _Bert(nn.Module):
+    """A velocity of embeddings."""
+
+    def __init__(self, small: bool) -> None:
+        super().__init__()
+        transformers = _installed("transformers")
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        sizes |= {"num_hidden_layers": 2}
+        config = transformers.BertConfig(**(sizes if small else {}))
+        self.encoder = transformers.BertModel(config, add_pooling_layer=False).eval()
+        self.encoder.get_input_embeddings().requires_grad_(False)  # not called
+        self.times, self.leave = (nn.Linear(n, config.hidden_size) for n in (2, config.hidden_size))
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        z = z + self.times(torch.stack((r, t), -1))[:, None]
+        found = self.encoder(inputs_embeds=z, attention_mask=mask, return_dict=False)[0]
+        return self.leave(found)
+
+
+def _bert_velocity(net: nn.Module, z: Tensor, r: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+    return net(z, r, t, mask)
+
+
+def _padding(batch: int, small: bool) -> dict[str, Tensor]:
+    """Draw lengths, half of all words at least."""
+    words = 6 if small else 128
+    lengths = torch.randint(words // 2, words + 1, (batch, 1))
+    return {"mask": (torch.arange(words) < lengths).long()}
+
+
+def _paper_step(velocity: Callable[..., Tensor]) -> Callable[[Given, bool], Tensor]:
+    """Return the step of arXiv 2505.13447, its algorithm 1, with PyTorch's math attention."""
+
+    def step(given: Given, inside: bool) -> Tensor:
+        z, v = given.path()
+
+        def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            return velocity(given.net, z, r, t, **given.cond)
+
+        tangents = v, torch.zeros_like(given.r), torch.ones_like(given.t)
+        with contextlib.nullcontext() if inside else sdpa_kernel(SDPBackend.MATH):
+            predicted, du_dt, *_ = torch.func.jvp(u, (z, given.r, given.t), tangents)
+        target = (v - given.over(given.t - given.r) * du_dt).detach()
+        return (predicted - target).square().mean()
+
+    return step
+
+
+def _labels(batch: int, small: bool) -> dict[str, Tensor]:
+    return {"y": torch.randint(1000, (batch,))}
+
+
 TRAINERS = {
     "unet": Trainer(
         *(_unet, (3, 32, 32), (3, 8, 8)),
@@ -274,7 +359,7 @@ TRAINERS = {
     ),
     "sit": Trainer(
         *(_sit, (4, 32, 32), (4, 8, 8)),
-        lambda batch, small: {"y": torch.randint(1001, (batch,))},
+        _labels,
         *(_sit_velocity, _sit_step),
         scale=lambda elements: 2.0,
         options=lambda elements: {"p": 1.0, "c": 0.0},
@@ -288,9 +373,19 @@ TRAINERS = {
             "velocity": meanflow.guided_velocity(0.3, 0.9, _without_text),
         },
     ),
+    "diffusers": Trainer(
+        *(_diffusers, (4, 32, 32), (4, 8, 8), _labels),
+        *(_diffusers_velocity, _paper_step(_diffusers_velocity)),
+    ),
+    "bert": Trainer(
+        *(_Bert, (128, 768), (6, 16), _padding),
+        *(_bert_velocity, _paper_step(_bert_velocity)),
+    ),
 }
-BATCH = {"unet": 4, "sit": 16, "meanaudio": 4}
+BATCH = {"unet": 4, "sit": 16, "meanaudio": 4, "diffusers": 16, "bert": 4}
 """What two cores bear."""
+OURS = ("unet", "sit", "meanaudio")
+"""Those that need no other package."""
 
 
 def losses(trainer: Trainer, given: Given) -> dict[str, Callable[[], Tensor]]:
@@ -421,14 +516,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, verify and time; return the exit status."""
     usage = parser("trainers", __doc__, out="", smoke=True)
     known = ", ".join(TRAINERS)
-    usage.add_argument("--trainer", action="append", choices=TRAINERS, help=f"{known} [all]")
-    usage.add_argument("--batch", type=int, help="samples [sit 16, others 4]")
+    usage.add_argument(
+        "--trainer", action="append", choices=TRAINERS, help=f"{known} [the first three]"
+    )
+    usage.add_argument("--batch", type=int, help="samples [16 of sit and diffusers, else 4]")
     usage.add_argument("--ratio", type=float, default=0.25, help="share with r < t [0.25]")
     usage.add_argument("--source", type=Path, help="a clone of the original, whose network runs")
     usage.add_argument("--seconds", type=float, default=120.0, help="for each one's times [120]")
     usage.add_argument("--least", type=int, default=MIN_CALLS, help="calls timed [%(default)s]")
     options = usage.parse_args(argv)
-    chosen = options.trainer or [*TRAINERS]
+    chosen = options.trainer or OURS
     if options.source and (options.smoke or len(chosen) > 1):
         usage.error("--source is of one --trainer at its size, without --smoke")
     keep_memory()  # as training does

@@ -13,6 +13,7 @@ from bench.rows import read
 from mfmjt import kernels
 from mfmjt.errors import InputError
 from tests.kernels.accelerated import math_attention, products
+from tests.support.peers import load_torchvision
 
 everywhere = pytest.mark.parametrize("name", TRAINERS)
 
@@ -20,6 +21,9 @@ everywhere = pytest.mark.parametrize("name", TRAINERS)
 def given(name, dtype=torch.float32, batch=4, ratio=0.5):
     torch.manual_seed(0)
     trainer = TRAINERS[name]
+    if name in ("diffusers", "bert"):
+        load_torchvision()  # which both import
+        pytest.importorskip("transformers" if name == "bert" else name)
     work = Given.draw(trainer, trainer.network(True).to(dtype), batch, ratio, small=True)
     moved = {key: getattr(work, key).to(dtype) for key in ("x", "noise", "r", "t")}
     cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in work.cond.items()}
@@ -38,7 +42,8 @@ def test_one_loss_and_one_gradient(name, ratio):
     assert abs(found - value) <= near * abs(value)
     assert trainers.apart(inside, right) <= near
     assert trainers.apart(gradients(work, ways["loss"])[1], right) <= near
-    assert trainers.apart(gradients(work, ways["plain"])[1], right) > LIMIT
+    if ratio > 0:  # what is told apart
+        assert trainers.apart(gradients(work, ways["plain"])[1], right) > LIMIT
 
 
 @everywhere
