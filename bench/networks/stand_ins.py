@@ -10,6 +10,7 @@ each call, so that all ways to a step have one gradient.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ class _Product(nn.Linear):
 
 class _Conv(nn.Conv2d):
     """A convolution of what is resampled by a fixed filter, its bias added in place."""
+
+    taps: Tensor
+    bias: Tensor
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, resample: str = "") -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2)
@@ -147,6 +151,8 @@ class UNet(nn.Module):
 
 class _Times(nn.Module):
     """Waves of a time, and two layers."""
+
+    frequencies: Tensor
 
     def __init__(self, width: int, waves: int = 256) -> None:
         super().__init__()
@@ -315,14 +321,10 @@ class MeanAudio(nn.Module):
         self.text = nn.Sequential(nn.Linear(1024, width), _Gated(width, 1))
         self.pooled = nn.Sequential(nn.Linear(512, width), _Gated(width, 1))
         self.t, self.r = _Times(width), _Times(width)
-        ends = [i == joint - 1 for i in range(joint)]
-        self.joint = nn.ModuleList(
-            [
-                nn.ModuleList([_Stream(width, heads, 3), _Stream(width, heads, 1, last)])
-                for last in ends
-            ]
-        )
-        self.fused = nn.ModuleList([_Stream(width, heads, 3) for _ in range(fused)])
+        ends = [False] * (joint - 1) + [True]
+        self.joint: Any = nn.ModuleList([_Stream(width, heads, 3) for _ in ends])
+        self.joint_text: Any = nn.ModuleList([_Stream(width, heads, 1, last) for last in ends])
+        self.fused: Any = nn.ModuleList([_Stream(width, heads, 3) for _ in range(fused)])
         self.modulation = _modulation(width, 2)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.leave = _layer(width, 20, 7)
@@ -333,7 +335,7 @@ class MeanAudio(nn.Module):
         """Return u (B, length, 20)."""
         c = (self.t(t) + self.r(r))[:, None] + self.pooled(pooled)[:, None]
         x, text, length = self.enter(latent), self.text(text), latent.shape[1]
-        for of_latent, of_text in self.joint:
+        for of_latent, of_text in zip(self.joint, self.joint_text, strict=True):
             own, rest = of_latent.before(x, c, self.latent_turns)
             others, text_rest = of_text.before(text, c, self.text_turns)
             o = _attended(*(torch.cat(pair, 2) for pair in zip(own, others, strict=True)))

@@ -4,7 +4,6 @@
     sit         zhuyu-cs/MeanFlow's SiT-B/4: a forward pass, and a `torch.func.jvp` beside it
     meanaudio   MeanAudio-S: `torch.autograd.functional.jvp(create_graph=True)`, and two passes for
                 guidance whose graphs are thrown away
-
     diffusers   diffusers' DiT (DiT-B/4), t - r in a channel of its own, by the paper's step
     bert        transformers' BERT on embeddings, with a mask of padding, by the paper's step
 

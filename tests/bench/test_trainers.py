@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from bench import ROOT
 from bench.networks import trainers
 from bench.networks.trainers import LIMIT, TRAINERS, Given, gradients, losses
 from bench.rows import read
@@ -106,6 +107,12 @@ def test_command(tmp_path, capsys):
     assert trainers.main(command) == 0
     again = read(tmp_path / "trainers.jsonl")
     assert [row for row in again if "provider" in row] == rows[1:]
+
+
+def test_the_table_of_the_page_is_the_measured_one():
+    rows = read(ROOT / "bench/results/zen3_avx2_2_cores/trainers.jsonl")
+    page = (ROOT / "docs/accelerate.md").read_text()
+    assert f"<!-- trainers -->\n{trainers.table(rows)}<!-- end -->" in page
 
 
 def test_network_of_a_clone(tmp_path):
