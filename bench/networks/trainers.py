@@ -471,6 +471,7 @@ def measured(trainer: Trainer, given: Given, seconds: float, least: int) -> Iter
         if not max(row["gradients_apart"], row.get("loss_apart", 0.0)) <= LIMIT:
             yield {**row, "status": "wrong"}
             return
+    del value, right, results  # of as many numbers as weights
     turns = take_turns(
         {n: on_cpu(functools.partial(gradients, given, way)) for n, way in ways.items()},
         *(seconds, least),
