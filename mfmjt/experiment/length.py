@@ -152,7 +152,7 @@ def _draw(rows: list[Row], probes: list[Row], folder: Path) -> dict[str, str]:
                     label = f"{name}, {way}"
                     axis.plot(segments, means, f"o{style}", color=color, label=label, markersize=3)
             axis.set_title(title)
-            axis.set_xlabel("s from the begin")
+            axis.set_xlabel("s from the start")
             axis.grid(visible=True, alpha=0.3)
         handles, labels = axis.get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower center", ncols=4)
@@ -193,8 +193,9 @@ EXPERIMENT = Experiment(
     "the rotation of rotary positions help or harm there?",
     method="Four networks are trained on windows of 3.84 s: with rotary positions, with none, with "
     "sinusoids and with learned rows that are added to latent and video tokens. Each makes sound "
-    "for clips of 64 s in one pass and of windows of 4 s that overlap by 1 s; every 8 s are "
-    "judged by themselves. The table of figures is of clips of 8 s, in one pass.",
+    "for clips of 64 s (32 s in the quick grid) in one pass and of windows of 4 s that overlap by "
+    "1 s; every 8 s are judged by themselves. The table of figures is of clips of 8 s, made in "
+    "one pass.",
     limits="All networks see synchronization features at their own times, whatever their "
     "positions: that alone says when something happens. A learned row that no training window "
     "reached is as it was drawn.",
