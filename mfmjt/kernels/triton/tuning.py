@@ -404,7 +404,12 @@ _ATTENTION_FLOAT32 = {
 
 
 def attention(
-    part: str, pairs: int, tokens: tuple[int, ...], width: int, element_size: int
+    part: str,
+    pairs: int,
+    tokens: tuple[int, ...],
+    width: int,
+    element_size: int,
+    hides: bool = False,
 ) -> Options:
     """Return the options of an attention kernel.
 
@@ -417,6 +422,7 @@ def attention(
         tokens: Of each stream that is cut into blocks: queries, or keys for "bwd_kv".
         width: Of a head.
         element_size: Bytes.
+        hides: Whether keys are hidden from some queries.
     """
     columns = max(16, power_of_2(width))
     backend, arch = target()
@@ -439,6 +445,6 @@ def attention(
     blocks = {"BLOCK_N": queries, "BLOCK_M": keys}
     blocks |= {"BLOCK_IN": min(ins, columns), "BLOCK_OUT": min(outs, columns)}
     if part in ("value", "tangent"):  # AMD's compiler fails on that branch
-        blocks["EVERY"] = keys if backend == "hip" else 128
+        blocks["EVERY"] = keys if backend == "hip" or hides else 128
     more = registers(warps) if kind == 100 and part == "bwd_kv" and element_size == 4 else {}
     return {**blocks, "num_warps": warps, "num_stages": stages, **more}
