@@ -1,5 +1,7 @@
 """`joint_attention` of the latent alone, of three streams, and on the peers' own shapes.
 
+Of masks, causal order and grouped queries the kernels are compiled; nobody times them yet.
+
 Whoever takes one tensor concatenates the streams first, as a network must; that is timed. The
 peers' shapes are those of their published tables, in the memory order that they want. FLOPs are
 those of the matrix products: two for the value, four more for the tangent, five for the gradients,

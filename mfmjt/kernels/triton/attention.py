@@ -266,24 +266,37 @@ def visited(mask, sample, head, block):
 
 
 @jit
-def said_of(mask, pointer, query, key):
-    """Load what a mask says of the pairs of a tile, from `at_mask`; 0 without a mask."""
+def said_of(mask, pointer, first, query, start, key):
+    """Load what a mask says of the pairs of a tile; 0 without a mask.
+
+    Args:
+        mask: `Mask` or None.
+        pointer: `at_mask`.
+        first: The tile's first query.
+        query: Numbers of its queries from there on, as rows or columns.
+        start: The tile's first key.
+        key: Numbers of its keys from there on, the other way.
+    """
     said = 0
     if mask is not None:
-        said = tl.load(pointer + (query.to(tl.int64) * mask.strides[2] + key * mask.strides[3]))
+        by_query, by_key = mask.strides[2], mask.strides[3]
+        pointer += tl.cast(first, tl.int64) * by_query + tl.cast(start, tl.int64) * by_key
+        said = tl.load(pointer + (query * by_query + key * by_key))
     return said
 
 
 @jit
-def hide(score, mask, said, query, key, scale, CAUSAL: tl.constexpr):
+def hide(score, mask, said, first, query, start, key, scale, CAUSAL: tl.constexpr):
     """Return S / scale with what a mask adds, -inf for what is hidden.
 
     Args:
         score: S / scale of a tile.
         mask: `Mask` or None.
         said: `said_of` of the tile.
-        query: Numbers of the queries, as rows or columns of the tile.
-        key: Numbers of the keys, the other way.
+        first: The tile's first query.
+        query: Numbers of its queries from there on, as rows or columns.
+        start: The tile's first key.
+        key: Numbers of its keys from there on, the other way.
         scale: Factor of S.
         CAUSAL: Later keys are hidden.
     """
@@ -294,7 +307,7 @@ def hide(score, mask, said, query, key, scale, CAUSAL: tl.constexpr):
             added = fma(said.to(score.dtype), 1 / scale, score)
             score = tl.where(said == float("-inf"), float("-inf"), added)
     if CAUSAL:
-        score = tl.where(key > query, float("-inf"), score)
+        score = tl.where(key + (start - first) > query, float("-inf"), score)
     return score
 
 
@@ -383,7 +396,7 @@ def attention_fwd_kernel(
         own_dot = (choose(q_dot, stream), own[1], own[2], own[3])
         pointer, stride = at_head(own_dot, sample, head, WIDTH)
         query_dot = tile_of((pointer, stride, first, count), WIDTH, BLOCK_N, BLOCK_IN)
-    row = tl.minimum(first + tl.arange(0, BLOCK_N), count - 1)[:, None]
+    row = tl.minimum(tl.arange(0, BLOCK_N), count - first - 1)[:, None]
     own_mask = at_mask(mask, sample, head)
     key = tl.arange(0, BLOCK_M)
     ones = tl.full([BLOCK_M, SUMS], 1.0, STORED)
@@ -415,8 +428,8 @@ def attention_fwd_kernel(
                 fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
             own_k, stride, own_v, own_k_dot, own_v_dot = fields
             start = (tile - since) * BLOCK_M
-            column_of = tl.minimum(start + key, limit - 1)[None, :]
-            said = said_of(mask, own_mask, row, column_of)
+            other = tl.minimum(key, limit - start - 1)[None, :]
+            said = said_of(mask, own_mask, first, row, start, other)
             zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             rows = (own_k, stride, start, limit)
             score = add_products(zeros, query, rows, WIDTH, PRECISION, BLOCK_IN)
@@ -427,7 +440,7 @@ def attention_fwd_kernel(
                 rows = (own_k_dot, stride, start, limit)
                 score_dot = add_products(score_dot, query, rows, WIDTH, PRECISION, BLOCK_IN)
             if HIDES:
-                score = hide(score, mask, said, row, column_of, sizes.scale, CAUSAL)
+                score = hide(score, mask, said, first, row, start, other, sizes.scale, CAUSAL)
                 score_dot = tl.where(score == float("-inf"), 0.0, score_dot)
             new_top = tl.maximum(top, tl.max(score, 1))
             # What rounds is the same for a whole row, and so leaves P as it is
@@ -530,7 +543,7 @@ def attention_bwd_q_kernel(
     query = tile_of(q_rows, WIDTH, BLOCK_N, BLOCK_IN)
     out_bar = tile_of(o_bar_rows, WIDTH, BLOCK_N, BLOCK_IN)
 
-    numbers = tl.minimum(first + token, count - 1)[:, None]
+    own_row = tl.minimum(token, count - first - 1)[:, None]
     own_mask = at_mask(mask, sample, head)
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
@@ -550,14 +563,14 @@ def attention_bwd_q_kernel(
             fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
         own_k, stride, own_v = fields[0], fields[1], fields[2]
         start = (tile - since) * BLOCK_M
-        column_of = tl.minimum(start + key, limit - 1)[None, :]
-        said = said_of(mask, own_mask, numbers, column_of)
+        other = tl.minimum(key, limit - start - 1)[None, :]
+        said = said_of(mask, own_mask, first, own_row, start, other)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
         k_rows = (own_k, stride, start, limit)
         score = add_products(zeros, query, k_rows, WIDTH, PRECISION, BLOCK_IN)
         v_rows = (own_v, stride, start, limit)
         p_bar = add_products(zeros, out_bar, v_rows, WIDTH, PRECISION, BLOCK_IN)
-        score = hide(score, mask, said, numbers, column_of, sizes.scale, CAUSAL)
+        score = hide(score, mask, said, first, own_row, start, other, sizes.scale, CAUSAL)
         p = tl.exp2(fma(score, sizes.scale_2, -sums[:, None]))
         if limit - start < BLOCK_M:
             p = tl.where((key < limit - start)[None, :], p, 0.0)
@@ -607,7 +620,7 @@ def attention_bwd_kv_kernel(
     value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     token = tl.arange(0, BLOCK_N)
     HIDES: tl.constexpr = CAUSAL or mask is not None
-    numbers = tl.minimum(first + tl.arange(0, BLOCK_M), limit - 1)[:, None]
+    own_row = tl.minimum(tl.arange(0, BLOCK_M), limit - first - 1)[:, None]
     limits, tiles = limits_of(sizes.queries, sizes, None, sample, BLOCK_N)
     begin = 0
     if mask is not None:
@@ -632,16 +645,17 @@ def attention_bwd_kv_kernel(
                 fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
             own_q, stride, own_o_bar, own_lse, own_delta = fields
             start = (tile - since) * BLOCK_N
-            query = tl.minimum(start + token, stop - 1)
-            said = said_of(mask, own_mask, query[None, :], numbers)
+            other = tl.minimum(token, stop - start - 1)[None, :]
+            said = said_of(mask, own_mask, start, other, first, own_row)
             zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
             q_rows = (own_q, stride, start, stop)
             o_bar_rows = (own_o_bar, stride, start, stop)
             score = add_products(zeros, key, q_rows, WIDTH, PRECISION, BLOCK_IN)
             p_bar = add_products(zeros, value, o_bar_rows, WIDTH, PRECISION, BLOCK_IN)
+            query = tl.minimum(start + token, stop - 1)
             sums = tl.load(own_lse + query)
             center = tl.load(own_delta + query)
-            score = hide(score, mask, said, query[None, :], numbers, sizes.scale, CAUSAL)
+            score = hide(score, mask, said, start, other, first, own_row, sizes.scale, CAUSAL)
             p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
             if HIDES:  # the sum of a row that saw NaN is NaN
                 p = tl.where(score == float("-inf"), 0.0, p)

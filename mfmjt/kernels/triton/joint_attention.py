@@ -138,6 +138,8 @@ def _mask(
     mask = rules.mask
     assert mask is not None  # the caller has looked
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    if max(mask.stride()[2:]) >= 2**22:  # 32 bits reach every element of a tile
+        mask = mask.contiguous()
     steps = [d if n > 1 else 0 for d, n in zip(mask.stride(), mask.shape, strict=True)]
     samples, heads = mask.shape[:2]
     rows, columns, block, tile = queries, rules.keys, options["BLOCK_N"], options["BLOCK_M"]

@@ -387,6 +387,22 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "bwd_kv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     },
 }
+# In place of these where keys are hidden, which takes registers
+_ATTENTION_HIDING: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    100: {
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    90: {
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 16, 8, 3)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    },
+    None: {
+        "value": ((128, 64, 8, 3), (64, 32, 4, 3), (64, 64, 8, 2)),
+        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 16, 8, 2)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    "hip": {},
+}
 # What registers do not hold as a whole goes by some columns at a time, on every GPU: of those that
 # go into the scores, and of the result of one program.
 _ATTENTION_WIDE = {
@@ -433,8 +449,10 @@ def attention(
     if element_size == 4 or columns > 128 or crowded:
         table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
         (queries, keys, ins, outs), warps, stages = table[part]
+        outs = 32 if hides and kind == 100 and part == "tangent" else outs
     else:
-        large, small, wide = _ATTENTION[kind][part]
+        hiding = _ATTENTION_HIDING[kind] if hides else {}
+        large, small, wide = hiding.get(part) or _ATTENTION[kind][part]
         block = large[1] if part == "bwd_kv" else large[0]
         large_blocks = sum(cdiv(n, block) for n in tokens)
         small_blocks = sum(cdiv(n, 64) for n in tokens)
