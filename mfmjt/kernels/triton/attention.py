@@ -396,7 +396,7 @@ def attention_fwd_kernel(
         own_dot = (choose(q_dot, stream), own[1], own[2], own[3])
         pointer, stride = at_head(own_dot, sample, head, WIDTH)
         query_dot = tile_of((pointer, stride, first, count), WIDTH, BLOCK_N, BLOCK_IN)
-    row = tl.minimum(tl.arange(0, BLOCK_N), count - first - 1)[:, None]
+    own_row = tl.minimum(tl.arange(0, BLOCK_N), count - first - 1)[:, None]
     own_mask = at_mask(mask, sample, head)
     key = tl.arange(0, BLOCK_M)
     ones = tl.full([BLOCK_M, SUMS], 1.0, STORED)
@@ -429,7 +429,7 @@ def attention_fwd_kernel(
             own_k, stride, own_v, own_k_dot, own_v_dot = fields
             start = (tile - since) * BLOCK_M
             other = tl.minimum(key, limit - start - 1)[None, :]
-            said = said_of(mask, own_mask, first, row, start, other)
+            said = said_of(mask, own_mask, first, own_row, start, other)
             zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             rows = (own_k, stride, start, limit)
             score = add_products(zeros, query, rows, WIDTH, PRECISION, BLOCK_IN)
@@ -440,7 +440,7 @@ def attention_fwd_kernel(
                 rows = (own_k_dot, stride, start, limit)
                 score_dot = add_products(score_dot, query, rows, WIDTH, PRECISION, BLOCK_IN)
             if HIDES:
-                score = hide(score, mask, said, first, row, start, other, sizes.scale, CAUSAL)
+                score = hide(score, mask, said, first, own_row, start, other, sizes.scale, CAUSAL)
                 score_dot = tl.where(score == float("-inf"), 0.0, score_dot)
             new_top = tl.maximum(top, tl.max(score, 1))
             # What rounds is the same for a whole row, and so leaves P as it is
@@ -490,9 +490,9 @@ def attention_fwd_kernel(
         store(choose(o_dot, stream), out_dot, place, column, WIDTH, BLOCK_OUT)
     token = tl.arange(0, BLOCK_N)
     sums = top * sizes.scale_2 + tl.log2(tl.where(nothing, 1.0, total))
-    to = choose(lse, stream) + pair * sizes.all_queries + first
+    row = choose(lse, stream) + pair * sizes.all_queries + first
     here = token < tl.where(tl.program_id(1) == 0, count - first, 0)  # once is enough
-    tl.store(to + token, tl.where(nothing, 0.0, sums), here)
+    tl.store(row + token, tl.where(nothing, 0.0, sums), here)
 
 
 @jit

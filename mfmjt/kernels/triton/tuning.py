@@ -387,13 +387,13 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "bwd_kv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     },
 }
-# In place of these where keys are hidden, which takes registers
+# In place of these where keys are hidden, which takes registers, and memory for a tile of the mask
 _ATTENTION_HIDING: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     100: {
         "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
     },
     90: {
-        "tangent": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 16, 8, 3)),
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 16, 8, 3)),
         "bwd_kv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     },
     None: {
