@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": ("bench.networks.generate", "one guided step, and from a video to sound"),
     "tangent": ("bench.networks.tangent", "what a tangent costs the whole network"),
     "lsd": ("bench.networks.lsd", "gradients of tangents: LSD against its own formula"),
+    "trainers": ("bench.networks.trainers", "trainers of others, with our tangents inside"),
     "memory": ("bench.networks.memory", "what a training step keeps, counted"),
     "curves": ("bench.networks.curves", "do our ops train as plain PyTorch does?"),
     "mmaudio": ("bench.networks.mmaudio", "MMAudio's encoders and vocoder"),

@@ -62,17 +62,20 @@ class Timing:
     n: int
 
 
-def take_turns(samplers: Mapping[Name, Sampler], seconds: float = 1.0) -> dict[Name, Timing]:
+def take_turns(
+    samplers: Mapping[Name, Sampler], seconds: float = 1.0, least: int = MIN_CALLS
+) -> dict[Name, Timing]:
     """Take samples of all, alternating, for about `seconds` in all.
 
     Args:
         samplers: What to compare; each does the same work and has been warmed up.
-        seconds: Time to spend; each is sampled at least five times.
+        seconds: Time to spend.
+        least: Samples of each, however long they take.
     """
     taken: dict[Name, list[tuple[float, float]]] = {name: [] for name in samplers}
     end = time.monotonic() + seconds
     order = list(samplers)
-    while order and (time.monotonic() < end or len(taken[order[0]]) < MIN_CALLS):
+    while order and (time.monotonic() < end or len(taken[order[0]]) < least):
         for name in order:
             taken[name].append(samplers[name]())
         order.reverse()  # nobody is always the one after the same other

@@ -77,13 +77,14 @@ def _page(
     path: Path,
 ) -> str:
     size = "the quick grid" if about["quick"] else "the full grid"
+    count = f"{len(about['arms'])} networks" if len(about["arms"]) > 1 else "one network"
     network, judged = about["network"], len(rows[0]["clips"]["right"])
     quick = " --quick" if about["quick"] else ""
     recipe = "" if about["recipe"] == "pico" else f" --recipe {about['recipe']}"
     command = f"mfmjt experiment {about['experiment']}{quick}{recipe} --seeds {about['seeds']}"
     parts = [f"# {experiment.title}", experiment.question, "## Method", experiment.method]
     parts.append(
-        f"These are results of {size} of `{about['recipe']}`: {len(about['arms'])} networks of "
+        f"These are results of {size} of `{about['recipe']}`: {count} with "
         f"{about['seeds']} seeds each, {network['steps']} steps of {network['batch']} windows of "
         f"{network['window']} latents from {about['data']['clips']} clips, judged on "
         f"{judged} validation clips of 8 s. {_INTERVALS}"

@@ -4,7 +4,8 @@
 the block. Where no input has a tangent it calls the function and does no more. Where one does:
 
     F.scaled_dot_product_attention               our `joint_attention`
-    F.linear, conv1d, conv2d, conv3d             the function, on the value and on the tangent
+    F.linear, conv1d, conv2d, conv3d,            the function, on the value and on the tangent
+    F.conv_transpose1d, 2d, 3d
     matmul, mm, bmm, addmm, baddbmm, einsum      likewise, where one factor moves
     F.multi_head_attention_forward               attention and `linear`
     F.batch_norm of running statistics           the function on the value, and on the tangent
@@ -374,6 +375,9 @@ _ROUTES: dict[Any, tuple[str, Route]] = {
     F.conv1d: ("conv1d", _with_weight(F.conv1d)),
     F.conv2d: ("conv2d", _with_weight(F.conv2d)),
     F.conv3d: ("conv3d", _with_weight(F.conv3d)),
+    F.conv_transpose1d: ("conv_transpose1d", _with_weight(F.conv_transpose1d)),
+    F.conv_transpose2d: ("conv_transpose2d", _with_weight(F.conv_transpose2d)),
+    F.conv_transpose3d: ("conv_transpose3d", _with_weight(F.conv_transpose3d)),
     F.silu: ("silu", _silu),
     F.gelu: ("gelu", _apart(F.gelu, _gelu_dot)),
     F.layer_norm: ("layer_norm", _apart(F.layer_norm, _layer_norm_dot)),
@@ -398,8 +402,7 @@ _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 _NAMES = (
     "mul div true_divide pow __rdiv__ __rtruediv__ __rpow__ "
     "addcmul addcdiv lerp square sqrt rsqrt reciprocal exp log sin cos tanh sigmoid relu softplus "
-    "elu leaky_relu mish hardswish softmax log_softmax glu instance_norm "
-    "normalize conv_transpose1d conv_transpose2d"
+    "elu selu celu leaky_relu mish hardswish softmax log_softmax glu instance_norm normalize"
 )
 _KEEP_TANGENTS = {
     getattr(owner, name)
@@ -453,7 +456,10 @@ class AcceleratedJvp(TorchFunctionMode):
         left = sorted(self.left.items())
         rows += [(name, str(count), f"PyTorch: {why}") for (name, why), count in left]
         if len(rows) == 1:
-            return "No function was called with a tangent."
+            return (
+                "No function was called with a tangent. Call torch.func.jvp inside the block: "
+                "torch.autograd.functional.jvp is two backward passes, not forward mode."
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows)
 
@@ -513,11 +519,12 @@ def accelerate_jvp() -> AcceleratedJvp:
     """Give any network the tangents of this package, unchanged, inside a `with` block.
 
     While a tangent is alive (in `torch.func.jvp` or a `torch.autograd.forward_ad.dual_level`),
-    these functions, and the modules that call them, propagate it by our rules: linear, conv1d,
-    conv2d, conv3d, matmul and its kin with one factor that moves, scaled_dot_product_attention and
-    multi_head_attention_forward with any masks, layer_norm, rms_norm, group_norm, batch_norm in
-    eval mode, silu, gelu. A layer then costs two products instead of three, attention has a forward
-    mode, and backward keeps no tangent. Calls without a tangent are PyTorch's own, bit for bit.
+    these functions, and the modules that call them, propagate it by our rules: linear,
+    convolutions, transposed ones too, matmul and its kin with one factor that moves,
+    scaled_dot_product_attention and multi_head_attention_forward with any masks, layer_norm,
+    rms_norm, group_norm, batch_norm in eval mode, silu, gelu. A layer then costs two products
+    instead of three, attention has a forward mode, and backward keeps no tangent. Calls without a
+    tangent are PyTorch's own, bit for bit.
     What we do not take stays PyTorch's: attention with dropout goes through its math backend; a
     tangent of a weight, nested forward mode, and forward mode inside `torch.func.grad` or `vmap`
     are left as they are.

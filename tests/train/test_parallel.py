@@ -265,7 +265,7 @@ def test_sharded_validation_and_preview(ranks, run_of, preview):
     lines = [(Path(c.out) / "log.jsonl").read_text().splitlines() for c in (config, sharded)]
     for alone, shared in zip(*(map(json.loads, one) for one in lines), strict=True):
         assert alone.get("kind") == shared.get("kind")
-        for key in ("loss", "flow", "mean_r0_t1"):
+        for key in ("loss", "flow", "mean_r0_t1", "mean_error"):
             if key in alone:
                 assert shared[key] == pytest.approx(alone[key], rel=4 * CLOSE)
     made = [{p.name for p in (Path(c.out) / "previews").glob("*")} for c in (config, sharded)]

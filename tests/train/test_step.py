@@ -6,7 +6,8 @@ import torch
 from mfmjt import meanflow
 from mfmjt.errors import InputError
 from mfmjt.model import MFMJT
-from mfmjt.train.tasks.network import starting_network, train_network
+from mfmjt.train.parallel import Processes
+from mfmjt.train.tasks.network import NetworkTask, starting_network, train_network
 from mfmjt.train.tasks.step import Draws, Step
 from tests.oracle import allowance, error
 from tests.train.conftest import TINY
@@ -65,6 +66,19 @@ def test_guidance_uses_null_conditions_and_spares_rows_without_any(recipe):
     assert error(found, truth) <= limit
     plain, _ = Step(net, recipe(p=0.0))(features, draws, 3)
     assert error(plain, truth) > limit
+
+
+def test_the_error_of_an_average_velocity_is_without_the_variance_of_its_target(recipe):
+    """A network of one velocity everywhere errs by nothing, and its objective is not zero."""
+    with Processes("cpu") as processes:
+        task = NetworkTask(recipe(), processes)
+        task.network.final_layer.conv.bias.data.fill_(0.5)  # a fresh network gives its bias
+        found = task.validate()
+        assert found["mean_error"] < torch.finfo(torch.float32).eps
+        assert found["mean_r0_t1"] > 0.5
+        for p in task.network.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        assert task.validate()["mean_error"] > 1e-3
 
 
 @pytest.mark.parametrize(
