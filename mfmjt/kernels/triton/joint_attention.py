@@ -237,10 +237,10 @@ def _has_rules(
 def _as_one(
     streams: Sequence[tuple[Sequence[Tensor], Sequence[Tensor | None]]],
     mask: Tensor | None,
-    lengths: Sequence[Tensor | None],
+    lengths: list[Tensor | None],
     causal: bool,
     marked: bool = True,
-) -> tuple[list[list[Any]], Sequence[Tensor | None], Rules]:
+) -> tuple[list[list[Any]], list[Tensor | None], Rules]:
     """Return all tokens of q, k, v and of more, as one stream each, its length, and the rules.
 
     Heads get one width, zeros beyond their own. Lengths of several streams become a mask.
@@ -259,7 +259,7 @@ def _as_one(
         mask, lengths = _with_padding(mask, valid_keys(k, lengths)), [None]
     if mask is not None or causal:
         for i in range(1, len(found), 3) if marked else (1,):
-            found[i : i + 2] = _finite(*found[i : i + 2], marked)
+            found[i : i + 2] = _finite(found[i], found[i + 1], marked)
     rules = Rules(mask, causal, q[0].shape[2] // k[0].shape[2], sum(_tokens(k)))
     return [[x] for x in found], lengths, rules
 
@@ -392,7 +392,8 @@ def jvp(
         return _dual(q, k, v, q_dot, k_dot, v_dot, lengths, scale, _PLAIN)
     streams = ((q, q), (k, k), (v, v), (q, q_dot), (k, k_dot), (v, v_dot))
     ones, lengths, rules = _as_one(streams, mask, lengths, causal)
-    (o,), (o_dot,), lse = _dual(*ones, lengths, scale, rules)
+    one_q, one_k, one_v, of_q, of_k, of_v = ones
+    (o,), (o_dot,), lse = _dual(one_q, one_k, one_v, of_q, of_k, of_v, lengths, scale, rules)
     return _parted(o, v, q), _parted(o_dot, v, q), _kept(lse, mask)
 
 
