@@ -1,5 +1,7 @@
 """`joint_attention` of the latent alone, of three streams, and on the peers' own shapes.
 
+Of masks, causal order and grouped queries the kernels are compiled; nobody times them yet.
+
 Whoever takes one tensor concatenates the streams first, as a network must; that is timed. The
 peers' shapes are those of their published tables, in the memory order that they want. FLOPs are
 those of the matrix products: two for the value, four more for the tangent, five for the gradients,
@@ -8,7 +10,9 @@ one of them a second time, as PyTorch counts them too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +41,11 @@ def _streams(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
     return tuple(x for key, x in tensors.items() if key[0] == name)
 
 
-def _apply(op: Any, **tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(op(*(_streams(tensors, name) for name in "qkv")))
+def _apply(op: Any, causal: bool = False, **tensors: Tensor) -> tuple[Tensor, ...]:
+    mask = tensors.get("mask")
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(tensors["q0"].dtype)
+    return tuple(op(*(_streams(tensors, name) for name in "qkv"), mask=mask, causal=causal))
 
 
 def _joined(one: One) -> Callable[..., tuple[Tensor, ...]]:
@@ -82,6 +89,42 @@ def _case(
     )
 
 
+def _masked(
+    name: str,
+    size: tuple[int, int, int],
+    length: int,
+    groups: int,
+    mask: Tensor | None,
+    causal: bool,
+) -> Case:
+    """Return a case of one stream with grouped queries, a mask, and causal order, or some of it."""
+    case = _case(name, "masks", size, (length,), False)
+    batch, heads, width = size
+    inputs = dict(case.inputs)
+    inputs |= dict.fromkeys(("k0", "v0"), Input((batch, length, heads // groups, width)))
+    if mask is not None:
+        inputs["mask"] = Input(tuple(mask.shape), constant=lambda: mask)
+    return replace(
+        case,
+        inputs=inputs,
+        function=functools.partial(_apply, joint_attention, causal),
+        reference=functools.partial(_apply, joint_attention_ref, causal),
+    )
+
+
+def _masks() -> list[Case]:
+    """Return what is compiled of masks: each alone, and all at once in the tiles of three sizes."""
+    added, shown = torch.zeros(12, 250, 250), torch.ones(64, 1, 250, 250, dtype=torch.bool)
+    large, small = (64, 12, 64), (1, 12, 64)
+    return [
+        _masked("causal, grouped", large, 250, 3, None, True),
+        _masked("a mask of bool", large, 250, 1, shown, False),
+        _masked("all of it", large, 250, 3, added, True),
+        _masked("all of it, one sample", small, 250, 3, added, True),
+        _masked("all of it, heads of 128", (2, 12, 128), 250, 3, added, True),
+    ]
+
+
 def _network(s: Shape, streams: Sequence[int], kind: str, compile_too: bool) -> Case:
     size = (s.batch, s.heads, s.dim // s.heads)
     return _case(f"{s.name} {kind}", s.model, size, streams, compile_too)
@@ -97,6 +140,7 @@ def cases(scale: str) -> list[Case]:
     if scale == "aot":
         wide = _case("heads of 128", shapes(scale)[0].model, (2, 12, 128), (512,), False)
         found.insert(2, wide)
+        found += _masks()
     if scale == "gpu":
         peers = [
             _case(f"B={b} H={h} d={d} N={n}", "peers", (b, h, d), (n,), n == 512, heads_first=True)

@@ -12,7 +12,8 @@ which keys a query sees: of the others S is -inf, P and W are zero, and a query 
 o = 0. Stored in the dtype of q, computed in float32 (float64 for float64). Subtracting the row's
 mean of S_dot before W is formed changes nothing in exact arithmetic and keeps the digits where
 S_dot has a common offset. Kept for backward: q, k, v, o, and the log of each row's sum (B, H, N),
-from which P is made again; in the Triton kernels to the base 2. What does not move costs no matmul.
+from which P is made again; in the Triton kernels to the base 2, unless there is a mask, whose own
+gradient is the formula's. What does not move costs no matmul.
 
 4 B H N M D operations, 12 with all tangents, 14 for gradients. A fused kernel reads q, k, v, writes
 o and never stores S; the formulas below store blocks of it that fit a cache.
@@ -286,7 +287,7 @@ def joint_attention(
     Args:
         q: `(B, N, H, D)`, or a tuple of such streams, each with its own N. There may be fewer
             streams of queries than of keys, where the rest of the answer is not wanted. On a GPU
-            D goes up to 256 and is best a multiple of 8.
+            D and the width of v go up to 256 and are best multiples of 8.
         k: `(B, M, K, D)`, or a tuple of such streams, each with its own M. K divides H: of grouped
             queries each H / K neighboring heads share one of keys.
         v: As k, of a width of its own or D.

@@ -40,6 +40,41 @@ print(*holds_none(kernel, mixed), *holds_none(kernel, (None, (1, 2), *mixed[2:])
     assert done.stdout.split() == ["xs", "ys"], done.stderr
 
 
+def test_attention_with_rules_is_compiled_and_launches_our_kernels():
+    """A mask, causal order, grouped queries, lengths and narrower values, of one launch each."""
+    script = """
+from collections import Counter
+import torch
+from bench.launches import FakeTensorMode, traced
+from mfmjt.kernels import joint_attention
+
+def call():
+    sizes = ((2, 70, 4, 64), (2, 90, 2, 64), (2, 90, 2, 48))
+    dots = tuple(torch.empty(size, dtype=torch.bfloat16) for size in sizes)
+    given = tuple(x.clone().requires_grad_() for x in dots)
+    rules = {"mask": torch.empty(2, 1, 70, 90, dtype=torch.bool), "causal": True}
+    rules["lengths"] = torch.empty(2, dtype=torch.int64)
+    y, _ = torch.func.jvp(lambda *x: joint_attention(*x, **rules), given, dots)
+    torch.autograd.grad(y, given, torch.empty_like(y))
+
+with FakeTensorMode():
+    events = traced(call, compiles=True)
+for name, count in sorted(Counter(e.name for e in events).items()):
+    print(name, count)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert {name: n for name, n in found.items() if name.startswith("triton::")} == {
+        "triton::attention_bwd_kv_kernel": "1",
+        "triton::attention_bwd_q_kernel": "1",
+        "triton::attention_fwd_kernel": "1",
+        "triton::attention_visits_kernel": "3",
+    }
+    assert not {"aten::bmm", "aten::baddbmm"} & found.keys()
+
+
 def test_nothing_in_a_training_step_is_added_by_atomics(counted):
     """Gradients are the same twice, and the frames' modulations are neither copied nor added up."""
     assert counted["atomics"] == {}

@@ -20,6 +20,9 @@ module = importlib.import_module("mfmjt.kernels.joint_attention")
 
 LOW = oracle.DTYPES[2]  # 16 bits: bfloat16, or float16 under the interpreter
 SAMPLES = 1 if _backends.INTERPRETED else 2  # a block takes the interpreter 10 ms
+HEADS = 2 if _backends.INTERPRETED else 4
+STORED = oracle.DTYPES[1:] if _backends.INTERPRETED else oracle.DTYPES
+interpreted = pytest.mark.skipif(not _backends.INTERPRETED, reason="of the Triton kernels")
 
 
 def inputs(batch, queries, keys, heads=2, width=8, layout=lambda x: x):
@@ -92,19 +95,19 @@ MASKED = {
     "causal, lengths": ({"causal": True, "lengths": torch.tensor([2, 0])}, {}),
     "grouped": ({}, {"groups": 2}),
     "grouped, lengths": ({"lengths": torch.tensor([4, 0])}, {"groups": 2}),
-    "one head of keys, causal": ({"causal": True}, {"groups": 4}),
-    "grouped, bool": ({"mask": hides((2, 4, N, M))}, {"groups": 2}),
+    "one head of keys, causal": ({"causal": True}, {"groups": HEADS}),
+    "grouped, bool": ({"mask": hides((2, HEADS, N, M))}, {"groups": 2}),
     "narrow values": ({}, {"values": 5}),
     "wide values, grouped, causal": ({"causal": True}, {"groups": 2, "values": 11}),
     "two streams, causal": ({"causal": True}, {"queries": (2, 3), "keys": (3, 4)}),
     "two streams, all of it": (
-        {"mask": hides((2, 4, N, M)), "causal": True, "lengths": (None, torch.tensor([2, 0]))},
+        {"mask": hides((2, HEADS, N, M)), "causal": True, "lengths": (None, torch.tensor([2, 0]))},
         {"groups": 2, "values": 3, "queries": (2, 3), "keys": (3, 4)},
     ),
 }
 
 
-def masked_inputs(queries=(N,), keys=(M,), heads=4, groups=1, values=8):
+def masked_inputs(queries=(N,), keys=(M,), heads=HEADS, groups=1, values=8):
     given = inputs(2, queries, keys, heads)
     for name in (n for n in given if n[0] in "kv"):
         given[name] = given[name][:, :, : heads // groups]
@@ -113,18 +116,20 @@ def masked_inputs(queries=(N,), keys=(M,), heads=4, groups=1, values=8):
     return given
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("case", MASKED)
 def test_masked_and_grouped_in_all_modes(case, dtype):
     options, shape = MASKED[case]
-    heads = 2 if "mask" in options and options["mask"].shape[-3:-2] == (2,) else 4
+    heads = 2 if "mask" in options and options["mask"].shape[-3:-2] == (2,) else HEADS
     given = masked_inputs(heads=heads, **shape)
     op, ref = streams(joint_attention, **options), streams(joint_attention_ref, **options)
     oracle.check_op(op, ref, given, [n for n in given if n != "k1"], dtype, terms=16)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-@pytest.mark.parametrize("shape", [(2, 4, N, M), (1, 4, N, M), (N, M), (2, 1, 1, M), (4, 1, 1)])
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize(
+    "shape", [(2, HEADS, N, M), (1, HEADS, N, M), (N, M), (2, 1, 1, M), (HEADS, 1, 1)]
+)
 def test_a_mask_that_is_added_has_a_gradient(shape, dtype):
     def with_mask(op):
         def call(mask, **given):
@@ -144,10 +149,113 @@ def test_blocks_of_masked_queries_make_no_difference(block, monkeypatch):
     monkeypatch.setattr(_attention, "CAUSAL_ROWS", 2)
     for case in ("two streams, all of it", "grouped, bool", "one head of keys, causal"):
         test_masked_and_grouped_in_all_modes(case, torch.float64)
-    test_a_mask_that_is_added_has_a_gradient((2, 4, N, M), torch.float64)
+    test_a_mask_that_is_added_has_a_gradient((2, HEADS, N, M), torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def of_documents(queries, keys):
+    """A mask of three documents in a row, the second of queries alone and the third of keys."""
+    starts = [torch.tensor(0), torch.tensor(0.4), torch.tensor(0.7)]
+    of_q, of_k = (sum((torch.arange(n) >= s * n).long() for s in starts) for n in (queries, keys))
+    return (of_q[:, None] == of_k) & (of_k != 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ({"mask": of_documents(150, 200)}, 2),
+        ({"mask": hides((2, 150, 1)), "causal": True}, 2),
+        ({"causal": True, "lengths": torch.tensor([130])}, 1),
+        ({"mask": adds((150, 200)).to(LOW), "lengths": torch.tensor([70])}, 1),
+    ],
+)
+def test_tiles_that_nobody_sees(options, groups):
+    """Several tiles, most of them hidden for some blocks, and rows and keys that see nothing."""
+    op, ref = streams(joint_attention, **options), streams(joint_attention_ref, **options)
+    given = masked_inputs((150,), (200,), heads=2, groups=groups)
+    given = {name: x[:1] for name, x in given.items()}
+    oracle.check_op(op, ref, given, list(given), LOW, terms=200)
+
+
+@interpreted
+@pytest.mark.parametrize("part", ["value", "bwd_kv"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_lists_of_tiles_hold_what_somebody_sees(part, causal, added):
+    """Of each head; of queries whose heads share keys, all of them."""
+    launcher = importlib.import_module("mfmjt.kernels.triton.joint_attention")
+    n, m, group, block, tile = 37, 50, 2, 8, 16
+    mask = torch.stack([of_documents(n, m), of_documents(m, n).t(), *hides((2, n, m)) & False])
+    mask[3, 9, 20] = True
+    length = torch.tensor([40, 3]) if part == "value" else None
+    given = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if added else mask
+    rules = launcher.Rules(given[None], causal, group, m)
+    options = {"BLOCK_N": block, "BLOCK_M": tile}
+    found = launcher._mask(rules, part, options, n, length)
+    shown = mask[None].expand(2 if length is not None else 1, -1, -1, -1).clone()
+    if causal:
+        shown &= torch.ones(n, m, dtype=torch.bool).tril()
+    if length is not None:
+        shown &= torch.arange(m) < length[:, None, None, None]
+    seen = F.max_pool2d(shown.float(), (block, tile), ceil_mode=True).bool()
+    if part == "bwd_kv":
+        seen = seen.unflatten(1, (-1, group)).any(2).transpose(2, 3)
+    assert found.visits.shape == (*seen.shape[:3], 1 + seen.shape[3])
+    for row, tiles in zip(found.visits.flatten(0, 2), seen.flatten(0, 2), strict=True):
+        assert row[1 : 1 + row[0]].tolist() == tiles.nonzero()[:, 0].tolist()
+
+
+@interpreted
+def test_only_listed_tiles_are_visited(monkeypatch):
+    """64 keys whose tiles are left off the list are hidden, though the mask shows them."""
+    launcher = importlib.import_module("mfmjt.kernels.triton.joint_attention")
+    make = launcher._mask
+
+    def without_first(rules, part, options, *rest):
+        found = make(rules, part, options, *rest)
+        tiles = 64 // options["BLOCK_M"]
+        if part == "bwd_kv":
+            found.visits[:, :, :tiles, 0] = 0
+        else:
+            found.visits[..., 0] -= tiles
+            found.visits[..., 1:-tiles] = found.visits[..., 1 + tiles :].clone()
+        return found
+
+    q, k, v, o_bar = (randn(1, n, 1, 8).float().requires_grad_() for n in (9, 100, 100, 9))
+
+    def run(k, v, **options):
+        y, y_dot = torch.func.jvp(lambda *x: joint_attention(*x, **options), (q, k, v), (q, k, v))
+        return y, y_dot, *torch.autograd.grad(y, (q, k, v), o_bar)
+
+    truth = run(k[:, 64:], v[:, 64:])
+    monkeypatch.setattr(launcher, "_mask", without_first)
+    *found, k_bar, v_bar = run(k, v, mask=torch.ones(9, 100, dtype=torch.bool))
+    for x in (k_bar, v_bar):
+        assert torch.equal(x[:, :64], torch.zeros(1, 64, 1, 8))
+    for x, exact in zip((*found, k_bar[:, 64:], v_bar[:, 64:]), truth, strict=True):
+        assert oracle.error(x, exact) <= oracle.allowance(exact, torch.float32, terms=36)
+
+
+def test_padding_of_grouped_streams_does_not_leak():
+    q, k, v = (randn(2, 4, heads, 8) for heads in (2, 1, 1))
+    lengths = (torch.tensor([2, 0]), None)
+    k[0, 2:], v[0, 2:], k[1], v[1] = (torch.nan,) * 4
+    rest = randn(2, 3, 1, 8)
+
+    def run(k, v):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y, y_dot = torch.func.jvp(
+            lambda q, k, v: joint_attention(q, (k, rest), (v, rest), lengths=lengths),
+            tuple(leaves),
+            tuple(x.detach() for x in leaves),
+        )
+        return y, y_dot, *torch.autograd.grad(y.sum(), leaves)
+
+    for x, exact in zip(run(k, v), run(k.nan_to_num(), v.nan_to_num()), strict=True):
+        assert torch.equal(x, exact)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter, where an answer is NaN
+@pytest.mark.parametrize("dtype", [dtype for dtype in STORED if dtype.itemsize > 2])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["causal", "bool", "added", "grouped"])
 def test_what_is_hidden_does_not_leak(where, bad, dtype):
@@ -237,7 +345,7 @@ def test_refuses_groups_that_do_not_divide():
 
 
 def test_compiled_with_a_mask():
-    given = masked_inputs(groups=2, values=6) | {"mask": adds((4, N, M)).clamp(min=-9)}
+    given = masked_inputs(groups=2, values=6) | {"mask": adds((HEADS, N, M)).clamp(min=-9)}
     for options in ({}, {"causal": True, "lengths": torch.tensor([4, 2])}):
 
         def attend(mask, options=options, **streams_by_name):

@@ -13,6 +13,10 @@ add them up, as matmuls with ones: on sm_90 the compiler converts one number at 
 for a sum of rounded numbers. `lse` is to the base 2. float32 goes through three TF32 matmuls.
 4 B H N M D operations, 12 with all tangents.
 
+Masks and causal order hide keys: their S is -inf. All tokens are one stream then. A first launch
+lists for each block the tiles in which anybody sees anything; the others are not visited. Causal
+order alone needs no list. The center moves with every tile, as any of them may be the first.
+
 A branch that rescales only when the maximum grows by much needs the maximum of all warps before any
 exponential, and P waits for S_dot then: more cycles than the multiplications that it spares.
 
@@ -42,7 +46,14 @@ from mfmjt.kernels.triton.device import (
     locate,
 )
 
-__all__ = ["Sizes", "attention_bwd_kv_kernel", "attention_bwd_q_kernel", "attention_fwd_kernel"]
+__all__ = [
+    "Mask",
+    "Sizes",
+    "attention_bwd_kv_kernel",
+    "attention_bwd_q_kernel",
+    "attention_fwd_kernel",
+    "attention_visits_kernel",
+]
 
 
 class Sizes(NamedTuple):
@@ -53,7 +64,7 @@ class Sizes(NamedTuple):
         lengths: For each group of streams of keys, and each stream, how many of a sample count,
             (B,), or None.
         all_queries: Those of all streams.
-        heads: H.
+        heads: Of what is cut into blocks: H of queries, or of keys.
         scale: Factor of the scores.
         scale_2: The same for exp2, the exponential that GPUs have.
     """
@@ -64,6 +75,22 @@ class Sizes(NamedTuple):
     heads: int
     scale: float
     scale_2: float
+
+
+class Mask(NamedTuple):
+    """Which keys a query sees, or what is added to its scores.
+
+    Attributes:
+        tensor: Bytes, 0 for what is hidden, or numbers to add, -inf for it.
+        strides: From one sample, head, query and key to the next; 0 where they share what is there.
+        visits: What `attention_visits_kernel` found for the blocks of this launch.
+        visit_strides: From one sample, head and block to the next, likewise.
+    """
+
+    tensor: Tensor
+    strides: tuple[int, ...]
+    visits: Tensor
+    visit_strides: tuple[int, ...]
 
 
 @jit
@@ -222,6 +249,114 @@ def enter(streams, limits, tile, BLOCK: tl.constexpr):
 
 
 @jit
+def at_mask(mask, sample, head):
+    """Return a pointer to what a mask says of a sample and head; 0 without a mask."""
+    found = 0
+    if mask is not None:
+        found = mask.tensor + (sample * mask.strides[0] + head * mask.strides[1])
+    return found
+
+
+@jit
+def visited(mask, sample, head, block):
+    """Return where the tiles are listed that a block visits, and how many these are."""
+    by_sample, by_head, by_block = mask.visit_strides
+    row = mask.visits + (sample * by_sample + head * by_head + block * by_block)
+    return row + 1, tl.load(row)
+
+
+@jit
+def said_of(mask, pointer, first, query, start, key):
+    """Load what a mask says of the pairs of a tile; 0 without a mask.
+
+    Args:
+        mask: `Mask` or None.
+        pointer: `at_mask`.
+        first: The tile's first query.
+        query: Numbers of its queries from there on, as rows or columns.
+        start: The tile's first key.
+        key: Numbers of its keys from there on, the other way.
+    """
+    said = 0
+    if mask is not None:
+        by_query, by_key = mask.strides[2], mask.strides[3]
+        pointer += tl.cast(first, tl.int64) * by_query + tl.cast(start, tl.int64) * by_key
+        said = tl.load(pointer + (query * by_query + key * by_key))
+    return said
+
+
+@jit
+def hide(score, mask, said, first, query, start, key, scale, CAUSAL: tl.constexpr):
+    """Return S / scale with what a mask adds, -inf for what is hidden.
+
+    Args:
+        score: S / scale of a tile.
+        mask: `Mask` or None.
+        said: `said_of` of the tile.
+        first: The tile's first query.
+        query: Numbers of its queries from there on, as rows or columns.
+        start: The tile's first key.
+        key: Numbers of its keys from there on, the other way.
+        scale: Factor of S.
+        CAUSAL: Later keys are hidden.
+    """
+    if mask is not None:
+        if said.dtype == tl.uint8:
+            score = tl.where(said == 0, float("-inf"), score)
+        else:
+            added = fma(said.to(score.dtype), 1 / scale, score)
+            score = tl.where(said == float("-inf"), float("-inf"), added)
+    if CAUSAL:
+        score = tl.where(key + (start - first) > query, float("-inf"), score)
+    return score
+
+
+@jit
+def attention_visits_kernel(
+    mask,  # as `Mask` has it
+    strides,  # from one sample, head, row and column to the next
+    visits,  # (samples, heads, blocks, 1 + tiles): receives how many, and then which
+    lengths,  # columns of each sample that count, or None
+    sizes,  # (heads, rows, columns)
+    MEMBERS: tl.constexpr,  # heads of the mask for each of the result
+    CAUSAL: tl.constexpr,
+    BY_KEYS: tl.constexpr,  # rows are keys, and columns queries
+    BLOCK: tl.constexpr,  # rows
+    TILE: tl.constexpr,  # columns
+):
+    """List for a block of rows the tiles of columns with anything that is not hidden."""
+    heads, rows, columns = sizes
+    blocks = tl.cdiv(rows, BLOCK)
+    block = tl.program_id(0) % blocks
+    sample = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
+    mask += sample * strides[0] + head * MEMBERS * strides[1]
+    visits += tl.program_id(0).to(tl.int64) * (1 + tl.cdiv(columns, TILE))
+    row = tl.minimum(block * BLOCK + tl.arange(0, BLOCK), rows - 1).to(tl.int64)
+    mask += row[:, None] * strides[2]
+    begin, end = 0, columns
+    if lengths is not None:
+        end = tl.minimum(tl.load(lengths + sample), end).to(tl.int32)
+    if CAUSAL:
+        if BY_KEYS:
+            begin = block * BLOCK // TILE
+        else:
+            end = tl.minimum(end, block * BLOCK + BLOCK)
+    count = 0
+    for tile in range(begin, tl.cdiv(end, TILE)):
+        column = tl.minimum(tile * TILE + tl.arange(0, TILE), end - 1)[None, :]
+        seen = 0
+        for member in range(0, MEMBERS):
+            said = tl.load(mask + (member * strides[1] + column * strides[3]))
+            hidden: tl.constexpr = 0 if said.dtype == tl.uint8 else float("-inf")
+            shown = (said != hidden).to(tl.int32)
+            seen = tl.maximum(seen, tl.max(tl.max(shown, 1), 0))
+        tl.store(visits + 1 + count, tile, seen > 0)
+        count += seen
+    tl.store(visits, count)
+
+
+@jit
 def attention_fwd_kernel(
     q,  # views, one for each stream
     q_dot,  # None where no query moves, or pointers: strides are those of q
@@ -233,9 +368,12 @@ def attention_fwd_kernel(
     o,  # pointers, one for each stream of queries
     o_dot,  # None where no tangent is wanted
     lse,
+    mask,  # `Mask` or None
     sizes,  # `Sizes`
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,  # heads of queries for each of keys
+    CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,  # columns of q and k at a time: all, or where those are too many, some
@@ -248,6 +386,7 @@ def attention_fwd_kernel(
     STORED: tl.constexpr = q[0][0].dtype.element_ty
     TYPE: tl.constexpr = tl.float64 if STORED.primitive_bitwidth == 64 else tl.float32
     SUMS: tl.constexpr = 8  # columns, all alike, of a matmul with ones
+    HIDES: tl.constexpr = CAUSAL or mask is not None
     pair, column, stream, place = block_of(sizes.queries, sizes.heads, WIDTH, BLOCK_N, BLOCK_OUT)
     sample, head, _, first, count = place
     own = choose_view(q, stream)
@@ -257,6 +396,8 @@ def attention_fwd_kernel(
         own_dot = (choose(q_dot, stream), own[1], own[2], own[3])
         pointer, stride = at_head(own_dot, sample, head, WIDTH)
         query_dot = tile_of((pointer, stride, first, count), WIDTH, BLOCK_N, BLOCK_IN)
+    own_row = tl.minimum(tl.arange(0, BLOCK_N), count - first - 1)[:, None]
+    own_mask = at_mask(mask, sample, head)
     key = tl.arange(0, BLOCK_M)
     ones = tl.full([BLOCK_M, SUMS], 1.0, STORED)
     top = tl.full([BLOCK_N], float("-inf"), TYPE)
@@ -271,14 +412,24 @@ def attention_fwd_kernel(
             out_dot += center[:, None] * out
             sum_w += center[:, None] * sum_p
             center = tl.zeros([BLOCK_N], TYPE)
-        streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, head, WIDTH)
+        streams = at_heads(k[g], v[g], k_dot[g], v_dot[g], sample, head // GROUP, WIDTH)
         limits, tiles = limits_of(counts[g], sizes, g, sample, BLOCK_M)
+        if CAUSAL:
+            limits = (tl.minimum(limits[0], first + BLOCK_N),)
+            tiles = tl.cdiv(limits[0], BLOCK_M)
+        if mask is not None:
+            visits, tiles = visited(mask, sample, head, first // BLOCK_N)
         fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
-        for tile in range(0, tiles):
+        for step in range(0, tiles):
+            tile = step
+            if mask is not None:
+                tile = tl.load(visits + step)
             if len(k[g]) > 1 and tile == until:
                 fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
             own_k, stride, own_v, own_k_dot, own_v_dot = fields
             start = (tile - since) * BLOCK_M
+            other = tl.minimum(key, limit - start - 1)[None, :]
+            said = said_of(mask, own_mask, first, own_row, start, other)
             zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
             rows = (own_k, stride, start, limit)
             score = add_products(zeros, query, rows, WIDTH, PRECISION, BLOCK_IN)
@@ -288,9 +439,14 @@ def attention_fwd_kernel(
             if k_dot[g] is not None:
                 rows = (own_k_dot, stride, start, limit)
                 score_dot = add_products(score_dot, query, rows, WIDTH, PRECISION, BLOCK_IN)
+            if HIDES:
+                score = hide(score, mask, said, first, own_row, start, other, sizes.scale, CAUSAL)
+                score_dot = tl.where(score == float("-inf"), 0.0, score_dot)
             new_top = tl.maximum(top, tl.max(score, 1))
             # What rounds is the same for a whole row, and so leaves P as it is
             new_top_2 = new_top * sizes.scale_2
+            if HIDES:  # no key so far
+                new_top_2 = tl.where(new_top == float("-inf"), 0.0, new_top_2)
             p = tl.exp2(fma(score, sizes.scale_2, -new_top_2[:, None]))
             if limit - start < BLOCK_M:
                 p = tl.where((key < limit - start)[None, :], p, 0.0)
@@ -309,7 +465,7 @@ def attention_fwd_kernel(
                     # The center becomes the mean of S_dot so far: it takes a common offset off
                     # before W is rounded. What was summed with another one moves along.
                     moment = (tl.sum(p * score_dot, 1) * sizes.scale)[:, None]
-                    root = tl.rsqrt(sum_p)
+                    root = tl.rsqrt(tl.where(sum_p == 0, 1.0, sum_p) if HIDES else sum_p)
                     moment = sum_w + center[:, None] * sum_before + moment
                     new = tl.max(moment * root * root, 1)
                     shift = (center - new)[:, None]
@@ -350,9 +506,12 @@ def attention_bwd_q_kernel(
     q_bar,  # pointers, one for each stream of queries
     delta,  # receives rowsum(o_bar o)
     lse,
+    mask,  # `Mask` or None
     sizes,  # `Sizes`
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,  # heads of queries for each of keys
+    CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -384,21 +543,34 @@ def attention_bwd_q_kernel(
     query = tile_of(q_rows, WIDTH, BLOCK_N, BLOCK_IN)
     out_bar = tile_of(o_bar_rows, WIDTH, BLOCK_N, BLOCK_IN)
 
+    own_row = tl.minimum(token, count - first - 1)[:, None]
+    own_mask = at_mask(mask, sample, head)
     key = tl.arange(0, BLOCK_M)
     query_bar = tl.zeros([BLOCK_N, BLOCK_OUT], TYPE)
-    streams = at_heads(k, v, None, None, sample, head, WIDTH)
+    streams = at_heads(k, v, None, None, sample, head // GROUP, WIDTH)
     limits, tiles = limits_of(counts, sizes, 0, sample, BLOCK_M)
+    if CAUSAL:
+        limits = (tl.minimum(limits[0], first + BLOCK_N),)
+        tiles = tl.cdiv(limits[0], BLOCK_M)
+    if mask is not None:
+        visits, tiles = visited(mask, sample, head, first // BLOCK_N)
     fields, limit, since, until = enter(streams, limits, 0, BLOCK_M)
-    for tile in range(0, tiles):
+    for step in range(0, tiles):
+        tile = step
+        if mask is not None:
+            tile = tl.load(visits + step)
         if len(k) > 1 and tile == until:
             fields, limit, since, until = enter(streams, limits, tile, BLOCK_M)
         own_k, stride, own_v = fields[0], fields[1], fields[2]
         start = (tile - since) * BLOCK_M
+        other = tl.minimum(key, limit - start - 1)[None, :]
+        said = said_of(mask, own_mask, first, own_row, start, other)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], TYPE)
         k_rows = (own_k, stride, start, limit)
         score = add_products(zeros, query, k_rows, WIDTH, PRECISION, BLOCK_IN)
         v_rows = (own_v, stride, start, limit)
         p_bar = add_products(zeros, out_bar, v_rows, WIDTH, PRECISION, BLOCK_IN)
+        score = hide(score, mask, said, first, own_row, start, other, sizes.scale, CAUSAL)
         p = tl.exp2(fma(score, sizes.scale_2, -sums[:, None]))
         if limit - start < BLOCK_M:
             p = tl.where((key < limit - start)[None, :], p, 0.0)
@@ -420,9 +592,12 @@ def attention_bwd_kv_kernel(
     v_bar,
     delta,  # and of queries
     lse,
+    mask,  # `Mask` or None
     sizes,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,  # heads of queries for each of keys
+    CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -444,36 +619,55 @@ def attention_bwd_kv_kernel(
     key_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     value_bar = tl.zeros([BLOCK_M, BLOCK_OUT], TYPE)
     token = tl.arange(0, BLOCK_N)
-    streams = at_heads(q, o_bar, None, None, sample, head, WIDTH)
-    row = pair * sizes.all_queries
-    with_sums = ()
-    for s in tl.static_range(len(q)):
-        own = streams[s]
-        with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)  # type: ignore[assignment]
+    HIDES: tl.constexpr = CAUSAL or mask is not None
+    own_row = tl.minimum(tl.arange(0, BLOCK_M), limit - first - 1)[:, None]
     limits, tiles = limits_of(sizes.queries, sizes, None, sample, BLOCK_N)
-    tiles = tl.where(first < limit, tiles, 0)  # padding alone: nothing to do
-    fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)
-    for tile in range(0, tiles):
-        if len(q) > 1 and tile == until:
-            fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
-        own_q, stride, own_o_bar, own_lse, own_delta = fields
-        start = (tile - since) * BLOCK_N
-        zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
-        q_rows = (own_q, stride, start, stop)
-        o_bar_rows = (own_o_bar, stride, start, stop)
-        score = add_products(zeros, key, q_rows, WIDTH, PRECISION, BLOCK_IN)
-        p_bar = add_products(zeros, value, o_bar_rows, WIDTH, PRECISION, BLOCK_IN)
-        query = tl.minimum(start + token, stop - 1)
-        sums = tl.load(own_lse + query)
-        center = tl.load(own_delta + query)
-        p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
-        if stop - start < BLOCK_N:
-            p = tl.where((token < stop - start)[None, :], p, 0.0)
-        b = load(o_bar_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
-        value_bar = dot(p.to(STORED), b, value_bar, PRECISION)
-        score_bar = (p * (p_bar - center[None, :])).to(STORED)
-        a = load(q_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
-        key_bar = dot(score_bar, a, key_bar, PRECISION)
+    begin = 0
+    if mask is not None:
+        visits, tiles = visited(mask, sample, head, first // BLOCK_M)
+    elif CAUSAL:
+        begin = tl.minimum(first // BLOCK_N, tiles)
+    tiles = tl.where(first < limit, tiles, begin)  # padding alone: nothing to do
+    for member in range(0, GROUP):
+        own_mask = at_mask(mask, sample, head * GROUP + member)
+        streams = at_heads(q, o_bar, None, None, sample, head * GROUP + member, WIDTH)
+        row = (pair * GROUP + member) * sizes.all_queries
+        with_sums = ()
+        for s in tl.static_range(len(q)):
+            own = streams[s]
+            with_sums += ((own[0], own[1], own[2], lse[s] + row, delta[s] + row),)  # type: ignore[assignment]
+        fields, stop, since, until = enter(with_sums, limits, 0, BLOCK_N)
+        for step in range(begin, tiles):
+            tile = step
+            if mask is not None:
+                tile = tl.load(visits + step)
+            if len(q) > 1 and tile == until:
+                fields, stop, since, until = enter(with_sums, limits, tile, BLOCK_N)
+            own_q, stride, own_o_bar, own_lse, own_delta = fields
+            start = (tile - since) * BLOCK_N
+            other = tl.minimum(token, stop - start - 1)[None, :]
+            said = said_of(mask, own_mask, start, other, first, own_row)
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], TYPE)
+            q_rows = (own_q, stride, start, stop)
+            o_bar_rows = (own_o_bar, stride, start, stop)
+            score = add_products(zeros, key, q_rows, WIDTH, PRECISION, BLOCK_IN)
+            p_bar = add_products(zeros, value, o_bar_rows, WIDTH, PRECISION, BLOCK_IN)
+            query = tl.minimum(start + token, stop - 1)
+            sums = tl.load(own_lse + query)
+            center = tl.load(own_delta + query)
+            score = hide(score, mask, said, start, other, first, own_row, sizes.scale, CAUSAL)
+            p = tl.exp2(fma(score, sizes.scale_2, -sums[None, :]))
+            if HIDES:  # the sum of a row that saw NaN is NaN
+                p = tl.where(score == float("-inf"), 0.0, p)
+            if stop - start < BLOCK_N:
+                p = tl.where((token < stop - start)[None, :], p, 0.0)
+            b = load(o_bar_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
+            value_bar = dot(p.to(STORED), b, value_bar, PRECISION)
+            score_bar = p * (p_bar - center[None, :])
+            if HIDES:
+                score_bar = tl.where(score == float("-inf"), 0.0, score_bar)
+            a = load(q_rows, column, WIDTH, BLOCK_N, BLOCK_OUT)
+            key_bar = dot(score_bar.to(STORED), a, key_bar, PRECISION)
     inside = (tl.arange(0, BLOCK_M) < limit - first)[:, None]
     key_bar = tl.where(inside, key_bar * sizes.scale, 0.0)
     value_bar = tl.where(inside, value_bar, 0.0)

@@ -387,6 +387,22 @@ _ATTENTION: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "bwd_kv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     },
 }
+# In place of these where keys are hidden, which takes registers, and memory for a tile of the mask
+_ATTENTION_HIDING: dict[Any, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    100: {
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    90: {
+        "tangent": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 16, 8, 3)),
+        "bwd_kv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    },
+    None: {
+        "value": ((128, 64, 8, 3), (64, 32, 4, 3), (64, 64, 8, 2)),
+        "tangent": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 16, 8, 2)),
+        "bwd_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    "hip": {},
+}
 # What registers do not hold as a whole goes by some columns at a time, on every GPU: of those that
 # go into the scores, and of the result of one program.
 _ATTENTION_WIDE = {
@@ -404,7 +420,12 @@ _ATTENTION_FLOAT32 = {
 
 
 def attention(
-    part: str, pairs: int, tokens: tuple[int, ...], width: int, element_size: int
+    part: str,
+    pairs: int,
+    tokens: tuple[int, ...],
+    width: int,
+    element_size: int,
+    hides: bool = False,
 ) -> Options:
     """Return the options of an attention kernel.
 
@@ -417,6 +438,7 @@ def attention(
         tokens: Of each stream that is cut into blocks: queries, or keys for "bwd_kv".
         width: Of a head.
         element_size: Bytes.
+        hides: Whether keys are hidden from some queries.
     """
     columns = max(16, power_of_2(width))
     backend, arch = target()
@@ -427,8 +449,10 @@ def attention(
     if element_size == 4 or columns > 128 or crowded:
         table = _ATTENTION_FLOAT32 if element_size == 4 else _ATTENTION_WIDE
         (queries, keys, ins, outs), warps, stages = table[part]
+        outs = 32 if hides and kind == 100 and part == "tangent" else outs
     else:
-        large, small, wide = _ATTENTION[kind][part]
+        hiding = _ATTENTION_HIDING[kind] if hides else {}
+        large, small, wide = hiding.get(part) or _ATTENTION[kind][part]
         block = large[1] if part == "bwd_kv" else large[0]
         large_blocks = sum(cdiv(n, block) for n in tokens)
         small_blocks = sum(cdiv(n, 64) for n in tokens)
@@ -439,6 +463,6 @@ def attention(
     blocks = {"BLOCK_N": queries, "BLOCK_M": keys}
     blocks |= {"BLOCK_IN": min(ins, columns), "BLOCK_OUT": min(outs, columns)}
     if part in ("value", "tangent"):  # AMD's compiler fails on that branch
-        blocks["EVERY"] = keys if backend == "hip" else 128
+        blocks["EVERY"] = keys if backend == "hip" or hides else 128
     more = registers(warps) if kind == 100 and part == "bwd_kv" and element_size == 4 else {}
     return {**blocks, "num_warps": warps, "num_stages": stages, **more}
