@@ -14,7 +14,7 @@ __all__ = ["load_peft", "load_torchvision"]
 
 
 @functools.cache
-def load_torchvision():
+def load_torchvision() -> Any:
     """Let others import torchvision beside a CPU build of PyTorch.
 
     PyPI's torchvision is built for CUDA and fails there for want of two operators that nobody calls
